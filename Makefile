@@ -1,0 +1,49 @@
+# Needs Python >= 3.11 and make, nothing else. Every target sets itself up in .venv; PYTHON=python3.13 chooses the Python.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
+READY := $(VENV)/ready
+PINS := $(VENV)/constraints.txt
+
+.PHONY: help demo test lint install clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ' ## ' '/^[a-z]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-9s%s\n", $$1, $$2}' Makefile
+
+demo: $(READY) ## speculative decoding on the bundled pair of models: one table
+	@$(VENV)/bin/python experiments/benchmark.py $(ARGS)
+
+test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff and pyright
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
+
+install: $(READY) ## only the set-up: .venv with the tested versions
+
+clean: ## remove .venv, caches and build products (not outputs/)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find specdec kernels experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and says which triton: its CUDA builds require the one they were made with, so our pin is dropped;
+# its CPU builds require none.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "specdec: '$(PYTHON)' is not on the PATH; \
+	install Python >= 3.11, or name one: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "specdec: '$(PYTHON)' is $$($(PYTHON) -V 2>&1); \
+	Python >= 3.11 is needed. Name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "specdec: '$(PYTHON)' cannot create virtual environments; \
+	install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "specdec: installing torch and the other tested versions into $(VENV), once. This takes minutes: torch alone is"
+	@echo "         0.2 GB, on Linux with its CUDA libraries 3 GB."
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@grep -v '^triton==' constraints.txt > $(PINS)
+	@$(PIP) install --constraint $(PINS) torch
+	@if $(VENV)/bin/python -c 'import sys; from importlib.metadata import requires; \
+	sys.exit(any(r.startswith("triton") for r in requires("torch")))'; then cp constraints.txt $(PINS); fi
+	@$(PIP) install --constraint $(PINS) --editable '.[experiments,dev]'
+	@touch $(READY)

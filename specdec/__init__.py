@@ -1,0 +1,24 @@
+"""specdec: speculative decoding whose output distribution is proved, on any unmodified Hugging Face causal LM."""
+
+from specdec import drafters, rules, trees
+from specdec.coins import Coins
+from specdec.generate import Generation, generate, stream
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Coins",
+    "DraftTree",
+    "Generation",
+    "Law",
+    "Sampling",
+    "Topology",
+    "TreeSpec",
+    "drafters",
+    "generate",
+    "rules",
+    "stream",
+    "trees",
+]

@@ -1,0 +1,145 @@
+"""Tree attention for unmodified transformers models, through their attention and mask interfaces.
+
+The model asks for a mask once per layer kind and says by a function of positions which pairs that kind may see (causal,
+sliding, chunked). We answer with that pattern evaluated at the positions of the tree nodes, and restricted to the
+committed prefix and each node's own ancestors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from specdec_kernels.reference.tree_attention import tree_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from specdec.tree import Topology
+
+NAME = "specdec_tree"  # no "sdpa" or "flex_attention" in it: transformers would apply their support checks
+
+
+@dataclass(eq=False)
+class View:
+    """What the nodes of one forward pass may see: the committed prefix of their row, and their ancestors.
+
+    Slot s of row b holds the committed token s when s < lengths[b], else node s - lengths[b] of the tree.
+    """
+
+    lengths: Tensor  # [batch] int64: committed slots of each row
+    topology: Topology  # of the tree so far
+    count: int  # the last `count` nodes of the topology are the queries
+    slots: int  # slots attended to, a host bound on every row's lengths + nodes
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[batch, count] int64: logical positions of the queries."""
+        return self.lengths[:, None] + self.topology.depths[:, -self.count :]
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """[batch, slot] int64: column of `Topology.visible` that answers for each slot."""
+        slots = torch.arange(1, self.slots + 1, device=self.lengths.device)
+        return (slots - self.lengths[:, None]).clamp_(0, self.topology.parents.shape[1] + 1)
+
+    @cached_property
+    def _allowed(self) -> Tensor:
+        """[batch, 1, count, slot] bool: prefix and ancestors, before the layer kind's own pattern."""
+        visible = self.topology.visible[:, -self.count :]
+        index = self._index[:, None].expand(-1, self.count, -1)
+        return visible.gather(2, index)[:, None]
+
+    @cached_property
+    def _slot_positions(self) -> Tensor:
+        """[batch, 1, 1, slot] int64: logical positions of the keys."""
+        slots = torch.arange(self.slots, device=self.lengths.device)
+        depth = nn.functional.pad(self.topology.depths, (1, 1)).gather(1, self._index)
+        return torch.where(self._index == 0, slots, self.lengths[:, None] + depth)[:, None, None]
+
+    def bias(self, pattern: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        """[batch, 1, count, slot]: 0 where seen, -inf where not, for one kind of layer."""
+        allowed = self._allowed
+        if pattern is not causal_mask_function:  # ancestors and prefix are causal as they stand
+            batch = torch.arange(len(self.lengths), device=self.lengths.device)[:, None, None, None]
+            queries = self.positions[:, None, :, None]
+            allowed = allowed & pattern(batch, batch.new_zeros(()), queries, self._slot_positions)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+
+
+_view: ContextVar[View | None] = ContextVar("specdec_view", default=None)
+_calls: ContextVar[list[int] | None] = ContextVar("specdec_calls", default=None)
+
+
+@contextlib.contextmanager
+def viewing(view: View) -> Iterator[None]:
+    """Forward passes inside attend as `view` says."""
+    token = _view.set(view)
+    try:
+        yield
+    finally:
+        _view.reset(token)
+
+
+def _mask(*, mask_function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, **_: Any) -> Tensor:
+    view = _view.get()
+    assert view is not None, "the specdec attention is only meant to run inside specdec's forward passes"
+    return view.bias(mask_function, dtype).to(device)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if (calls := _calls.get()) is not None:
+        calls.append(1)
+    if attention_mask is None:
+        raise ValueError(f"{type(module).__name__} asked for no attention mask: its attention cannot follow a tree.")
+    return tree_attention(
+        query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+    ), None
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextlib.contextmanager
+def counting_calls() -> Iterator[list[int]]:
+    """Collects one entry per layer that went through tree attention."""
+    calls: list[int] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+class Patch:
+    """Routes a model's attention through specdec while entered, and restores it exactly on exit."""
+
+    def __init__(self, model: PreTrainedModel):
+        configs = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
+        configs += [sub for config in configs for sub in _subconfigs(config)]
+        self._configs = list({id(c): c for c in configs}.values())  # parents before children: setting one sets those
+        self._found: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._found.append([c._attn_implementation for c in self._configs])
+        for config in self._configs:
+            config._attn_implementation_internal = NAME
+
+    def __exit__(self, *_: object) -> None:
+        for config, found in zip(self._configs, self._found.pop(), strict=True):
+            config._attn_implementation_internal = found
+
+
+def _subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    for name in config.sub_configs:
+        if (sub := getattr(config, name, None)) is not None:
+            yield sub
+            yield from _subconfigs(sub)

@@ -1,0 +1,128 @@
+"""The KV cache: preallocated, each row with its own length, rolled back by not counting what was rejected.
+
+Slot s < lengths[b] of row b holds the committed token s; the slots after it are scratch for the nodes of the current
+tree, in node order. Committing moves the accepted nodes to the front of the scratch and counts them; nothing is ever
+shifted, padded or concatenated. All keys and values of one shape lie in one tensor, so that a commit moves them all at
+once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Shape of the keys or values of one layer."""
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class RecordingLayer(CacheLayerMixin):
+    """Keeps what it is given and notes its shape: used once per model to learn its layers."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.slabs = [Slab(t.shape[1], t.shape[3], t.dtype, t.device) for t in (key_states, value_states)]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TreeLayer(CacheLayerMixin):
+    """One layer's keys and values, [batch, slot, head, dim] each."""
+
+    is_sliding = False  # sliding layers keep every slot; the mask forgets
+
+    def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
+        super().__init__()
+        self._cache, self.keys, self.values = cache, keys, values
+        self._flat = [t.flatten(0, 1) for t in (keys, values)]  # [batch * slot, head, dim]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write [batch, head, node, dim] states to the slots of this forward pass; return all that is attended to."""
+        slots, end = self._cache.write_slots, self._cache.end
+        for flat, states in zip(self._flat, (key_states, value_states), strict=True):
+            flat.index_copy_(0, slots.to(flat.device), states.transpose(1, 2).flatten(0, 1))
+        return self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.end, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always given; nothing may be derived from a batch-wide length
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity
+
+
+class TreeCache(Cache):
+    """The cache of a batch.
+
+    Args:
+        layout: (key slab, value slab) of each cache layer; None for layers that store nothing (shared KV).
+        batch: number of rows.
+        capacity: slots per row: committed tokens plus the largest tree.
+        device: where lengths and slot numbers live.
+    """
+
+    def __init__(self, layout: list[tuple[Slab, Slab] | None], batch: int, capacity: int, device: torch.device):
+        self.capacity, self.end = capacity, 0
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
+        self.write_slots = self.lengths
+        self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
+        slabs = [slab for pair in layout if pair for slab in pair]
+        self._stacks = {  # zeros: a slot that was never written has weight 0, and 0 times garbage could be NaN
+            slab: torch.zeros(slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device)
+            for slab in dict.fromkeys(slabs)
+        }
+        views = {slab: iter(stack) for slab, stack in self._stacks.items()}
+        layers = [TreeLayer(self, next(views[pair[0]]), next(views[pair[1]])) if pair else _Absent() for pair in layout]
+        super().__init__(layers=layers)
+
+    def open(self, first: int, count: int, end: int) -> None:
+        """Direct the next forward pass to nodes first .. first + count - 1 of the scratch, attending to slots < end."""
+        nodes = torch.arange(first, first + count, device=self.lengths.device)
+        self.write_slots = (self._starts + self.lengths[:, None] + nodes).flatten()
+        self.end = end
+
+    def keep(self, path: Tensor, count: Tensor) -> None:
+        """Commit the first count[b] nodes of path[b]: path [batch, n] int64 node indices, count [batch] int64 <= n.
+
+        path[:, 0] must be the root, which is where it belongs already.
+        """
+        if path.shape[1] > 1:
+            base = self._starts + self.lengths[:, None]
+            source = (base + path[:, 1:]).flatten()
+            target = (base + torch.arange(1, path.shape[1], device=path.device)).flatten()
+            for slab, stack in self._stacks.items():
+                flat = stack.flatten(1, 2)  # [layer, batch * slot, head, dim]
+                flat.index_copy_(1, target.to(slab.device), flat.index_select(1, source.to(slab.device)))
+        self.lengths += count
+
+
+class _Absent(RecordingLayer):
+    """A layer that uses another layer's keys and values (Gemma 3n, Gemma 4) and so is never written to."""

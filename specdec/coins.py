@@ -1,0 +1,129 @@
+"""Coins: the only randomness in the package.
+
+A coin is a uniform number in [0, 1) that is a pure function of its key: (seed, row, step, purpose, node). Nothing is
+consumed in order, so a row's stream depends on nothing but its own index, and the scalar face (specifications, the
+certifier) and the batched face (fast paths, graphs) read the very same numbers.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 2**64 / golden ratio as a signed 64-bit integer (SplitMix64's increment)
+_BLOCK = 32  # steps tabulated at once, so that hashing costs nothing per step
+
+
+class Purpose(IntEnum):
+    """What a coin decides. Coins of different purposes are independent."""
+
+    DRAFT = 0  # the token of the node that the coin belongs to
+    ACCEPT = 1  # whether that node is accepted
+    EMIT = 2  # the recovered or bonus token emitted at that node
+
+
+class Coins:
+    """Uniforms for a batch, addressed by (row, step, purpose, node).
+
+    Args:
+        seed: any integer; the same seed gives the same coins.
+        batch: number of rows.
+        nodes: largest tree (in nodes, the root included) that will be addressed.
+        device: where the tensors of the batched face live.
+    """
+
+    enumerates = False  # True for coins that follow every outcome: rules then run their scalar specification
+
+    def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu"):
+        self.batch, self.nodes, self.device = batch, nodes, torch.device(device)
+        self.step = 0
+        self._seed = (seed + 2**63) % 2**64 - 2**63
+        self._table = torch.empty(0)
+        self._first = -_BLOCK
+
+    def uniforms(self, purpose: Purpose) -> Tensor:
+        """This step's coins of one purpose: [batch, node] float64 in [0, 1)."""
+        if not self._first <= self.step < self._first + _BLOCK:
+            self._first = self.step - self.step % _BLOCK
+            self._table = _tabulate(self._seed, self.batch, self._first, self.nodes, self.device)
+        return self._table[self.step - self._first, purpose]
+
+    def picks(self, nodes: range, weights: Tensor) -> Tensor:
+        """Draw the tokens of some nodes, each with its own coin.
+
+        Args:
+            nodes: indices in the tree of the nodes whose tokens are drawn.
+            weights: [batch, len(nodes), vocab] unnormalised and non-negative.
+
+        Returns:
+            [batch, len(nodes)] int64, by inverse CDF in index order. Tokens of weight 0 are never drawn (where all
+            weights are 0 the result is arbitrary, but a token).
+        """
+        coins = self.uniforms(Purpose.DRAFT)[:, nodes.start : nodes.stop : nodes.step]
+        return inverse_cdf(weights, coins).clamp_(max=weights.shape[-1] - 1)
+
+    def row(self, row: int) -> RowCoins:
+        """The scalar face of one row."""
+        return RowCoins(self, row)
+
+
+class RowCoins:
+    """One row's coins, one at a time: what a rule's specification flips."""
+
+    def __init__(self, coins: Coins, row: int):
+        self._coins, self._row = coins, row
+
+    def _uniform(self, purpose: Purpose, node: int) -> float:
+        return float(self._coins.uniforms(purpose)[self._row, node])
+
+    def accept(self, node: int, probability: float) -> bool:
+        """True with the given probability (values above 1 by rounding count as 1)."""
+        return self._uniform(Purpose.ACCEPT, node) < probability
+
+    def pick(self, node: int, probabilities: np.ndarray, purpose: Purpose = Purpose.EMIT) -> int:
+        """An index drawn from `probabilities` [vocab] by inverse CDF in index order; never one of probability 0."""
+        cdf = np.cumsum(np.asarray(probabilities, dtype=np.float64))
+        threshold = min(self._uniform(purpose, node) * cdf[-1], np.nextafter(cdf[-1], 0))
+        return int(np.searchsorted(cdf, threshold, side="right"))
+
+    def law(self, weights: np.ndarray) -> np.ndarray:
+        """`weights` [vocab] normalised in the arithmetic of these coins (float64 here, fractions when enumerating)."""
+        weights = weights.astype(np.float64)
+        return weights / weights.sum()
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [...] int64 whose CDF under unnormalised `weights` [..., vocab] first exceeds `uniforms` [...]."""
+    # float64: a float32 running sum over a large vocabulary moves thresholds by more than its own rounding
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    total = cdf[..., -1]
+    threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, threshold[..., None], right=True)[..., 0]
+
+
+def _tabulate(seed: int, batch: int, first: int, nodes: int, device: torch.device) -> Tensor:
+    """[_BLOCK, purpose, batch, node] float64 uniforms for the steps first .. first + _BLOCK - 1."""
+
+    def axis(start: int, count: int, dim: int) -> Tensor:
+        shape = [1, 1, 1, 1]
+        shape[dim] = count
+        return torch.arange(start, start + count, device=device).view(shape)
+
+    state = _mix(torch.tensor(seed, device=device))
+    for field in (axis(0, batch, 2), axis(first, _BLOCK, 0), axis(0, len(Purpose), 1), axis(0, nodes, 3)):
+        state = _mix(state + (field + 1) * _GOLDEN)
+    return _shift(state, 11).double() * 2.0**-53
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift of int64 is arithmetic; hashing needs the logical one
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection of int64 with full avalanche."""
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)

@@ -1,0 +1,51 @@
+"""A small trained pair that ships with the package: try every method offline, in seconds, on one CPU core.
+
+    pair = specdec.demo.load()
+    pair.tokenizer(pair.prompts[0].text)
+
+`CARD.md` beside this file says what the models are, what they were trained on and how good they are.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).parent
+
+
+class Prompt(NamedTuple):
+    """The beginning of a text that neither model was trained on; `task` is functions, docstrings, tests or prose."""
+
+    id: str
+    task: str
+    text: str
+
+
+class Demo(NamedTuple):
+    """Models in eval mode on the CPU that share one tokenizer, of 4096 tokens, and 64 prompts of 60 to 200 tokens."""
+
+    target: PreTrainedModel  # 6 layers, trained so that early exits of it are drafts too
+    draft: PreTrainedModel  # 1 layer, distilled from the target
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+
+
+def load(dtype: torch.dtype = torch.float32) -> Demo:
+    """The pair, its tokenizer and its prompts, from the package's folder; `FileNotFoundError` without weights."""
+    for name in ("target/model.safetensors", "draft/model.safetensors", "tokenizer/tokenizer.json", "prompts.jsonl"):
+        if not (FOLDER / name).exists():
+            raise FileNotFoundError(
+                f"{FOLDER / name} is missing: reinstall the package, or train the pair with "
+                "`python experiments/train_demo.py` (about 95 minutes on one CPU core)"
+            )
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
+    rows = map(json.loads, (FOLDER / "prompts.jsonl").read_text("utf-8").splitlines())
+    prompts = [Prompt(row["id"], row["task"], row["prompt"]) for row in rows]
+    return Demo(_model("target", dtype), _model("draft", dtype), tokenizer, prompts)
+
+
+def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=dtype, local_files_only=True).eval()

@@ -1,0 +1,102 @@
+"""A small model drafts for a large one (Leviathan et al., arXiv:2211.17192), along any tree policy."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.sampling import Sampling
+from specdec.target import CachedModel, Target
+from specdec.tree import DraftTree, TreeSpec, chain, root_only
+from specdec.trees.policy import Frontier, TreePolicy, drive
+from specdec.trees.widths import Chain
+
+
+class ModelDrafter(Drafter):
+    """Drafts with a Hugging Face causal LM that shares the target's tokenizer.
+
+    Args:
+        model: the draft model, any that could be a target.
+        tree: the tree policy; a chain of 4 by default.
+        tokenizer: the draft's own tokenizer. Needed only when the two vocabularies differ in size, to check that one
+            is the other plus padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, tree: TreePolicy | None = None, tokenizer: Any = None):
+        self.model, self.tree, self.tokenizer = model, tree or Chain(4), tokenizer
+        self._cached = CachedModel(model)
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return self.tree.spec(sampling)
+
+    def patched(self) -> AbstractContextManager[None]:
+        return self._cached.patch
+
+    def start(self, target: Target, context: Context) -> None:
+        self._check_vocabulary(target.vocab, context.tokenizer)
+        limit, capacity = self._cached.context_length, context.tokens.shape[1]
+        if limit is not None and context.max_length > limit:
+            raise ValueError(
+                f"The draft model reads at most {limit} tokens, but a text may grow to {context.max_length}; lower "
+                "max_new_tokens, shorten the prompt or use a draft model with a longer context."
+            )
+        nodes = self.spec(context.sampling).nodes
+        self._vocab = target.vocab
+        self._cached.start(len(context.tokens), capacity + nodes)
+        self._cached.read(context.tokens, [n - 1 for n in context.host_lengths])
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        if context.max_depth == 0:
+            self._asked = None
+            return root_only(context.root)
+        self._cached.longest = max(context.host_lengths) - 1
+        self._at_root = self._read_root(context)
+        grown = drive(self.tree.grow(context, coins), self._score)
+        self._asked = grown.asked
+        return grown.tree
+
+    def commit(self, acceptance: Acceptance) -> None:
+        if self._asked is None:  # nothing was drafted, so nothing is in the cache
+            return
+        order = self._asked.gather(1, acceptance.path)
+        position = torch.arange(order.shape[1], device=order.device)
+        kept = (order >= 0) & (position < acceptance.keep[:, None])  # an accepted leaf was drawn but never read
+        self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
+
+    def _read_root(self, context: Context) -> Tensor:
+        """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
+        cache = self._cached.cache
+        missing = context.lengths - cache.lengths  # [batch], >= 1: the root, and an accepted leaf before it
+        count = int(missing.max())
+        logits = self._cached.forward(self._cached.pending(context.tokens, count), chain(len(missing), count, missing.device))
+        cache.lengths.copy_(context.lengths - 1)
+        return logits.gather(1, (missing - 1)[:, None, None].expand(-1, 1, logits.shape[2]))
+
+    def _score(self, frontier: Frontier) -> Tensor:
+        if frontier.topology.depth == 0:
+            logits = self._at_root
+        else:
+            logits = self._cached.forward(frontier.tokens, frontier.topology)
+        extra = self._vocab - logits.shape[-1]
+        return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf) if extra else logits
+
+    def _check_vocabulary(self, vocab: int, target_tokenizer: Any) -> None:
+        ours = self._cached.vocab
+        if self.tokenizer is not None and target_tokenizer is not None:
+            if self.tokenizer.get_vocab() != target_tokenizer.get_vocab():
+                raise ValueError(
+                    f"The draft's tokenizer ({len(self.tokenizer)} tokens) is not the target's ({len(target_tokenizer)} "
+                    "tokens); use a draft model trained with the target's tokenizer."
+                )
+        elif ours != vocab:
+            raise ValueError(
+                f"The draft's vocabulary has {ours} tokens, the target's {vocab}. If they differ by padding only, pass "
+                "ModelDrafter(tokenizer=...) and generate(tokenizer=...) so that this can be checked; otherwise use a "
+                "draft model with the target's tokenizer."
+            )

@@ -1,0 +1,16 @@
+"""Drafting nothing: autoregressive decoding as the same loop with trees of one node."""
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Context, Drafter
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, Law, TreeSpec, root_only
+
+
+class NoDrafter(Drafter):
+    """The baseline (`drafter=None`)."""
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return TreeSpec(frozenset({Law.POINT}), nodes=1, depth=0, width=0)
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        return root_only(context.root)

@@ -1,0 +1,219 @@
+"""The loop: propose, score, decide, commit. Chains, greedy decoding and batches of one are not special cases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.nothing import NoDrafter
+from specdec.inputs import Prompts, as_prompts, as_stop_tokens, as_target
+from specdec.rules import Decisions, Rule, SiblingRejection
+from specdec.sampling import Sampling, TargetLaw
+from specdec.target import Target
+from specdec.trace import Step, Trace
+from specdec.tree import DraftTree, Law
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns."""
+
+    tokens: list[Tensor]  # one 1-D int64 CPU tensor per prompt: the new tokens only
+    text: list[str] | None  # the same as text, when a tokenizer was given
+    trace: Trace
+
+    def summary(self) -> dict[str, Any]:
+        """Metrics of the run; see `specdec.trace.Trace.summary`."""
+        return self.trace.summary()
+
+
+def generate(
+    target: PreTrainedModel | Target,
+    prompts: Prompts,
+    drafter: Drafter | None = None,
+    *,
+    rule: Rule = SiblingRejection(),  # noqa: B008 - stateless
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    max_new_tokens: int = 128,
+    stop_tokens: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    trace: Literal["summary"] = "summary",
+) -> Generation:
+    """Continue the prompts; with a lossless rule, exactly as the target by itself would.
+
+    >>> out = specdec.generate(target, "def fib(n):", ModelDrafter(draft), tokenizer=tokenizer)
+    >>> out.text[0], out.summary()["acceptance_length"]
+
+    Args:
+        target: any supported causal LM from transformers, in eval mode. It is left as it was found.
+        prompts: a 1-D int64 tensor of token ids, a list of them (of any lengths), or text (with `tokenizer`).
+        drafter: who proposes; None decodes autoregressively in the same loop.
+        rule: who decides what is kept.
+        sampling: how tokens are chosen; greedy by default.
+        max_new_tokens: most new tokens per prompt.
+        stop_tokens: ids that end a text (and are its last token); None: the target's EOS ids; (): none.
+        tokenizer: needed for text prompts; gives `Generation.text`.
+        seed: every random decision is a function of (seed, index of the prompt, step).
+        trace: what to record; "summary" keeps counts and times of every step.
+
+    Raises:
+        ValueError: bad input, an unsupported model, a rule that is not lossless for the drafter's trees, or logits
+            that are no distribution; the message names the cure.
+    """
+    run = Decoding(target, prompts, drafter, rule, sampling, max_new_tokens, stop_tokens, tokenizer, seed, trace)
+    while not run.finished:
+        run.step()
+    return run.generation()
+
+
+def stream(target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any) -> Iterator[list[Tensor]]:
+    """As `generate` (same arguments), yielding the tokens of every step as they are committed.
+
+    Yields lists like `Generation.tokens`: the new tokens of each prompt, possibly none; joined together they are what
+    `generate` returns. Between the yields the model is as it was found.
+    """
+    defaults = {"rule": SiblingRejection(), "sampling": Sampling(), "max_new_tokens": 128, "stop_tokens": None}
+    run = Decoding(target, prompts, drafter, **{**defaults, "tokenizer": None, "seed": 0, "trace": "summary", **options})
+    while not run.finished:
+        yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
+
+
+class Decoding:
+    """A run in progress: its state, and the step."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel | Target,
+        prompts: Prompts,
+        drafter: Drafter | None,
+        rule: Rule,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] | None,
+        tokenizer: Any,
+        seed: int,
+        trace: str,
+        coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
+    ):
+        began = time.perf_counter()
+        if trace != "summary":
+            raise ValueError(f"trace={trace!r}: the only kind of trace is 'summary'.")
+        self.target, self.drafter, self.rule = as_target(target), drafter or NoDrafter(), rule
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        rows = as_prompts(prompts, tokenizer, self.target, max_new_tokens)
+        sampling, processors = sampling.bind(self.target.model, rows)
+        self.spec = self.drafter.spec(sampling)
+        rule.check(self.spec)
+        device = self.target.device
+        eos = as_stop_tokens(stop_tokens, self.target.stop_tokens, self.target.vocab)
+        self.stop_tokens = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.coins = (coins or (lambda batch, nodes: Coins(seed, batch, nodes, device)))(len(rows), self.spec.nodes)
+        self.context = _context(rows, max_new_tokens, self.spec.nodes, self.target, sampling, processors, tokenizer)
+        self.emitted: list[list[int]] = [[] for _ in rows]
+        self.budget = torch.full((len(rows),), max_new_tokens, device=device)  # [batch] int64: 0 for rows that ended
+        self.finished = False
+        with torch.inference_mode(), self._patched():
+            self.target.start(self.context, self.context.tokens.shape[1], self.drafter.uses_hidden)
+            self.drafter.start(self.target, self.context)
+        self.trace = Trace(prefill_seconds=time.perf_counter() - began)
+
+    def step(self) -> Acceptance:
+        """One round for every row: propose, score, decide, commit."""
+        clock = [time.perf_counter()]
+        with torch.inference_mode(), self._patched():
+            tree = self.drafter.propose(self.context, self.coins)
+            clock.append(time.perf_counter())
+            logits = self.target.score(tree, self.context)
+            clock.append(time.perf_counter())
+            law = TargetLaw(logits, tree, self.context)
+            acceptance, tried = self._accept(tree, law, self.rule(tree, law, self.coins))
+            self.target.commit(acceptance)
+            decided = time.perf_counter()
+            self.drafter.commit(acceptance)
+            clock.append(time.perf_counter())
+        self.coins.step += 1
+        draft = clock[1] - clock[0] + clock[3] - decided
+        emitted = [len(row) for row in acceptance.emitted]
+        step = Step(tree.tokens.shape[1], emitted, acceptance.accepted, tried, draft, clock[2] - clock[1], decided - clock[2])
+        self.trace.steps.append(step)
+        return acceptance
+
+    def generation(self) -> Generation:
+        """Everything emitted so far."""
+        tokens = [torch.tensor(row, dtype=torch.int64) for row in self.emitted]
+        decode = self.tokenizer.decode if self.tokenizer is not None else None
+        return Generation(tokens, decode and [decode(row, skip_special_tokens=True) for row in self.emitted], self.trace)
+
+    def _patched(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(self.target.patched())
+        stack.enter_context(self.drafter.patched())
+        return stack
+
+    def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> tuple[Acceptance, list[int]]:
+        """Cut the decisions at stop tokens and budgets and append what is left to the text: the step's only host copy."""
+        context, path, accepted = self.context, decisions.path, decisions.accepted[:, None]
+        place = torch.arange(path.shape[1], device=path.device)
+        new = tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])  # [batch, depth + 1]
+        ends = torch.isin(new, self.stop_tokens) & (place <= accepted)
+        first_end = torch.where(ends, place, path.shape[1]).amin(1)
+        running = self.budget > 0
+        count = torch.minimum(torch.minimum(decisions.accepted, first_end) + 1, self.budget)  # [batch]: 0 where ended
+        self.budget = torch.where(first_end < count, 0, self.budget - count)
+        context.tokens.scatter_(1, context.lengths[:, None] + place, new)
+        context.lengths += count
+        columns = [count, decisions.accepted, _has_children(tree, path.gather(1, accepted)), self.budget, law.invalid() & running]
+        *news, counts, taken, more, left, invalid = torch.cat([new, torch.stack(columns, 1)], 1).T.tolist()
+        if any(invalid):
+            raise ValueError(_INVALID.format(rows=[b for b, bad in enumerate(invalid) if bad], model=self.target))
+        emitted = [list(row[:n]) for row, n in zip(zip(*news, strict=True), counts, strict=True)]
+        for text, tokens in zip(self.emitted, emitted, strict=True):
+            text.extend(tokens)
+        context.host_lengths = [length + n for length, n in zip(context.host_lengths, counts, strict=True)]
+        context.max_depth = min(self.spec.depth, max(left) - 1)
+        self.finished = not any(left)
+        kept = [min(a, n) for a, n in zip(taken, counts, strict=True)]
+        tried = [min(a + m, n) for a, m, n in zip(taken, more, counts, strict=True)]
+        return Acceptance(path, count, emitted, kept, [not n for n in left]), tried
+
+
+_INVALID = (
+    "The target's logits are NaN, or all -inf, at a node that decides the text of prompt(s) {rows}. Check the model's "
+    "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."
+)
+
+
+def _has_children(tree: DraftTree, node: Tensor) -> Tensor:
+    """[batch] int64: 1 where the row drafted children of `node` [batch, 1]."""
+    children = tree.topology.children.gather(1, node[..., None].expand(-1, -1, tree.topology.children.shape[2]))[:, 0]
+    exists = (children > 0) & (tree.laws.gather(1, children.clamp(min=0)) != Law.PADDING)
+    return exists.any(1).long()
+
+
+def _context(rows, max_new_tokens, nodes, target, sampling, processors, tokenizer) -> Context:
+    lengths = [len(row) for row in rows]
+    longest = max(lengths) + max_new_tokens
+    tokens = torch.zeros((len(rows), longest + nodes), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+    return Context(
+        tokens=tokens.to(target.device),
+        lengths=torch.tensor(lengths, device=target.device),
+        host_lengths=lengths,
+        max_length=longest,
+        max_depth=max_new_tokens - 1,
+        sampling=sampling,
+        processors=processors,
+        vocab=target.vocab,
+        tokenizer=tokenizer,
+    )

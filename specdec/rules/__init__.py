@@ -1,0 +1,6 @@
+"""Acceptance rules: who decides which drafted tokens stay. One rule per file."""
+
+from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.rules.sibling import SiblingRejection
+
+__all__ = ["Decision", "Decisions", "Rule", "SiblingRejection"]

@@ -1,0 +1,70 @@
+"""The contract of an acceptance rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins, RowCoins
+from specdec.sampling import RowLaw, TargetLaw
+from specdec.tree import DraftTree, RowTree, TreeSpec
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rule decided for one row."""
+
+    path: list[int]  # accepted nodes from the root (index 0, always there) downwards
+    token: int  # the recovered or bonus token, emitted after the last accepted node
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """What a rule decided for a batch."""
+
+    path: Tensor  # [batch, depth + 1] int64: accepted nodes from the root down; entries past `accepted` are unused
+    accepted: Tensor  # [batch] int64: number of accepted drafted tokens (the root does not count)
+    token: Tensor  # [batch] int64: the recovered or bonus token
+
+
+class Rule(ABC):
+    """Decides which drafted tokens are kept and what is emitted after them.
+
+    Write `decide` and the rule works with batches, trees, traces and the certificate
+    (`specdec.testing.assert_lossless(MyRule())`). A rule that is to be fast also overrides `decide_batch` with tensor
+    code that makes the same decisions on the same coins.
+    """
+
+    lossless: ClassVar[bool]  # True when the emitted text has exactly the target's law for every tree `check` admits
+
+    def check(self, spec: TreeSpec) -> None:  # noqa: B027 - optional: most rules accept every tree
+        """Raise ValueError, naming the cure, when this rule is not what it claims for such trees."""
+
+    @abstractmethod
+    def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
+        """The specification, for one row.
+
+        Args:
+            tree: `tokens`, `children(node)` and `draws(node, vocab)`: children with the law each was drawn from.
+            target_law: `probs(node)` [vocab]: the target's law after the path to `node`; evaluated when asked for.
+            coins: `accept(node, probability)` and `pick(node, probabilities)`; each node's coins are its own.
+        """
+
+    def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        """The decisions for every row; by default `decide`, row by row."""
+        rows = []
+        for b in range(len(tree.tokens)):
+            flips = coins.row(b)
+            rows.append(self.decide(tree.row(b, flips), target_law.row(b, flips), flips))
+        device, width = tree.tokens.device, tree.topology.depth + 1
+        path = torch.tensor([r.path + [0] * (width - len(r.path)) for r in rows], device=device)
+        accepted = torch.tensor([len(r.path) - 1 for r in rows], device=device)
+        return Decisions(path, accepted, torch.tensor([r.token for r in rows], device=device))
+
+    def __call__(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        """`decide_batch`, or the specification when the coins follow every outcome."""
+        return (Rule.decide_batch if coins.enumerates else type(self).decide_batch)(self, tree, target_law, coins)

@@ -1,0 +1,209 @@
+"""Sampling: from logits to the law that tokens are drawn from.
+
+The target's law after a node is a function of the logits there and, with processors, of the whole text up to there. It
+is evaluated when a rule asks for it and not before: most nodes of a tree are never visited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.coins import RowCoins
+from specdec.tree import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from specdec.drafters.drafter import Context
+
+_STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+_WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen from the target's logits: processors, temperature, top-k, top-p, min-p, in this order.
+
+    >>> Sampling()  # greedy
+    >>> Sampling(temperature=0.7, top_p=0.9)
+    >>> Sampling.from_generation_config(GenerationConfig(do_sample=True, repetition_penalty=1.2))
+
+    Args:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k largest logits (ties with the k-th stay, as in transformers).
+        top_p: keep the smallest set of largest probabilities with mass >= top_p. Ties with the smallest one kept stay
+            too; transformers keeps some of them, depending on its sort.
+        min_p: keep tokens at least this fraction as probable as the most probable one.
+        processors: transformers `LogitsProcessor`s, called with the text up to each node that a rule visits.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    processors: tuple[Any, ...] = ()
+    generation_config: GenerationConfig | None = field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "processors", tuple(self.processors))
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature}: must be finite and >= 0; use 0 for greedy decoding.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: must be >= 1; use None to keep every token.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]; use None to keep every token.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: must be in [0, 1]; use None to keep every token.")
+        for processor in self.processors:
+            _refuse_stateful(processor)
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig, **overrides: Any) -> Sampling:
+        """The law of `model.generate(generation_config=config, **overrides)`.
+
+        The processors are the ones that transformers itself builds from the config, the target's defaults and the
+        prompt, so they are built per row when generation starts.
+        """
+        config = type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config
+        if (config.num_beams or 1) > 1:
+            raise ValueError(f"num_beams={config.num_beams}: beam search is not sampling; set num_beams=1.")
+        return cls(generation_config=config)
+
+    def bind(self, model: PreTrainedModel | None, prompts: Sequence[Tensor]) -> tuple[Sampling, list[tuple[Any, ...]]]:
+        """This sampling with every field resolved, and each row's processors."""
+        if self.generation_config is None:
+            return self, [self.processors] * len(prompts)
+        if model is None:
+            raise ValueError("Sampling.from_generation_config needs a transformers target; give the fields by hand.")
+        bound, rows = self, []
+        for prompt in prompts:
+            config, built = _transformers_processors(model, prompt, self.generation_config)
+            bound, processors = _split(config, built)
+            rows.append(processors)
+        return bound, rows
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The law [..., vocab] that `logits` [..., vocab] give, processors aside; at least float32."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+        scores = (logits if logits.dtype == torch.float64 else logits.float()) / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            scores = _keep(scores, scores >= scores.topk(self.top_k).values[..., -1:])
+        if self.top_p is not None and self.top_p < 1:
+            ascending = scores.sort(-1).values
+            kept = ascending.softmax(-1).cumsum(-1) > 1 - self.top_p
+            kept[..., -1] = True
+            scores = _keep(scores, scores >= ascending.gather(-1, kept.int().argmax(-1, keepdim=True)))
+        if self.min_p is not None:
+            probs = scores.softmax(-1)
+            scores = _keep(scores, probs >= self.min_p * probs.amax(-1, keepdim=True))
+        return scores.softmax(-1)
+
+
+class TargetLaw:
+    """The target's law after the nodes of a batch of trees, evaluated where it is asked for.
+
+    Args:
+        logits: [batch, node, vocab] the target's raw logits.
+        tree: the trees they belong to.
+        context: text so far, sampling and processors.
+    """
+
+    def __init__(self, logits: Tensor, tree: DraftTree, context: Context):
+        self._logits, self._tree, self._context = logits, tree, context
+        self._rows = torch.arange(len(logits), device=logits.device)
+        self._peaks: list[Tensor] = []  # largest score of every visited law: NaN or -inf there means there is no law
+
+    def at(self, nodes: Tensor) -> Tensor:
+        """The law at one node of each row: nodes [batch] int64 -> [batch, vocab]."""
+        scores = self._logits[self._rows, nodes]
+        if any(self._context.processors):
+            visited = nodes.tolist()
+            scores = torch.stack([self._processed(b, node) for b, node in enumerate(visited)])
+        self._peaks.append(scores.amax(-1))
+        return self._context.sampling.probabilities(scores)
+
+    def row(self, row: int, coins: RowCoins) -> RowLaw:
+        """The scalar face of one row."""
+        return RowLaw(self, row, coins)
+
+    def scores(self, row: int, node: int) -> Tensor:
+        """[1, vocab]: processed logits at one node."""
+        scores = self._processed(row, node) if self._context.processors[row] else self._logits[row, node]
+        self._peaks.append(scores.amax(-1).expand(len(self._rows)))
+        return scores
+
+    def probabilities(self, row: int, node: int) -> np.ndarray:
+        """[vocab]: the law at one node of one row."""
+        return self._context.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
+
+    def invalid(self) -> Tensor:
+        """[batch] bool: rows in which a visited law was no law (NaN, or every token at -inf)."""
+        return ~torch.stack(self._peaks).isfinite().all(0)
+
+    def _processed(self, row: int, node: int) -> Tensor:
+        topology, tokens = self._tree.topology, self._context.tokens[row, : self._context.host_lengths[row]]
+        below_root = topology.ancestors[row, node].nonzero()[1:, 0]
+        text = torch.cat([tokens, self._tree.tokens[row, below_root]])[None]
+        logits = self._logits[row, node]
+        scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
+        for processor in self._context.processors[row]:
+            scores = processor(text, scores)
+        return scores[0]
+
+
+class RowLaw:
+    """One row of the target's law, for specifications."""
+
+    def __init__(self, law: TargetLaw, row: int, coins: RowCoins):
+        self._law, self._row, self._coins = law, row, coins
+
+    def probs(self, node: int) -> np.ndarray:
+        """[vocab]: the target's law after the path to `node`, in the arithmetic of the coins."""
+        return self._coins.law(self._law.probabilities(self._row, node))
+
+
+def _keep(scores: Tensor, kept: Tensor) -> Tensor:
+    return scores.masked_fill(~kept, -torch.inf)
+
+
+def _refuse_stateful(processor: Any) -> None:
+    if type(processor).__name__ in _STATEFUL:
+        raise ValueError(
+            f"{type(processor).__name__} keeps state from call to call, but a tree asks for several continuations of "
+            "one text; remove it (or generate with transformers)."
+        )
+
+
+def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: GenerationConfig):
+    """(prepared config, processors) as `model.generate` would use them, by its public hook for custom decoding loops."""
+    caught: list[Any] = []
+
+    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        caught.append((generation_config, logits_processor))
+        return input_ids
+
+    model.generate(prompt[None].to(model.device), generation_config=config, custom_generate=catch)
+    return caught[0]
+
+
+def _split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tuple[Any, ...]]:
+    """Native fields for the four common warpers when they come last, and everything before them as processors."""
+    processors = list(built)
+    native: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
+    if config.do_sample:
+        cut = next((i for i, p in enumerate(processors) if type(p).__name__ in _WARPERS), len(processors))
+        if all(type(p).__name__ in _WARPERS for p in processors[cut:]):  # else a later processor needs theirs applied
+            processors = processors[:cut]
+            native = {"temperature": config.temperature or 1.0, "min_p": config.min_p, "top_p": config.top_p}
+            native["top_k"] = config.top_k or None
+    for processor in processors:
+        _refuse_stateful(processor)
+    return replace(Sampling(), **native), tuple(processors)

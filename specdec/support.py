@@ -1,0 +1,109 @@
+"""Which models can be targets: found out by running them once, not by a list of names.
+
+A model is supported when its attention goes through transformers' attention interface, its cache is made of plain
+key-value layers, and a small tree scored in one forward pass gives the logits of the paths scored one by one.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from specdec.attention import NAME, Patch, View, counting_calls, viewing
+from specdec.cache import RecordingLayer, Slab
+from specdec.tree import Topology
+
+Layout = list[tuple[Slab, Slab] | None]
+
+# Largest difference between a tree and its paths, as a fraction of the largest logit. Rounding stays orders of
+# magnitude below (measured: 1e-6 in float32); a wrong mask or position changes logits by a tenth or more.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION_TOLERANCE = 0.15
+
+_OUTSIDE_INTERFACE = "its attention does not go through transformers' attention interface"
+_SLOT_BIAS = "its position bias follows the slot in the cache, not the position in the text"
+_RECURRENT = "its recurrent state cannot be rolled back after a rejection"
+_REFUSED = {
+    **dict.fromkeys(["bloom", "mpt"], _SLOT_BIAS),
+    **dict.fromkeys(["falcon", "gptj", "gpt_neo"], _OUTSIDE_INTERFACE),
+    **dict.fromkeys(["qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "jamba", "bamba", "falcon_h1", "minimax"], _RECURRENT),
+}
+_PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+
+_layouts: WeakKeyDictionary[PreTrainedModel, tuple[tuple, Layout]] = WeakKeyDictionary()
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot score trees; the message says why."""
+
+    def __init__(self, model: PreTrainedModel, reason: str):
+        cure = "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2."
+        super().__init__(f"{type(model).__name__} cannot be decoded speculatively: {reason}. {cure}")
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per model."""
+    weight = model.get_input_embeddings().weight
+    signature = (weight.dtype, weight.device, weight.shape)
+    known = _layouts.get(model)
+    if known is None or known[0] != signature:
+        known = _layouts[model] = (signature, _probe(model))
+    return known[1]
+
+
+def _probe(model: PreTrainedModel) -> Layout:
+    kind = model.config.get_text_config().model_type
+    if kind in _REFUSED:
+        raise UnsupportedModel(model, _REFUSED[kind])
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(model, "it is an encoder-decoder model")
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModel(model, _OUTSIDE_INTERFACE)
+    layers = DynamicCache(config=model.config).layers
+    odd = sorted({type(layer).__name__ for layer in layers} - _PLAIN_LAYERS)
+    if odd or model._is_stateful:
+        raise UnsupportedModel(model, f"{_RECURRENT} (cache layers: {', '.join(odd) or 'stateful'})")
+    with torch.inference_mode():
+        logits, layout = _score_probe_tree(model, len(layers))
+        _compare_with_paths(model, logits)
+    return layout
+
+
+_PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these ids
+
+
+def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
+    device = model.get_input_embeddings().weight.device
+    topology = Topology(torch.tensor([[-1, 0, 0]], device=device), depth=1, width=2)
+    view = View(torch.zeros(1, dtype=torch.int64, device=device), topology, count=3, slots=3)
+    records = [RecordingLayer() for _ in range(layers)]
+    with Patch(model), viewing(view), counting_calls() as calls:
+        logits = model(
+            input_ids=_tokens(model, *_PROBE), position_ids=view.positions, past_key_values=Cache(layers=records), use_cache=True
+        ).logits[0]
+    if not calls:
+        raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
+    layout: Layout = [tuple(r.slabs) if r.is_initialized else None for r in records]
+    if not any(layout):
+        raise UnsupportedModel(model, "it does not write its keys and values to the cache it is given")
+    return logits, layout
+
+
+def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
+    root, *children = _PROBE
+    for node, child in enumerate(children, start=1):
+        alone = model(input_ids=_tokens(model, root, child), use_cache=False).logits[0, -1]
+        difference = float((logits[node] - alone).abs().max() / alone.abs().max())
+        quantised = getattr(model, "is_quantized", False)
+        limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
+        if not difference <= limit and bool(alone.isfinite().all()):
+            reason = f"a tree in one forward pass differs from its paths by {difference:.1e} of the largest logit"
+            raise UnsupportedModel(model, f"{reason} (limit {limit:.0e})")
+
+
+def _tokens(model: PreTrainedModel, *ids: int) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    return torch.tensor([ids], device=weight.device) % weight.shape[0]

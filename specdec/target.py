@@ -1,0 +1,171 @@
+"""Targets: what scores trees. `ModelTarget` does it for any unmodified Hugging Face causal LM that is supported.
+
+A draft model runs in the same machinery: `CachedModel` reads ragged text and scores tree nodes, with per-row lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.attention import Patch, View, viewing
+from specdec.cache import TreeCache
+from specdec.drafters.drafter import Acceptance, Context
+from specdec.support import layout_of
+from specdec.tree import DraftTree, Topology, chain
+
+_TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
+
+
+class Target(ABC):
+    """What the loop asks of a target. Subclass it to decode from something that is not a transformers model."""
+
+    vocab: int  # size of the vocabulary: the last axis of `score`
+    context_length: int | None  # longest text it can read, in tokens; None if unbounded
+    device: torch.device
+    stop_tokens: tuple[int, ...] = ()  # what ends a text unless generate(stop_tokens=...) says otherwise
+    model: PreTrainedModel | None = None
+
+    @abstractmethod
+    def start(self, context: Context, capacity: int, hidden: bool) -> None:
+        """Read the prompts up to, but not including, the root.
+
+        Args:
+            context: the batch; it stays the same object for the whole run.
+            capacity: slots per row: the longest text and the largest tree together.
+            hidden: whether to keep `context.hidden` up to date.
+        """
+
+    @abstractmethod
+    def score(self, tree: DraftTree, context: Context) -> Tensor:
+        """[batch, node, vocab]: logits after the path to each node."""
+
+    @abstractmethod
+    def commit(self, acceptance: Acceptance) -> None:
+        """Keep the accepted nodes; called after every `score`."""
+
+    def patched(self) -> AbstractContextManager[None]:
+        """Entered around every step."""
+        return nullcontext()
+
+
+class CachedModel:
+    """A Hugging Face causal LM over a batch of rows with lengths of their own."""
+
+    def __init__(self, model: PreTrainedModel):
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
+        self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
+        text = model.config.get_text_config()
+        self.vocab: int = text.vocab_size
+        self.context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.device = model.get_input_embeddings().weight.device
+        self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Begin with empty rows."""
+        self.cache = TreeCache(self.layout, batch, capacity, self.device)
+        self.longest = 0  # host bound on cache.lengths
+
+    def forward(self, tokens: Tensor, topology: Topology, logits_to_keep: int | None = None) -> Tensor:
+        """Score the last nodes of a tree whose earlier nodes were scored before.
+
+        Args:
+            tokens: [batch, count] int64, the tokens of the last `count` nodes of the topology.
+            topology: the tree so far; node i lies i slots after the committed ones.
+            logits_to_keep: how many of the last nodes get logits; all by default.
+
+        Returns:
+            [batch, count, vocab] logits.
+        """
+        count, nodes = tokens.shape[1], topology.parents.shape[1]
+        end = self.longest + nodes
+        self.cache.open(nodes - count, count, end)
+        view = View(self.cache.lengths, topology, count, end)
+        positions = view.positions
+        if self.context_length is not None:  # nodes past the budget of their row are never used: keep them in range
+            positions = positions.clamp(max=self.context_length - 1)
+        with viewing(view):
+            return self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=count if logits_to_keep is None else logits_to_keep,
+            ).logits
+
+    def read(self, tokens: Tensor, lengths: list[int]) -> None:
+        """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""
+        goal = torch.tensor(lengths, device=self.device)
+        while self.longest < max(lengths) or bool((self.cache.lengths < goal).any()):
+            count = min(max(_TOKENS // len(tokens), 1), int((goal - self.cache.lengths).max()))
+            block = self.pending(tokens, count)
+            self.forward(block, chain(len(tokens), count, self.device), logits_to_keep=1)
+            self.cache.lengths += (goal - self.cache.lengths).clamp(0, count)
+            self.longest = max(self.longest, int(self.cache.lengths.max()))
+
+    def pending(self, tokens: Tensor, count: int) -> Tensor:
+        """[batch, count] int64: the tokens of each row after its committed ones (clamped at the end of the buffer)."""
+        index = self.cache.lengths[:, None] + torch.arange(count, device=self.device)
+        return tokens.gather(1, index.clamp_(max=tokens.shape[1] - 1))
+
+    @contextlib.contextmanager
+    def capturing_hidden(self) -> Iterator[None]:
+        """Forward passes inside leave the base model's last hidden states in `hidden`."""
+
+        def catch(module, args, output):
+            self.hidden = output[0]
+
+        handle = self.model.base_model.register_forward_hook(catch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class ModelTarget(Target):
+    """A Hugging Face causal LM as target."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.cached = CachedModel(model)
+        self.model, self.vocab, self.device = model, self.cached.vocab, self.cached.device
+        self.context_length = self.cached.context_length
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.stop_tokens = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+        self._capture = nullcontext
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        with self.cached.patch, self._capture():
+            yield
+
+    def start(self, context: Context, capacity: int, hidden: bool) -> None:
+        self._capture = self.cached.capturing_hidden if hidden else nullcontext
+        self._context = context
+        self.cached.start(len(context.tokens), capacity)
+        with self._capture():
+            self.cached.read(context.tokens, [max(n - 1 - hidden, 0) for n in context.host_lengths])
+            if hidden:  # the token before the root by itself, for the state it leaves
+                self.cached.forward(self.cached.pending(context.tokens, 1), chain(len(context.tokens), 1, self.device))
+                assert self.cached.hidden is not None
+                context.hidden = self.cached.hidden[:, 0]
+                self.cached.cache.lengths.copy_(context.lengths - 1)
+
+    def score(self, tree: DraftTree, context: Context) -> Tensor:
+        self.cached.longest = max(context.host_lengths) - 1
+        return self.cached.forward(tree.tokens, tree.topology)
+
+    def commit(self, acceptance: Acceptance) -> None:
+        self.cached.cache.keep(acceptance.path, acceptance.keep)
+        if self.cached.hidden is not None:
+            last = (acceptance.keep - 1).clamp(min=0)[:, None]
+            node = acceptance.path.gather(1, last)
+            rows = torch.arange(len(node), device=node.device)
+            self._context.hidden = self.cached.hidden[rows, node[:, 0]]
+

@@ -1,0 +1,64 @@
+"""What happened, step by step, and the metrics computed from it: one definition each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop. Row lists have one entry per prompt; rows that had ended before have 0 everywhere."""
+
+    nodes: int  # size of the draft trees, the root included
+    emitted: list[int]  # tokens emitted
+    accepted: list[int]  # drafted tokens among them
+    tried: list[int]  # deepest drafted depth that was put to the test: accepted, or accepted + 1
+    draft_seconds: float
+    verify_seconds: float
+    other_seconds: float
+
+
+@dataclass
+class Trace:
+    """All steps of a run."""
+
+    prefill_seconds: float = 0.0
+    steps: list[Step] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """The metrics of the run.
+
+        Returns:
+            acceptance_length: tokens emitted per target forward and row still running, prefill excluded.
+            acceptance_rate: list over depth d = 1, 2, ...: accepted at d / drafted at d among the steps in which depth
+                d - 1 was accepted.
+            tokens: tokens emitted, all rows together.
+            tokens_per_second: those per second of decoding (prefill excluded).
+            target_forwards: forward passes of the target after prefill, each for the whole batch.
+            draft_seconds, verify_seconds, other_seconds: where decoding time went: proposing, target forwards, all
+                the rest (laws, rule, bookkeeping).
+            ttft_seconds: from the call to the first committed tokens: prefill and the first step.
+            decode_seconds: the three together.
+        """
+        tokens = sum(sum(s.emitted) for s in self.steps)
+        running = sum(n > 0 for s in self.steps for n in s.emitted)
+        seconds = {k: sum(getattr(s, k) for s in self.steps) for k in ("draft_seconds", "verify_seconds", "other_seconds")}
+        decode = sum(seconds.values())
+        first = self.steps[0] if self.steps else Step(0, [], [], [], 0.0, 0.0, 0.0)
+        return {
+            "acceptance_length": tokens / running if running else 0.0,
+            "acceptance_rate": self._rates(),
+            "tokens": tokens,
+            "tokens_per_second": tokens / decode if decode else 0.0,
+            "target_forwards": len(self.steps),
+            **seconds,
+            "ttft_seconds": self.prefill_seconds + first.draft_seconds + first.verify_seconds + first.other_seconds,
+            "decode_seconds": decode,
+        }
+
+    def _rates(self) -> list[float]:
+        tried = [n for s in self.steps for n in s.tried]
+        accepted = [n for s in self.steps for n in s.accepted]
+        depths = range(1, max(tried, default=0) + 1)
+        return [sum(a >= d for a in accepted) / sum(t >= d for t in tried) for d in depths]

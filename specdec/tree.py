@@ -1,0 +1,163 @@
+"""Draft trees: tokens, who descends from whom, and the law each token was drawn from.
+
+A node carries the law its children were drawn from, and that is all a rule needs to be exact. A chain is a tree of
+width one, the autoregressive step a tree of one node, and a greedy draft a tree of POINT nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.coins import RowCoins
+
+
+class Law(IntEnum):
+    """How the children of a node were drawn, given everything drawn before them."""
+
+    POINT = 0  # deterministic given what was known before: n-gram, top-k, beam; siblings differ
+    IID = 1  # independent draws from the node's draft law (siblings may repeat)
+    WITHOUT_REPLACEMENT = 2  # each from the draft law without the earlier siblings, renormalised
+    SAMPLED_THEN_TOP = 3  # first child from the law outside its top k - 1, then the top k - 1 themselves
+    PADDING = 4  # there is no such node (a row with fewer nodes than the batch's budget)
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """What trees a drafter may produce: the promise that rules and buffers are checked against."""
+
+    laws: frozenset[Law]
+    nodes: int  # largest number of nodes, the root included
+    depth: int  # longest path, in drafted tokens
+    width: int  # most children of one node; 1 for chains
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """Who descends from whom: fixed shapes, shared between steps by policies whose trees never change.
+
+    Args:
+        parents: [batch, node] int64; parents[:, 0] == -1 and 0 <= parents[:, i] < i for i > 0.
+        depth: longest path, in edges (a host integer, so that nothing has to be asked of the device).
+    """
+
+    parents: Tensor  # [batch, node] int64
+    depth: int
+    width: int | None = None  # most children of a node; counted (with a device synchronisation) when not given
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """[batch, node, node] bool: entry (i, j) is True when j is i or an ancestor of i."""
+        nodes = self.parents.shape[1]
+        reach = torch.eye(nodes, device=self.parents.device).expand(len(self.parents), -1, -1).clone()
+        reach[:, 1:] += torch.nn.functional.one_hot(self.parents[:, 1:], nodes)
+        for _ in range(max(self.depth - 1, 0).bit_length()):  # repeated squaring of (identity + parent)
+            reach = (reach @ reach).clamp_(max=1)
+        return reach > 0
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """[batch, node] int64: edges from the root."""
+        return self.ancestors.sum(-1) - 1
+
+    @cached_property
+    def children(self) -> Tensor:
+        """[batch, node, width] int64: child indices in the order they were drawn, -1 where there is none."""
+        nodes = self.parents.shape[1]
+        index = torch.arange(nodes, device=self.parents.device)
+        is_child = self.parents[:, None, :] == index[:, None]  # [batch, parent, child]
+        width = int(is_child.sum(-1).max()) if self.width is None else self.width
+        order = torch.where(is_child, index, nodes).sort(-1).values[..., :width]
+        return torch.where(order < nodes, order, -1)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """[batch, node, node + 2] bool: `ancestors` between a True column (the prefix) and a False one (unused slots)."""
+        return torch.nn.functional.pad(torch.nn.functional.pad(self.ancestors, (1, 0), value=True), (0, 1))
+
+
+class _Chain(Topology):
+    @cached_property
+    def ancestors(self) -> Tensor:
+        batch, nodes = self.parents.shape
+        return torch.ones(nodes, nodes, dtype=torch.bool, device=self.parents.device).tril().expand(batch, -1, -1)
+
+
+@lru_cache(maxsize=64)
+def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
+    """The topology in which every node but the last has one child."""
+    parents = torch.arange(-1, nodes - 1, device=device).expand(batch, -1)
+    return _Chain(parents, nodes - 1, min(nodes - 1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class DraftTree:
+    """A batch of draft trees of one shape.
+
+    Args:
+        tokens: [batch, node] int64; node 0 is the root, the last committed token.
+        topology: who descends from whom; parents precede children, siblings stand in the order they were drawn.
+        laws: [batch, node] uint8: `Law` of the children of each node; PADDING where a row has no such node (then
+            neither has it the node's descendants). Leaves say POINT.
+        draft_probs: [batch, internal, vocab]: the law at node i, for every node with sampled children (possibly
+            unnormalised, as long as the children were drawn from the same weights); None if all are POINT.
+    """
+
+    tokens: Tensor
+    topology: Topology
+    laws: Tensor
+    draft_probs: Tensor | None = None
+
+    def row(self, row: int, coins: RowCoins) -> RowTree:
+        """The scalar face of one row; laws come in the arithmetic of its coins."""
+        return RowTree(self, row, coins)
+
+
+def root_only(tokens: Tensor) -> DraftTree:
+    """The tree that drafts nothing. tokens: [batch] int64, the last committed ones."""
+    topology = chain(len(tokens), 1, tokens.device)
+    return DraftTree(tokens[:, None], topology, torch.zeros_like(tokens[:, None], dtype=torch.uint8))
+
+
+@dataclass
+class RowTree:
+    """One row of a draft tree, for specifications: plain lists and numpy arrays."""
+
+    tree: DraftTree
+    row: int
+    coins: RowCoins
+    tokens: list[int] = field(init=False)
+    parents: list[int] = field(init=False)
+    laws: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.tree.tokens[self.row].tolist()
+        self.parents = self.tree.topology.parents[self.row].tolist()
+        self.laws = self.tree.laws[self.row].tolist()
+
+    def children(self, node: int) -> list[int]:
+        """Node indices of the children, in the order they were drawn."""
+        return [i for i in range(node + 1, len(self.parents)) if self.parents[i] == node and self.laws[i] != Law.PADDING]
+
+    def draws(self, node: int, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(child, law [vocab] that its token was drawn from given the parent and the earlier siblings), in order."""
+        siblings, law = self.children(node), self.laws[node]
+        tokens = [self.tokens[child] for child in siblings]
+        for j, child in enumerate(siblings):
+            if law == Law.POINT or (law == Law.SAMPLED_THEN_TOP and j > 0):
+                weights = np.zeros(vocab)
+                weights[tokens[j]] = 1
+            else:
+                assert self.tree.draft_probs is not None, "a sampled law needs draft_probs"
+                weights = self.tree.draft_probs[self.row, node].double().numpy(force=True).copy()
+                if law == Law.WITHOUT_REPLACEMENT:
+                    weights[tokens[:j]] = 0
+                elif law == Law.SAMPLED_THEN_TOP:
+                    weights[tokens[1:]] = 0
+            yield child, self.coins.law(weights)

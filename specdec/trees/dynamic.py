@@ -1,0 +1,95 @@
+"""Dynamic trees (EAGLE-2, arXiv:2406.16858): a beam per depth by the draft's confidence, then the best nodes of all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Context
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy
+
+
+class Dynamic(TreePolicy):
+    """The `nodes - 1` most probable of all paths that a beam of `width` per depth meets; POINT children.
+
+    Confidence is the product of the draft's probabilities along the path (at the sampling's temperature, or 1 when it
+    is greedy). Nothing is sampled, so nodes may be chosen after the fact.
+
+    Args:
+        nodes: size of the tree, the root included.
+        depth: longest path.
+        width: beam: nodes continued per depth, and children considered for each.
+    """
+
+    def __init__(self, nodes: int = 25, depth: int = 5, width: int = 4):
+        if nodes < 2 or depth < 1 or width < 1:
+            raise ValueError(f"nodes={nodes}, depth={depth}, width={width}: need nodes >= 2, depth >= 1 and width >= 1.")
+        self.nodes, self.depth, self.width = nodes, depth, width
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width)
+
+    def grow(self, context: Context, coins: Coins) -> Growth:
+        batch, device = len(context.tokens), context.tokens.device
+        tokens = context.root[:, None]  # [batch, beam]
+        score = tokens.new_zeros((batch, 1), dtype=torch.float64)  # log-probability of each path of the beam
+        order = torch.zeros_like(tokens)  # [batch, beam]: when each was asked for
+        origin = torch.full_like(tokens, -1)  # [batch, beam]: its index among the candidates
+        asked, found = Topology(tokens.new_full((batch, 1), -1), 0, 0), _Candidates(batch, device)
+        for depth in range(1, min(self.depth, context.max_depth) + 1):
+            logits = yield Frontier(tokens, asked)
+            logp = (logits.double() / (context.sampling.temperature or 1.0)).log_softmax(-1)
+            best = logp.topk(min(self.width, logp.shape[-1]), -1)
+            score = (score[..., None] + best.values).flatten(1)
+            repeats = best.indices.shape[-1]
+            index = found.add(best.indices.flatten(1), score, origin.repeat_interleave(repeats, 1))
+            beam = score.topk(min(self.width, score.shape[1]), -1)
+            tokens, score = best.indices.flatten(1).gather(1, beam.indices), beam.values
+            parent = order.repeat_interleave(repeats, 1).gather(1, beam.indices)
+            origin = index.gather(1, beam.indices)
+            start = asked.parents.shape[1]
+            order = torch.arange(start, start + tokens.shape[1], device=device).expand(batch, -1)
+            asked = Topology(torch.cat([asked.parents, parent], 1), depth, self.width)
+            if depth < min(self.depth, context.max_depth):
+                found.note_order(origin, order)
+        return found.best(self.nodes - 1, context.root, self.width)
+
+
+class _Candidates:
+    """All paths met so far; a candidate's parent is met before it and is never less probable."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.tokens = torch.zeros((batch, 0), dtype=torch.int64, device=device)
+        self.parents, self.asked, self.depths = self.tokens, self.tokens, 0
+        self.scores = self.tokens.double()
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> Tensor:
+        """Append [batch, n] candidates with parents given by candidate index (-1: the root); returns their indices."""
+        start = self.tokens.shape[1]
+        self.tokens, self.scores = torch.cat([self.tokens, tokens], 1), torch.cat([self.scores, scores], 1)
+        self.parents = torch.cat([self.parents, parents], 1)
+        self.asked = torch.cat([self.asked, torch.full_like(tokens, -1)], 1)
+        self.depths += 1
+        return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+
+    def note_order(self, index: Tensor, order: Tensor) -> None:
+        """Record when the candidates `index` [batch, n] were asked for."""
+        self.asked.scatter_(1, index, order)
+
+    def best(self, count: int, root: Tensor, width: int) -> Grown:
+        """The tree of the `count` most probable candidates."""
+        if self.depths == 0:
+            chosen = self.tokens
+        else:  # stable: among equals the earlier, so that parents come with their children
+            chosen = self.scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
+        parents = self.parents.gather(1, chosen)
+        place = torch.searchsorted(chosen.contiguous(), parents.contiguous()) + 1  # node 0 is the root
+        place = torch.where(parents < 0, 0, place)
+        root_first = torch.nn.functional.pad
+        tokens = torch.cat([root[:, None], self.tokens.gather(1, chosen)], 1)
+        topology = Topology(root_first(place, (1, 0), value=-1), self.depths, width)
+        tree = DraftTree(tokens, topology, torch.zeros_like(tokens, dtype=torch.uint8))
+        return Grown(tree, root_first(self.asked.gather(1, chosen), (1, 0)))

@@ -1,0 +1,117 @@
+"""The contract of a tree policy, and how children are drawn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Context
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Nodes whose continuations a policy asks for."""
+
+    tokens: Tensor  # [batch, count] int64
+    topology: Topology  # of all nodes asked for so far, these last; node 0 is the root
+
+
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """A finished tree."""
+
+    tree: DraftTree
+    asked: Tensor  # [batch, node] int64: the order in which each node was asked for, -1 for nodes that never were
+
+
+Growth = Generator[Frontier, Tensor, Grown]
+
+
+class TreePolicy(ABC):
+    """Decides the shape of draft trees; drafters that can score any node grow them with it."""
+
+    @abstractmethod
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        """What trees this policy may grow under this sampling."""
+
+    @abstractmethod
+    def grow(self, context: Context, coins: Coins) -> Growth:
+        """A generator: yield a `Frontier`, receive the draft's logits [batch, count, vocab] after its nodes, repeat.
+
+        What to draw next may depend on anything drawn before. A sampled node is never dropped or re-ranked, and a
+        POINT node only on what was known before anything below it was sampled. Not deeper than `context.max_depth`.
+        """
+
+
+def drive(growth: Growth, score: Callable[[Frontier], Tensor]) -> Grown:
+    """Run a policy to the end, answering its frontiers with `score`."""
+    try:
+        frontier = next(growth)
+        while True:
+            frontier = growth.send(score(frontier))
+    except StopIteration as stop:
+        return stop.value
+
+
+@dataclass(frozen=True, eq=False)
+class Children:
+    """The children of every node of a frontier: `count` nodes with `width` children each."""
+
+    tokens: Tensor  # [batch, count * width] int64, siblings together, in the order they were drawn
+    exists: Tensor | None  # [batch, count * width] bool; None if all do
+    laws: Tensor  # [batch, count] uint8, of the parents
+    draft_probs: Tensor | None  # [batch, count, vocab]
+
+
+def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins, first: int) -> Children:
+    """Draw `width` children for each node from the draft's law under `sampling`.
+
+    Args:
+        logits: [batch, count, vocab] raw draft logits of the parents.
+        width: children per parent.
+        law: how to draw. At temperature 0 a sampled law would be one-hot, so children are the top `width` of the raw
+            logits instead, as POINT.
+        first: node index that the first child will have; its siblings and cousins follow.
+    """
+    if sampling.temperature == 0 or law == Law.POINT:
+        tokens = logits.topk(width, -1).indices.flatten(1)
+        return Children(tokens, None, torch.full_like(logits[..., 0], Law.POINT, dtype=torch.uint8), None)
+    probs = sampling.probabilities(logits)
+    laws = torch.full_like(probs[..., 0], law, dtype=torch.uint8)
+    if law == Law.SAMPLED_THEN_TOP:
+        tokens, exists, laws = _sampled_then_top(probs, width, laws, coins, first)
+    else:
+        tokens, exists = _sampled(probs, width, law, coins, first)
+    return Children(tokens.flatten(1), None if exists is None else exists.flatten(1), laws, probs)
+
+
+def _sampled(probs: Tensor, width: int, law: Law, coins: Coins, first: int) -> tuple[Tensor, Tensor | None]:
+    """[batch, count, width] tokens, and which of them exist: without replacement a small support runs out."""
+    batch, count, vocab = probs.shape
+    if law == Law.IID:
+        weights = probs[:, :, None].expand(-1, -1, width, -1).reshape(batch, count * width, vocab)
+        return coins.picks(range(first, first + count * width), weights).view(batch, count, width), None
+    weights, tokens, exists = probs.clone(), [], []
+    for j in range(width):
+        exists.append(weights.sum(-1) > 0)
+        tokens.append(coins.picks(range(first + j, first + count * width, width), weights))
+        weights.scatter_(-1, tokens[-1][..., None], 0)
+    return torch.stack(tokens, -1), torch.stack(exists, -1)
+
+
+def _sampled_then_top(probs: Tensor, width: int, laws: Tensor, coins: Coins, first: int):
+    """As `_sampled`, and the laws: where the top k - 1 are the whole support, they are POINT children without a first."""
+    top = probs.topk(width - 1, -1)
+    rest = probs.scatter(-1, top.indices, 0)
+    left = rest.sum(-1) > 0
+    token = coins.picks(range(first, first + probs.shape[1] * width, width), rest)
+    tokens = torch.cat([token[..., None], top.indices], -1)
+    exists = torch.cat([left[..., None], top.values > 0], -1)
+    return tokens, exists, torch.where(left, laws, Law.POINT)

@@ -1,0 +1,93 @@
+"""Trees of fixed widths: every node at depth d has widths[d] children. A chain is widths of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Context
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw
+
+
+class Widths(TreePolicy):
+    """Every node at depth d gets widths[d] children under one law; the deepest nodes are leaves.
+
+    Args:
+        widths: children per node, from the root down.
+        law: how siblings are drawn (at temperature 0 always the top widths[d], as POINT). SAMPLED_THEN_TOP is the
+            draft of Hu et al., arXiv:2502.18779: no law with as many children is accepted more often.
+    """
+
+    def __init__(self, widths: Sequence[int], law: Law = Law.SAMPLED_THEN_TOP):
+        self.widths, self.law = tuple(widths), Law(law)
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths={list(widths)}: needs at least one level, each with at least one child.")
+        if self.law == Law.PADDING:
+            raise ValueError("law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP.")
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        laws = {Law.POINT} if sampling.temperature == 0 else {self.law}
+        if self.law == Law.SAMPLED_THEN_TOP:
+            laws.add(Law.POINT)  # where the top k - 1 are the whole support
+        nodes = 1 + sum(accumulate(self.widths, lambda a, b: a * b))
+        return TreeSpec(frozenset(laws), nodes, len(self.widths), max(self.widths))
+
+    def grow(self, context: Context, coins: Coins) -> Growth:
+        widths = self.widths[: context.max_depth]
+        shapes, asked = _shapes(widths, len(context.tokens), context.tokens.device)
+        tokens = [context.root[:, None]]
+        laws, exists, probs, first = [], None, [], 1
+        for width, shape in zip(widths, shapes, strict=False):
+            logits = yield Frontier(tokens[-1], shape)
+            level = draw(logits, width, self.law, context.sampling, coins, first)
+            first += level.tokens.shape[1]
+            tokens.append(level.tokens)
+            laws.append(_mark(level.laws, exists))
+            probs.append(level.draft_probs)
+            exists = _inherit(level.exists, exists, width)
+        laws.append(_mark(torch.zeros_like(tokens[-1], dtype=torch.uint8), exists))
+        draft_probs = torch.cat(probs, 1) if probs and probs[0] is not None else None
+        tree = DraftTree(torch.cat(tokens, 1), shapes[-1], torch.cat(laws, 1), draft_probs)
+        return Grown(tree, asked)
+
+
+class Chain(Widths):
+    """One path of `length` tokens, each drawn from the draft's law after the one before."""
+
+    def __init__(self, length: int):
+        if length < 1:
+            raise ValueError(f"length={length}: a chain drafts at least one token; use drafter=None to draft nothing.")
+        super().__init__((1,) * length, Law.IID)
+
+
+def _inherit(exists: Tensor | None, parents: Tensor | None, width: int) -> Tensor | None:
+    """Children exist where they were drawn and their parents exist."""
+    if exists is None or parents is None:
+        return exists
+    return exists & parents.repeat_interleave(width, 1)
+
+
+def _mark(laws: Tensor, exists: Tensor | None) -> Tensor:
+    return laws if exists is None else torch.where(exists, laws, Law.PADDING)
+
+
+@lru_cache(maxsize=64)
+def _shapes(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
+    """The tree cut off after each depth, from the root alone to the whole, and `Grown.asked`: the same every step."""
+    parents, level, shapes = [-1], [0], []
+    for depth, width in enumerate((*widths, 0)):
+        index = torch.tensor(parents, device=device).expand(batch, -1)
+        shapes.append(Topology(index, depth, max(widths[:depth], default=0)))
+        inner = len(parents)
+        parents += [node for node in level for _ in range(width)]
+        level = list(range(inner, len(parents)))
+    order = torch.arange(inner, device=device)
+    scored = shapes[-2].parents.shape[1] if widths else 0  # the deepest level is never asked for
+    return shapes, torch.where(order < scored, order, -1).expand(batch, -1)

@@ -1,0 +1,94 @@
+"""The package as a whole: what it declares, what it imports, what it leaves alone."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import specdec
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DECLARED = [Requirement(text) for group in (PROJECT["dependencies"], *EXTRAS.values()) for text in group]
+PINS = {
+    canonicalize_name(pin.name): pin
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if (text := line.partition("#")[0].strip())
+    for pin in [Requirement(text)]
+}
+
+
+def fresh_python(code: str, cwd: Path = ROOT) -> str:
+    """What `code` prints in a new interpreter that has `cwd` on its path, as `python -c` does."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_transformers_models_import_from_the_repository_root():
+    assert fresh_python("from transformers import LlamaForCausalLM as M; print(M.__name__)") == "LlamaForCausalLM"
+
+
+def test_transformers_does_not_take_our_kernels_folder_for_the_package_of_that_name():
+    """transformers optionally imports the PyPI package `kernels`, and would find ours if it were a regular package."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = "__import__('importlib.util').util.find_spec('kernels')"
+    origin = fresh_python(f"spec = {spec}; print(spec.origin if spec else None)")
+    assert origin == "None" or not Path(origin).is_relative_to(ROOT / "kernels")
+
+
+def test_importing_specdec_leaves_experiment_dependencies_out(tmp_path):
+    """Run elsewhere than in the repository, so it also shows that the installed package is found."""
+    code = "import sys, specdec; print(*{'hydra', 'omegaconf', 'wandb', 'matplotlib'} & set(sys.modules))"
+    assert fresh_python(code, cwd=tmp_path) == ""
+
+
+def test_kernels_need_neither_triton_nor_specdec(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["specdec"] = None  # importing either raises ImportError
+import specdec_kernels.reference
+print("imported")
+"""
+    assert fresh_python(code, cwd=tmp_path) == "imported"
+
+
+@pytest.mark.parametrize("requirement", DECLARED, ids=lambda requirement: requirement.name)
+def test_constraints_pin_what_pyproject_declares(requirement):
+    pin = PINS.get(canonicalize_name(requirement.name))
+    assert pin is not None, f"constraints.txt has no pin for {requirement.name}"
+    [exact] = pin.specifier
+    assert exact.operator == "=="
+    assert requirement.specifier.contains(exact.version)
+    assert str(pin.marker) == str(requirement.marker)
+
+
+def test_wheel_packages_exist():
+    folders = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def test_bundled_weights_are_not_ignored_by_git():
+    """hatch puts into the wheel what git does not ignore."""
+    files = ["specdec/demo/target/model.safetensors", "specdec/demo/tokenizer.json", "specdec/demo/prompts.jsonl"]
+    check = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    if check.returncode == 128:
+        pytest.skip(f"not a git checkout: {check.stderr.strip()}")
+    assert check.stdout == ""
+
+
+def test_version_is_the_newest_in_the_changelog():
+    newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == PROJECT["version"] == specdec.__version__
+    assert newest[1] == version("specdec"), "the installed metadata is stale: run `make install`"
