@@ -1,6 +1,6 @@
 """specdec: speculative decoding whose output distribution is proved, on any unmodified Hugging Face causal LM."""
 
-from specdec import drafters, rules, trees
+from specdec import demo, drafters, rules, testing, trees
 from specdec.coins import Coins
 from specdec.generate import Generation, generate, stream
 from specdec.sampling import Sampling
@@ -16,9 +16,11 @@ __all__ = [
     "Sampling",
     "Topology",
     "TreeSpec",
+    "demo",
     "drafters",
     "generate",
     "rules",
     "stream",
+    "testing",
     "trees",
 ]

@@ -1,0 +1,295 @@
+"""Proofs by enumeration: every coin of the real loop is followed both ways, and the laws are compared exactly.
+
+>>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
+>>> law = specdec.testing.exact_law(target, prompt, drafter, max_new_tokens=3)  # any small target and drafter
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins, Purpose, RowCoins
+from specdec.drafters import Context, Drafter, NgramDrafter
+from specdec.drafters.drafter import Acceptance
+from specdec.generate import Decoding
+from specdec.rules import Rule, SiblingRejection
+from specdec.sampling import Sampling
+from specdec.target import Target
+from specdec.tree import DraftTree, Law, TreeSpec
+from specdec.trees import Chain, Dynamic, Frontier, TreePolicy, Widths
+from specdec.trees.policy import drive
+
+Text = tuple[int, ...]
+_WAVE = 512  # rows enumerated in one batch
+
+
+class ExactCoins(Coins):
+    """Coins that follow every outcome: each row of the batch replays one script of choices and notes its siblings.
+
+    A coin is a uniform number whose interval narrows with every question asked of it, so a coin that is used twice is
+    followed as what it is, one number.
+    """
+
+    enumerates = True
+
+    def __init__(self, scripts: list[list[int]], nodes: int):
+        super().__init__(0, len(scripts), nodes)
+        self.scripts = scripts
+        self.probabilities = [Fraction(1)] * len(scripts)
+        self.branches: list[list[int]] = []
+        self.ended = [False] * len(scripts)  # rows whose text is finished: their coins decide nothing any more
+        self._place = [0] * len(scripts)
+        self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
+
+    def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
+        """The outcome of one coin, by inverse CDF of `weights` in index order."""
+        key = (row, self.step, purpose, node)
+        low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
+        outcomes, edge, total = [], Fraction(0), sum(weights)
+        for index, weight in enumerate(weights):
+            start, edge = edge, edge + weight / total
+            if max(start, low) < min(edge, high):
+                outcomes.append((index, max(start, low), min(edge, high)))
+        if self.ended[row]:
+            return outcomes[0][0]
+        index, start, edge = outcomes[self._choice(row, len(outcomes))]
+        self._intervals[key] = (start, edge)
+        self.probabilities[row] *= (edge - start) / (high - low)
+        return index
+
+    def picks(self, nodes: range, weights: Tensor) -> Tensor:
+        rows = weights.double().numpy(force=True)
+        drawn = [
+            [self.flip(b, Purpose.DRAFT, node, w) if any(w := _fractions(rows[b, j])) else 0 for j, node in enumerate(nodes)]
+            for b in range(self.batch)
+        ]
+        return torch.tensor(drawn, device=weights.device).view(weights.shape[:2])
+
+    def row(self, row: int) -> RowCoins:
+        return _ExactRow(self, row)
+
+    def _choice(self, row: int, count: int) -> int:
+        if count == 1:
+            return 0
+        script, place = self.scripts[row], self._place[row]
+        if place == len(script):
+            self.branches += [[*script, other] for other in range(1, count)]
+            self.scripts[row] = script = [*script, 0]
+        self._place[row] += 1
+        return script[place]
+
+
+class _ExactRow(RowCoins):
+    _coins: ExactCoins
+
+    def accept(self, node: int, probability: Any) -> bool:
+        p = min(Fraction(probability), Fraction(1))
+        return self._coins.flip(self._row, Purpose.ACCEPT, node, [p, 1 - p]) == 0
+
+    def pick(self, node: int, probabilities: Any, purpose: Purpose = Purpose.EMIT) -> int:
+        return self._coins.flip(self._row, purpose, node, list(probabilities))
+
+    def law(self, weights: np.ndarray) -> np.ndarray:
+        exact = np.array(_fractions(weights), dtype=object)
+        return exact / exact.sum()
+
+
+@dataclass(frozen=True)
+class ExactLaw:
+    """The law of a generated text."""
+
+    probabilities: dict[Text, Fraction]
+    expected_tokens: float  # tokens emitted by the first step
+    paths: int  # outcomes of all coins that were followed
+
+    def total_variation(self, other: dict[Text, Fraction]) -> Fraction:
+        """Half the summed absolute difference: 0 when the laws are the same, 1 when they exclude each other."""
+        texts = self.probabilities.keys() | other.keys()
+        return sum((abs(self.probabilities.get(t, Fraction(0)) - other.get(t, Fraction(0))) for t in texts), Fraction(0)) / 2
+
+
+def exact_law(
+    target: PreTrainedModel | Target,
+    prompt: Sequence[int],
+    drafter: Drafter | None = None,
+    *,
+    rule: Rule | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 3,
+    stop_tokens: Sequence[int] = (),
+    merge: bool = True,
+) -> ExactLaw:
+    """The exact law of what the real loop generates, by following every coin.
+
+    Args:
+        target, drafter, rule, sampling, max_new_tokens, stop_tokens: as for `generate`; small vocabularies only.
+        prompt: token ids.
+        merge: start anew from each committed text, so that equal texts are followed once. False follows whole runs,
+            which takes far longer and also sees state that leaks from step to step.
+    """
+    options = (rule or SiblingRejection(), sampling or Sampling(temperature=1.0))
+    ended: dict[Text, Fraction] = defaultdict(Fraction)
+    open_texts: dict[Text, Fraction] = {(): Fraction(1)}
+    paths, expected = 0, Fraction(0)
+    while open_texts:
+        text = min(open_texts, key=len)
+        mass, budget = open_texts.pop(text), max_new_tokens - len(text)
+        outcomes = _enumerate(target, [*prompt, *text], drafter, *options, budget, stop_tokens, merge)
+        for emitted, stopped, probability in outcomes:
+            paths += 1
+            expected += probability * len(emitted) * (not text)
+            into = ended if stopped else open_texts
+            into[text + emitted] = into.get(text + emitted, Fraction(0)) + mass * probability
+    return ExactLaw(dict(ended), float(expected), paths)
+
+
+def _enumerate(target, prompt, drafter, rule, sampling, budget, stop_tokens, one_step) -> Iterable[tuple[Text, bool, Fraction]]:
+    """(tokens, ended, probability) of every outcome of one step, or of the whole run."""
+    queue: list[list[int]] = [[]]
+    while queue:
+        scripts, queue = queue[:_WAVE], queue[_WAVE:]
+        coins: list[ExactCoins] = []
+
+        def build(batch: int, nodes: int, scripts=scripts, coins=coins) -> Coins:
+            coins.append(ExactCoins(scripts, nodes))
+            return coins[0]
+
+        prompts = [torch.tensor(prompt)] * len(scripts)
+        run = Decoding(target, prompts, drafter, rule, sampling, budget, stop_tokens, None, 0, "summary", build)
+        acceptance = run.step()
+        while not (one_step or run.finished):
+            coins[0].ended = acceptance.stopped
+            acceptance = run.step()
+        for emitted, stopped, probability in zip(run.emitted, acceptance.stopped, coins[0].probabilities, strict=True):
+            yield tuple(emitted), stopped, probability
+        queue += coins[0].branches
+
+
+def target_law(
+    target: PreTrainedModel | TabularTarget,
+    prompt: Sequence[int],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 3,
+    stop_tokens: Sequence[int] = (),
+) -> dict[Text, Fraction]:
+    """The law that the target has by itself: the product of its laws after every prefix, without the loop."""
+    sampling = sampling or Sampling(temperature=1.0)
+    ended: dict[Text, Fraction] = defaultdict(Fraction)
+    open_texts: dict[Text, Fraction] = {(): Fraction(1)}
+    while open_texts:
+        text, mass = open_texts.popitem()
+        tokens = torch.tensor([*prompt, *text])
+        if isinstance(target, PreTrainedModel):
+            with torch.inference_mode():
+                scores = target(input_ids=tokens[None], use_cache=False).logits[:, -1]
+        else:
+            scores = target.logits(tuple(tokens.tolist()))[None]
+        for processor in sampling.processors:
+            scores = processor(tokens[None], scores.clone())
+        weights = _fractions(sampling.probabilities(scores)[0].double().numpy())
+        for token, weight in enumerate(weights):
+            if weight:
+                longer = (*text, token)
+                done = token in stop_tokens or len(longer) == max_new_tokens
+                (ended if done else open_texts)[longer] = mass * weight / sum(weights)
+    return dict(ended)
+
+
+class Table:
+    """A random law for every text: context-dependent logits [vocab] float64, a function of (seed, text)."""
+
+    def __init__(self, vocab: int, seed: int = 0):
+        self.vocab, self.seed = vocab, seed
+        self._known: dict[Text, Tensor] = {}
+
+    def logits(self, text: Text) -> Tensor:
+        """[vocab] float64 logits after `text`."""
+        if text not in self._known:
+            self._known[text] = torch.from_numpy(np.random.default_rng([self.seed, *text]).normal(0, 1.5, self.vocab))
+        return self._known[text]
+
+
+class TabularTarget(Table, Target):
+    """A target that is a table."""
+
+    context_length = None
+    device = torch.device("cpu")
+
+    def start(self, context: Context, capacity: int, hidden: bool) -> None: ...
+
+    def score(self, tree: DraftTree, context: Context) -> Tensor:
+        texts = _paths([context.tokens[b, :n].tolist() for b, n in enumerate(context.host_lengths)], tree.tokens, tree.topology.ancestors)
+        return torch.stack([torch.stack([self.logits(text) for text in row]) for row in texts])
+
+    def commit(self, acceptance: Acceptance) -> None: ...
+
+
+class TabularDrafter(Drafter):
+    """A drafter that is a table, growing any tree."""
+
+    def __init__(self, table: Table, tree: TreePolicy):
+        self.table, self.tree = table, tree
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return self.tree.spec(sampling)
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        prefixes = [context.tokens[b, :n].tolist() for b, n in enumerate(context.host_lengths)]
+        asked: list[Tensor] = []
+
+        def score(frontier: Frontier) -> Tensor:
+            asked.append(frontier.tokens)
+            texts = _paths(prefixes, torch.cat(asked, 1), frontier.topology.ancestors)
+            count = frontier.tokens.shape[1]
+            return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
+
+        return drive(self.tree.grow(context, coins), score).tree
+
+
+def assert_lossless(rule: Rule, *, drafters: Sequence[Drafter] | None = None, vocab: int = 3, max_new_tokens: int = 3) -> None:
+    """Raise AssertionError unless `rule` is exact on every combination of the standard battery that it admits.
+
+    The battery: chains, IID, without-replacement, sampled-then-top and dynamic trees and n-grams, at temperatures 0.7
+    and 1 and with top-k and top-p, with and without a stop token. `drafters` replaces those of the battery.
+    """
+    table = Table(vocab, seed=1)
+    trees = [Chain(2), *(Widths((2, 1), law) for law in (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)), Dynamic(5, 2, 2)]
+    drafters = drafters or [*(TabularDrafter(table, tree) for tree in trees), NgramDrafter(2)]
+    samplings = [Sampling(0.7), Sampling(1.0), Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.8)]
+    target, prompt, admitted, refusal = TabularTarget(vocab, seed=0), (0, 1, 0), 0, None
+    for drafter in drafters:
+        for sampling in samplings:
+            try:
+                rule.check(drafter.spec(sampling))
+            except ValueError as error:
+                refusal = error
+                continue
+            admitted += 1
+            options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop_tokens": (vocab - 1,)}
+            law = exact_law(target, prompt, drafter, rule=rule, **options)
+            distance = law.total_variation(target_law(target, prompt, **options))
+            what = f"{type(drafter).__name__}({getattr(drafter, 'tree', '')}) under {sampling}"
+            assert distance == 0, f"{type(rule).__name__} is not lossless: total variation {float(distance):.3g} with {what}"
+    assert admitted, f"{type(rule).__name__} refuses every drafter of the battery: {refusal}"
+
+
+def _fractions(weights: np.ndarray) -> list[Fraction]:
+    return [Fraction(float(w)) for w in weights]
+
+
+def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:
+    """The text up to each node of each row; prefixes end in the root."""
+    rows = []
+    for prefix, row, reach in zip(prefixes, tokens.tolist(), ancestors.tolist(), strict=True):
+        rows.append([(*prefix, *(t for t, on_path in zip(row[1:], line[1:], strict=True) if on_path)) for line in reach])
+    return rows
