@@ -155,7 +155,7 @@ def _descriptions(package: str) -> Iterator[tuple[str, str]]:
         for name, text in sorted(pydoc_data.topics.topics.items()):
             yield f"pydoc_data/topics/{name}", inspect.cleandoc(text)
     else:
-        yield "METADATA", str(importlib.metadata.metadata(package).get_payload() or "")
+        yield "METADATA", str(str(importlib.metadata.metadata(package).json.get("description", "")))
 
 
 def _reads_like_prose(text: str) -> bool:

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
+from typing import TypeVar
 
 import demo_data
 from transformers import PreTrainedTokenizerBase
 
+Block = TypeVar("Block", ast.FunctionDef, ast.ClassDef)
 PER_TASK, PER_FILE = 16, 2
 TOKENS = (60, 200)
 
@@ -44,42 +46,40 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return prompt if len(tokenizer(prompt)["input_ids"]) >= TOKENS[0] else ""
 
 
-def _source(text: str, node: ast.stmt) -> str:
-    lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
-    return dedent("\n".join(lines))
+def _blocks(d: demo_data.Document, kind: type[Block]) -> Iterator[tuple[Block, list[str]]]:
+    """The functions or classes of a module with their source lines, dedented."""
+    try:
+        tree = ast.parse(d.text if d.kind == "code" else "")
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, kind):
+            source = "\n".join(d.text.splitlines()[node.lineno - 1 : node.end_lineno])
+            yield node, dedent(source).splitlines()
 
 
-def _nodes(d: demo_data.Document, kinds: type | tuple[type, ...]) -> Iterator[ast.stmt]:
-    if d.kind == "code":
-        try:
-            yield from (node for node in ast.walk(ast.parse(d.text)) if isinstance(node, kinds))
-        except SyntaxError:
-            return
+def _lines_to(node: ast.FunctionDef | ast.ClassDef, child: ast.stmt) -> int:
+    return (child.end_lineno or child.lineno) - node.lineno + 1
 
 
 def _functions(d: demo_data.Document) -> Iterator[str]:
     """Signature and docstring, to be continued by the body."""
-    for node in _nodes(d, ast.FunctionDef):
+    for node, lines in _blocks(d, ast.FunctionDef):
         described = ast.get_docstring(node) and len(node.body) > 1
         if described and "test" not in d.path:
-            head = node.body[0].end_lineno - node.lineno + 2  # the docstring and the first line of the body
-            lines = _source(d.text, node).splitlines()
-            yield "\n".join(lines[:head])
+            yield "\n".join(lines[: _lines_to(node, node.body[0]) + 1])  # and the first line of the body
 
 
 def _docstrings(d: demo_data.Document) -> Iterator[str]:
     """A class up to somewhere in its docstring."""
-    for node in _nodes(d, ast.ClassDef):
+    for node, lines in _blocks(d, ast.ClassDef):
         if len(ast.get_docstring(node) or "") > 200:
-            lines = _source(d.text, node).splitlines()
-            end = node.body[0].end_lineno - node.lineno
-            yield "\n".join(lines[: min(end, 12)])
+            yield "\n".join(lines[: min(_lines_to(node, node.body[0]) - 1, 12)])
 
 
 def _tests(d: demo_data.Document) -> Iterator[str]:
     """The first half of a test function."""
-    for node in _nodes(d, ast.FunctionDef):
-        lines = _source(d.text, node).splitlines()
+    for node, lines in _blocks(d, ast.FunctionDef):
         if node.name.startswith("test") and len(lines) >= 8:
             yield "\n".join(lines[: len(lines) // 2 + 1])
 

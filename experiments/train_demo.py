@@ -1,6 +1,6 @@
 """Trains the demo pair: a 5M-parameter target with early exits and a 0.7M draft distilled from it, on one CPU core.
 
-    python experiments/train_demo.py                # everything, about 95 minutes; may be stopped, and resumes
+    python experiments/train_demo.py                # everything, about 85 minutes; may be stopped, and resumes
     python experiments/train_demo.py --stage eval   # held-out losses and sample continuations
 
 The target follows LayerSkip (arXiv:2404.16710): layers are skipped at random, deeper ones more often, and the shared
@@ -46,24 +46,25 @@ class Progress(NamedTuple):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (arXiv:2502.16982, equation 2), matrices of one shape together."""
+    """Orthogonalised Nesterov momentum (arXiv:2502.16982, section 2.1), matrices of one shape together.
+
+    Deviation: tall matrices' updates are scaled by sqrt(rows / columns), wide ones not at all, as Muon first did.
+    """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:  # None: the layer was skipped
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                updates = []
-                for p in params:
                     mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                     mean.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]))
+                    by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(mean, group["momentum"])))
+            for pairs in by_shape.values():
+                params, updates = zip(*pairs, strict=True)
                 for p, update in zip(params, orthogonalised(torch.stack(updates)), strict=True):
                     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
@@ -89,9 +90,9 @@ def build_model(shape: dict) -> LlamaForCausalLM:
     size = dict(vocab_size=VOCAB, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True)
     config = LlamaConfig(**size, **ends, **shape)
     model = LlamaForCausalLM(config)
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(weight)
     return model
 
 
@@ -128,7 +129,7 @@ def early_exit_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss to minimise and the last layer's own loss."""
     depth = len(model.model.layers)
-    drop = [MAX_LAYER_DROP * (2 ** (i / (depth - 1)) - 1) for i in range(depth)]  # equation 1 of LayerSkip
+    drop = [MAX_LAYER_DROP * (2 ** (i / (depth - 1)) - 1) for i in range(depth)]  # D(l) of LayerSkip, 4.1.1
     skipped = frozenset(i for i in range(depth) if rng.random() < drop[i])
     outputs = layer_outputs(model, ids[:, :-1], skipped)
     loss = head_loss(model, outputs[-1], ids[:, 1:])
@@ -276,7 +277,7 @@ def trained(path: Path, shape: dict) -> LlamaForCausalLM:
 def export(work: Path, out: Path) -> None:
     """Writes both models in bfloat16 and the tokenizer in the form that `from_pretrained` reads, and the prompts."""
     for name, shape in (("target", TARGET), ("draft", DRAFT)):
-        trained(work / f"{name}.pt", shape).to(torch.bfloat16).save_pretrained(out / name)
+        trained(work / f"{name}.pt", shape).bfloat16().save_pretrained(out / name)
     tokenizer = AutoTokenizer.from_pretrained(work / "data" / "tokenizer")
     shutil.copytree(work / "data" / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     demo_prompts.build(work / "data" / "held.jsonl", tokenizer, out / "prompts.jsonl")
@@ -292,17 +293,17 @@ def evaluate(work: Path, corpus: Corpus) -> None:
             print(name, kind, held_out_losses(model, corpus, kind, 64))
             ids = corpus.held_out(kind, 3)[:, :64]
             for sampling in (dict(do_sample=False), dict(do_sample=True, temperature=0.8, top_k=0)):
-                for row in model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, **sampling):
-                    print(
-                        f"--- {name} {kind} {sampling}\n{tokenizer.decode(row[:64])}<<<>>>{tokenizer.decode(row[64:])}"
-                    )
+                mask = torch.ones_like(ids)
+                for row in model.generate(ids, attention_mask=mask, max_new_tokens=96, **sampling):  # pyright: ignore
+                    print(f"--- {name} {kind} {sampling}")
+                    print(tokenizer.decode(row[:64]) + "<<<>>>" + tokenizer.decode(row[64:]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("all", "data", "target", "draft", "export", "eval"), default="all")
-    parser.add_argument("--minutes", type=float, default=70, help="CPU minutes for the target")
-    parser.add_argument("--draft-minutes", type=float, default=20, help="CPU minutes for the draft")
+    parser.add_argument("--minutes", type=float, default=66, help="CPU minutes for the target")
+    parser.add_argument("--draft-minutes", type=float, default=15, help="CPU minutes for the draft")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(

@@ -15,12 +15,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from specdec_kernels.reference.tree_attention import tree_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from specdec.tree import Topology
+from specdec_kernels.reference.tree_attention import tree_attention
 
 NAME = "specdec_tree"  # no "sdpa" or "flex_attention" in it: transformers would apply their support checks
 

@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ class TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
         super().__init__()
-        self._cache, self.keys, self.values = cache, keys, values
+        self._cache: TreeCache = cache
+        self._keys, self._values = keys, values
         self._flat = [t.flatten(0, 1) for t in (keys, values)]  # [batch * slot, head, dim]
         self.is_initialized = True
 
@@ -67,7 +69,7 @@ class TreeLayer(CacheLayerMixin):
         slots, end = self._cache.write_slots, self._cache.end
         for flat, states in zip(self._flat, (key_states, value_states), strict=True):
             flat.index_copy_(0, slots.to(flat.device), states.transpose(1, 2).flatten(0, 1))
-        return self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2)
+        return self._keys[:, :end].transpose(1, 2), self._values[:, :end].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.end, 0
@@ -96,11 +98,15 @@ class TreeCache(Cache):
         self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
         slabs = [slab for pair in layout if pair for slab in pair]
         self._stacks = {  # zeros: a slot that was never written has weight 0, and 0 times garbage could be NaN
-            slab: torch.zeros(slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device)
+            slab: torch.zeros(
+                slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device
+            )
             for slab in dict.fromkeys(slabs)
         }
         views = {slab: iter(stack) for slab, stack in self._stacks.items()}
-        layers = [TreeLayer(self, next(views[pair[0]]), next(views[pair[1]])) if pair else _Absent() for pair in layout]
+        layers: list[Any] = [
+            TreeLayer(self, next(views[pair[0]]), next(views[pair[1]])) if pair else _Absent() for pair in layout
+        ]
         super().__init__(layers=layers)
 
     def open(self, first: int, count: int, end: int) -> None:

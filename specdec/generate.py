@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,8 +41,8 @@ def generate(
     prompts: Prompts,
     drafter: Drafter | None = None,
     *,
-    rule: Rule = SiblingRejection(),  # noqa: B008 - stateless
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    rule: Rule = SiblingRejection(),
+    sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
     stop_tokens: Sequence[int] | None = None,
     tokenizer: Any = None,
@@ -76,14 +76,18 @@ def generate(
     return run.generation()
 
 
-def stream(target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any) -> Iterator[list[Tensor]]:
+def stream(
+    target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any
+) -> Iterator[list[Tensor]]:
     """As `generate` (same arguments), yielding the tokens of every step as they are committed.
 
     Yields lists like `Generation.tokens`: the new tokens of each prompt, possibly none; joined together they are what
     `generate` returns. Between the yields the model is as it was found.
     """
     defaults = {"rule": SiblingRejection(), "sampling": Sampling(), "max_new_tokens": 128, "stop_tokens": None}
-    run = Decoding(target, prompts, drafter, **{**defaults, "tokenizer": None, "seed": 0, "trace": "summary", **options})
+    run = Decoding(
+        target, prompts, drafter, **{**defaults, "tokenizer": None, "seed": 0, "trace": "summary", **options}
+    )
     while not run.finished:
         yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
 
@@ -121,7 +125,7 @@ class Decoding:
         self.context = _context(rows, max_new_tokens, self.spec.nodes, self.target, sampling, processors, tokenizer)
         self.emitted: list[list[int]] = [[] for _ in rows]
         self.budget = torch.full((len(rows),), max_new_tokens, device=device)  # [batch] int64: 0 for rows that ended
-        self.finished = False
+        self.least, self.finished = max_new_tokens, False  # least: smallest budget of the rows still running
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, self.context.tokens.shape[1], self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)
@@ -131,7 +135,7 @@ class Decoding:
         """One round for every row: propose, score, decide, commit."""
         clock = [time.perf_counter()]
         with torch.inference_mode(), self._patched():
-            tree = self.drafter.propose(self.context, self.coins)
+            tree = self._within_budget(self.drafter.propose(self.context, self.coins))
             clock.append(time.perf_counter())
             logits = self.target.score(tree, self.context)
             clock.append(time.perf_counter())
@@ -144,7 +148,9 @@ class Decoding:
         self.coins.step += 1
         draft = clock[1] - clock[0] + clock[3] - decided
         emitted = [len(row) for row in acceptance.emitted]
-        step = Step(tree.tokens.shape[1], emitted, acceptance.accepted, tried, draft, clock[2] - clock[1], decided - clock[2])
+        step = Step(
+            tree.tokens.shape[1], emitted, acceptance.accepted, tried, draft, clock[2] - clock[1], decided - clock[2]
+        )
         self.trace.steps.append(step)
         return acceptance
 
@@ -152,7 +158,9 @@ class Decoding:
         """Everything emitted so far."""
         tokens = [torch.tensor(row, dtype=torch.int64) for row in self.emitted]
         decode = self.tokenizer.decode if self.tokenizer is not None else None
-        return Generation(tokens, decode and [decode(row, skip_special_tokens=True) for row in self.emitted], self.trace)
+        return Generation(
+            tokens, decode and [decode(row, skip_special_tokens=True) for row in self.emitted], self.trace
+        )
 
     def _patched(self) -> ExitStack:
         stack = ExitStack()
@@ -160,11 +168,20 @@ class Decoding:
         stack.enter_context(self.drafter.patched())
         return stack
 
+    def _within_budget(self, tree: DraftTree) -> DraftTree:
+        """Strike out what is deeper than a row's own budget, so that its text does not depend on the other rows'."""
+        if self.least > tree.topology.depth:
+            return tree
+        beyond = tree.topology.depths > self.context.row_depths[:, None].clamp(min=0)
+        return replace(tree, laws=torch.where(beyond, Law.PADDING, tree.laws))
+
     def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> tuple[Acceptance, list[int]]:
         """Cut the decisions at stop tokens and budgets and append what is left to the text: the step's only host copy."""
         context, path, accepted = self.context, decisions.path, decisions.accepted[:, None]
         place = torch.arange(path.shape[1], device=path.device)
-        new = tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])  # [batch, depth + 1]
+        new = (
+            tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])
+        )  # [batch, depth + 1]
         ends = torch.isin(new, self.stop_tokens) & (place <= accepted)
         first_end = torch.where(ends, place, path.shape[1]).amin(1)
         running = self.budget > 0
@@ -172,7 +189,13 @@ class Decoding:
         self.budget = torch.where(first_end < count, 0, self.budget - count)
         context.tokens.scatter_(1, context.lengths[:, None] + place, new)
         context.lengths += count
-        columns = [count, decisions.accepted, _has_children(tree, path.gather(1, accepted)), self.budget, law.invalid() & running]
+        columns = [
+            count,
+            decisions.accepted,
+            _has_children(tree, path.gather(1, accepted)),
+            self.budget,
+            law.invalid() & running,
+        ]
         *news, counts, taken, more, left, invalid = torch.cat([new, torch.stack(columns, 1)], 1).T.tolist()
         if any(invalid):
             raise ValueError(_INVALID.format(rows=[b for b, bad in enumerate(invalid) if bad], model=self.target))
@@ -180,7 +203,8 @@ class Decoding:
         for text, tokens in zip(self.emitted, emitted, strict=True):
             text.extend(tokens)
         context.host_lengths = [length + n for length, n in zip(context.host_lengths, counts, strict=True)]
-        context.max_depth = min(self.spec.depth, max(left) - 1)
+        context.max_depth, context.row_depths = min(self.spec.depth, max(left) - 1), self.budget - 1
+        self.least = min((n for n in left if n), default=0)
         self.finished = not any(left)
         kept = [min(a, n) for a, n in zip(taken, counts, strict=True)]
         tried = [min(a + m, n) for a, m, n in zip(taken, more, counts, strict=True)]
@@ -212,6 +236,7 @@ def _context(rows, max_new_tokens, nodes, target, sampling, processors, tokenize
         host_lengths=lengths,
         max_length=longest,
         max_depth=max_new_tokens - 1,
+        row_depths=torch.full((len(rows),), max_new_tokens - 1, device=target.device),
         sampling=sampling,
         processors=processors,
         vocab=target.vocab,

@@ -64,7 +64,9 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
     low, high = int(row.min()), int(row.max())
     if low < 0 or high >= target.vocab:
         bad = low if low < 0 else high
-        raise ValueError(f"prompt {index} contains token id {bad}; the target's vocabulary has ids 0 to {target.vocab - 1}.")
+        raise ValueError(
+            f"prompt {index} contains token id {bad}; the target's vocabulary has ids 0 to {target.vocab - 1}."
+        )
     limit = target.context_length
     if limit is not None and len(row) + max_new_tokens > limit:
         raise ValueError(

@@ -190,7 +190,8 @@ def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: Gen
         caught.append((generation_config, logits_processor))
         return input_ids
 
-    model.generate(prompt[None].to(model.device), generation_config=config, custom_generate=catch)
+    run: Any = model.generate
+    run(prompt[None].to(model.device), generation_config=config, custom_generate=catch)
     return caught[0]
 
 

@@ -6,6 +6,7 @@ key-value layers, and a small tree scored in one forward pass gives the logits o
 
 from __future__ import annotations
 
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +30,9 @@ _RECURRENT = "its recurrent state cannot be rolled back after a rejection"
 _REFUSED = {
     **dict.fromkeys(["bloom", "mpt"], _SLOT_BIAS),
     **dict.fromkeys(["falcon", "gptj", "gpt_neo"], _OUTSIDE_INTERFACE),
-    **dict.fromkeys(["qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "jamba", "bamba", "falcon_h1", "minimax"], _RECURRENT),
+    **dict.fromkeys(
+        ["qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "jamba", "bamba", "falcon_h1", "minimax"], _RECURRENT
+    ),
 }
 _PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
@@ -46,7 +49,7 @@ class UnsupportedModel(ValueError):
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per model."""
-    weight = model.get_input_embeddings().weight
+    weight = embedding(model)
     signature = (weight.dtype, weight.device, weight.shape)
     known = _layouts.get(model)
     if known is None or known[0] != signature:
@@ -76,17 +79,20 @@ _PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these id
 
 
 def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
-    device = model.get_input_embeddings().weight.device
+    device = embedding(model).device
     topology = Topology(torch.tensor([[-1, 0, 0]], device=device), depth=1, width=2)
     view = View(torch.zeros(1, dtype=torch.int64, device=device), topology, count=3, slots=3)
-    records = [RecordingLayer() for _ in range(layers)]
+    records: list[Any] = [RecordingLayer() for _ in range(layers)]
     with Patch(model), viewing(view), counting_calls() as calls:
         logits = model(
-            input_ids=_tokens(model, *_PROBE), position_ids=view.positions, past_key_values=Cache(layers=records), use_cache=True
+            input_ids=_tokens(model, *_PROBE),
+            position_ids=view.positions,
+            past_key_values=Cache(layers=records),
+            use_cache=True,
         ).logits[0]
     if not calls:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
-    layout: Layout = [tuple(r.slabs) if r.is_initialized else None for r in records]
+    layout: Layout = [(r.slabs[0], r.slabs[1]) if r.is_initialized else None for r in records]
     if not any(layout):
         raise UnsupportedModel(model, "it does not write its keys and values to the cache it is given")
     return logits, layout
@@ -105,5 +111,10 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
 
 
 def _tokens(model: PreTrainedModel, *ids: int) -> Tensor:
-    weight = model.get_input_embeddings().weight
+    weight = embedding(model)
     return torch.tensor([ids], device=weight.device) % weight.shape[0]
+
+
+def embedding(model: PreTrainedModel) -> Tensor:
+    """[vocab, hidden]: the input embedding; token ids go to its device."""
+    return cast(Tensor, model.get_input_embeddings().weight)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from specdec.attention import Patch, View, viewing
 from specdec.cache import TreeCache
 from specdec.drafters.drafter import Acceptance, Context
-from specdec.support import layout_of
+from specdec.support import embedding, layout_of
 from specdec.tree import DraftTree, Topology, chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
@@ -65,7 +65,7 @@ class CachedModel:
         text = model.config.get_text_config()
         self.vocab: int = text.vocab_size
         self.context_length: int | None = getattr(text, "max_position_embeddings", None)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = embedding(model).device
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
 
     def start(self, batch: int, capacity: int) -> None:
@@ -168,4 +168,3 @@ class ModelTarget(Target):
             node = acceptance.path.gather(1, last)
             rows = torch.arange(len(node), device=node.device)
             self._context.hidden = self.cached.hidden[rows, node[:, 0]]
-

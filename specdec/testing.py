@@ -69,7 +69,10 @@ class ExactCoins(Coins):
     def picks(self, nodes: range, weights: Tensor) -> Tensor:
         rows = weights.double().numpy(force=True)
         drawn = [
-            [self.flip(b, Purpose.DRAFT, node, w) if any(w := _fractions(rows[b, j])) else 0 for j, node in enumerate(nodes)]
+            [
+                self.flip(b, Purpose.DRAFT, node, w) if any(w := _fractions(rows[b, j])) else 0
+                for j, node in enumerate(nodes)
+            ]
             for b in range(self.batch)
         ]
         return torch.tensor(drawn, device=weights.device).view(weights.shape[:2])
@@ -114,7 +117,10 @@ class ExactLaw:
     def total_variation(self, other: dict[Text, Fraction]) -> Fraction:
         """Half the summed absolute difference: 0 when the laws are the same, 1 when they exclude each other."""
         texts = self.probabilities.keys() | other.keys()
-        return sum((abs(self.probabilities.get(t, Fraction(0)) - other.get(t, Fraction(0))) for t in texts), Fraction(0)) / 2
+        return (
+            sum((abs(self.probabilities.get(t, Fraction(0)) - other.get(t, Fraction(0))) for t in texts), Fraction(0))
+            / 2
+        )
 
 
 def exact_law(
@@ -152,11 +158,14 @@ def exact_law(
     return ExactLaw(dict(ended), float(expected), paths)
 
 
-def _enumerate(target, prompt, drafter, rule, sampling, budget, stop_tokens, one_step) -> Iterable[tuple[Text, bool, Fraction]]:
+def _enumerate(
+    target, prompt, drafter, rule, sampling, budget, stop_tokens, one_step
+) -> Iterable[tuple[Text, bool, Fraction]]:
     """(tokens, ended, probability) of every outcome of one step, or of the whole run."""
     queue: list[list[int]] = [[]]
+    wave = _WAVE if one_step else 1  # over several steps a row's drafts may be deeper for the sake of other rows
     while queue:
-        scripts, queue = queue[:_WAVE], queue[_WAVE:]
+        scripts, queue = queue[:wave], queue[wave:]
         coins: list[ExactCoins] = []
 
         def build(batch: int, nodes: int, scripts=scripts, coins=coins) -> Coins:
@@ -228,7 +237,11 @@ class TabularTarget(Table, Target):
     def start(self, context: Context, capacity: int, hidden: bool) -> None: ...
 
     def score(self, tree: DraftTree, context: Context) -> Tensor:
-        texts = _paths([context.tokens[b, :n].tolist() for b, n in enumerate(context.host_lengths)], tree.tokens, tree.topology.ancestors)
+        texts = _paths(
+            [context.tokens[b, :n].tolist() for b, n in enumerate(context.host_lengths)],
+            tree.tokens,
+            tree.topology.ancestors,
+        )
         return torch.stack([torch.stack([self.logits(text) for text in row]) for row in texts])
 
     def commit(self, acceptance: Acceptance) -> None: ...
@@ -256,14 +269,20 @@ class TabularDrafter(Drafter):
         return drive(self.tree.grow(context, coins), score).tree
 
 
-def assert_lossless(rule: Rule, *, drafters: Sequence[Drafter] | None = None, vocab: int = 3, max_new_tokens: int = 3) -> None:
+def assert_lossless(
+    rule: Rule, *, drafters: Sequence[Drafter] | None = None, vocab: int = 3, max_new_tokens: int = 3
+) -> None:
     """Raise AssertionError unless `rule` is exact on every combination of the standard battery that it admits.
 
     The battery: chains, IID, without-replacement, sampled-then-top and dynamic trees and n-grams, at temperatures 0.7
     and 1 and with top-k and top-p, with and without a stop token. `drafters` replaces those of the battery.
     """
     table = Table(vocab, seed=1)
-    trees = [Chain(2), *(Widths((2, 1), law) for law in (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)), Dynamic(5, 2, 2)]
+    trees = [
+        Chain(2),
+        *(Widths((2, 1), law) for law in (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)),
+        Dynamic(5, 2, 2),
+    ]
     drafters = drafters or [*(TabularDrafter(table, tree) for tree in trees), NgramDrafter(2)]
     samplings = [Sampling(0.7), Sampling(1.0), Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.8)]
     target, prompt, admitted, refusal = TabularTarget(vocab, seed=0), (0, 1, 0), 0, None
@@ -275,11 +294,17 @@ def assert_lossless(rule: Rule, *, drafters: Sequence[Drafter] | None = None, vo
                 refusal = error
                 continue
             admitted += 1
-            options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop_tokens": (vocab - 1,)}
+            options: dict[str, Any] = {
+                "sampling": sampling,
+                "max_new_tokens": max_new_tokens,
+                "stop_tokens": (vocab - 1,),
+            }
             law = exact_law(target, prompt, drafter, rule=rule, **options)
             distance = law.total_variation(target_law(target, prompt, **options))
             what = f"{type(drafter).__name__}({getattr(drafter, 'tree', '')}) under {sampling}"
-            assert distance == 0, f"{type(rule).__name__} is not lossless: total variation {float(distance):.3g} with {what}"
+            assert distance == 0, (
+                f"{type(rule).__name__} is not lossless: total variation {float(distance):.3g} with {what}"
+            )
     assert admitted, f"{type(rule).__name__} refuses every drafter of the battery: {refusal}"
 
 
@@ -291,5 +316,7 @@ def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list
     """The text up to each node of each row; prefixes end in the root."""
     rows = []
     for prefix, row, reach in zip(prefixes, tokens.tolist(), ancestors.tolist(), strict=True):
-        rows.append([(*prefix, *(t for t, on_path in zip(row[1:], line[1:], strict=True) if on_path)) for line in reach])
+        rows.append(
+            [(*prefix, *(t for t, on_path in zip(row[1:], line[1:], strict=True) if on_path)) for line in reach]
+        )
     return rows

@@ -43,7 +43,9 @@ class Trace:
         """
         tokens = sum(sum(s.emitted) for s in self.steps)
         running = sum(n > 0 for s in self.steps for n in s.emitted)
-        seconds = {k: sum(getattr(s, k) for s in self.steps) for k in ("draft_seconds", "verify_seconds", "other_seconds")}
+        seconds = {
+            k: sum(getattr(s, k) for s in self.steps) for k in ("draft_seconds", "verify_seconds", "other_seconds")
+        }
         decode = sum(seconds.values())
         first = self.steps[0] if self.steps else Step(0, [], [], [], 0.0, 0.0, 0.0)
         return {

@@ -143,7 +143,9 @@ class RowTree:
 
     def children(self, node: int) -> list[int]:
         """Node indices of the children, in the order they were drawn."""
-        return [i for i in range(node + 1, len(self.parents)) if self.parents[i] == node and self.laws[i] != Law.PADDING]
+        return [
+            i for i in range(node + 1, len(self.parents)) if self.parents[i] == node and self.laws[i] != Law.PADDING
+        ]
 
     def draws(self, node: int, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
         """(child, law [vocab] that its token was drawn from given the parent and the earlier siblings), in order."""

@@ -175,6 +175,8 @@ class DropsUnlikely(TabularDrafter):
 
     def propose(self, context, coins):
         tree = super().propose(context, coins)
+        if tree.draft_probs is None:
+            return tree
         probs = tree.draft_probs[:, :1].gather(2, tree.tokens[:, 1:2, None])[..., 0]
         tree.laws[:, 1:] = torch.where(probs < 0.5, Law.PADDING, tree.laws[:, 1:])
         return tree
@@ -185,6 +187,8 @@ class ArgmaxWithSoftmax(TabularDrafter):
 
     def propose(self, context, coins):
         tree = super().propose(context, coins)
+        if tree.draft_probs is None:
+            return tree
         tree.tokens[:, 1] = tree.draft_probs[:, 0].argmax(-1)
         return tree
 

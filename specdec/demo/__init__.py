@@ -39,7 +39,7 @@ def load(dtype: torch.dtype = torch.float32) -> Demo:
         if not (FOLDER / name).exists():
             raise FileNotFoundError(
                 f"{FOLDER / name} is missing: reinstall the package, or train the pair with "
-                "`python experiments/train_demo.py` (about 95 minutes on one CPU core)"
+                "`python experiments/train_demo.py` (about 85 minutes on one CPU core)"
             )
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
     rows = map(json.loads, (FOLDER / "prompts.jsonl").read_text("utf-8").splitlines())

@@ -26,6 +26,7 @@ class Context:
     host_lengths: list[int]  # the same numbers on the host
     max_length: int  # tokens that the longest row may grow to, the prompt included
     max_depth: int  # longest path that can still be of use to any row
+    row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
     sampling: Sampling
     processors: list[tuple[Any, ...]]  # each row's logits processors
     vocab: int  # size of the target's vocabulary

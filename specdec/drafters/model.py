@@ -74,7 +74,9 @@ class ModelDrafter(Drafter):
         cache = self._cached.cache
         missing = context.lengths - cache.lengths  # [batch], >= 1: the root, and an accepted leaf before it
         count = int(missing.max())
-        logits = self._cached.forward(self._cached.pending(context.tokens, count), chain(len(missing), count, missing.device))
+        logits = self._cached.forward(
+            self._cached.pending(context.tokens, count), chain(len(missing), count, missing.device)
+        )
         cache.lengths.copy_(context.lengths - 1)
         return logits.gather(1, (missing - 1)[:, None, None].expand(-1, 1, logits.shape[2]))
 

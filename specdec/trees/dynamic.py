@@ -26,7 +26,9 @@ class Dynamic(TreePolicy):
 
     def __init__(self, nodes: int = 25, depth: int = 5, width: int = 4):
         if nodes < 2 or depth < 1 or width < 1:
-            raise ValueError(f"nodes={nodes}, depth={depth}, width={width}: need nodes >= 2, depth >= 1 and width >= 1.")
+            raise ValueError(
+                f"nodes={nodes}, depth={depth}, width={width}: need nodes >= 2, depth >= 1 and width >= 1."
+            )
         self.nodes, self.depth, self.width = nodes, depth, width
 
     def spec(self, sampling: Sampling) -> TreeSpec:
@@ -44,6 +46,9 @@ class Dynamic(TreePolicy):
             logp = (logits.double() / (context.sampling.temperature or 1.0)).log_softmax(-1)
             best = logp.topk(min(self.width, logp.shape[-1]), -1)
             score = (score[..., None] + best.values).flatten(1)
+            score = torch.where(
+                context.row_depths[:, None] < depth, -torch.inf, score
+            )  # no row draws beyond its budget
             repeats = best.indices.shape[-1]
             index = found.add(best.indices.flatten(1), score, origin.repeat_interleave(repeats, 1))
             beam = score.topk(min(self.width, score.shape[1]), -1)

@@ -30,7 +30,9 @@ class Widths(TreePolicy):
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths={list(widths)}: needs at least one level, each with at least one child.")
         if self.law == Law.PADDING:
-            raise ValueError("law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP.")
+            raise ValueError(
+                "law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP."
+            )
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         laws = {Law.POINT} if sampling.temperature == 0 else {self.law}
