@@ -75,7 +75,7 @@ def documents() -> Iterator[Document]:
     """All documents, code before the prose that was cut from the same file. The order is the same on every run."""
     seen_lines: set[int] = set()
     seen_prose: set[str] = set()
-    for package in LICENCES:
+    for package in filter(_is_installed, LICENCES):
         room = PACKAGE_BYTES
         for path, text in sorted(_python_files(package), key=lambda item: _digest(item[0])):
             if room <= 0 or _is_table(text) or _is_near_duplicate(text, seen_lines):
@@ -96,6 +96,10 @@ def is_held_out(path: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_installed(package: str) -> bool:
+    return package == "python" or any(importlib.metadata.distributions(name=package))
 
 
 def _python_files(package: str) -> Iterator[tuple[str, str]]:
