@@ -6,6 +6,7 @@ is evaluated when a rule asks for it and not before: most nodes of a tree are ne
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -191,6 +192,8 @@ def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: Gen
         return input_ids
 
     run: Any = model.generate
+    config = copy.deepcopy(config)
+    config.max_new_tokens = max(config.max_new_tokens or 1, config.min_new_tokens or 0, config.min_length or 0)
     run(prompt[None].to(model.device), generation_config=config, custom_generate=catch)
     return caught[0]
 

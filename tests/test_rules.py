@@ -32,7 +32,9 @@ class Batch:
         self.sampling, self.processors = sampling, [()] * rows
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=4), Sampling(1.0, top_p=0.8)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=4), Sampling(1.0, top_p=0.8)], ids=str
+)
 @pytest.mark.parametrize("tree", TREES, ids=lambda t: f"{type(t).__name__}_{getattr(t, 'law', Law.POINT).name}")
 def test_the_fast_path_of_sibling_rejection_equals_its_specification(tree, sampling):
     vocab, rows, rule = 9, 24, SiblingRejection()
