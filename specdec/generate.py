@@ -115,7 +115,7 @@ class Decoding:
         self.target, self.drafter, self.rule = as_target(target), drafter or NoDrafter(), rule
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         rows = as_prompts(prompts, tokenizer, self.target, max_new_tokens)
-        sampling, processors = sampling.bind(self.target.model, rows)
+        sampling, processors = sampling.bind(self.target.model, rows, max_new_tokens)
         self.spec = self.drafter.spec(sampling)
         rule.check(self.spec)
         device = self.target.device
@@ -195,10 +195,13 @@ class Decoding:
             _has_children(tree, path.gather(1, accepted)),
             self.budget,
             law.invalid() & running,
+            tree.invalid() & running,
         ]
-        *news, counts, taken, more, left, invalid = torch.cat([new, torch.stack(columns, 1)], 1).T.tolist()
-        if any(invalid):
-            raise ValueError(_INVALID.format(rows=[b for b, bad in enumerate(invalid) if bad], model=self.target))
+        *news, counts, taken, more, left, no_law, no_draft = torch.cat([new, torch.stack(columns, 1)], 1).T.tolist()
+        if any(no_law):
+            raise ValueError(_NO_LAW.format(rows=[b for b, bad in enumerate(no_law) if bad]))
+        if any(no_draft):
+            raise ValueError(_NO_DRAFT.format(rows=[b for b, bad in enumerate(no_draft) if bad]))
         emitted = [list(row[:n]) for row, n in zip(zip(*news, strict=True), counts, strict=True)]
         for text, tokens in zip(self.emitted, emitted, strict=True):
             text.extend(tokens)
@@ -211,9 +214,13 @@ class Decoding:
         return Acceptance(path, count, emitted, kept, [not n for n in left]), tried
 
 
-_INVALID = (
+_NO_LAW = (
     "The target's logits are NaN, or all -inf, at a node that decides the text of prompt(s) {rows}. Check the model's "
     "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."
+)
+_NO_DRAFT = (
+    "The draft laws of prompt(s) {rows} contain NaN or infinity (DraftTree.draft_probs). Check the draft model's weights "
+    "and dtype (float16 overflows where bfloat16 does not)."
 )
 
 

@@ -77,7 +77,9 @@ class Sampling:
             raise ValueError(f"num_beams={config.num_beams}: beam search is not sampling; set num_beams=1.")
         return cls(generation_config=config)
 
-    def bind(self, model: PreTrainedModel | None, prompts: Sequence[Tensor]) -> tuple[Sampling, list[tuple[Any, ...]]]:
+    def bind(
+        self, model: PreTrainedModel | None, prompts: Sequence[Tensor], max_new_tokens: int
+    ) -> tuple[Sampling, list[tuple[Any, ...]]]:
         """This sampling with every field resolved, and each row's processors."""
         if self.generation_config is None:
             return self, [self.processors] * len(prompts)
@@ -85,7 +87,7 @@ class Sampling:
             raise ValueError("Sampling.from_generation_config needs a transformers target; give the fields by hand.")
         bound, rows = self, []
         for prompt in prompts:
-            config, built = _transformers_processors(model, prompt, self.generation_config)
+            config, built = _transformers_processors(model, prompt, self.generation_config, max_new_tokens)
             bound, processors = _split(config, built)
             rows.append(processors)
         return bound, rows
@@ -183,7 +185,7 @@ def _refuse_stateful(processor: Any) -> None:
         )
 
 
-def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: GenerationConfig):
+def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, max_new_tokens: int):
     """(prepared config, processors) as `model.generate` would use them, by its public hook for custom decoding loops."""
     caught: list[Any] = []
 
@@ -193,7 +195,7 @@ def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: Gen
 
     run: Any = model.generate
     config = copy.deepcopy(config)
-    config.max_new_tokens = max(config.max_new_tokens or 1, config.min_new_tokens or 0, config.min_length or 0)
+    config.max_new_tokens, config.max_length = max_new_tokens, None
     run(prompt[None].to(model.device), generation_config=config, custom_generate=catch)
     return caught[0]
 

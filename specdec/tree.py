@@ -114,6 +114,12 @@ class DraftTree:
     laws: Tensor
     draft_probs: Tensor | None = None
 
+    def invalid(self) -> Tensor:
+        """[batch] bool: rows with a draft law that is none (NaN or infinite)."""
+        if self.draft_probs is None:
+            return torch.zeros_like(self.tokens[:, 0], dtype=torch.bool)
+        return ~self.draft_probs.sum((1, 2)).isfinite()
+
     def row(self, row: int, coins: RowCoins) -> RowTree:
         """The scalar face of one row; laws come in the arithmetic of its coins."""
         return RowTree(self, row, coins)

@@ -33,7 +33,7 @@ class SiblingRejection(Rule):
             p = target_law.probs(path[-1])
             for child, q in tree.draws(path[-1], len(p)):
                 x = tree.tokens[child]
-                if coins.accept(child, min(1, p[x] / q[x])):
+                if coins.accept(child, p[x] / q[x]):
                     path.append(child)
                     break
                 p = _residual(p, q)

@@ -1,0 +1,120 @@
+"""Sampling laws are those of transformers, and generation configs mean what they mean there."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specdec import Sampling
+from specdec.drafters import ModelDrafter
+from specdec.testing import exact_law
+from specdec.trees import Widths
+
+ROUNDING = 1e-12  # the same float64 operations in another order
+FLOAT32 = 1e-6  # transformers' generate rounds logits to float32, we keep float64
+VOCAB, PROMPT = 5, (1, 2, 1)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 500])
+@pytest.mark.parametrize("top_p", [None, 0.3, 0.9])
+@pytest.mark.parametrize("min_p", [None, 0.05])
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_laws_equal_those_of_the_warpers_of_transformers(temperature, top_k, top_p, min_p):
+    logits = torch.randn(64, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3  # no ties
+    scores: torch.Tensor = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+    for warper, value in ((TopKLogitsWarper, top_k), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)):
+        if value is not None:
+            scores = warper(value)(None, scores)
+    law = Sampling(temperature, top_k, top_p, min_p).probabilities(logits)
+    assert float((law - scores.softmax(-1)).abs().max()) <= ROUNDING
+
+
+def llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         max_position_embeddings=32, bos_token_id=0, eos_token_id=4, pad_token_id=0)  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    for p in model.parameters():
+        p.data *= 3 if p.dim() > 1 else 1
+    return model
+
+
+class Known(Exception):
+    """Carries the law after a prefix out of `model.generate`."""
+
+
+def law_after(model, config, prefix) -> list[float]:
+    """[vocab]: what `model.generate` samples the next token from, after `prefix` was forced upon it."""
+
+    def force(ids, scores):
+        place = ids.shape[1] - len(PROMPT)
+        if place == len(prefix):
+            raise Known(scores.softmax(-1)[0].tolist())
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor(prefix[place]), 0)
+
+    prepare = model._get_logits_processor
+    model._get_logits_processor = lambda *args, **kwargs: LogitsProcessorList([*prepare(*args, **kwargs), force])
+    try:
+        model.generate(torch.tensor([PROMPT]), generation_config=config)
+    except Known as known:
+        return known.args[0]
+    finally:
+        del model._get_logits_processor
+    raise AssertionError(f"transformers ended the text before {prefix}")
+
+
+def law_of_generate(model, config) -> dict[tuple[int, ...], Fraction]:
+    """The law of `model.generate` itself, by following its own scores after every prefix."""
+    laws, ended = {(): 1.0}, {}
+    while laws:
+        text, mass = laws.popitem()
+        for token, p in enumerate(law_after(model, config, text)):
+            if p > 0:
+                longer = (*text, token)
+                done = token == config.eos_token_id or len(longer) == config.max_new_tokens
+                (ended if done else laws)[longer] = mass * p
+    return {text: Fraction(p) for text, p in ended.items()}
+
+
+OPTIONS = [
+    {"temperature": 0.7, "top_k": 3, "top_p": 0.9},
+    {"repetition_penalty": 1.8},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[3], [2, 1]], "top_k": 0},
+    {"min_new_tokens": 2},
+    {"min_length": 5},
+    {"suppress_tokens": [2]},
+    {"begin_suppress_tokens": [3]},
+    {"forced_bos_token_id": 2},
+    {"forced_eos_token_id": 4},
+    {"exponential_decay_length_penalty": (1, 1.5)},
+    {"sequence_bias": [[[2], 1.5], [[1, 3], -2.0]]},
+    {"typical_p": 0.7},
+    {"epsilon_cutoff": 0.15},
+    {"eta_cutoff": 0.15},
+    {"min_p": 0.2, "temperature": 1.4},
+    {"renormalize_logits": True, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids="-".join)
+def test_a_generation_config_gives_the_law_of_transformers(options):
+    model, draft = llama(0), llama(1)
+    config = GenerationConfig(
+        do_sample=True, max_new_tokens=2, eos_token_id=4, pad_token_id=0, bos_token_id=0, **options
+    )
+    sampling = Sampling.from_generation_config(config)
+    drafter = ModelDrafter(draft, Widths((2,)))
+    # without merging, as what a config means depends on where the prompt ends
+    law = exact_law(model, PROMPT, drafter, sampling=sampling, max_new_tokens=2, stop_tokens=(4,), merge=False)
+    assert float(law.total_variation(law_of_generate(model, config))) <= FLOAT32
