@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.drafters.nothing import NoDrafter
-from specdec.inputs import Prompts, as_prompts, as_stop_tokens, as_target
+from specdec.inputs import Prompts, as_int, as_prompts, as_stop_tokens, as_target, check_kind
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
 from specdec.target import Target
@@ -29,7 +29,7 @@ class Generation:
 
     tokens: list[Tensor]  # one 1-D int64 CPU tensor per prompt: the new tokens only
     text: list[str] | None  # the same as text, when a tokenizer was given
-    trace: Trace
+    trace: Trace = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Metrics of the run; see `specdec.trace.Trace.summary`."""
@@ -61,7 +61,8 @@ def generate(
         rule: who decides what is kept.
         sampling: how tokens are chosen; greedy by default.
         max_new_tokens: most new tokens per prompt.
-        stop_tokens: ids that end a text (and are its last token); None: the target's EOS ids; (): none.
+        stop_tokens: ids that end a text (and are its last token); None: the EOS ids of `sampling`'s generation config,
+            or else the target's; (): none.
         tokenizer: needed for text prompts; gives `Generation.text`.
         seed: every random decision is a function of (seed, index of the prompt, step).
         trace: what to record; "summary" keeps counts and times of every step.
@@ -112,20 +113,29 @@ class Decoding:
         began = time.perf_counter()
         if trace != "summary":
             raise ValueError(f"trace={trace!r}: the only kind of trace is 'summary'.")
-        self.target, self.drafter, self.rule = as_target(target), drafter or NoDrafter(), rule
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.target, self.drafter, self.rule = as_target(target), NoDrafter() if drafter is None else drafter, rule
+        for name, part, kind in (
+            ("drafter", self.drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)
+        ):  # fmt: skip
+            check_kind(name, part, kind)
+        max_new_tokens, seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
+        self.tokenizer = tokenizer
         rows = as_prompts(prompts, tokenizer, self.target, max_new_tokens)
         sampling, processors = sampling.bind(self.target.model, rows, max_new_tokens)
         self.spec = self.drafter.spec(sampling)
         rule.check(self.spec)
         device = self.target.device
-        eos = as_stop_tokens(stop_tokens, self.target.stop_tokens, self.target.vocab)
-        self.stop_tokens = torch.tensor(eos, dtype=torch.int64, device=device)
+        config = sampling.generation_config
+        eos = self.target.stop_tokens if config is None else config.eos_token_id
+        stop = as_stop_tokens(stop_tokens, eos, self.target.vocab)
+        self.stop_tokens = torch.tensor(stop, dtype=torch.int64, device=device)
         self.coins = (coins or (lambda batch, nodes: Coins(seed, batch, nodes, device)))(len(rows), self.spec.nodes)
         self.context = _context(rows, max_new_tokens, self.spec.nodes, self.target, sampling, processors, tokenizer)
         self.emitted: list[list[int]] = [[] for _ in rows]
         self.budget = torch.full((len(rows),), max_new_tokens, device=device)  # [batch] int64: 0 for rows that ended
         self.least, self.finished = max_new_tokens, False  # least: smallest budget of the rows still running
+        for part in (self.target, self.drafter):
+            object.__setattr__(part, "run", self.context)
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, self.context.tokens.shape[1], self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)
@@ -133,12 +143,20 @@ class Decoding:
 
     def step(self) -> Acceptance:
         """One round for every row: propose, score, decide, commit."""
+        for part in (self.target, self.drafter):
+            if part.run is not self.context:
+                raise RuntimeError(_INTERRUPTED.format(part=part))
         clock = [time.perf_counter()]
         with torch.inference_mode(), self._patched():
-            tree = self._within_budget(self.drafter.propose(self.context, self.coins))
+            tree = self._propose()
             clock.append(time.perf_counter())
             logits = self.target.score(tree, self.context)
             clock.append(time.perf_counter())
+            if logits.shape != (*tree.tokens.shape, self.target.vocab):
+                due = [*tree.tokens.shape, self.target.vocab]
+                raise ValueError(
+                    f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}."
+                )
             law = TargetLaw(logits, tree, self.context)
             acceptance, tried = self._accept(tree, law, self.rule(tree, law, self.coins))
             self.target.commit(acceptance)
@@ -168,17 +186,20 @@ class Decoding:
         stack.enter_context(self.drafter.patched())
         return stack
 
-    def _within_budget(self, tree: DraftTree) -> DraftTree:
-        """Strike out what is deeper than a row's own budget, so that its text does not depend on the other rows'."""
+    def _propose(self) -> DraftTree:
+        """The drafter's trees without what is deeper than a row's own budget: its text must not depend on other rows'."""
+        context = self.context
+        tree = self.drafter.propose(context, self.coins)
+        tree.check(self.spec, len(context.lengths), context.max_depth, context.vocab)
         if self.least > tree.topology.depth:
             return tree
-        beyond = tree.topology.depths > self.context.row_depths[:, None].clamp(min=0)
+        beyond = tree.topology.depths > context.row_depths[:, None].clamp(min=0)
         return replace(tree, laws=torch.where(beyond, Law.PADDING, tree.laws))
 
     def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> tuple[Acceptance, list[int]]:
         """Cut the decisions at stop tokens and budgets and append what is left to the text: the step's only host copy."""
         context, path, accepted = self.context, decisions.path, decisions.accepted[:, None]
-        place = torch.arange(path.shape[1], device=path.device)
+        root, place = context.root, torch.arange(path.shape[1], device=path.device)
         new = (
             tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])
         )  # [batch, depth + 1]
@@ -195,7 +216,7 @@ class Decoding:
             _has_children(tree, path.gather(1, accepted)),
             self.budget,
             law.invalid() & running,
-            tree.invalid() & running,
+            tree.invalid(root) & running,
         ]
         *news, counts, taken, more, left, no_law, no_draft = torch.cat([new, torch.stack(columns, 1)], 1).T.tolist()
         if any(no_law):
@@ -219,9 +240,11 @@ _NO_LAW = (
     "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."
 )
 _NO_DRAFT = (
-    "The draft laws of prompt(s) {rows} contain NaN or infinity (DraftTree.draft_probs). Check the draft model's weights "
-    "and dtype (float16 overflows where bfloat16 does not)."
+    "The drafter proposed trees for prompt(s) {rows} that cannot have been drawn as they say: node 0 must be the root "
+    "(context.root), and where laws are sampled, draft_probs must be there, finite, and positive at the drawn tokens. NaN "
+    "in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 does not)."
 )
+_INTERRUPTED = "{part} has begun another text since this one's last step; give each interleaved stream its own."
 
 
 def _has_children(tree: DraftTree, node: Tensor) -> Tensor:

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.target import ModelTarget, Target
 
 Prompts = Tensor | str | Sequence[Tensor] | Sequence[str]
 
 
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError unless `value` is a `kind`."""
+    if isinstance(value, kind):
+        return
+    if isinstance(value, type):
+        raise ValueError(f"{name} is the class {value.__name__}; pass an instance, {value.__name__}(...).")
+    cures = {
+        PreTrainedModel: "wrap a draft model: ModelDrafter(model)",
+        GenerationConfig: "convert it: Sampling.from_generation_config(config)",
+    }
+    cure = next((cure for other, cure in cures.items() if isinstance(value, other)), f"pass a specdec {kind.__name__}")
+    raise ValueError(f"{name} is a {type(value).__name__}; {cure}.")
+
+
+def as_int(name: str, value: Any) -> int:
+    """`value` as a Python integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: must be an integer.") from None
+
+
 def as_target(target: PreTrainedModel | Target) -> Target:
     """The target itself, or the machinery around a transformers model."""
     if isinstance(target, Target):
+        if not hasattr(target, "vocab"):
+            raise ValueError(f"{type(target).__name__} has no attribute vocab; set it to the size of the vocabulary.")
         return target
     if isinstance(target, PreTrainedModel):
         return ModelTarget(target)
@@ -27,20 +52,27 @@ def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens:
     """Prompts as 1-D int64 CPU tensors, each checked against the target."""
     if isinstance(prompts, (str, Tensor)):
         prompts = [prompts]  # type: ignore[assignment]
-    if len(prompts) == 0:
+    if isinstance(prompts, Mapping):
+        cure = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
+        raise ValueError(f"prompts is a {type(prompts).__name__}; {cure}.")
+    given = list(prompts)
+    if not given:
         raise ValueError("prompts is an empty list; pass at least one prompt.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be >= 1.")
-    rows = [_as_tokens(prompt, i, tokenizer) for i, prompt in enumerate(prompts)]
+    rows = [_as_tokens(prompt, i, tokenizer) for i, prompt in enumerate(given)]
     for i, row in enumerate(rows):
         _check_row(row, i, target, max_new_tokens)
     return rows
 
 
-def as_stop_tokens(stop_tokens: Sequence[int] | None, default: Sequence[int], vocab: int) -> tuple[int, ...]:
-    """Token ids that end a text; `default` when not given."""
-    tokens = tuple(int(t) for t in (default if stop_tokens is None else stop_tokens))
-    if stop_tokens is not None and (bad := [t for t in tokens if not 0 <= t < vocab]):
+def as_stop_tokens(stop_tokens: Any, eos: Any, vocab: int) -> tuple[int, ...]:
+    """Token ids that end a text; those of a generation config's eos_token_id when not given."""
+    given = stop_tokens is not None
+    wanted = stop_tokens if given else () if eos is None else eos
+    many = wanted if isinstance(wanted, (Sequence, Tensor)) and not isinstance(wanted, str) else [wanted]
+    tokens = tuple(as_int("stop_tokens", t) for t in many)
+    if given and (bad := [t for t in tokens if not 0 <= t < vocab]):
         raise ValueError(f"stop_tokens={bad} are no token ids: the vocabulary has ids 0 to {vocab - 1}.")
     return tokens
 

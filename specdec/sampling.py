@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from specdec.drafters.drafter import Context
 
+_COLDEST = 1e-6  # lower temperatures would overflow float32
 _STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 _WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
 
@@ -53,9 +54,13 @@ class Sampling:
     generation_config: GenerationConfig | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
+        if callable(self.processors):
+            raise ValueError(f"processors is one {type(self.processors).__name__}; pass a sequence of them.")
         object.__setattr__(self, "processors", tuple(self.processors))
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature}: must be finite and >= 0; use 0 for greedy decoding.")
+        if not (self.temperature == 0 or _COLDEST <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature={self.temperature}: must be finite and at least {_COLDEST}, or 0 for greedy decoding."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: must be >= 1; use None to keep every token.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -72,15 +77,12 @@ class Sampling:
         The processors are the ones that transformers itself builds from the config, the target's defaults and the
         prompt, so they are built per row when generation starts.
         """
-        config = type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config
-        if (config.num_beams or 1) > 1:
-            raise ValueError(f"num_beams={config.num_beams}: beam search is not sampling; set num_beams=1.")
-        return cls(generation_config=config)
+        return cls(generation_config=type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config)
 
     def bind(
         self, model: PreTrainedModel | None, prompts: Sequence[Tensor], max_new_tokens: int
     ) -> tuple[Sampling, list[tuple[Any, ...]]]:
-        """This sampling with every field resolved, and each row's processors."""
+        """This sampling with every field resolved, `generation_config` included, and each row's processors."""
         if self.generation_config is None:
             return self, [self.processors] * len(prompts)
         if model is None:
@@ -121,7 +123,7 @@ class TargetLaw:
 
     def __init__(self, logits: Tensor, tree: DraftTree, context: Context):
         self._logits, self._tree, self._context = logits, tree, context
-        self._rows = torch.arange(len(logits), device=logits.device)
+        self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._peaks: list[Tensor] = []  # largest score of every visited law: NaN or -inf there means there is no law
 
     def at(self, nodes: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ class RowLaw:
     """One row of the target's law, for specifications."""
 
     def __init__(self, law: TargetLaw, row: int, coins: RowCoins):
-        self._law, self._row, self._coins = law, row, coins
+        self._law, self._row, self._coins, self.vocab = law, row, coins, law.vocab
 
     def probs(self, node: int) -> np.ndarray:
         """[vocab]: the target's law after the path to `node`, in the arithmetic of the coins."""
@@ -202,6 +204,10 @@ def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: Gen
 
 def _split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tuple[Any, ...]]:
     """Native fields for the four common warpers when they come last, and everything before them as processors."""
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams={config.num_beams}: beam search is not sampling; set num_beams=1.")
+    if config.max_time is not None:
+        raise ValueError(f"max_time={config.max_time}: there is no time limit here; leave `stream` when it is reached.")
     processors = list(built)
     native: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
     if config.do_sample:
@@ -212,4 +218,4 @@ def _split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tu
             native["top_k"] = config.top_k or None
     for processor in processors:
         _refuse_stateful(processor)
-    return replace(Sampling(), **native), tuple(processors)
+    return replace(Sampling(generation_config=config), **native), tuple(processors)

@@ -50,7 +50,9 @@ class UnsupportedModel(ValueError):
 def layout_of(model: PreTrainedModel) -> Layout:
     """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per model."""
     weight = embedding(model)
-    signature = (weight.dtype, weight.device, weight.shape)
+    kind = weight.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None  # the cache takes its dtype
+    signature = (weight.dtype, weight.device, weight.shape, autocast)
     known = _layouts.get(model)
     if known is None or known[0] != signature:
         known = _layouts[model] = (signature, _probe(model))
@@ -108,6 +110,21 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
         if not difference <= limit and bool(alone.isfinite().all()):
             reason = f"a tree in one forward pass differs from its paths by {difference:.1e} of the largest logit"
             raise UnsupportedModel(model, f"{reason} (limit {limit:.0e})")
+
+
+def context_length_of(model: PreTrainedModel) -> int | None:
+    """Longest text, in tokens, whose logits do not depend on how it was cut into forward passes; None if unbounded."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for law in [rope, *(law for law in rope.values() if isinstance(law, dict))]:
+        if law.get("rope_type") == "longrope":  # a longer text rotates every key anew, those in the cache included
+            limits.append(law["original_max_position_embeddings"])
+    if getattr(
+        config, "attn_temperature_tuning", False
+    ):  # Llama 4: a scale that steps up with the slot, not the position
+        limits.append(config.floor_scale - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _tokens(model: PreTrainedModel, *ids: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from specdec.attention import Patch, View, viewing
 from specdec.cache import TreeCache
 from specdec.drafters.drafter import Acceptance, Context
-from specdec.support import embedding, layout_of
+from specdec.support import context_length_of, embedding, layout_of
 from specdec.tree import DraftTree, Topology, chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
@@ -27,10 +27,11 @@ class Target(ABC):
     """What the loop asks of a target. Subclass it to decode from something that is not a transformers model."""
 
     vocab: int  # size of the vocabulary: the last axis of `score`
-    context_length: int | None  # longest text it can read, in tokens; None if unbounded
-    device: torch.device
-    stop_tokens: tuple[int, ...] = ()  # what ends a text unless generate(stop_tokens=...) says otherwise
+    context_length: int | None = None  # longest text it can read, in tokens; None if unbounded
+    device: torch.device = torch.device("cpu")
+    stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
+    run: Context | None = None  # the batch it scores; set by the loop
 
     @abstractmethod
     def start(self, context: Context, capacity: int, hidden: bool) -> None:
@@ -62,9 +63,8 @@ class CachedModel:
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
-        text = model.config.get_text_config()
-        self.vocab: int = text.vocab_size
-        self.context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.vocab: int = model.config.get_text_config().vocab_size
+        self.context_length = context_length_of(model)
         self.device = embedding(model).device
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
 
@@ -93,7 +93,7 @@ class CachedModel:
             positions = positions.clamp(max=self.context_length - 1)
         with viewing(view):
             return self.model(
-                input_ids=tokens,
+                input_ids=tokens.clamp(max=self.vocab - 1),  # the other model of a pair may have a longer vocabulary
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
@@ -136,8 +136,7 @@ class ModelTarget(Target):
         self.cached = CachedModel(model)
         self.model, self.vocab, self.device = model, self.cached.vocab, self.cached.device
         self.context_length = self.cached.context_length
-        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.stop_tokens = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+        self.stop_tokens = None if model.generation_config is None else model.generation_config.eos_token_id
         self._capture = nullcontext
 
     @contextlib.contextmanager

@@ -61,7 +61,10 @@ class ExactCoins(Coins):
                 outcomes.append((index, max(start, low), min(edge, high)))
         if self.ended[row]:
             return outcomes[0][0]
-        index, start, edge = outcomes[self._choice(row, len(outcomes))]
+        choice = self._choice(row, len(outcomes))
+        if choice >= len(outcomes):
+            raise AssertionError("The same coins led to other choices: draw with `coins` only, nothing else is random.")
+        index, start, edge = outcomes[choice]
         self._intervals[key] = (start, edge)
         self.probabilities[row] *= (edge - start) / (high - low)
         return index

@@ -114,11 +114,40 @@ class DraftTree:
     laws: Tensor
     draft_probs: Tensor | None = None
 
-    def invalid(self) -> Tensor:
-        """[batch] bool: rows with a draft law that is none (NaN or infinite)."""
+    def check(self, spec: TreeSpec, batch: int, max_depth: int, vocab: int) -> None:
+        """Raise ValueError unless the shapes are those promised; what only the device knows is left to `invalid`."""
+        nodes = self.tokens.shape[1]
+        probs = (batch, nodes if self.draft_probs is None else self.draft_probs.shape[1], vocab)
+        wrong = [
+            f"{name} is {list(got)}, not {list(due)}"
+            for name, got, due in (
+                ("tokens", self.tokens.shape, (batch, nodes)),
+                ("topology.parents", self.topology.parents.shape, (batch, nodes)),
+                ("laws", self.laws.shape, (batch, nodes)),
+                ("draft_probs", probs if self.draft_probs is None else self.draft_probs.shape, probs),
+            )
+            if tuple(got) != due
+        ]
+        limits = (("nodes", nodes, spec.nodes), ("depth", self.topology.depth, min(spec.depth, max_depth)))
+        wrong += [f"{name} {got}, at most {most} may be drafted now" for name, got, most in limits if got > most]
+        if wrong:
+            raise ValueError(
+                f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Context.max_depth)."
+            )
+
+    def invalid(self, root: Tensor) -> Tensor:
+        """[batch] bool: rows whose root is not `root` [batch], or whose tokens cannot have been drawn as the laws say."""
+        wrong_root = self.tokens[:, 0] != root
+        drawn = self.laws[:, :, None].ne(Law.POINT) & self.laws[:, :, None].ne(Law.PADDING)  # [batch, parent, 1]
         if self.draft_probs is None:
-            return torch.zeros_like(self.tokens[:, 0], dtype=torch.bool)
-        return ~self.draft_probs.sum((1, 2)).isfinite()
+            return wrong_root | drawn.any((1, 2))
+        internal = self.draft_probs.shape[1]
+        parents = self.topology.parents.clamp(min=0, max=internal - 1)
+        sampled = drawn[..., 0].gather(1, parents) & self.laws.ne(Law.PADDING)
+        sampled[:, 0] = False
+        rows = torch.arange(len(root), device=root.device)[:, None]
+        impossible = sampled & ~(self.draft_probs[rows, parents, self.tokens] > 0)  # NaN too
+        return wrong_root | impossible.any(1) | ~self.draft_probs.sum((1, 2)).isfinite()
 
     def row(self, row: int, coins: RowCoins) -> RowTree:
         """The scalar face of one row; laws come in the arithmetic of its coins."""

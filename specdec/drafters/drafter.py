@@ -58,6 +58,7 @@ class Drafter(ABC):
     """
 
     uses_hidden: ClassVar[bool] = False  # True to have `context.hidden` filled
+    run: Context | None = None  # the batch it drafts for; set by the loop
 
     @abstractmethod
     def spec(self, sampling: Sampling) -> TreeSpec:

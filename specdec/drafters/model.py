@@ -29,8 +29,15 @@ class ModelDrafter(Drafter):
     """
 
     def __init__(self, model: PreTrainedModel, tree: TreePolicy | None = None, tokenizer: Any = None):
+        if not isinstance(tree, TreePolicy | None):
+            raise ValueError(
+                f"tree is a {type(tree).__name__}; pass a tree policy such as Chain(4) or Widths([4, 2, 1])."
+            )
         self.model, self.tree, self.tokenizer = model, tree or Chain(4), tokenizer
         self._cached = CachedModel(model)
+
+    def __repr__(self) -> str:
+        return f"ModelDrafter({type(self.model).__name__}, {self.tree})"
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.tree.spec(sampling)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, TreeSpec, chain, root_only
 
 
+@dataclass(frozen=True)
 class NgramDrafter(Drafter):
     """Drafts what followed the most recent earlier occurrence of the last tokens, longest match first.
 
@@ -19,10 +22,12 @@ class NgramDrafter(Drafter):
         max_ngram: longest match to look for; shorter ones are tried down to a single token.
     """
 
-    def __init__(self, length: int = 8, max_ngram: int = 3):
-        if length < 1 or max_ngram < 1:
-            raise ValueError(f"length={length}, max_ngram={max_ngram}: both must be >= 1.")
-        self.length, self.max_ngram = length, max_ngram
+    length: int = 8
+    max_ngram: int = 3
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.max_ngram < 1:
+            raise ValueError(f"{self}: both must be >= 1.")
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), nodes=self.length + 1, depth=self.length, width=1)

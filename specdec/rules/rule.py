@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -59,11 +60,27 @@ class Rule(ABC):
         rows = []
         for b in range(len(tree.tokens)):
             flips = coins.row(b)
-            rows.append(self.decide(tree.row(b, flips), target_law.row(b, flips), flips))
+            rows.append(self._decide(tree.row(b, flips), target_law.row(b, flips), flips))
         device, width = tree.tokens.device, tree.topology.depth + 1
         path = torch.tensor([r.path + [0] * (width - len(r.path)) for r in rows], device=device)
         accepted = torch.tensor([len(r.path) - 1 for r in rows], device=device)
         return Decisions(path, accepted, torch.tensor([r.token for r in rows], device=device))
+
+    def _decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
+        """`decide`, and a check that its answer is one: what another's rule gets wrong must not become text."""
+        decision = self.decide(tree, target_law, coins)
+        if not isinstance(decision, Decision):
+            raise TypeError(f"{type(self).__name__}.decide returned {decision!r}; return a Decision(path, token).")
+        path, token = decision.path, decision.token
+        if path[:1] != [0] or any(child not in tree.children(node) for node, child in pairwise(path)):
+            raise ValueError(
+                f"{type(self).__name__}.decide accepted {path}: a path starts at the root, 0, and goes from child to child."
+            )
+        if not 0 <= token < target_law.vocab:
+            raise ValueError(
+                f"{type(self).__name__}.decide emitted token {token}: the vocabulary has ids 0 to {target_law.vocab - 1}."
+            )
+        return decision
 
     def __call__(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         """`decide_batch`, or the specification when the coins follow every outcome."""

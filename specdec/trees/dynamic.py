@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy
 
 
+@dataclass(frozen=True)
 class Dynamic(TreePolicy):
     """The `nodes - 1` most probable of all paths that a beam of `width` per depth meets; POINT children.
 
@@ -24,12 +27,13 @@ class Dynamic(TreePolicy):
         width: beam: nodes continued per depth, and children considered for each.
     """
 
-    def __init__(self, nodes: int = 25, depth: int = 5, width: int = 4):
-        if nodes < 2 or depth < 1 or width < 1:
-            raise ValueError(
-                f"nodes={nodes}, depth={depth}, width={width}: need nodes >= 2, depth >= 1 and width >= 1."
-            )
-        self.nodes, self.depth, self.width = nodes, depth, width
+    nodes: int = 25
+    depth: int = 5
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        if self.nodes < 2 or self.depth < 1 or self.width < 1:
+            raise ValueError(f"{self}: need nodes >= 2, depth >= 1 and width >= 1.")
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width)

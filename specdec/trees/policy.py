@@ -80,6 +80,10 @@ def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins,
             logits instead, as POINT.
         first: node index that the first child will have; its siblings and cousins follow.
     """
+    if width > logits.shape[-1] and (law != Law.IID or sampling.temperature == 0):
+        raise ValueError(
+            f"A node cannot have {width} different children: the vocabulary has {logits.shape[-1]} tokens."
+        )
     if sampling.temperature == 0 or law == Law.POINT:
         tokens = logits.topk(width, -1).indices.flatten(1)
         return Children(tokens, None, torch.full_like(logits[..., 0], Law.POINT, dtype=torch.uint8), None)

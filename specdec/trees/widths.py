@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw
 
 
+@dataclass(frozen=True)
 class Widths(TreePolicy):
     """Every node at depth d gets widths[d] children under one law; the deepest nodes are leaves.
 
@@ -25,10 +27,14 @@ class Widths(TreePolicy):
             draft of Hu et al., arXiv:2502.18779: no law with as many children is accepted more often.
     """
 
-    def __init__(self, widths: Sequence[int], law: Law = Law.SAMPLED_THEN_TOP):
-        self.widths, self.law = tuple(widths), Law(law)
+    widths: Sequence[int]
+    law: Law = Law.SAMPLED_THEN_TOP
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "law", Law(self.law))
         if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths={list(widths)}: needs at least one level, each with at least one child.")
+            raise ValueError(f"{self}: needs at least one level, each with at least one child.")
         if self.law == Law.PADDING:
             raise ValueError(
                 "law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP."
@@ -43,7 +49,7 @@ class Widths(TreePolicy):
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         widths = self.widths[: context.max_depth]
-        shapes, asked = _shapes(widths, len(context.tokens), context.tokens.device)
+        shapes, asked = _shapes(tuple(widths), len(context.tokens), context.tokens.device)
         tokens = [context.root[:, None]]
         laws, exists, probs, first = [], None, [], 1
         for width, shape in zip(widths, shapes, strict=False):
@@ -67,6 +73,9 @@ class Chain(Widths):
         if length < 1:
             raise ValueError(f"length={length}: a chain drafts at least one token; use drafter=None to draft nothing.")
         super().__init__((1,) * length, Law.IID)
+
+    def __repr__(self) -> str:
+        return f"Chain({len(self.widths)})"
 
 
 def _inherit(exists: Tensor | None, parents: Tensor | None, width: int) -> Tensor | None:
