@@ -1,24 +1,11 @@
 """The loop on real (tiny, random) transformers models."""
 
+import threading
+
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import GATE, PROMPTS, llama, reference, state
+from transformers import GenerationConfig
 
 import specdec
 from specdec import Law, Sampling
@@ -27,46 +14,11 @@ from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
-VOCAB = 50
-KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
-PROMPTS = [torch.arange(1, 6), torch.tensor([9]), torch.arange(30, 42), torch.tensor([3, 4, 3, 4, 3])]
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-         "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}  # fmt: skip
 
 
-def build(cls, config, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    model = cls(config).to(dtype).eval()
-    for p in model.parameters():
-        p.data *= 3 if p.dim() > 1 else 1  # so that masks and positions matter
-    return model
-
-
-def llama(seed=0, **changes):
-    return build(LlamaForCausalLM, LlamaConfig(**{**SIZES, **changes}), torch.float64, seed)
-
-
-def reference(model, prompt, **options):
-    return model.generate(prompt[None], **{"max_new_tokens": 24, "do_sample": False, **options})[0, len(prompt) :]
-
-
-MODELS = {
-    "llama": lambda: build(LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "qwen3": lambda: build(Qwen3ForCausalLM, Qwen3Config(**SIZES)),
-    "gpt2": lambda: build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=256,
-                                                      bos_token_id=1, eos_token_id=7)),
-    "gemma3_sliding": lambda: build(Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, sliding_window=8,
-                                                                        layer_types=KINDS)),
-    "mixtral_sliding": lambda: build(MixtralForCausalLM, MixtralConfig(**SIZES, sliding_window=8, num_local_experts=4)),
-    "gpt_oss_sliding": lambda: build(GptOssForCausalLM, GptOssConfig(**SIZES, sliding_window=8, num_local_experts=4,
-                                                                     num_experts_per_tok=2)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GATE)
 def test_greedy_text_equals_transformers_generate(name):
-    model = MODELS[name]()
+    model = GATE[name]()
     found = model.config._attn_implementation
     expected = [reference(model, p) for p in PROMPTS]
     drafters = [None, NgramDrafter(4), *(ModelDrafter(model, t) for t in (Chain(4), Widths((2, 2)), Dynamic(8, 3, 2)))]
@@ -110,21 +62,24 @@ def test_stream_yields_what_generate_returns_and_leaves_the_model_alone():
     assert parts == [t.tolist() for t in specdec.generate(model, PROMPTS, max_new_tokens=24).tokens]
 
 
-class Failing(Drafter):
-    def spec(self, sampling):
-        return NgramDrafter(2).spec(sampling)
+@pytest.mark.parametrize("failing", ["target", "draft"])
+def test_models_are_usable_after_running_out_of_memory_half_way(failing, monkeypatch):
+    pair = {"target": llama(), "draft": llama(1)}
+    found, expected = (state(pair["target"]), state(pair["draft"])), reference(pair["target"], PROMPTS[0])
+    calls, forward = [], pair[failing].model.layers[1].forward
 
-    def propose(self, context, coins):
-        raise RuntimeError("out of memory")
+    def fail_late(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(*args, **kwargs)
 
-
-def test_the_model_is_usable_after_a_failure_half_way():
-    model = llama()
-    found, expected = model.config._attn_implementation, reference(model, PROMPTS[0])
-    with pytest.raises(RuntimeError, match="out of memory"):
-        specdec.generate(model, PROMPTS[0], Failing())
-    assert model.config._attn_implementation == found
-    assert torch.equal(specdec.generate(model, PROMPTS[0], max_new_tokens=24).tokens[0], expected)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(pair[failing].model.layers[1], "forward", fail_late)
+        specdec.generate(pair["target"], PROMPTS[0], ModelDrafter(pair["draft"]), max_new_tokens=24)
+    assert (state(pair["target"]), state(pair["draft"])) == found
+    out = specdec.generate(pair["target"], PROMPTS[0], ModelDrafter(pair["draft"]), max_new_tokens=24)
+    assert torch.equal(out.tokens[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -146,47 +101,106 @@ def test_a_generation_config_gives_the_text_of_transformers(options):
     assert [t.tolist() for t in out.tokens] == [t.tolist() for t in expected]
 
 
-BAD_INPUTS = {
-    "empty prompt": ([torch.tensor([], dtype=torch.int64)], {}, "give at least one token"),
-    "no prompts": ([], {}, "at least one prompt"),
-    "zero budget": (PROMPTS, {"max_new_tokens": 0}, "must be >= 1"),
-    "negative budget": (PROMPTS, {"max_new_tokens": -3}, "must be >= 1"),
-    "too long": (torch.ones(200, dtype=torch.int64), {}, "max_new_tokens to at most 56"),
-    "token out of range": (torch.tensor([1, VOCAB]), {}, "ids 0 to 49"),
-    "batched tensor": (torch.ones(2, 3, dtype=torch.int64), {}, "one per prompt"),
-    "text without tokenizer": ("hello", {}, "pass tokenizer"),
-    "stop token out of range": (PROMPTS, {"stop_tokens": (99,)}, "ids 0 to 49"),
-}
+class Recorder(Drafter):
+    """Drafts nothing and notes the hidden states that it is given."""
+
+    uses_hidden = True
+
+    def spec(self, sampling):
+        return specdec.TreeSpec(frozenset({Law.POINT}), nodes=5, depth=4, width=1)
+
+    def start(self, target, context):
+        self.inner, self.seen = NgramDrafter(4), []
+
+    def propose(self, context, coins):
+        texts = [row[:n].tolist() for row, n in zip(context.tokens, context.host_lengths, strict=True)]
+        self.seen.append((texts, context.hidden.clone()))
+        return self.inner.propose(context, coins)
 
 
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_refused_with_the_cure(case):
-    prompts, options, cure = BAD_INPUTS[case]
-    with pytest.raises(ValueError, match=cure):
-        specdec.generate(llama(), prompts, **options)
+@pytest.mark.parametrize("name", GATE)
+def test_hidden_states_are_those_of_the_token_before_the_root(name):
+    model, recorder = GATE[name](), Recorder()
+    prompts = [p for p in PROMPTS if len(p) > 1]
+    specdec.generate(model, prompts, recorder, max_new_tokens=12, stop_tokens=())
+    for texts, hidden in recorder.seen:
+        for prompt, text, found in zip(prompts, texts, hidden, strict=True):
+            if len(text) == len(prompt) + 12:  # it has ended
+                continue
+            with torch.inference_mode():
+                alone = model.base_model(torch.tensor([text[:-1]]), use_cache=False).last_hidden_state[0, -1]
+            assert float((found - alone).abs().max() / alone.abs().max()) < 1e-4  # float32 rounding; wrong ones: > 0.1
 
 
-def test_unfit_models_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match="position bias"):
-        specdec.generate(
-            build(BloomForCausalLM, BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)), PROMPTS
-        )
-    with pytest.raises(ValueError, match=r"model.eval\(\)"):
-        specdec.generate(llama().train(), PROMPTS)
-    with pytest.raises(ValueError, match="vocabulary has 40 tokens"):
-        specdec.generate(llama(), PROMPTS, ModelDrafter(llama(vocab_size=40)), max_new_tokens=8)
-    with pytest.raises(ValueError, match="PreTrainedModel"):
-        specdec.generate(torch.nn.Linear(2, 2), PROMPTS)
+def test_models_in_two_threads_do_not_meet():
+    pairs = [(llama(seed), llama(seed + 2, num_hidden_layers=1)) for seed in (0, 1)]
+
+    def run(pair):
+        return specdec.generate(
+            pair[0], PROMPTS, ModelDrafter(pair[1]), sampling=Sampling(1.0), max_new_tokens=24
+        ).tokens
+
+    expected, found = [run(pair) for pair in pairs], [None, None]
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, run(pairs[i]))) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for e, f in zip(expected, found, strict=True) for a, b in zip(e, f, strict=True))
 
 
-def test_logits_that_are_no_law_are_an_error_when_visited():
+def test_interleaved_streams_need_a_drafter_each():
+    model, shared = llama(), ModelDrafter(llama(1))
+    expected = specdec.generate(model, PROMPTS[0], max_new_tokens=8).tokens[0]
+    streams = [specdec.stream(model, PROMPTS[0], ModelDrafter(llama(1)), max_new_tokens=8) for _ in range(2)]
+    for steps in zip(*streams, strict=True):
+        assert torch.equal(steps[0][0], steps[1][0])
+    first, second = (specdec.stream(model, PROMPTS[0], shared, max_new_tokens=8) for _ in range(2))
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="each interleaved stream"):
+        next(first)
+    assert torch.equal(torch.cat([step[0] for step in specdec.stream(model, PROMPTS[0], max_new_tokens=8)]), expected)
+
+
+def test_the_cache_follows_autocast():
+    model = llama(dtype=torch.float32)
+    expected = specdec.generate(model, PROMPTS[0], max_new_tokens=8).tokens[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        specdec.generate(model, PROMPTS[0], ModelDrafter(model), max_new_tokens=8)
+    assert torch.equal(specdec.generate(model, PROMPTS[0], ModelDrafter(model), max_new_tokens=8).tokens[0], expected)
+
+
+class Words:
+    """A tokenizer with one word per id."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def get_vocab(self):
+        return {str(i): i for i in range(self.size)}
+
+    def decode(self, ids, **options):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("size", [40, 60])
+@pytest.mark.parametrize("tree", [Chain(3), Widths((3, 2)), Dynamic(6, 2, 3)], ids=str)
+def test_vocabularies_may_differ_by_padding(size, tree):
+    model, words = llama(), Words(40)
+    drafter = ModelDrafter(llama(1, vocab_size=size), tree, tokenizer=words)
+    out = specdec.generate(model, PROMPTS, drafter, tokenizer=words, max_new_tokens=24)
+    assert [t.tolist() for t in out.tokens] == [reference(model, p).tolist() for p in PROMPTS]
+    assert out.text == [words.decode(t.tolist()) for t in out.tokens]
+    specdec.generate(model, PROMPTS, drafter, tokenizer=words, sampling=Sampling(1.0, top_p=0.9), max_new_tokens=24)
+
+
+@pytest.mark.parametrize("eos", [4, [4, 9, 33], None])
+def test_a_generation_config_ends_texts_where_transformers_does(eos):
     model = llama()
-    model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        specdec.generate(model, PROMPTS, max_new_tokens=8)
-
-
-@pytest.mark.parametrize("field", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}])
-def test_sampling_refuses_values_out_of_range(field):
-    with pytest.raises(ValueError, match="must be"):
-        Sampling(**field)
+    config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=0)
+    out = specdec.generate(model, PROMPTS, sampling=Sampling.from_generation_config(config), max_new_tokens=24)
+    expected = [model.generate(p[None], generation_config=config, max_new_tokens=24)[0, len(p) :] for p in PROMPTS]
+    assert [t.tolist() for t in out.tokens] == [t.tolist() for t in expected]

@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from tiny_models import GATE, LIMITED, MATRIX, PROMPTS, REFUSED, VOCAB, reference
+from tiny_models import GATE, LIMITED, MATRIX, PROMPTS, REFUSED, VOCAB, reference, state
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.masking_utils import causal_mask_function
 
 import specdec
@@ -227,10 +227,3 @@ def test_models_that_cannot_score_trees_are_refused_by_name_with_the_reason(name
         ModelDrafter(model)
     assert state(model) == found[0]
     assert all(map(torch.equal, model.parameters(), found[1:]))
-
-
-def state(model):
-    """All of a model, but its weights, that decoding could leave changed."""
-    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()]
-    return [c.to_dict() for c in configs], [c._attn_implementation for c in configs], hooks, model.training

@@ -27,6 +27,13 @@ def reference(model, prompt, **options):
     return model.generate(prompt[None], **{"max_new_tokens": 24, "do_sample": False, **options})[0, len(prompt) :]
 
 
+def state(model):
+    """All of a model, but its weights, that decoding could leave changed."""
+    configs = [m.config for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()]
+    return [c.to_dict() for c in configs], [c._attn_implementation for c in configs], hooks, model.training
+
+
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}
 SIZES = {**TOKENS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}  # fmt: skip
@@ -40,6 +47,12 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LLAMA4 = {**NO_ROPE, **EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": WINDOW}
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
+
+
+def llama(seed=0, dtype=torch.float64, **changes):
+    """A small Llama; float64 unless told otherwise."""
+    return build("Llama", dtype, seed, **{**SIZES, **changes})
+
 
 GATE = {
     "llama": partial(build, "Llama", **SIZES),

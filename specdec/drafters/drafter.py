@@ -31,7 +31,9 @@ class Context:
     processors: list[tuple[Any, ...]]  # each row's logits processors
     vocab: int  # size of the target's vocabulary
     tokenizer: Any = None
-    hidden: Tensor | None = None  # [batch, hidden]: the target's last hidden state before the root (`uses_hidden`)
+    hidden: Tensor | None = (
+        None  # [batch, hidden]: if `uses_hidden`, the target's last state before the root (running rows)
+    )
 
     @property
     def root(self) -> Tensor:
