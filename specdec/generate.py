@@ -249,9 +249,7 @@ _INTERRUPTED = "{part} has begun another text since this one's last step; give e
 
 def _has_children(tree: DraftTree, node: Tensor) -> Tensor:
     """[batch] int64: 1 where the row drafted children of `node` [batch, 1]."""
-    children = tree.topology.children.gather(1, node[..., None].expand(-1, -1, tree.topology.children.shape[2]))[:, 0]
-    exists = (children > 0) & (tree.laws.gather(1, children.clamp(min=0)) != Law.PADDING)
-    return exists.any(1).long()
+    return ((tree.topology.parents == node) & (tree.laws != Law.PADDING)).any(1).long()
 
 
 def _context(rows, max_new_tokens, nodes, target, sampling, processors, tokenizer) -> Context:
