@@ -1,0 +1,69 @@
+"""Interleaved measurements: every round runs every method on every batch of prompts, so that drift hits all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from experiments import baseline
+from specdec import Generation, Sampling
+from specdec.trace import Trace
+
+Method = Callable[..., Generation]  # specdec.generate, or anything that takes and returns the same, with its options
+
+
+@dataclass(frozen=True)
+class Run:
+    """One batch of prompts decoded by one method."""
+
+    trace: Trace
+    prompts: int
+    identical: int | None  # how many texts are transformers' own; None when sampled
+
+
+Round = dict[str, list[Run]]  # by method, one run per batch
+
+
+def rounds(
+    target: PreTrainedModel,
+    methods: dict[str, Method],
+    batches: list[list[Tensor]],
+    *,
+    repeats: int,
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> Iterator[Round]:
+    """Yields each round when it is complete. Greedy texts are compared with transformers', each prompt by itself."""
+    options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
+    for method in methods.values():  # what is done once per model (probes, buffers) is not measured
+        method(target, batches[0], **{**options, "max_new_tokens": min(8, max_new_tokens)})
+    greedy = sampling.temperature == 0
+    texts = [[baseline.generate(target, [p], **options).tokens[0] for p in batch if greedy] for batch in batches]
+    with tqdm(total=repeats * len(batches) * len(methods), desc="decoding", leave=False) as bar:
+        for seed in range(repeats):
+            done: Round = {name: [] for name in methods}
+            for batch, expected in zip(batches, texts, strict=True):
+                for name, method in methods.items():
+                    out = method(target, batch, **options, seed=seed)
+                    identical = sum(map(torch.equal, out.tokens, expected)) if greedy else None
+                    done[name].append(Run(out.trace, len(batch), identical))
+                    bar.update()
+            yield done
+
+
+def uninterrupted(complete: Iterable[Round]) -> list[Round]:
+    """The rounds that were complete at the end or at Ctrl-C."""
+    finished: list[Round] = []
+    with suppress(KeyboardInterrupt):
+        for done in complete:
+            finished.append(done)
+    if not finished:
+        raise SystemExit("No round is complete, so there is nothing to show.")
+    return finished
