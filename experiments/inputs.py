@@ -23,8 +23,8 @@ class Models(NamedTuple):
 
 def load(target: str, tokenizer: str, draft: str | None = None, dtype: torch.dtype = torch.float32) -> Models:
     """Models by their names on the hub, or from local folders."""
-    models = [name and AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval() for name in (target, draft)]
-    return Models(models[0], models[1], AutoTokenizer.from_pretrained(tokenizer))
+    drafting = _model(draft, dtype) if draft is not None else None
+    return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer))
 
 
 def demo_prompts(tasks: Sequence[str], per_task: int) -> list[str]:
@@ -42,3 +42,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[str]:
     if not lines:
         raise SystemExit(f"task.path={path}, task.limit={limit}: there is no prompt in it.")
     return [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
+
+
+def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()

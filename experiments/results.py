@@ -7,10 +7,11 @@ import platform
 import re
 import shlex
 import subprocess
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -34,37 +35,33 @@ def provenance(script: str, overrides: list[str], options: Any, device: str) -> 
     }
 
 
-class Log(Protocol):
-    """Where the result of an experiment goes."""
-
-    def write(self, result: dict[str, Any]) -> str:
-        """Returns where it is."""
-        ...
-
-
+@dataclass(frozen=True)
 class Json:
     """One JSON file."""
 
-    def __init__(self, path: str):
-        self.path = Path(path)
+    path: str
 
     def write(self, result: dict[str, Any]) -> str:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        return str(self.path)
+        """Returns where it is."""
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.path).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        return self.path
 
 
+@dataclass(frozen=True)
 class Wandb:
-    """One Weights & Biases run: the figures as its summary, everything else but single runs as its configuration."""
+    """One Weights & Biases run: the figures as its summary, everything else as its configuration."""
 
-    def __init__(self, project: str, mode: Literal["offline", "online", "disabled"] = "offline", dir: str = "outputs"):
-        self.project, self.mode, self.dir = project, mode, dir
+    project: str
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    dir: str = "outputs"
 
     def write(self, result: dict[str, Any]) -> str:
+        """Returns where it is."""
         import wandb
 
         Path(self.dir).mkdir(parents=True, exist_ok=True)
-        config = {key: value for key, value in result.items() if key not in ("figures", "rounds")}
+        config = {key: value for key, value in result.items() if key != "figures"}
         with wandb.init(project=self.project, mode=self.mode, dir=self.dir, config=config) as run:
             run.summary.update(result["figures"])
             return run.url or run.dir

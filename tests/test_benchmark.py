@@ -1,0 +1,152 @@
+"""The benchmark as a user runs it, and the figures it computes."""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import specdec
+from experiments import baseline
+from experiments.measure import Run, uninterrupted
+from experiments.report import figures, median, table
+from experiments.results import provenance
+from specdec.trace import Step, Trace
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "benchmark.py"
+METHODS = ["autoregressive", "ngram", "chain", "tree", "chosen", "transformers", "assisted"]
+TINY = ["task.per_task=1", "task.tasks=[functions,prose]", "repeats=2", "new_tokens=12", "target=hub"]
+PAIR = specdec.demo.load()
+
+
+def benchmark(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *overrides]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A small run of all methods on models in local folders, from a directory outside the repository."""
+    models, cwd = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("elsewhere")
+    PAIR.target.save_pretrained(models / "large")
+    PAIR.tokenizer.save_pretrained(models / "large")
+    PAIR.draft.save_pretrained(models / "small")
+    names = [f"target.target={models / 'large'}", f"target.draft={models / 'small'}"]
+    process = benchmark(cwd, *TINY, *names, f"methods=[{','.join(METHODS)}]")
+    assert process.returncode == 0, process.stderr
+    return process, cwd
+
+
+def result(done) -> tuple[str, dict]:
+    [file] = (done[1] / "outputs").iterdir()
+    return file.read_text(), json.loads(file.read_text())
+
+
+def test_result_is_the_only_file_written(done):
+    process, cwd = done
+    [file] = [path for path in cwd.rglob("*") if path.is_file()]
+    assert re.fullmatch(r"outputs/benchmark_\d{8}_\d{6}\.json", str(file.relative_to(cwd)))
+    assert process.stdout.endswith(f"\n{file.relative_to(cwd)}\n")
+
+
+def test_every_method_writes_what_transformers_writes(done):
+    process, _ = done
+    found = result(done)[1]["figures"]
+    assert list(found) == METHODS
+    assert {name: row["identical"] for name, row in found.items()} == dict.fromkeys(METHODS, 2)
+    assert table(found) in process.stdout
+
+
+def test_assisted_generation_drafts_as_the_chain_of_the_same_length_does(done):
+    found = result(done)[1]["figures"]
+    assert len(found["assisted"]["acceptance_rate"]) == len(found["chain"]["acceptance_rate"]) == 4
+    assert found["transformers"]["acceptance_length"] == found["autoregressive"]["acceptance_length"] == 1
+
+
+def test_result_says_what_produced_it_and_not_on_whose_machine(done):
+    text, content = result(done)
+    assert content["command"].startswith("python experiments/benchmark.py task.per_task=1 ")
+    assert content["options"]["target"]["target"] == "large"
+    assert content["options"]["dtype"] == "float32" and content["options"]["threads"] == 1
+    assert content["figures"]["chain"]["speed_up"]["n"] == content["rounds"] * content["prompts"] == 4
+    assert {"commit", "dirty", "versions", "cpu", "date"} <= set(content)
+    assert str(done[1].parent) not in text and str(SCRIPT.parent) not in text and platform.node() not in text
+
+
+def test_misspelt_key_fails_before_a_model_is_loaded(tmp_path):
+    process = benchmark(tmp_path, "target=hub", "target.target=no/such/model", "+sampling.temprature=1")
+    assert process.returncode == 1
+    assert "did you mean 'temperature'?" in process.stderr and "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_provenance_keeps_no_folders():
+    options = {"target": {"target": "/home/me/a b/model", "draft": "org/model"}, "task": {"path": "~/prompts.txt"}}
+    overrides = ["target.target=/home/me/model", "+x=[/a/b,'/c/d']", "target.draft=org/model"]
+    found = provenance("run.py", overrides, options, "cpu")
+    assert found["command"] == """python run.py target.target=model '+x=[b,'"'"'d'"'"']' target.draft=org/model"""
+    assert found["options"] == {"target": {"target": "model", "draft": "org/model"}, "task": {"path": "prompts.txt"}}
+
+
+def test_transformers_baseline_is_not_changed_by_the_generation_config_of_the_model():
+    prompt = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])
+    expected = specdec.generate(PAIR.target, prompt, max_new_tokens=12).tokens[0]
+    own = PAIR.target.generation_config
+    own.repetition_penalty = 5.0
+    try:
+        out = baseline.generate(PAIR.target, [prompt], max_new_tokens=12)
+    finally:
+        own.repetition_penalty = None
+    assert torch.equal(out.tokens[0], expected)
+    assert PAIR.target.generation_config is own
+
+
+def interrupted(complete: int):
+    for number in range(complete):
+        yield {"autoregressive": [number]}
+    raise KeyboardInterrupt
+
+
+def test_interrupt_keeps_the_rounds_that_are_complete():
+    assert uninterrupted(interrupted(2)) == [{"autoregressive": [0]}, {"autoregressive": [1]}]
+    with pytest.raises(SystemExit, match="No round is complete"):
+        uninterrupted(interrupted(0))
+
+
+def test_median_of_one_value_repeated_has_no_spread():
+    assert median(np.full((3, 4), 7.0)) == {"median": 7.0, "low": 7.0, "high": 7.0, "n": 12}
+
+
+def test_interval_is_that_of_order_statistics():
+    """The median of n = 100 lies between the 40th and 61st value with probability 0.95 (binomial)."""
+    found = median(np.arange(1.0, 101.0)[None])
+    assert found["median"] == 50.5
+    assert abs(found["low"] - 40.5) < 1.5 and abs(found["high"] - 60.5) < 1.5
+
+
+def test_decoding_the_same_prompts_again_does_not_narrow_the_interval():
+    once = np.arange(1.0, 11.0)[None]
+    one, ten = median(once), median(once.repeat(10, 0))
+    assert ten["high"] - ten["low"] > 0.9 * (one["high"] - one["low"])
+
+
+def run(tokens: int, seconds: float) -> Run:
+    return Run(
+        Trace(steps=[Step(5, [tokens], [tokens - 1], [min(tokens, 4)], 0.0, 0.75 * seconds, 0.25 * seconds)]), 1, 1
+    )
+
+
+def test_figures_of_known_runs():
+    slow = {"slow": [run(1, 1.0), run(1, 2.0)], "fast": [run(3, 1.0), run(1, 0.5)]}
+    found = figures([slow, slow])["fast"]
+    assert found["speed_up"]["median"] == 3.5  # 3 tokens in the time of 1, and 1 token in a quarter of the time
+    assert (found["speed_up"]["low"], found["speed_up"]["high"]) == (3.0, 4.0)
+    assert found["acceptance_length"] == 2.0
+    assert found["acceptance_rate"] == [0.5, 1.0, 0.0]
+    assert found["loop_share"] == 0.25
+    assert (found["identical"], found["prompts"]) == (2, 2)

@@ -1,0 +1,75 @@
+"""Every file of conf/ is a constructor call that works, and a misspelt one is answered with the cure."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import specdec
+from experiments import calls
+from experiments.benchmark import with_models
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/*.yaml"))
+DEMO = specdec.demo.FOLDER
+MANDATORY = {
+    "target/hub": [f"target.target={DEMO / 'target'}", f"target.tokenizer={DEMO / 'tokenizer'}"],
+    "task/file": [f"task.path={DEMO / 'prompts.jsonl'}"],
+}
+PAIR = specdec.demo.load()
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("benchmark", list(overrides))
+
+
+def message(*overrides) -> str:
+    with pytest.raises(SystemExit) as ended:
+        calls.run(lambda: calls.check(OmegaConf.to_container(composed(*overrides))))
+    return str(ended.value)
+
+
+@pytest.fixture(autouse=True)
+def _own_errors(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_is_a_constructor_call_that_works(option):
+    group, name = option.split("/")
+    chosen = {"methods": [f"methods=[{name}]"], "drafter": ["methods=[chosen]"], "tree": ["methods=[chosen]"]}
+    choice = [] if group == "methods" else [f"{group}={name}"]
+    config = composed(*chosen.get(group, []), *choice, *MANDATORY.get(option, []))
+    calls.check(OmegaConf.to_container(config))
+    with_models(config, PAIR)
+    assert "_target_" in (config.methods[name] if group == "methods" else config[group])
+    assert instantiate(config[group]) is not None
+
+
+@pytest.mark.parametrize(
+    "override, constructor, meant",
+    [
+        ("sampling.temprature=1", "specdec.Sampling", "temperature"),
+        ("+sampling.temprature=1", "specdec.Sampling", "temperature"),
+        ("methods.chain.drafter.tree.lenght=2", "specdec.trees.Chain", "length"),
+        ("+methods.chain.ruel=1", "specdec.generate", "rule"),
+        ("bach=2", "the configuration", "batch"),
+    ],
+)
+def test_misspelt_key_is_told_with_its_constructor_and_the_argument_that_was_meant(override, constructor, meant):
+    key = override.partition("=")[0]
+    text = message(override)
+    assert text.startswith(f"{key.removeprefix('+')}: {constructor} has no argument {key.rpartition('.')[2]!r}")
+    assert f"did you mean {meant!r}?" in text
+
+
+def test_argument_that_a_file_does_not_list_is_told_how_to_be_added():
+    assert "use +sampling.top_k=3" in message("sampling.top_k=3")
+
+
+def test_misspelt_option_is_told_with_the_options_there_are():
+    text = message("sampling=temperatur")
+    assert all(option in text for option in ("greedy", "nucleus", "temperature"))
