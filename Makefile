@@ -12,7 +12,7 @@ PINS := $(VENV)/constraints.txt
 help: ## list these targets
 	@awk -F ' ## ' '/^[a-z]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-9s%s\n", $$1, $$2}' Makefile
 
-demo: $(READY) ## speculative decoding on the bundled pair of models: one table
+demo: $(READY) ## the bundled pair of models, methods compared in one table; make demo ARGS=--help lists the settings
 	@$(VENV)/bin/python experiments/benchmark.py $(ARGS)
 
 test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some

@@ -37,11 +37,13 @@ def speed(runs: list[list[Run]]) -> np.ndarray:
     return np.array([[run.trace.summary()["tokens_per_second"] for run in row] for row in runs])
 
 
-def median(values: np.ndarray) -> dict[str, float]:
-    """Median of values [round, batch], its 95 % interval, and n.
+def median(values: np.ndarray) -> dict[str, float | None]:
+    """Median of values [round, batch], its 95 % interval (None for a single value), and n.
 
     The bootstrap draws rounds and batches, each with replacement: a prompt decoded again is not another prompt.
     """
+    if values.size == 1:
+        return {"median": values.item(), "low": None, "high": None, "n": 1}
     random, (rounds, batches) = np.random.default_rng(0), values.shape
     drawn = random.integers(rounds, size=(2000, rounds, 1)), random.integers(batches, size=(2000, 1, batches))
     low, high = np.percentile(np.median(values[drawn], axis=(1, 2)), [2.5, 97.5])
@@ -63,11 +65,16 @@ def _pooled(runs: list[list[Run]]) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
-        "{median:.0f} ({low:.0f}-{high:.0f})".format(**row["tokens_per_second"]),
-        "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["speed_up"]),
+        _interval(row["tokens_per_second"], digits=0),
+        _interval(row["speed_up"], digits=2),
         f"{row['acceptance_length']:.2f}",
         " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
         "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
         f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
         "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
     ]
+
+
+def _interval(found: dict[str, Any], digits: int) -> str:
+    median = f"{found['median']:.{digits}f}"
+    return median if found["n"] == 1 else f"{median} ({found['low']:.{digits}f}-{found['high']:.{digits}f})"

@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def provenance(script: str, overrides: list[str], options: Any, device: str) -> dict[str, Any]:
     """Command, options, commit, versions, hardware and date; of the paths in them only the last part."""
+    changes = _git("status", "--porcelain")
     return {
         "command": shlex.join(["python", script, *map(_without_folders, overrides)]),
         "options": json.loads(_without_folders(json.dumps(options))),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("specdec", "torch", "transformers", "numpy")},

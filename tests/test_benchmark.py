@@ -122,6 +122,10 @@ def test_median_of_one_value_repeated_has_no_spread():
     assert median(np.full((3, 4), 7.0)) == {"median": 7.0, "low": 7.0, "high": 7.0, "n": 12}
 
 
+def test_one_value_has_no_interval():
+    assert median(np.array([[7.0]])) == {"median": 7.0, "low": None, "high": None, "n": 1}
+
+
 def test_interval_is_that_of_order_statistics():
     """The median of n = 100 lies between the 40th and 61st value with probability 0.95 (binomial)."""
     found = median(np.arange(1.0, 101.0)[None])
