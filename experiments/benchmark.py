@@ -40,28 +40,27 @@ def main(config: DictConfig) -> None:
     found = figures(finished)
     print(f"{title(config, options)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
     print(table(found), end="\n\n")
-    overrides = list(HydraConfig.get().overrides.task)
-    source = provenance("experiments/benchmark.py", overrides, options, config.device)
+    source = provenance("experiments/benchmark.py", list(HydraConfig.get().overrides.task), options, config.device)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
-    print(
-        log.write({**source, "prompts": len(ids), "rounds": len(finished), "figures": found, "tokens_per_second": runs})
-    )
+    result = {"prompts": len(ids), "rounds": len(finished), "figures": found, "tokens_per_second": runs}
+    print(log.write({**source, **result}))
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
     """The methods by name, with the draft model in place of `${models.draft}`: it is loaded once for all of them."""
-    draft = {} if models.draft is None else {"draft": models.draft.to(config.device)}
+    if models.draft is None and "${models.draft}" in str(OmegaConf.to_container(config)):
+        raise SystemExit("target.draft is not set, and a method drafts with it: name one, or leave the method out.")
+    loaded = {"draft": None if models.draft is None else models.draft.to(config.device)}
     models.target.to(config.device)
     with flag_override(config, ["struct", "allow_objects"], [False, True]):
-        config.models = draft
+        config.models = loaded
         return dict(instantiate(config.methods))
 
 
 def title(config: DictConfig, options: Any) -> str:
     """The conditions under which the figures hold."""
-    law = ", ".join(
-        f"{key} {value}" for key, value in options["sampling"].items() if key != "_target_" and value is not None
-    )
+    fields = {key: value for key, value in options["sampling"].items() if key != "_target_" and value is not None}
+    law = ", ".join(f"{key} {value}" for key, value in fields.items())
     where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
     return f"{config.target.get('target', 'demo pair')}, {where}, batch {config.batch}, {law}"
 

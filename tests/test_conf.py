@@ -73,3 +73,11 @@ def test_argument_that_a_file_does_not_list_is_told_how_to_be_added():
 def test_misspelt_option_is_told_with_the_options_there_are():
     text = message("sampling=temperatur")
     assert all(option in text for option in ("greedy", "nucleus", "temperature"))
+
+
+def test_method_without_its_draft_model_is_told_what_to_set():
+    config = composed("target=hub", *MANDATORY["target/hub"])
+    with pytest.raises(SystemExit, match=r"target\.draft is not set"):
+        with_models(config, PAIR._replace(draft=None))
+    config = composed("target=hub", *MANDATORY["target/hub"], "methods=[autoregressive,ngram,transformers]")
+    assert list(with_models(config, PAIR._replace(draft=None))) == ["autoregressive", "ngram", "transformers"]
