@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from specdec.drafters.drafter import Context
 
+_BLOCK = 2**19  # elements: 2 MB of float32
 _COLDEST = 1e-6  # lower temperatures would overflow float32
 _STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 _WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
@@ -98,18 +99,23 @@ class Sampling:
         """The law [..., vocab] that `logits` [..., vocab] give, processors aside; at least float32."""
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-        scores = (logits if logits.dtype == torch.float64 else logits.float()) / self.temperature
+        rows = logits.reshape(-1, logits.shape[-1])
+        # on a CPU in blocks that its caches hold: several times faster than one pass after the other over everything
+        block = max(_BLOCK // rows.shape[1], 1) if rows.device.type == "cpu" else len(rows)
+        return torch.cat([self._softmax(part) for part in rows.split(block)]).view(logits.shape)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self.temperature != 1:
+            scores = scores / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
-            scores = _keep(scores, scores >= scores.topk(self.top_k).values[..., -1:])
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], -torch.inf)
+        probs = scores.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            ascending = scores.sort(-1).values
-            kept = ascending.softmax(-1).cumsum(-1) > 1 - self.top_p
-            kept[..., -1] = True
-            scores = _keep(scores, scores >= ascending.gather(-1, kept.int().argmax(-1, keepdim=True)))
+            probs = _renormalised(probs, probs.float() >= _nucleus_threshold(probs.float(), self.top_p))
         if self.min_p is not None:
-            probs = scores.softmax(-1)
-            scores = _keep(scores, probs >= self.min_p * probs.amax(-1, keepdim=True))
-        return scores.softmax(-1)
+            probs = _renormalised(probs, probs >= self.min_p * probs.amax(-1, keepdim=True))
+        return probs
 
 
 class TargetLaw:
@@ -175,8 +181,36 @@ class RowLaw:
         return self._coins.law(self._law.probabilities(self._row, node))
 
 
-def _keep(scores: Tensor, kept: Tensor) -> Tensor:
-    return scores.masked_fill(~kept, -torch.inf)
+def _renormalised(probs: Tensor, kept: Tensor) -> Tensor:
+    """`probs`, changed in place."""
+    probs *= kept
+    return probs.div_(probs.sum(-1, keepdim=True))
+
+
+def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:
+    """Least probability [row, 1] in the smallest set of largest `probs` [row, vocab] float32 with mass >= top_p.
+
+    Without a sort: the bits of non-negative floats order as the floats do, so the threshold's upper half is found in a
+    histogram of the mass by upper halves, and its lower half among those who share the upper one.
+    """
+    bits = probs.view(torch.int32)  # 30 of them in use: probabilities are at most 1
+    half, buckets = 15, 1 << 15
+
+    def mass(bucket: Tensor) -> Tensor:
+        return probs.new_zeros(len(probs), buckets + 2).scatter_add_(1, bucket.long(), probs)
+
+    def first_crossing(mass: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        """[row, 1]: the first bucket at which the mass from below exceeds 1 - top_p, and the mass below that bucket."""
+        mass = mass.cumsum(-1, dtype=torch.float64) + below
+        limit = (mass[:, -1:] * (1 - 1e-9)).clamp(max=1 - top_p)  # crossed in spite of rounding
+        crossing = (mass > limit).int().argmax(-1, keepdim=True)
+        return crossing, torch.where(crossing > 0, mass.gather(1, (crossing - 1).clamp(min=0)), below)
+
+    upper, below = first_crossing(mass(bits >> half), probs.new_zeros(len(probs), 1, dtype=torch.float64))
+    start = upper.int() << half
+    inside = (bits - start).clamp_(-1, buckets).add_(1)  # the first and the last bucket are all who do not share it
+    lower, _ = first_crossing(mass(inside)[:, 1:-1], below)
+    return (start + lower.int()).view(torch.float32)
 
 
 def _refuse_stateful(processor: Any) -> None:

@@ -39,6 +39,26 @@ def test_laws_equal_those_of_the_warpers_of_transformers(temperature, top_k, top
     assert float((law - scores.softmax(-1)).abs().max()) <= ROUNDING
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999999])
+@pytest.mark.parametrize("spread", [0.01, 3.0, 30.0])
+def test_the_nucleus_is_the_smallest_set_of_largest_probabilities(top_p, spread):
+    logits = torch.randn(2, 8, 30_000, generator=torch.Generator().manual_seed(0)) * spread
+    kept = Sampling(1.0, top_p=top_p).probabilities(logits) > 0
+    probs = logits.softmax(-1)
+    ascending = probs.double().sort(-1)
+    mass = ascending.values.cumsum(-1)  # of what is no larger; the largest stays whatever top_p is
+    mass[..., -1] = 1
+    expected = torch.zeros_like(kept).scatter_(-1, ascending.indices, mass > 1 - top_p)
+    differing = (kept ^ expected).double() * probs  # sums are in float32
+    assert float(differing.sum(-1).max()) <= FLOAT32
+
+
+def test_ties_are_in_the_nucleus():
+    ties = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(Sampling(1.0, top_p=0.5).probabilities(ties), ties.softmax(-1))
+    assert torch.equal(Sampling(1.0, top_p=0.3).probabilities(ties), ties)
+
+
 def llama(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
