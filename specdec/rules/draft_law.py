@@ -1,0 +1,68 @@
+"""The children of a node, and the law each was drawn from given those before it, for every row at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.tree import DraftTree, Law
+
+
+class Siblings:
+    """The children of one node of every row, in the order they were drawn.
+
+    Args:
+        tree: the trees.
+        node: [batch] int64.
+    """
+
+    def __init__(self, tree: DraftTree, node: Tensor):
+        rows = torch.arange(len(node), device=node.device)
+        index = tree.topology.children[rows, node]
+        self.index = index.clamp(min=0)  # [batch, width] int64: 0 where there is no child
+        self.exists = (index > 0) & (tree.laws.gather(1, self.index) != Law.PADDING)  # [batch, width] bool
+        self.tokens = tree.tokens.gather(1, self.index)  # [batch, width] int64
+        self._law, self._weights = tree.laws[rows, node][:, None], None
+        if tree.draft_probs is not None:  # nodes beyond its end are leaves and have no children to ask for
+            self._weights = tree.draft_probs[rows, node.clamp(max=tree.draft_probs.shape[1] - 1)]
+
+    def child(self, slot: Tensor) -> ChildLaw:
+        """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""
+        token = self.tokens.gather(1, slot)
+        if self._weights is None:
+            return ChildLaw(token, torch.ones_like(slot, dtype=torch.bool), None)
+        top = self.exists & (self._law == Law.SAMPLED_THEN_TOP) & (self.exists.cumsum(1) > 1)
+        weights = self._weights
+        if self.index.shape[1] > 1:
+            place = torch.arange(self.index.shape[1], device=slot.device)
+            earlier = self.exists & (self._law == Law.WITHOUT_REPLACEMENT) & (place < slot)
+            weights = _drop(weights, self.tokens, top | earlier)
+        point = top.gather(1, slot) | (self._law == Law.POINT)
+        return ChildLaw(token, point, weights / weights.sum(1, keepdim=True))
+
+
+@dataclass(frozen=True, eq=False)
+class ChildLaw:
+    """The law that one child of every row was drawn from."""
+
+    token: Tensor  # [batch, 1] int64: the child's own token
+    point: Tensor  # [batch, 1] bool: the law is certain of that token
+    law: Tensor | None  # [batch, vocab]: the law of the other rows; None if there are none
+
+    @property
+    def probability(self) -> Tensor:
+        """[batch, 1]: of the child's own token."""
+        return torch.ones_like(self.token) if self.law is None else self.law.gather(1, self.token).where(~self.point, 1)
+
+    def excess(self, mass: Tensor) -> Tensor:
+        """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
+        without = mass.scatter(1, self.token, 0)
+        return without if self.law is None else torch.where(self.point, without, (mass - self.law).clamp(min=0))
+
+
+def _drop(weights: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+    """`weights` [batch, vocab] with weight 0 at those `tokens` [batch, k] for which `where` [batch, k] holds."""
+    kept = torch.ones_like(tokens, dtype=weights.dtype).masked_fill_(where, 0)
+    return weights * torch.ones_like(weights).scatter_reduce_(1, tokens, kept, "amin")
