@@ -3,5 +3,6 @@
 from specdec.rules.block import BlockVerification
 from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.rules.sibling import SiblingRejection
+from specdec.rules.traversal import TraversalVerification
 
-__all__ = ["BlockVerification", "Decision", "Decisions", "Rule", "SiblingRejection"]
+__all__ = ["BlockVerification", "Decision", "Decisions", "Rule", "SiblingRejection", "TraversalVerification"]
