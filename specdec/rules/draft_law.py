@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,17 +25,23 @@ class Siblings:
         self.index = index.clamp(min=0)  # [batch, width] int64: 0 where there is no child
         self.exists = (index > 0) & (tree.laws.gather(1, self.index) != Law.PADDING)  # [batch, width] bool
         self.tokens = tree.tokens.gather(1, self.index)  # [batch, width] int64
-        self._law, self._weights = tree.laws[rows, node][:, None], None
-        if tree.draft_probs is not None:  # nodes beyond its end are leaves and have no children to ask for
-            self._weights = tree.draft_probs[rows, node.clamp(max=tree.draft_probs.shape[1] - 1)]
+        self._tree, self._node, self._law = tree, node, tree.laws[rows, node][:, None]
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        """[batch, vocab]: the node's draft law, not normalised; None where all children are POINT."""
+        if self._tree.draft_probs is None:
+            return None
+        internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)  # the nodes beyond are leaves
+        return self._tree.draft_probs[torch.arange(len(internal), device=internal.device), internal]
 
     def child(self, slot: Tensor) -> ChildLaw:
         """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""
         token = self.tokens.gather(1, slot)
-        if self._weights is None:
+        weights = self.weights
+        if weights is None:
             return ChildLaw(token, torch.ones_like(slot, dtype=torch.bool), None)
         top = self.exists & (self._law == Law.SAMPLED_THEN_TOP) & (self.exists.cumsum(1) > 1)
-        weights = self._weights
         if self.index.shape[1] > 1:
             place = torch.arange(self.index.shape[1], device=slot.device)
             earlier = self.exists & (self._law == Law.WITHOUT_REPLACEMENT) & (place < slot)

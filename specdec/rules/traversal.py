@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
+from specdec.coins import Coins, Purpose, RowCoins
 from specdec.rules.draft_law import Siblings
 from specdec.rules.residual import residual, residual_batch
 from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.sampling import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree, Topology
+from specdec.tree import DraftTree, Law, RowTree
 
 
 class TraversalVerification(Rule):
@@ -57,9 +57,7 @@ class TraversalVerification(Rule):
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         walk, coin = _Walk(tree), coins.uniforms(Purpose.ACCEPT)
         rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
-        p = owed = target_law.at(
-            torch.zeros_like(rows)
-        )  # [batch, vocab] owed: what the innermost inner node accepted so far emits
+        p = owed = target_law.at(torch.zeros_like(rows))  # [batch, vocab]; owed: what the best inner node so far emits
         reach = p.new_ones(len(p), 1)  # [batch, 1]: with p, where the parent of the current child stands
         entered = p.new_ones(tree.tokens.shape)  # [batch, node]: the chance each node is entered with
         heads = torch.zeros_like(tree.tokens, dtype=torch.bool)  # [batch, node]: coins that came up
@@ -82,9 +80,7 @@ class TraversalVerification(Rule):
         node = walk.first(heads)
         is_leaf = walk.leaf.gather(1, node)
         owed = torch.where(is_leaf, target_law.at(torch.where(is_leaf, node, 0)[:, 0]), owed)
-        emit = coins.uniforms(Purpose.EMIT).gather(1, node)
-        path, accepted = _path(tree.topology, node)
-        return Decisions(path, accepted, inverse_cdf(owed, emit[:, 0]))
+        return Decisions.ending_at(node, owed, tree.topology, coins)
 
 
 class _Walk:
@@ -124,11 +120,3 @@ class _Step(NamedTuple):
     exists: Tensor
     first: Tensor  # the first child of its parent
     last: Tensor  # the last one
-
-
-def _path(topology: Topology, node: Tensor) -> tuple[Tensor, Tensor]:
-    """[batch, depth + 1]: the path from the root to `node` [batch, 1] (zeros below it); [batch]: its length."""
-    rows = torch.arange(len(node), device=node.device)
-    depths, place = topology.depths, torch.arange(topology.depth + 1, device=node.device)[:, None]
-    on_path = topology.ancestors[rows, node[:, 0]][:, None] & (depths[:, None] == place)  # [batch, depth + 1, node]
-    return on_path.long().argmax(-1), depths.gather(1, node)[:, 0]
