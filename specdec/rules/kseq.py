@@ -56,13 +56,17 @@ class KSeq(Rule):
             ratios = ((child, share[tree.tokens[child]] / q[tree.tokens[child]]) for child, _ in draws)
             accepted = next((child for child, ratio in ratios if coins.accept(child, ratio)), None)
             if accepted is None:
-                taken = np.minimum(share, q)
-                rest = np.maximum(p - taken * sum((1 - taken.sum()) ** i for i in range(count)), 0)
-                return Decision(path, coins.pick(path[-1], rest if rest.sum() > 0 else p))
+                return Decision(path, coins.pick(path[-1], _rest(p, np.minimum(share, q), count)))
             path.append(accepted)
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         return top_down(tree, target_law, coins, _try_children)
+
+
+def _rest(p: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
+    """What is owed [vocab], not normalised, when `count` children were rejected; one is accepted with mass `taken`."""
+    rest = np.maximum(p - taken * sum((1 - taken.sum()) ** i for i in range(count)), 0)
+    return rest if rest.sum() > 0 else p
 
 
 def _rho(p: np.ndarray, q: np.ndarray, count: int) -> int:
