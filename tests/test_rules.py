@@ -122,7 +122,7 @@ def random_trees(rule, rows: int, vocab: int, seed: int) -> tuple[DraftTree, tor
             if len(children):
                 kinds[b, v] = rng.choice(laws)
                 tokens[b, children] = drawn(rng, Law(kinds[b, v]), probs[b, v], len(children))
-    logits = rng.normal(0, 2, (rows, nodes, vocab))
+    logits = np.log(probs + 1e-3) + rng.normal(0, 1, probs.shape)
     logits[rng.random(logits.shape) < 0.3] = -np.inf
     logits[..., 0] = 0
     topology = Topology(torch.from_numpy(parents), depth, width)

@@ -47,7 +47,7 @@ class Siblings:
             earlier = self.exists & (self._law == Law.WITHOUT_REPLACEMENT) & (place < slot)
             weights = _drop(weights, self.tokens, top | earlier)
         point = top.gather(1, slot) | (self._law == Law.POINT)
-        return ChildLaw(token, point, weights / weights.sum(1, keepdim=True))
+        return ChildLaw(token, point, weights / weights.sum(1, keepdim=True).masked_fill(point, torch.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class ChildLaw:
 
     token: Tensor  # [batch, 1] int64: the child's own token
     point: Tensor  # [batch, 1] bool: the law is certain of that token
-    law: Tensor | None  # [batch, vocab]: the law of the other rows; None if there are none
+    law: Tensor | None  # [batch, vocab]: the law of the other rows, 0 in these; None if all are
 
     @property
     def probability(self) -> Tensor:
@@ -65,11 +65,13 @@ class ChildLaw:
 
     def excess(self, mass: Tensor) -> Tensor:
         """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
-        without = mass.scatter(1, self.token, 0)
-        return without if self.law is None else torch.where(self.point, without, (mass - self.law).clamp(min=0))
+        if self.law is None:
+            return mass.scatter(1, self.token, 0)
+        rest = (mass - self.law).clamp_(min=0)
+        return rest.scatter_(1, self.token, rest.gather(1, self.token).masked_fill(self.point, 0))
 
 
 def _drop(weights: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
     """`weights` [batch, vocab] with weight 0 at those `tokens` [batch, k] for which `where` [batch, k] holds."""
-    kept = torch.ones_like(tokens, dtype=weights.dtype).masked_fill_(where, 0)
-    return weights * torch.ones_like(weights).scatter_reduce_(1, tokens, kept, "amin")
+    left = weights.gather(1, tokens).masked_fill(where, 0)
+    return weights.scatter_reduce(1, tokens, left, "amin")  # the minimum, for a token may stand there twice
