@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specdec.coins import Coins, RowCoins
+from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
 from specdec.sampling import RowLaw, TargetLaw
-from specdec.tree import DraftTree, RowTree, TreeSpec
+from specdec.tree import DraftTree, RowTree, Topology, TreeSpec
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,15 @@ class Decisions:
     path: Tensor  # [batch, depth + 1] int64: accepted nodes from the root down; entries past `accepted` are unused
     accepted: Tensor  # [batch] int64: number of accepted drafted tokens (the root does not count)
     token: Tensor  # [batch] int64: the recovered or bonus token
+
+    @classmethod
+    def ending_at(cls, node: Tensor, law: Tensor, topology: Topology, coins: Coins) -> Decisions:
+        """Accept the path to `node` [batch, 1] and draw from `law` [batch, vocab] what follows."""
+        rows = torch.arange(len(node), device=node.device)
+        depths, place = topology.depths, torch.arange(topology.depth + 1, device=node.device)[:, None]
+        on_path = topology.ancestors[rows, node[:, 0]][:, None] & (depths[:, None] == place)  # [batch, depth + 1, node]
+        token = inverse_cdf(law, coins.uniforms(Purpose.EMIT).gather(1, node)[:, 0])
+        return cls(on_path.long().argmax(-1), depths.gather(1, node)[:, 0], token)
 
 
 class Rule(ABC):

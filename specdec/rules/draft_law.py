@@ -1,0 +1,77 @@
+"""The children of a node, and the law each was drawn from given those before it, for every row at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from specdec.tree import DraftTree, Law
+
+
+class Siblings:
+    """The children of one node of every row, in the order they were drawn.
+
+    Args:
+        tree: the trees.
+        node: [batch] int64.
+    """
+
+    def __init__(self, tree: DraftTree, node: Tensor):
+        rows = torch.arange(len(node), device=node.device)
+        index = tree.topology.children[rows, node]
+        self.index = index.clamp(min=0)  # [batch, width] int64: 0 where there is no child
+        self.exists = (index > 0) & (tree.laws.gather(1, self.index) != Law.PADDING)  # [batch, width] bool
+        self.tokens = tree.tokens.gather(1, self.index)  # [batch, width] int64
+        self._tree, self._node, self._law = tree, node, tree.laws[rows, node][:, None]
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        """[batch, vocab]: the node's draft law, not normalised; None where all children are POINT."""
+        if self._tree.draft_probs is None:
+            return None
+        internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)  # the nodes beyond are leaves
+        return self._tree.draft_probs[torch.arange(len(internal), device=internal.device), internal]
+
+    def child(self, slot: Tensor) -> ChildLaw:
+        """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""
+        token = self.tokens.gather(1, slot)
+        weights = self.weights
+        if weights is None:
+            return ChildLaw(token, torch.ones_like(slot, dtype=torch.bool), None)
+        top = self.exists & (self._law == Law.SAMPLED_THEN_TOP) & (self.exists.cumsum(1) > 1)
+        if self.index.shape[1] > 1:
+            place = torch.arange(self.index.shape[1], device=slot.device)
+            earlier = self.exists & (self._law == Law.WITHOUT_REPLACEMENT) & (place < slot)
+            weights = _drop(weights, self.tokens, top | earlier)
+        point = top.gather(1, slot) | (self._law == Law.POINT)
+        return ChildLaw(token, point, weights / weights.sum(1, keepdim=True).masked_fill(point, torch.inf))
+
+
+@dataclass(frozen=True, eq=False)
+class ChildLaw:
+    """The law that one child of every row was drawn from."""
+
+    token: Tensor  # [batch, 1] int64: the child's own token
+    point: Tensor  # [batch, 1] bool: the law is certain of that token
+    law: Tensor | None  # [batch, vocab]: the law of the other rows, 0 in these; None if all are
+
+    @property
+    def probability(self) -> Tensor:
+        """[batch, 1]: of the child's own token."""
+        return torch.ones_like(self.token) if self.law is None else self.law.gather(1, self.token).where(~self.point, 1)
+
+    def excess(self, mass: Tensor) -> Tensor:
+        """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
+        if self.law is None:
+            return mass.scatter(1, self.token, 0)
+        rest = (mass - self.law).clamp_(min=0)
+        return rest.scatter_(1, self.token, rest.gather(1, self.token).masked_fill(self.point, 0))
+
+
+def _drop(weights: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+    """`weights` [batch, vocab] with weight 0 at those `tokens` [batch, k] for which `where` [batch, k] holds."""
+    left = weights.gather(1, tokens).masked_fill(where, 0)
+    return weights.scatter_reduce(1, tokens, left, "amin")  # the minimum, for a token may stand there twice

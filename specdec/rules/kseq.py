@@ -1,0 +1,109 @@
+"""K-SEQ: independent children, all tested against the same share of the target's law.
+
+The k-sequential selection of SpecTr (Sun et al., arXiv:2310.15141), at every node of a tree.
+
+Why it is lossless: a child x ~ q is accepted with mass m(x) = min(q(x), p(x) / rho); let beta = sum m. Children are
+independent, so that of k of them the accepted one is x with mass m(x) c, where c = 1 + (1 - beta) + ... + (1 - beta)^(k-1).
+When all are rejected, what is emitted has law (p - m c) normalised: together that is p, provided that p - m c is nowhere
+negative. Where p / rho is the smaller, m c = p c / rho; where q is, m c <= p c / rho as well. So c <= rho is what
+is needed. rho beta grows with rho and c beta = 1 - (1 - beta)^k falls, so there is a smallest rho that will do, the most
+generous to drafts, and every larger one does too; k is one, for c <= k. Children below are verified against the law after
+their parent, whatever it was.
+
+rho is a multiple of 1 / 2**16, rounded up: acceptance is lower by less than that fraction, and p / rho is exact
+in any arithmetic.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins, RowCoins
+from specdec.rules.draft_law import Siblings
+from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.rules.top_down import top_down
+from specdec.sampling import RowLaw, TargetLaw
+from specdec.tree import DraftTree, Law, RowTree, TreeSpec
+
+_GRID = 2**16
+_MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho will do
+
+
+class KSeq(Rule):
+    """Accept a child with probability min(1, p / (rho q)), one after the other; IID children only."""
+
+    lossless = True
+
+    def check(self, spec: TreeSpec) -> None:
+        if not spec.laws <= {Law.IID}:
+            names = ", ".join(sorted(law.name for law in spec.laws))
+            raise ValueError(
+                f"KSeq needs children drawn independently, and these trees have {names} children: draft "
+                "Widths(..., law=Law.IID) at a temperature above 0, or use SiblingRejection, which takes every law."
+            )
+
+    def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
+        path = [0]
+        while True:
+            p = target_law.probs(path[-1])
+            draws = list(tree.draws(path[-1], len(p)))
+            if not draws:
+                return Decision(path, coins.pick(path[-1], p))
+            q, count = draws[0][1], len(draws)
+            share = p * _GRID / _rho(p.astype(np.float64), q.astype(np.float64), count)
+            ratios = ((child, share[tree.tokens[child]] / q[tree.tokens[child]]) for child, _ in draws)
+            accepted = next((child for child, ratio in ratios if coins.accept(child, ratio)), None)
+            if accepted is None:
+                return Decision(path, coins.pick(path[-1], _rest(p, np.minimum(share, q), count)))
+            path.append(accepted)
+
+    def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        return top_down(tree, target_law, coins, _try_children)
+
+
+def _rest(p: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
+    """What is owed [vocab], not normalised, when `count` children were rejected; one is accepted with mass `taken`."""
+    rest = np.maximum(p - taken * sum((1 - taken.sum()) ** i for i in range(count)), 0)
+    return rest if rest.sum() > 0 else p
+
+
+def _rho(p: np.ndarray, q: np.ndarray, count: int) -> int:
+    """The smallest rho that will do for `count` children, in units of the grid."""
+    low, high = _GRID, count * _GRID
+    while low < high:
+        middle = (low + high) // 2
+        beta = np.minimum(p * _GRID / middle, q).sum()
+        if middle / _GRID * beta + (1 - beta) ** count >= 1 + _MARGIN:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    width = siblings.index.shape[1]
+    count = siblings.exists.sum(1, keepdim=True).clamp(min=1)  # [batch, 1]
+    q = siblings.child(torch.zeros_like(count)).law
+    assert q is not None, "IID children come with draft_probs"
+    share = p * _GRID / _rho_batch(p, q, count, width)
+    hit = siblings.exists & alive[:, None] & (coin < share.gather(1, siblings.tokens) / q.gather(1, siblings.tokens))
+    first = hit & (hit.cumsum(1) == 1)
+    taken = torch.minimum(share, q)
+    miss = 1 - taken.sum(1, keepdim=True)
+    factor = torch.stack([(miss**i).where(i < count, 0) for i in range(width)]).sum(0)
+    rest = (p - taken * factor).clamp(min=0)
+    tried = siblings.exists.any(1, keepdim=True) & alive[:, None] & (rest.sum(1, keepdim=True) > 0)
+    return torch.where(first, siblings.index, 0).sum(1), torch.where(tried, rest, p)
+
+
+def _rho_batch(p: Tensor, q: Tensor, count: Tensor, width: int) -> Tensor:
+    """`_rho` for every row: [batch, 1] int64; as many halvings as the widest row may need."""
+    low, high = torch.full_like(count, _GRID), count * _GRID
+    for _ in range(((width - 1) * _GRID).bit_length()):
+        middle = (low + high) // 2
+        beta = torch.minimum(p * _GRID / middle, q).sum(1, keepdim=True, dtype=torch.float64)
+        enough = middle.double() / _GRID * beta + (1 - beta) ** count >= 1 + _MARGIN
+        low, high = torch.where(enough, low, torch.minimum(middle + 1, high)), torch.where(enough, middle, high)
+    return high

@@ -1,0 +1,24 @@
+"""Lenient rejection: sibling rejection that compares p with a fraction of q (Leviathan et al., arXiv:2211.17192, appendix).
+
+Not lossless. With one sampled child no token becomes more likely than p(x) / lenience: it is accepted with mass
+min(q, p / lenience), and the mass then left over, at most sum (q - p)+ = sum (p - q)+, is spread by (p - q)+.
+"""
+
+from __future__ import annotations
+
+from specdec.rules.sibling import SiblingRejection
+
+
+class LenientRejection(SiblingRejection):
+    """Accept a child with probability min(1, p / (lenience q)), and go on as sibling rejection does.
+
+    Args:
+        lenience: in (0, 1]; 1 is sibling rejection.
+    """
+
+    lossless = False
+
+    def __init__(self, lenience: float = 0.5):
+        if not 0 < lenience <= 1:
+            raise ValueError(f"lenience={lenience}: must be in (0, 1]; 1 is SiblingRejection.")
+        self.lenience = lenience

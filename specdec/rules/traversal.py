@@ -1,0 +1,122 @@
+"""Traversal verification: a tree is verified from its leaves to its root, each node when all its children have failed.
+
+Weng et al., arXiv:2505.12398, here with each child's own law in place of the draft law (which is the paper's rule for
+independent children), so that every draft law will do. On a chain it is block verification.
+
+Why it is lossless: every node is entered with a chance `reach` and the target's law p after it. Take away the token drawn
+last, x, a leaf and the last child of its parent, where reach and p stand for what is owed after x's siblings failed.
+Without x the traversal stops at the parent with probability reach and emits from p. With x, drawn from q, it stops at x
+with mass min(reach p(x), q(x)) and goes on with the target's law; with S = sum (reach p - q)+ it fails there with probability
+1 - reach + S, and then stops at the parent with probability S / (S + 1 - reach), emitting from (reach p - q)+ / S. The two add
+up to reach p, token by token, and the rest of the tree has its turn with probability 1 - reach in both cases. So the
+text has the same law with and without x, given all other tokens; take them away one by one, in the reverse of the order
+they were drawn in, and the root is left, which samples from the target.
+
+What happens at a node depends on the rest of the tree only through whether its turn comes. Reach and residuals can
+therefore be computed from the root downwards, parents first, all coins flipped, and the first node of the traversal
+whose coin comes up is the one accepted: that is the fast path.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins, Purpose, RowCoins
+from specdec.rules.draft_law import Siblings
+from specdec.rules.residual import residual, residual_batch
+from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.sampling import RowLaw, TargetLaw
+from specdec.tree import DraftTree, Law, RowTree
+
+
+class TraversalVerification(Rule):
+    """Accept the first node, children before their parents, whose coin comes up; any tree, any draft law."""
+
+    lossless = True
+
+    def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
+        def visit(path: list[int], reach) -> Decision | None:
+            if not tree.children(path[-1]):  # a leaf: its law is needed only when it is accepted
+                accepted = coins.accept(path[-1], reach)
+                return Decision(path, coins.pick(path[-1], target_law.probs(path[-1]))) if accepted else None
+            p = target_law.probs(path[-1])
+            for child, q in tree.draws(path[-1], len(p)):
+                x = tree.tokens[child]
+                if decision := visit([*path, child], min(1, reach * p[x] / q[x])):
+                    return decision
+                reach, p = residual(reach, p, q)
+            return Decision(path, coins.pick(path[-1], p)) if coins.accept(path[-1], reach) else None
+
+        decision = visit([0], 1)
+        assert decision is not None, "the root's coin always comes up: there, 1 - reach is 0"
+        return decision
+
+    def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        walk, coin = _Walk(tree), coins.uniforms(Purpose.ACCEPT)
+        rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
+        p = owed = target_law.at(torch.zeros_like(rows))  # [batch, vocab]; owed: what the best inner node so far emits
+        reach = p.new_ones(len(p), 1)  # [batch, 1]: with p, where the parent of the current child stands
+        entered = p.new_ones(tree.tokens.shape)  # [batch, node]: the chance each node is entered with
+        heads = torch.zeros_like(tree.tokens, dtype=torch.bool)  # [batch, node]: coins that came up
+        heads[:, 0] = True
+        for step in walk.steps:
+            # a parent whose turn does not come any more is not looked at: its law is not needed, and may be NaN
+            live = step.exists & ~(heads & walk.before[rows, step.parent[:, 0]]).any(1, keepdim=True)
+            law = target_law.at(torch.where(live, step.parent, 0)[:, 0])
+            p = torch.where(step.first, law, p)
+            reach = torch.where(step.first, entered.gather(1, step.parent), reach)
+            child = Siblings(tree, step.parent[:, 0]).child(step.slot)
+            chance = (reach * p.gather(1, child.token) / child.probability).clamp(max=1)
+            entered = entered.scatter(1, step.child, torch.where(live, chance, 0))
+            leaf = live & walk.leaf.gather(1, step.child) & (coin.gather(1, step.child) < chance)
+            reach, p = residual_batch(reach, p, child.excess(reach * p))
+            inner = live & step.last & (coin.gather(1, step.parent) < reach)
+            owed = torch.where(inner, p, owed)
+            heads = heads.scatter(1, step.child, leaf)
+            heads = heads.scatter(1, step.parent, heads.gather(1, step.parent) | inner)
+        node = walk.first(heads)
+        is_leaf = walk.leaf.gather(1, node)
+        owed = torch.where(is_leaf, target_law.at(torch.where(is_leaf, node, 0)[:, 0]), owed)
+        return Decisions.ending_at(node, owed, tree.topology, coins)
+
+
+class _Walk:
+    """The order of the traversal in every row; parents are entered in preorder and left in postorder."""
+
+    def __init__(self, tree: DraftTree):
+        topology, exists = tree.topology, tree.laws != Law.PADDING
+        index = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
+        parents, reach = topology.parents, topology.ancestors.float()
+        elder = (parents[:, :, None] == parents[:, None, :]) & (
+            index < index[:, None]
+        )  # the second is an elder sibling
+        self.before = reach @ elder.float() @ reach.mT > 0  # [batch, node, node]: the second has its turn before the
+        self.below = topology.ancestors.mT & (index != index[:, None])  # first is entered; is a descendant of the first
+        self.leaf = ~(self.below & exists[:, None]).any(-1)  # [batch, node]
+        entered = self.before.sum(-1) + topology.depths  # [batch, node] int64: place in preorder
+        place = entered.gather(1, parents.clamp(min=0)) * len(index) + index
+        order = torch.where(exists, place, len(index) ** 2)[:, 1:].argsort(1) + 1  # siblings together, padding last
+        parent = torch.where(exists, parents, -1).gather(1, order)  # [batch, node - 1], -1 where nothing exists
+        turn = torch.nn.functional.pad(parent, (1, 1), value=-2).diff() != 0  # between two steps: the parent changes
+        slots = elder.sum(-1).gather(1, order)
+        columns = (order, parent.clamp(min=0), slots, parent >= 0, turn[:, :-1], turn[:, 1:])
+        self.steps = [_Step(*step) for step in zip(*(column.split(1, 1) for column in columns), strict=True)]
+
+    def first(self, heads: Tensor) -> Tensor:
+        """[batch, 1]: the first node of the traversal among those in `heads` [batch, node] bool."""
+        late = (heads[:, None] & (self.before | self.below)).any(-1)
+        return (heads & ~late).long().argmax(1, keepdim=True)
+
+
+class _Step(NamedTuple):
+    """One child of every row, with everything [batch, 1]."""
+
+    child: Tensor
+    parent: Tensor
+    slot: Tensor  # the child's place among its siblings
+    exists: Tensor
+    first: Tensor  # the first child of its parent
+    last: Tensor  # the last one

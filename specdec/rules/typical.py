@@ -1,0 +1,60 @@
+"""Typical acceptance (Medusa, arXiv:2401.10774): what the target finds likely enough is kept, without any coin.
+
+Not lossless: nothing in it looks at how the draft was drawn. At temperature 0 only the target's own token is likely enough,
+and the text is the target's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from specdec.coins import Coins, RowCoins
+from specdec.rules.draft_law import Siblings
+from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.sampling import RowLaw, TargetLaw
+from specdec.tree import DraftTree, RowTree
+
+
+class TypicalAcceptance(Rule):
+    """Accept x where p(x) > min(epsilon, alpha exp(-entropy(p))), keep the longest accepted path, sample what follows.
+
+    Args:
+        epsilon: what is always likely enough.
+        alpha: what is likely enough where the target itself is undecided, as a fraction of exp(-entropy).
+    """
+
+    lossless = False
+
+    def __init__(self, epsilon: float = 0.09, alpha: float = 0.3):
+        if not (0 <= epsilon <= 1 and 0 <= alpha <= 1):
+            raise ValueError(f"epsilon={epsilon}, alpha={alpha}: both must be in [0, 1].")
+        self.epsilon, self.alpha = epsilon, alpha
+
+    def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
+        paths = [[0]]
+        for path in paths:  # the list grows while it is walked
+            children = tree.children(path[-1])
+            if children:
+                p = target_law.probs(path[-1]).astype(np.float64)
+                entropy = -sum(p[p > 0] * np.log(p[p > 0]))
+                threshold = min(self.epsilon, self.alpha * math.exp(-entropy))
+                paths += [[*path, child] for child in children if p[tree.tokens[child]] > threshold]
+        longest = max(paths, key=lambda path: (len(path), -path[-1]))  # of several, the one whose end comes first
+        return Decision(longest, coins.pick(longest[-1], target_law.probs(longest[-1])))
+
+    def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        kept = torch.zeros_like(tree.tokens)  # [batch, node] int64: 1 for accepted nodes
+        kept[:, 0] = 1
+        for index in range(tree.tokens.shape[1] - 1):
+            node = torch.full_like(tree.tokens[:, 0], index)
+            siblings = Siblings(tree, node)
+            trying = siblings.exists & (kept[:, index : index + 1] > 0)
+            p = target_law.at(torch.where(trying.any(1), node, 0))
+            threshold = (self.alpha * (-torch.special.entr(p).sum(1, keepdim=True)).exp()).clamp(max=self.epsilon)
+            likely = trying & (p.gather(1, siblings.tokens) > threshold)
+            kept = kept.scatter_reduce(1, siblings.index, likely.long(), "amax")
+        node = (kept * (tree.topology.depths + 1)).argmax(1, keepdim=True)  # the first of the deepest
+        return Decisions.ending_at(node, target_law.at(node[:, 0]), tree.topology, coins)
