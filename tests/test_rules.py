@@ -119,8 +119,9 @@ def random_trees(rule, rows: int, vocab: int, seed: int) -> tuple[DraftTree, tor
         for v in range(nodes):
             children = np.flatnonzero(parents[b] == v)
             children = children[kinds[b, children] != Law.PADDING]
-            if len(children):
+            if kinds[b, v] != Law.PADDING:  # a leaf too: its children may have been struck out by a budget
                 kinds[b, v] = rng.choice(laws)
+            if len(children):
                 tokens[b, children] = drawn(rng, Law(kinds[b, v]), probs[b, v], len(children))
     logits = np.log(probs + 1e-3) + rng.normal(0, 1, probs.shape)
     logits[rng.random(logits.shape) < 0.3] = -np.inf
