@@ -13,6 +13,16 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+import specdec
+from experiments.inputs import Models
+
+
+def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Models:
+    """The demo pair with its target enlarged."""
+    pair = specdec.demo.load(dtype)
+    assert isinstance(pair.target, LlamaForCausalLM)
+    return Models(enlarge(pair.target, layers, intermediate_size, noise), pair.draft, pair.tokenizer)
+
 
 def enlarge(model: LlamaForCausalLM, layers: int, intermediate_size: int, noise: float = 0.0) -> LlamaForCausalLM:
     """A Llama with `layers` layers and wider MLPs whose logits are those of `model`.

@@ -45,7 +45,7 @@ class Context:
 class Acceptance:
     """What became of a step, after stop tokens and budgets."""
 
-    path: Tensor  # [batch, depth + 1] int64: accepted nodes, the root first
+    path: Tensor  # [batch, <= depth + 1] int64: accepted nodes, the root first; entries past `keep` are unused
     keep: Tensor  # [batch] int64: how many of them, from the root on, the text now contains; 0 for rows that had ended
     emitted: list[list[int]]  # each row's new tokens
     accepted: list[int]  # how many of those were drafted

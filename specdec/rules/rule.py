@@ -27,7 +27,7 @@ class Decision:
 class Decisions:
     """What a rule decided for a batch."""
 
-    path: Tensor  # [batch, depth + 1] int64: accepted nodes from the root down; entries past `accepted` are unused
+    path: Tensor  # [batch, <= depth + 1] int64: accepted nodes from the root down; entries past `accepted` are unused
     accepted: Tensor  # [batch] int64: number of accepted drafted tokens (the root does not count)
     token: Tensor  # [batch] int64: the recovered or bonus token
 

@@ -20,7 +20,7 @@ from specdec.coins import Coins, RowCoins
 from specdec.rules.draft_law import Siblings
 from specdec.rules.residual import residual, residual_batch
 from specdec.rules.rule import Decision, Decisions, Rule
-from specdec.rules.top_down import top_down
+from specdec.rules.top_down import nobody, top_down
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 
@@ -51,10 +51,12 @@ class SiblingRejection(Rule):
         taken = torch.zeros_like(siblings.index[:, 0])
         for j in range(siblings.index.shape[1]):
             child = siblings.child(torch.full_like(taken, j)[:, None])
-            trying = siblings.exists[:, j] & alive & (taken == 0)
+            trying = siblings.exists[:, j] & alive
             ratio = owed.gather(1, child.token) / (self.lenience * child.probability)
             hit = trying & (coin[:, j] < ratio[:, 0])
-            taken = torch.where(hit, siblings.index[:, j], taken)
+            taken, alive = torch.where(hit, siblings.index[:, j], taken), alive & ~hit
+            if nobody(alive):
+                break
             _, rest = residual_batch(owed.new_ones(1), owed, child.excess(owed))
             owed = torch.where((trying & ~hit)[:, None], rest, owed)
         return taken, owed

@@ -18,6 +18,11 @@ from specdec.tree import DraftTree
 TryChildren = Callable[[Siblings, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def nobody(rows: Tensor) -> bool:
+    """Whether no row [batch] bool is True, when that can be asked for nothing: on a CPU. Elsewhere, False."""
+    return rows.device.type == "cpu" and not bool(rows.any())
+
+
 def top_down(tree: DraftTree, target_law: TargetLaw, coins: Coins, try_children: TryChildren) -> Decisions:
     """Accept children from the root downwards, until none is accepted or a leaf is reached."""
     rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
@@ -29,6 +34,9 @@ def top_down(tree: DraftTree, target_law: TargetLaw, coins: Coins, try_children:
         siblings = Siblings(tree, node)
         child, rest = try_children(siblings, owed, coin.gather(1, siblings.index), alive)
         alive = child > 0
+        if nobody(alive):
+            owed = rest
+            break
         node = torch.where(alive, child, node)
         owed = torch.where(alive[:, None], target_law.at(node), rest)
         accepted = accepted + alive
