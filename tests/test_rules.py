@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specdec import Coins, DraftTree, Law, Sampling, Topology, TreeSpec
+from specdec.coins import Purpose, inverse_cdf
 from specdec.rules import (
     BlockVerification,
     KSeq,
@@ -23,6 +24,7 @@ from specdec.rules import (
 from specdec.rules.residual import residual
 from specdec.sampling import TargetLaw
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_lossless, exact_law, target_law
+from specdec.tree import root_only
 from specdec.trees import Chain, Dynamic, Widths
 
 PROMPT = (0, 1, 0)
@@ -96,11 +98,11 @@ def test_the_fast_path_equals_the_specification_on_drafted_trees(rule, tree, sam
         assert not differing(fast, slow).any()
 
 
-def random_trees(rule, rows: int, vocab: int, seed: int) -> tuple[DraftTree, torch.Tensor]:
+def random_trees(rule, rows: int, vocab: int, seed: int, single: bool = False) -> tuple[DraftTree, torch.Tensor]:
     """Ragged trees of every law that the rule admits, with padding and zeros in all laws; the target's logits."""
     rng = np.random.default_rng(seed)
-    nodes, width = int(rng.integers(2, 11)), 1 if isinstance(rule, BlockVerification) else 3
-    laws = [Law.IID] if isinstance(rule, KSeq) else [Law.POINT, *SAMPLED]
+    nodes, width = int(rng.integers(2, 11)), 1 if single or isinstance(rule, BlockVerification) else 3
+    laws = [Law.IID] if isinstance(rule, KSeq) and width > 1 else [Law.POINT, *SAMPLED]
     parents, tokens = np.full((rows, nodes), -1), rng.integers(0, vocab, (rows, nodes))
     kinds, probs = np.full((rows, nodes), Law.PADDING), rng.dirichlet([0.3] * vocab, (rows, nodes)) + 1e-4
     probs *= rng.uniform(0.5, 2, (rows, nodes, 1))  # drafts need not be normalised
@@ -158,7 +160,7 @@ class Shifted(Coins):
 def test_the_fast_path_equals_the_specification_on_ragged_trees_of_mixed_laws(rule):
     cases = [(1, 6), (2, 6), (3, 5), (7, 30), (16, 12), (33, 5), (64, 8), (64, 9), (64, 7), (64, 200)]
     for seed, (rows, vocab) in enumerate(cases):
-        tree, logits = random_trees(rule, rows, vocab, seed)
+        tree, logits = random_trees(rule, rows, vocab, seed, single=seed % 4 == 3)
         context, coins = Batch(rows, vocab, Sampling(1.0), seed), Shifted(seed, rows, 16)
         slow = Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins)
         fast = rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
@@ -179,6 +181,15 @@ def test_the_fast_path_equals_the_specification_over_a_large_vocabulary(rule):
     context, coins = Batch(8, 4000, Sampling(1.0), 0), Coins(0, 8, 16)
     slow = Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins)
     assert not differing(rule.decide_batch(tree, TargetLaw(logits, tree, context), coins), slow).any()
+
+
+@pytest.mark.parametrize("rule", LOSSLESS + LOSSY, ids=name_of)
+def test_without_a_draft_the_fast_path_samples_from_the_target(rule):
+    context, coins = Batch(5, 6, Sampling(1.0), 0), Coins(0, 5, 16)
+    tree, logits = root_only(context.root), torch.randn(5, 1, 6, dtype=torch.float64)
+    fast = rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
+    assert not differing(fast, Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins)).any()
+    assert torch.equal(fast.token, inverse_cdf(logits[:, 0].softmax(-1), coins.uniforms(Purpose.EMIT)[:, 0]))
 
 
 class NotingLaw(TargetLaw):

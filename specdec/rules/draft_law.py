@@ -61,7 +61,12 @@ class ChildLaw:
     @property
     def probability(self) -> Tensor:
         """[batch, 1]: of the child's own token."""
-        return torch.ones_like(self.token) if self.law is None else self.law.gather(1, self.token).where(~self.point, 1)
+        return self.at(self.token)
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """[batch, k]: the probabilities of `tokens` [batch, k] int64."""
+        same = (tokens == self.token).float()
+        return same if self.law is None else torch.where(self.point, same, self.law.gather(1, tokens))
 
     def excess(self, mass: Tensor) -> Tensor:
         """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
@@ -69,6 +74,14 @@ class ChildLaw:
             return mass.scatter(1, self.token, 0)
         rest = (mass - self.law).clamp_(min=0)
         return rest.scatter_(1, self.token, rest.gather(1, self.token).masked_fill(self.point, 0))
+
+    def overlap(self, mass: Tensor) -> Tensor:
+        """min(mass, law) [batch, vocab], for such a `mass`."""
+        own = mass.gather(1, self.token)
+        if self.law is None:
+            return torch.zeros_like(mass).scatter_(1, self.token, own)
+        both = torch.minimum(mass, self.law)
+        return both.scatter_(1, self.token, torch.where(self.point, own, both.gather(1, self.token)))
 
 
 def _drop(weights: Tensor, tokens: Tensor, where: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, RowCoins
-from specdec.rules.draft_law import Siblings
+from specdec.rules.draft_law import ChildLaw, Siblings
 from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.rules.top_down import top_down
 from specdec.sampling import RowLaw, TargetLaw
@@ -32,12 +32,12 @@ _MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho wil
 
 
 class KSeq(Rule):
-    """Accept a child with probability min(1, p / (rho q)), one after the other; IID children only."""
+    """Accept a child with probability min(1, p / (rho q)), one after the other; IID children, or single ones."""
 
     lossless = True
 
     def check(self, spec: TreeSpec) -> None:
-        if not spec.laws <= {Law.IID}:
+        if spec.width > 1 and not spec.laws <= {Law.IID}:  # one child alone is independent, whatever its law
             names = ", ".join(sorted(law.name for law in spec.laws))
             raise ValueError(
                 f"KSeq needs children drawn independently, and these trees have {names} children: draft "
@@ -85,12 +85,12 @@ def _rho(p: np.ndarray, q: np.ndarray, count: int) -> int:
 def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     width = siblings.index.shape[1]
     count = siblings.exists.sum(1, keepdim=True).clamp(min=1)  # [batch, 1]
-    q = siblings.child(torch.zeros_like(count)).law
-    assert q is not None, "IID children come with draft_probs"
-    share = p * _GRID / _rho_batch(p, q, count, width)
-    hit = siblings.exists & alive[:, None] & (coin < share.gather(1, siblings.tokens) / q.gather(1, siblings.tokens))
+    child = siblings.child(torch.zeros_like(count))  # the first stands for all
+    share = p * _GRID / _rho_batch(p, child, count, width)
+    ratios = share.gather(1, siblings.tokens) / child.at(siblings.tokens)
+    hit = siblings.exists & alive[:, None] & (coin < ratios)
     first = hit & (hit.cumsum(1) == 1)
-    taken = torch.minimum(share, q)
+    taken = child.overlap(share)
     miss = 1 - taken.sum(1, keepdim=True)
     factor = torch.stack([(miss**i).where(i < count, 0) for i in range(width)]).sum(0)
     rest = (p - taken * factor).clamp(min=0)
@@ -98,12 +98,12 @@ def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) ->
     return torch.where(first, siblings.index, 0).sum(1), torch.where(tried, rest, p)
 
 
-def _rho_batch(p: Tensor, q: Tensor, count: Tensor, width: int) -> Tensor:
+def _rho_batch(p: Tensor, child: ChildLaw, count: Tensor, width: int) -> Tensor:
     """`_rho` for every row: [batch, 1] int64; as many halvings as the widest row may need."""
     low, high = torch.full_like(count, _GRID), count * _GRID
     for _ in range(((width - 1) * _GRID).bit_length()):
         middle = (low + high) // 2
-        beta = torch.minimum(p * _GRID / middle, q).sum(1, keepdim=True, dtype=torch.float64)
+        beta = child.overlap(p * _GRID / middle).sum(1, keepdim=True, dtype=torch.float64)
         enough = middle.double() / _GRID * beta + (1 - beta) ** count >= 1 + _MARGIN
         low, high = torch.where(enough, low, torch.minimum(middle + 1, high)), torch.where(enough, middle, high)
     return high

@@ -90,11 +90,11 @@ class _Walk:
         topology, exists = tree.topology, tree.laws != Law.PADDING
         index = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
         parents, reach = topology.parents, topology.ancestors.float()
-        elder = (parents[:, :, None] == parents[:, None, :]) & (
-            index < index[:, None]
-        )  # the second is an elder sibling
-        self.before = reach @ elder.float() @ reach.mT > 0  # [batch, node, node]: the second has its turn before the
-        self.below = topology.ancestors.mT & (index != index[:, None])  # first is entered; is a descendant of the first
+        siblings = parents[:, :, None] == parents[:, None, :]
+        elder = siblings & (index < index[:, None])  # [batch, node, node]: the second is an elder sibling of the first
+        # [batch, node, node]: the second has its turn before the first is entered; is a descendant of the first
+        self.before = reach @ elder.float() @ reach.mT > 0
+        self.below = topology.ancestors.mT & (index != index[:, None])
         self.leaf = ~(self.below & exists[:, None]).any(-1)  # [batch, node]
         entered = self.before.sum(-1) + topology.depths  # [batch, node] int64: place in preorder
         place = entered.gather(1, parents.clamp(min=0)) * len(index) + index
@@ -103,7 +103,7 @@ class _Walk:
         turn = torch.nn.functional.pad(parent, (1, 1), value=-2).diff() != 0  # between two steps: the parent changes
         slots = elder.sum(-1).gather(1, order)
         columns = (order, parent.clamp(min=0), slots, parent >= 0, turn[:, :-1], turn[:, 1:])
-        self.steps = [_Step(*step) for step in zip(*(column.split(1, 1) for column in columns), strict=True)]
+        self.steps = [_Step(*(column[:, k : k + 1] for column in columns)) for k in range(len(index) - 1)]
 
     def first(self, heads: Tensor) -> Tensor:
         """[batch, 1]: the first node of the traversal among those in `heads` [batch, node] bool."""
