@@ -62,7 +62,8 @@ def title(config: DictConfig, options: Any) -> str:
     fields = {key: value for key, value in options["sampling"].items() if key != "_target_" and value is not None}
     law = ", ".join(f"{key} {value}" for key, value in fields.items())
     where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
-    return f"{config.target.get('target', 'demo pair')}, {where}, batch {config.batch}, {law}"
+    choice = HydraConfig.get().runtime.choices["target"]
+    return f"{config.target.get('target', f'{choice} pair')}, {where}, batch {config.batch}, {law}"
 
 
 if __name__ == "__main__":
