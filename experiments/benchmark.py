@@ -28,6 +28,7 @@ def main(config: DictConfig) -> None:
     options = OmegaConf.to_container(config)
     calls.check(options)
     torch.set_num_threads(config.threads)
+    source = provenance("experiments/benchmark.py", list(HydraConfig.get().overrides.task), options, config.device)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     log, sampling, prompts = (instantiate(config[group]) for group in ("log", "sampling", "task"))
@@ -40,7 +41,6 @@ def main(config: DictConfig) -> None:
     found = figures(finished)
     print(f"{title(config, options)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
     print(table(found), end="\n\n")
-    source = provenance("experiments/benchmark.py", list(HydraConfig.get().overrides.task), options, config.device)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
     result = {"prompts": len(ids), "rounds": len(finished), "figures": found, "tokens_per_second": runs}
     print(log.write({**source, **result}))
