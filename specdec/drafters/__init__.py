@@ -6,6 +6,7 @@ from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.nothing import NoDrafter
+from specdec.drafters.suffix import SuffixDrafter
 
 __all__ = [
     "Context",
@@ -16,4 +17,5 @@ __all__ = [
     "ModelDrafter",
     "NgramDrafter",
     "NoDrafter",
+    "SuffixDrafter",
 ]
