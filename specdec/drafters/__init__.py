@@ -1,6 +1,7 @@
 """Drafters: who proposes. One drafter per file."""
 
 from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.fallback import Fallback
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
 from specdec.drafters.model import ModelDrafter
@@ -11,6 +12,7 @@ from specdec.drafters.suffix import SuffixDrafter
 __all__ = [
     "Context",
     "Drafter",
+    "Fallback",
     "LayerSkipDrafter",
     "MedusaDrafter",
     "MedusaHeads",
