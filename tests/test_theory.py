@@ -1,0 +1,79 @@
+"""Ceilings against linear programs and against what rules reach; trees and times against enumeration."""
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
+
+from specdec import Law
+from specdec.theory import _all_among_first, one_step_ceiling
+
+SOLVED = 1e-6  # HiGHS is content when constraints hold to 1e-7
+QUADRATURE = 1e-12  # what `_STEP` and `_DECAY` are chosen for
+RANDOM = np.random.default_rng(0)
+
+
+def random_law(vocab, sharpness=2.0, zeros=False):
+    law = np.exp(sharpness * RANDOM.normal(size=vocab))
+    if zeros:
+        law[RANDOM.permutation(vocab)[: RANDOM.integers(0, vocab - 1)]] = 0
+    return law / law.sum()
+
+
+def children(law, q, count, top):
+    """{children: probability}: the law of an ordered draw."""
+    if law == Law.POINT:
+        return {tuple(top): 1.0}
+    if law == Law.SAMPLED_THEN_TOP:
+        outside = {x: q[x] for x in range(len(q)) if x not in top and q[x] > 0}
+        return {(x, *top): w / sum(outside.values()) for x, w in outside.items()}
+    if law == Law.IID:
+        return {xs: float(np.prod(q[list(xs)])) for xs in product(np.flatnonzero(q), repeat=count)}
+    drawn = {}
+    for xs in permutations(np.flatnonzero(q), min(count, int((q > 0).sum()))):
+        left = [sum(q[x] for x in range(len(q)) if x not in xs[:j]) for j in range(len(xs))]
+        drawn[xs] = float(np.prod(q[list(xs)] / left))
+    return drawn
+
+
+def best_coupling(p, drawn):
+    """The optimal transport by linear programming: mass flows from draws to tokens, gaining 1 inside the draw."""
+    inside = [(s, x) for s, xs in enumerate(drawn) for x in set(xs)]
+    rows, columns = zip(
+        *[pair for i, (s, x) in enumerate(inside) for pair in ((s, i), (len(drawn) + x, i))], strict=True
+    )
+    limits = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(drawn) + len(p), len(inside)))
+    return -linprog(-np.ones(len(inside)), limits.tocsr(), [*drawn.values(), *p]).fun
+
+
+@pytest.mark.parametrize(
+    "law", [Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP], ids=lambda w: w.name
+)
+def test_one_step_ceiling_is_the_optimal_transport(law):
+    for trial in range(60):
+        vocab, count = int(RANDOM.integers(3, 7)), int(RANDOM.integers(1, 4))
+        p, q = (random_law(vocab, RANDOM.choice([0.5, 2, 5]), zeros=trial % 3 == 0) for _ in "pq")
+        top = np.argsort(-q, kind="stable")[: count - (law == Law.SAMPLED_THEN_TOP)].tolist()
+        if law == Law.SAMPLED_THEN_TOP and q[top].sum() > 1 - 1e-12:
+            continue  # no law is left for the first child: the children are POINT
+        expected = best_coupling(p, children(law, q, count, top))
+        assert one_step_ceiling(p, law, q, count=count, top=top) == pytest.approx(expected, abs=SOLVED)
+
+
+def test_ceiling_without_replacement_survives_laws_of_any_scale():
+    """Against the sum over pairs that two draws have in closed form."""
+    q = np.sort(10.0 ** -RANDOM.uniform(0, 25, 60))
+    q /= q.sum()
+    odds = q / (1 - q)
+    odds[-1] = q[-1] / q[:-1].sum()  # without the cancellation in 1 - q
+    expected = np.cumsum(q) * np.cumsum(odds) - np.cumsum(q * odds)
+    assert _all_among_first(q, 2) == pytest.approx(expected, abs=QUADRATURE)
+
+
+def test_a_law_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="non-negative weights"):
+        one_step_ceiling([0.5, -0.5], Law.POINT, top=[0])
+    with pytest.raises(ValueError, match="law=IID, q=None: give"):
+        one_step_ceiling([0.5, 0.5], Law.IID)
