@@ -8,9 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
-from specdec.tree import Law
+from specdec.coins import Coins
+from specdec.drafters.drafter import Acceptance
+from specdec.rules.rule import Decisions
+from specdec.sampling import TargetLaw
+from specdec.trace import Visit
+from specdec.tree import DraftTree, Law, RowTree
 
 _STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12
 _DECAY = 40.0  # exp(-40) < 1e-17: where integrands are cut off
@@ -95,3 +102,31 @@ def _normalised(weights: ArrayLike) -> np.ndarray:
     if not (law.ndim == 1 and (law >= 0).all() and 0 < law.sum() < np.inf):
         raise ValueError("A law is a vector of finite non-negative weights [vocab], not all of them 0.")
     return law / law.sum()
+
+
+def laws_on_path(target_law: TargetLaw, decisions: Decisions) -> list[Tensor]:
+    """The target's laws [batch, vocab] after the nodes of the decided paths, from the root down."""
+    place = torch.arange(decisions.path.shape[1], device=decisions.path.device)
+    path = torch.where(place <= decisions.accepted[:, None], decisions.path, 0)  # past the end: the root's law again
+    return [target_law.at(nodes) for nodes in path.T]
+
+
+def visits(
+    tree: DraftTree, laws: list[Tensor], acceptance: Acceptance, tried: list[int], coins: Coins
+) -> list[list[Visit]]:
+    """For every row, the first tried[row] nodes of its path, given the `laws_on_path`."""
+    found = []
+    for b, count in enumerate(tried):
+        row, path, accepted = tree.row(b, coins.row(b)), acceptance.path[b].tolist(), acceptance.accepted[b]
+        steps = ((path[d], path[d + 1] if d < accepted else None, laws[d][b]) for d in range(count))
+        found.append([_visit(row, node, child, p.double().numpy(force=True)) for node, child, p in steps])
+    return found
+
+
+def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray) -> Visit:
+    children, law = tree.children(node), Law(tree.laws[node])
+    known = {Law.POINT: children, Law.SAMPLED_THEN_TOP: children[1:]}.get(law, [])
+    probs = tree.tree.draft_probs
+    q = None if law == Law.POINT or probs is None else probs[tree.row, node].double().numpy(force=True)
+    ceiling = one_step_ceiling(p, law, q, count=len(children), top=[tree.tokens[child] for child in known])
+    return Visit(len(children), None if accepted is None else children.index(accepted), ceiling)

@@ -4,11 +4,19 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from specdec import Law
+from specdec import Law, Sampling, generate
+from specdec.drafters import NgramDrafter
+from specdec.rules import KSeq, SiblingRejection, TraversalVerification
+from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
 from specdec.theory import _all_among_first, one_step_ceiling
+from specdec.trace import Trace
+from specdec.trees import Dynamic, Widths
+
+torch.set_num_threads(1)
 
 SOLVED = 1e-6  # HiGHS is content when constraints hold to 1e-7
 QUADRATURE = 1e-12  # what `_STEP` and `_DECAY` are chosen for
@@ -77,3 +85,65 @@ def test_a_law_that_is_none_is_refused():
         one_step_ceiling([0.5, -0.5], Law.POINT, top=[0])
     with pytest.raises(ValueError, match="law=IID, q=None: give"):
         one_step_ceiling([0.5, 0.5], Law.IID)
+
+
+SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
+
+
+def first_step(law, rule, width=2):
+    """(drafted tokens that the first step accepts in expectation, by enumeration; the ceiling of its one node)."""
+    target, draft, prompt = TabularTarget(4, 3), Table(4, 1), (0, 2)
+    drafter = TabularDrafter(draft, Widths((width,), law))
+    found = exact_law(target, prompt, drafter, rule=rule, max_new_tokens=2)
+    p, q = (table.logits(prompt).softmax(0).numpy() for table in (target, draft))
+    top = np.argsort(-q)[: width - (law == Law.SAMPLED_THEN_TOP)].tolist()
+    return found.expected_tokens - 1, one_step_ceiling(p, law, q, count=width, top=top)
+
+
+@pytest.mark.parametrize("law", [Law.POINT, Law.SAMPLED_THEN_TOP], ids=lambda law: law.name)
+def test_sibling_rejection_reaches_the_ceiling(law):
+    accepted, ceiling = first_step(law, SiblingRejection())
+    assert accepted == pytest.approx(ceiling, abs=1e-12)
+
+
+@pytest.mark.parametrize("law", [Law.IID, Law.WITHOUT_REPLACEMENT], ids=lambda law: law.name)
+def test_no_rule_exceeds_the_ceiling_of_one_node(law):
+    for rule in (SiblingRejection(), TraversalVerification(), *([KSeq()] if law == Law.IID else [])):
+        accepted, ceiling = first_step(law, rule)
+        assert 0.8 * ceiling < accepted < ceiling, rule
+
+
+def traced(drafter, temperature=1.0, **options):
+    prompts = [torch.tensor([b % 4, b // 4]) for b in range(16)]
+    options = {"sampling": Sampling(temperature), "max_new_tokens": 40, "stop_tokens": (3,), **options}
+    return generate(TabularTarget(12, 3), prompts, drafter, **options)
+
+
+@pytest.mark.parametrize("law", SAMPLED, ids=lambda law: law.name)
+def test_recording_ceilings_changes_no_text(law):
+    drafter = TabularDrafter(Table(12, 3), Widths((2, 2), law))
+    plain, out = traced(drafter), traced(drafter, trace="ceiling")
+    assert all(map(torch.equal, plain.tokens, out.tokens))
+    assert "ceiling_share" not in plain.summary() and plain.trace.steps[0].visits is None
+    for step in out.trace.steps:
+        assert [len(row) for row in step.visits] == step.tried
+        assert [sum(visit.slot is not None for visit in row) for row in step.visits] == step.accepted
+
+
+def test_share_of_the_ceiling_is_one_for_the_best_rule():
+    drafter = TabularDrafter(Table(12, 4), Widths((2, 2)))
+    steps = [s for seed in range(4) for s in traced(drafter, seed=seed, stop_tokens=(), trace="ceiling").trace.steps]
+    visits = [visit for step in steps for row in step.visits for visit in row]
+    deviation = sum(v.ceiling * (1 - v.ceiling) for v in visits) ** 0.5 / sum(v.ceiling for v in visits)
+    assert abs(Trace(steps=steps).summary()["ceiling_share"] - 1) < 3 * deviation < 0.1
+
+
+@pytest.mark.parametrize(
+    "drafter", [NgramDrafter(2), TabularDrafter(Table(12, 3), Dynamic(5, 2, 2))], ids=["n-gram", "dynamic"]
+)
+def test_share_of_the_ceiling_is_one_at_temperature_0(drafter):
+    assert traced(drafter, 0.0, trace="ceiling").summary()["ceiling_share"] == 1
+
+
+def test_without_drafts_there_is_no_ceiling():
+    assert "ceiling_share" not in traced(None, trace="ceiling").summary()
