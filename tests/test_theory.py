@@ -1,7 +1,5 @@
 """Ceilings against linear programs and against what rules reach; trees and times against enumeration."""
 
-from itertools import permutations, product
-
 import numpy as np
 import pytest
 import torch
@@ -10,11 +8,11 @@ from scipy.sparse import coo_array
 
 from specdec import Law, Sampling, generate
 from specdec.drafters import NgramDrafter
-from specdec.rules import KSeq, SiblingRejection, TraversalVerification
+from specdec.rules import BlockVerification, KSeq, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
-from specdec.theory import _all_among_first, one_step_ceiling
+from specdec.theory import _all_among_first, _draws, chain_optimum, one_step_ceiling, tree_optimum
 from specdec.trace import Trace
-from specdec.trees import Dynamic, Widths
+from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
 
@@ -28,22 +26,6 @@ def random_law(vocab, sharpness=2.0, zeros=False):
     if zeros:
         law[RANDOM.permutation(vocab)[: RANDOM.integers(0, vocab - 1)]] = 0
     return law / law.sum()
-
-
-def children(law, q, count, top):
-    """{children: probability}: the law of an ordered draw."""
-    if law == Law.POINT:
-        return {tuple(top): 1.0}
-    if law == Law.SAMPLED_THEN_TOP:
-        outside = {x: q[x] for x in range(len(q)) if x not in top and q[x] > 0}
-        return {(x, *top): w / sum(outside.values()) for x, w in outside.items()}
-    if law == Law.IID:
-        return {xs: float(np.prod(q[list(xs)])) for xs in product(np.flatnonzero(q), repeat=count)}
-    drawn = {}
-    for xs in permutations(np.flatnonzero(q), min(count, int((q > 0).sum()))):
-        left = [sum(q[x] for x in range(len(q)) if x not in xs[:j]) for j in range(len(xs))]
-        drawn[xs] = float(np.prod(q[list(xs)] / left))
-    return drawn
 
 
 def best_coupling(p, drawn):
@@ -63,10 +45,11 @@ def test_one_step_ceiling_is_the_optimal_transport(law):
     for trial in range(60):
         vocab, count = int(RANDOM.integers(3, 7)), int(RANDOM.integers(1, 4))
         p, q = (random_law(vocab, RANDOM.choice([0.5, 2, 5]), zeros=trial % 3 == 0) for _ in "pq")
-        top = np.argsort(-q, kind="stable")[: count - (law == Law.SAMPLED_THEN_TOP)].tolist()
+        best = np.argsort(-q, kind="stable")[: count - (law == Law.SAMPLED_THEN_TOP)]
+        top = best[q[best] > 0].tolist()
         if law == Law.SAMPLED_THEN_TOP and q[top].sum() > 1 - 1e-12:
             continue  # no law is left for the first child: the children are POINT
-        expected = best_coupling(p, children(law, q, count, top))
+        expected = best_coupling(p, _draws(q, count, law))
         assert one_step_ceiling(p, law, q, count=count, top=top) == pytest.approx(expected, abs=SOLVED)
 
 
@@ -132,7 +115,7 @@ def test_recording_ceilings_changes_no_text(law):
 
 def test_share_of_the_ceiling_is_one_for_the_best_rule():
     drafter = TabularDrafter(Table(12, 4), Widths((2, 2)))
-    steps = [s for seed in range(4) for s in traced(drafter, seed=seed, stop_tokens=(), trace="ceiling").trace.steps]
+    steps = [s for seed in range(2) for s in traced(drafter, seed=seed, stop_tokens=(), trace="ceiling").trace.steps]
     visits = [visit for step in steps for row in step.visits for visit in row]
     deviation = sum(v.ceiling * (1 - v.ceiling) for v in visits) ** 0.5 / sum(v.ceiling for v in visits)
     assert abs(Trace(steps=steps).summary()["ceiling_share"] - 1) < 3 * deviation < 0.1
@@ -147,3 +130,45 @@ def test_share_of_the_ceiling_is_one_at_temperature_0(drafter):
 
 def test_without_drafts_there_is_no_ceiling():
     assert "ceiling_share" not in traced(None, trace="ceiling").summary()
+
+
+def toy(seed):
+    table = Table(3, seed)
+    return table, lambda text: table.logits(text).softmax(0).numpy()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chain_optimum_is_what_block_verification_reaches_and_what_the_linear_program_allows(seed):
+    (_, p), (table, q) = toy(seed), toy(seed + 50)
+    prompt, target = (0, 1), TabularTarget(3, seed)
+    drafter, optimum = TabularDrafter(table, Chain(2)), chain_optimum(p, q, 2, prompt)
+    block, sibling = (
+        exact_law(target, prompt, drafter, rule=rule, max_new_tokens=3)
+        for rule in (BlockVerification(), SiblingRejection())
+    )
+    assert block.expected_tokens == pytest.approx(optimum, abs=1e-12)
+    assert sibling.expected_tokens <= optimum
+    assert tree_optimum(p, q, (1, 1), Law.IID, prompt) == pytest.approx(optimum, abs=SOLVED)
+
+
+def test_block_verification_example_of_the_paper():
+    """p = (1/3, 2/3), q = (2/3, 1/3) at every text: 11/9 of 2 drafted tokens are accepted."""
+    assert chain_optimum(lambda _: [1 / 3, 2 / 3], lambda _: [2 / 3, 1 / 3], 2) == pytest.approx(1 + 11 / 9, abs=1e-12)
+
+
+@pytest.mark.parametrize("law", [Law.POINT, *SAMPLED], ids=lambda law: law.name)
+def test_tree_optimum_of_one_node_is_its_ceiling(law):
+    for seed in range(10):
+        p, q = (toy(seed + offset)[1](()) for offset in (0, 50))
+        top = np.argsort(-q)[: 2 - (law == Law.SAMPLED_THEN_TOP)].tolist()
+        optimum = tree_optimum(lambda _, p=p: p, lambda _, q=q: q, (2,), law)
+        assert optimum == pytest.approx(1 + one_step_ceiling(p, law, q, count=2, top=top), abs=SOLVED)
+
+
+def test_rules_stay_below_the_optimum_of_a_tree():
+    (_, p), (table, q), prompt = toy(2), toy(3), (0, 1, 0)
+    drafter = TabularDrafter(table, Widths((2, 1), Law.IID))
+    optimum = tree_optimum(p, q, (2, 1), Law.IID, prompt)
+    for rule in (SiblingRejection(), TraversalVerification()):
+        found = exact_law(TabularTarget(3, 2), prompt, drafter, rule=rule, max_new_tokens=3)
+        assert 0.8 * optimum < found.expected_tokens < optimum
