@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
 
@@ -13,13 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance
 from specdec.rules.rule import Decisions
 from specdec.sampling import TargetLaw
-from specdec.trace import Visit
-from specdec.tree import DraftTree, Law, RowTree
+from specdec.target import CachedModel
+from specdec.trace import Trace, Visit
+from specdec.tree import DraftTree, Law, RowTree, chain
 
 TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
 
@@ -216,6 +220,188 @@ def _normalised(weights: ArrayLike) -> np.ndarray:
     if not (law.ndim == 1 and (law >= 0).all() and 0 < law.sum() < np.inf):
         raise ValueError("A law is a vector of finite non-negative weights [vocab], not all of them 0.")
     return law / law.sum()
+
+
+def positional_acceptance(trace: Trace) -> list[list[float]]:
+    """[depth][slot]: how often the child in that place was accepted where its parent was, from a trace="ceiling".
+
+    Siblings exclude each other, so that the sum over slots is the chance to get one level deeper. With sampled laws the
+    figures hold for the widths that they were recorded with: where a child stands says how it was drawn.
+    """
+    rows = [row for step in trace.steps for row in step.visits or ()]
+    depths = range(max(map(len, rows), default=0))
+    levels = [[row[depth] for row in rows if len(row) > depth] for depth in depths]
+    return [
+        [
+            sum(visit.slot == slot for visit in level) / sum(visit.children > slot for visit in level)
+            for slot in range(max(visit.children for visit in level))
+        ]
+        for level in levels
+    ]
+
+
+def expected_length(parents: Sequence[int], acceptance: Sequence[Sequence[float]]) -> float:
+    """The expected acceptance length of a tree: the sum over its nodes of the chance that the path to them is accepted.
+
+    Args:
+        parents: [node] of every node, -1 for the root; parents precede children, siblings in the order they are drawn.
+        acceptance: [depth][slot], as from `positional_acceptance`, taken to be independent from depth to depth.
+    """
+    depth, chance, children = [0], [1.0], [0] * len(parents)
+    for node, parent in enumerate(parents[1:], 1):
+        slot = children[parent]
+        if depth[parent] >= len(acceptance) or slot >= len(acceptance[depth[parent]]):
+            raise ValueError(
+                f"Node {node} is child {slot} at depth {depth[parent]}, where acceptance is not known: record a larger "
+                "tree, or ask for a smaller one."
+            )
+        chance.append(chance[parent] * acceptance[depth[parent]][slot])
+        depth.append(depth[parent] + 1)
+        children[parent] += 1
+    return sum(chance)
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Measured times of a forward pass; straight lines between the measurements."""
+
+    nodes: Sequence[int]  # increasing
+    seconds: Sequence[float]
+
+    def __call__(self, nodes: int) -> float:
+        """Seconds of a forward pass over this many nodes per row."""
+        if not self.nodes[0] <= nodes <= self.nodes[-1]:
+            raise ValueError(
+                f"{nodes} nodes: costs were measured from {self.nodes[0]} to {self.nodes[-1]}; measure more."
+            )
+        return float(np.interp(nodes, self.nodes, self.seconds))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step costs, in seconds."""
+
+    verify: CostCurve  # the target's forward pass, by nodes of the tree
+    draft: CostCurve | None = None  # the draft model's, by nodes of a level; None if drafting is free
+
+    def step(self, parents: Sequence[int]) -> float:
+        """Draft the tree level by level (each level with children is one forward pass), verify it at once."""
+        depth, levels = [0], {}
+        for parent in parents[1:]:
+            depth.append(depth[parent] + 1)
+        for node in set(parents[1:]):
+            levels[depth[node]] = levels.get(depth[node], 0) + 1
+        drafting = sum(map(self.draft, levels.values())) if self.draft is not None else 0.0
+        return drafting + self.verify(len(parents))
+
+
+def measure_costs(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None = None,
+    *,
+    nodes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    context: int = 128,
+    batch: int = 1,
+    repeats: int = 15,
+) -> Costs:
+    """Median times of the forward passes that the loop makes, over interleaved rounds.
+
+    Args:
+        draft: the draft model; None where drafting costs next to nothing, as with n-grams.
+        nodes: sizes to measure; between them times are interpolated.
+        context: tokens in the cache of every row.
+        batch: rows.
+        repeats: rounds, after one that is not counted.
+    """
+    sizes = sorted({1, *nodes})
+    forwards = [_forward(model, sizes[-1], context, batch) for model in (target, draft) if model is not None]
+    times = [[[forward(size) for size in sizes] for forward in forwards] for _ in range(repeats + 1)][1:]
+    medians = np.median(times, axis=0).tolist()  # [model][size]
+    curves = [CostCurve(tuple(sizes), tuple(seconds)) for seconds in medians]
+    return Costs(*curves)
+
+
+def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Callable[[int], float]:
+    """(nodes) -> seconds of one forward pass of a chain of that many after `context` tokens."""
+    cached = CachedModel(model)
+    tokens = torch.arange(context + most, device=cached.device).remainder(cached.vocab).expand(batch, -1)
+    with torch.inference_mode(), cached.patch:
+        cached.start(batch, context + most)
+        cached.read(tokens, [context] * batch)
+
+    def forward(nodes: int) -> float:
+        with torch.inference_mode(), cached.patch:
+            _finish(cached.device)
+            began = time.perf_counter()
+            cached.forward(tokens[:, :nodes], chain(batch, nodes, cached.device))
+            _finish(cached.device)
+            return time.perf_counter() - began
+
+    return forward
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: Costs) -> float:
+    """Over drafting nothing: acceptance length x t(1) / t(step). What is measured falls short of it by the loop's own time."""
+    return acceptance_length * costs.step([-1]) / costs.step(parents)
+
+
+def best_chain_length(rates: Sequence[float], costs: Costs) -> int:
+    """The number of drafted tokens with the largest predicted speed-up; 0: drafting does not pay.
+
+    Args:
+        rates: acceptance rate by depth, as in `Trace.summary`. No longer chain is considered.
+    """
+    chains = [list(range(-1, length)) for length in range(len(rates) + 1)]
+    speeds = [predicted_speed_up(expected_length(c, [[rate] for rate in rates]), c, costs) for c in chains]
+    return int(np.argmax(speeds))
+
+
+def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 32) -> list[int]:
+    """The parents of the tree with the largest predicted speed-up, the root alone if drafting does not pay.
+
+    For every depth and number of nodes the longest expected acceptance (by dynamic programming as in Sequoia,
+    arXiv:2402.12374, here with acceptance by depth), and of those trees the fastest by the measured times.
+
+    Args:
+        acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
+        nodes: the most nodes, the root included.
+    """
+    depths = range(len(acceptance) + 1)
+    trees = [[-1], *(tree for depth in depths for tree in _longest(acceptance[:depth], nodes))]
+    return max(trees, key=lambda tree: predicted_speed_up(expected_length(tree, acceptance), tree, costs))
+
+
+def _longest(acceptance: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:
+    """For up to `nodes` nodes each, the parents of the tree of largest expected acceptance length."""
+
+    @cache
+    def best(depth: int, slot: int, left: int) -> tuple[float, int]:
+        """What `left` nodes are worth as children from `slot` on, with all below; how many go to the first of them."""
+        if depth == len(acceptance) or slot == len(acceptance[depth]):
+            return 0.0, 0
+        chance = acceptance[depth][slot]
+        return max(
+            (
+                (chance * (1 + best(depth + 1, 0, own - 1)[0]) + best(depth, slot + 1, left - own)[0], own)
+                for own in range(1, left + 1)
+            ),
+            default=(0.0, 0),
+        )
+
+    def grow(parents: list[int], node: int, depth: int, left: int) -> list[int]:
+        slot = 0
+        while own := best(depth, slot, left)[1]:
+            parents.append(node)
+            grow(parents, len(parents) - 1, depth + 1, own - 1)
+            slot, left = slot + 1, left - own
+        return parents
+
+    return [grow([-1], 0, 0, count) for count in range(nodes)]
 
 
 def laws_on_path(target_law: TargetLaw, decisions: Decisions) -> list[Tensor]:

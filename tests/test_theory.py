@@ -1,16 +1,33 @@
 """Ceilings against linear programs and against what rules reach; trees and times against enumeration."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
+from tiny_models import llama
 
 from specdec import Law, Sampling, generate
 from specdec.drafters import NgramDrafter
 from specdec.rules import BlockVerification, KSeq, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
-from specdec.theory import _all_among_first, _draws, chain_optimum, one_step_ceiling, tree_optimum
+from specdec.theory import (
+    CostCurve,
+    Costs,
+    _all_among_first,
+    _draws,
+    best_chain_length,
+    best_tree,
+    chain_optimum,
+    expected_length,
+    measure_costs,
+    one_step_ceiling,
+    positional_acceptance,
+    predicted_speed_up,
+    tree_optimum,
+)
 from specdec.trace import Trace
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -172,3 +189,70 @@ def test_rules_stay_below_the_optimum_of_a_tree():
     for rule in (SiblingRejection(), TraversalVerification()):
         found = exact_law(TabularTarget(3, 2), prompt, drafter, rule=rule, max_new_tokens=3)
         assert 0.8 * optimum < found.expected_tokens < optimum
+
+
+def test_expected_length_adds_up_the_paths():
+    """(1/2, 1/4) below the root, (1/8) below its first child: 1 + 1/2 + 1/4 + 1/16."""
+    assert expected_length([-1, 0, 0, 1], [[0.5, 0.25], [0.125]]) == 1.8125
+    with pytest.raises(ValueError, match="child 1 at depth 1, where acceptance is not known"):
+        expected_length([-1, 0, 1, 1], [[0.5, 0.25], [0.125]])
+
+
+@pytest.mark.parametrize("law", SAMPLED, ids=lambda law: law.name)
+def test_positional_acceptance_gives_back_the_acceptance_length(law):
+    """In expectation over depths that depend on each other little: to 5 %."""
+    out = traced(TabularDrafter(Table(12, 4), Widths((2, 2), law)), trace="ceiling", stop_tokens=())
+    acceptance = positional_acceptance(out.trace)
+    assert [sum(level) for level in acceptance] == pytest.approx(out.summary()["acceptance_rate"])
+    expected = expected_length([-1, 0, 0, 1, 1, 2, 2], acceptance)
+    assert expected == pytest.approx(out.summary()["acceptance_length"], rel=0.05)
+
+
+COSTS = Costs(CostCurve((1, 3, 33), (1.0, 2.0, 5.0)), CostCurve((1, 5), (0.1, 0.2)))
+FLAT = Costs(CostCurve((1, 33), (1.0, 2.0)), CostCurve((1, 33), (0.1, 0.1)))  # drafting costs by levels only
+
+
+def test_a_step_costs_a_draft_per_level_and_one_verification():
+    tree = [-1, 0, 0, 1, 2]  # drafted from the root, then from two nodes at once
+    assert COSTS.step(tree) == pytest.approx(0.1 + 0.125 + 2.2)
+    assert predicted_speed_up(3.0, tree, COSTS) == pytest.approx(3.0 / 2.425)
+    assert predicted_speed_up(1.0, [-1], COSTS) == 1
+    with pytest.raises(ValueError, match="34 nodes: costs were measured from 1 to 33"):
+        COSTS.verify(34)
+
+
+def test_best_chain_is_as_long_as_it_pays():
+    assert best_chain_length([0.9] * 6, COSTS) == 6
+    assert best_chain_length([0.9, 0.9, 0.0, 0.9], COSTS) == 2
+    assert best_chain_length([0.1] * 6, COSTS) == 0
+
+
+def every_tree(acceptance, nodes):
+    """All trees whose children fill slots in order, up to `nodes` nodes."""
+    trees, found = [[-1]], []
+    while trees:
+        tree = trees.pop()
+        found.append(tree)
+        trees += [[*tree, node] for node in range(max(tree[-1], 0), len(tree)) if len(tree) < nodes]
+    for tree in found:
+        with suppress(ValueError):
+            yield expected_length(tree, acceptance), tree
+
+
+def test_best_tree_is_the_best_of_all():
+    for _ in range(20):
+        acceptance = [RANDOM.dirichlet([2, 1, 1, 1])[:3].tolist() for _ in range(3)]  # later slots may be better
+        fastest = max(predicted_speed_up(length, tree, FLAT) for length, tree in every_tree(acceptance, 7))
+        tree = best_tree(acceptance, FLAT, 7)
+        assert predicted_speed_up(expected_length(tree, acceptance), tree, FLAT) == pytest.approx(fastest)
+
+
+def test_best_tree_is_the_root_when_drafting_does_not_pay():
+    assert best_tree([[0.05, 0.01]], COSTS) == [-1]
+
+
+def test_measured_costs_grow_with_the_model():
+    model, draft = llama(num_hidden_layers=6), llama(num_hidden_layers=1)
+    costs = measure_costs(model, draft, nodes=(2, 8), context=16, repeats=5)
+    assert costs.verify.nodes == (1, 2, 8)
+    assert all(0 < costs.draft(n) < costs.verify(n) for n in (1, 2, 8))
