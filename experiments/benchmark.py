@@ -28,6 +28,7 @@ def main(config: DictConfig) -> None:
     options = OmegaConf.to_container(config)
     calls.check(options)
     torch.set_num_threads(config.threads)
+    source = provenance("experiments/benchmark.py", list(HydraConfig.get().overrides.task), options, config.device)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     log, sampling, prompts = (instantiate(config[group]) for group in ("log", "sampling", "task"))
@@ -41,7 +42,6 @@ def main(config: DictConfig) -> None:
     found = figures(finished, ceiling_shares(models.target, methods, batches, **settings) if whole else None)
     print(f"{title(config, options)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
     print(table(found), end="\n\n")
-    source = provenance("experiments/benchmark.py", list(HydraConfig.get().overrides.task), options, config.device)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
     result = {"prompts": len(ids), "rounds": len(finished), "figures": found, "tokens_per_second": runs}
     print(log.write({**source, **result}))
@@ -63,7 +63,8 @@ def title(config: DictConfig, options: Any) -> str:
     fields = {key: value for key, value in options["sampling"].items() if key != "_target_" and value is not None}
     law = ", ".join(f"{key} {value}" for key, value in fields.items())
     where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
-    return f"{config.target.get('target', 'demo pair')}, {where}, batch {config.batch}, {law}"
+    choice = HydraConfig.get().runtime.choices["target"]
+    return f"{config.target.get('target', f'{choice} pair')}, {where}, batch {config.batch}, {law}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,3 +207,9 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=1024
     )
+
+
+def beginnings(count: int, characters: int, one_in: int = 1) -> list[str]:
+    """The first characters of `count` documents that the demo models were trained on, one in `one_in` of those."""
+    long = (d.text for d in documents() if not d.held_out and len(d.text) >= characters)
+    return [text[:characters] for text in islice((t for t in long if int(_digest(t)[:8], 16) % one_in == 0), count)]

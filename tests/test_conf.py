@@ -16,6 +16,7 @@ OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in C
 DEMO = specdec.demo.FOLDER
 MANDATORY = {
     "target/hub": [f"target.target={DEMO / 'target'}", f"target.tokenizer={DEMO / 'tokenizer'}"],
+    "task/corpus": ["task.count=1", "task.one_in=1"],
     "task/file": [f"task.path={DEMO / 'prompts.jsonl'}"],
 }
 PAIR = specdec.demo.load()

@@ -1,0 +1,96 @@
+"""Self-speculation: the target drafts for itself without some of its layers.
+
+Draft & Verify (Zhang et al., arXiv:2309.08168) skips any set of layers; LayerSkip (Elhoushi et al., arXiv:2404.16710) leaves
+after the first few. Weights and the target's own KV cache are shared: what the kept layers write for drafted tokens is
+scratch that verification overwrites, and every token of the text has its full keys and values when it is attended to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Context, Drafter
+from specdec.sampling import Sampling
+from specdec.target import ModelTarget, Target
+from specdec.tree import DraftTree, TreeSpec, root_only
+from specdec.trees.policy import Frontier, TreePolicy, drive
+from specdec.trees.widths import Chain
+
+
+class LayerSkipDrafter(Drafter):
+    """Drafts with the target's own layers, but for those in `skip` and those from `exit_layer` on.
+
+    >>> LayerSkipDrafter(exit_layer=3)  # the first three layers, then the final norm and the LM head
+    >>> LayerSkipDrafter(skip=[2, 4], tree=Widths([4, 2, 1]))
+
+    Args:
+        skip: indices of layers to leave out.
+        exit_layer: number of layers before the exit; all by default.
+        tree: the tree policy; a chain of 4 by default.
+    """
+
+    def __init__(self, skip: Sequence[int] = (), exit_layer: int | None = None, tree: TreePolicy | None = None):
+        self.skip, self.exit_layer, self.tree = tuple(skip), exit_layer, tree or Chain(4)
+
+    def __repr__(self) -> str:
+        return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return self.tree.spec(sampling)
+
+    def start(self, target: Target, context: Context) -> None:
+        if not isinstance(target, ModelTarget):
+            raise ValueError(f"The target is a {type(target).__name__}; only a transformers model has layers to skip.")
+        layers, self._cached = decoder_layers(target.cached.model), target.cached
+        end = len(layers) if self.exit_layer is None else self.exit_layer
+        skipped = {*self.skip, *range(end, len(layers))}
+        if not skipped < set(range(len(layers))) or not skipped:
+            raise ValueError(
+                f"{self}: the target has layers 0 to {len(layers) - 1}; skip at least one of them and keep at least one."
+            )
+        shared = [i for i, slabs in enumerate(target.cached.layout) if slabs is None]
+        if shared and (needed := sorted(skipped - set(shared))):
+            raise ValueError(f"Layers {shared} use other layers' keys and values, so that {needed} cannot be skipped.")
+        self._skipped = [layers[i] for i in sorted(skipped)]
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        if context.max_depth == 0:
+            return root_only(context.root)
+        self._cached.longest = max(context.host_lengths) - 1
+        with _passing_through(self._skipped):
+            return drive(self.tree.grow(context, coins), self._score).tree
+
+    def _score(self, frontier: Frontier) -> Tensor:
+        return self._cached.forward(frontier.tokens, frontier.topology)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, in order."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists)
+
+
+@contextlib.contextmanager
+def _passing_through(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, these layers hand their input on unchanged."""
+    found = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        vars(layer)["forward"] = _hand_on
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, found, strict=True):
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states

@@ -1,0 +1,112 @@
+"""Medusa heads: laws by depth, lossless with every tree, and the layout of published checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import GATE, PROMPTS, llama, reference
+
+import specdec
+from specdec import Law, Sampling
+from specdec.drafters import MedusaDrafter, MedusaHeads
+from specdec.testing import exact_law, target_law
+from specdec.trees import Chain, Dynamic, Widths
+
+torch.set_num_threads(1)
+LLAMA_TV = 1e-12  # float64 logits of one text differ by 1e-15 between batch shapes
+
+
+def heads(count=3, blocks=1, hidden=32, vocab=None, dtype=torch.float64):
+    made = MedusaHeads(count, blocks, hidden, vocab).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for p in made.parameters():
+        p.data.normal_(0, 0.5, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("name", GATE)
+@pytest.mark.parametrize("tree", [Chain(3), Widths((3, 2, 1)), Dynamic(8, 3, 2)], ids=str)
+def test_greedy_text_equals_transformers_generate(name, tree):
+    model = GATE[name]()
+    out = specdec.generate(model, PROMPTS, MedusaDrafter(heads(dtype=torch.float32), tree), max_new_tokens=24)
+    assert [t.tolist() for t in out.tokens] == [reference(model, p).tolist() for p in PROMPTS]
+
+
+@pytest.mark.parametrize("tree", [Chain(2), Widths((2, 1)), Widths((2, 1), Law.IID), Dynamic(5, 2, 2)], ids=str)
+def test_sampled_text_is_lossless(tree):
+    model = llama(vocab_size=3, hidden_size=16, head_dim=4, eos_token_id=None, num_hidden_layers=2)
+    options = {"sampling": Sampling(1.0), "max_new_tokens": 3, "stop_tokens": (2,)}
+    law = exact_law(model, (0, 1, 0), MedusaDrafter(heads(2, hidden=16), tree), **options)
+    assert float(law.total_variation(target_law(model, (0, 1, 0), **options))) <= LLAMA_TV
+
+
+def published(folder, made, prefix, suffix):
+    """Write heads as the authors' code does."""
+    tensors = {}
+    for i in range(len(made)):
+        for j in range(len(made.weight)):
+            tensors[f"{prefix}{i}.{j}.linear.weight"] = made.weight[j, i].detach().clone()
+            tensors[f"{prefix}{i}.{j}.linear.bias"] = made.bias[j, i].detach().clone()
+        tensors[f"{prefix}{i}.{len(made.weight)}.weight"] = made.lm_head[i].detach().clone()
+    folder.mkdir()
+    config = {"medusa_num_heads": len(made), "medusa_num_layers": len(made.weight), "base_model_name_or_path": "x/y"}
+    (folder / "config.json").write_text(json.dumps(config))
+    if suffix == "pt":
+        torch.save(tensors, folder / "medusa_lm_head.pt")
+    else:
+        save_file(tensors, folder / "medusa_lm_head.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "medusa_head."])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_published_checkpoints_load(tmp_path, prefix, suffix):
+    made, hidden = heads(3, blocks=2, vocab=50), torch.randn(4, 32, dtype=torch.float64)
+    published(tmp_path / "heads", made, prefix, suffix)
+    logits = MedusaDrafter(tmp_path / "heads").heads(hidden, torch.nn.Identity())
+    for i in range(3):  # head by head, as in the paper
+        x = hidden
+        for j in range(2):
+            x = x + torch.nn.functional.silu(x @ made.weight[j, i].T + made.bias[j, i])
+        assert torch.allclose(logits[:, i], x @ made.lm_head[i].T)
+
+
+@pytest.mark.parametrize("vocab", [None, 50])
+def test_heads_are_saved_and_loaded(tmp_path, vocab):
+    made = heads(2, vocab=vocab)
+    made.save(tmp_path / "heads")
+    loaded = MedusaHeads.load(tmp_path / "heads")
+    assert all(map(torch.equal, made.state_dict().values(), loaded.state_dict().values()))
+    assert (loaded.lm_head is None) == (vocab is None)
+
+
+def test_the_heads_see_the_state_before_the_root():
+    model, made = llama(), heads(2)
+    seen = []
+
+    class Listening(MedusaDrafter):
+        def propose(self, context, coins):
+            tree = super().propose(context, coins)
+            seen.append((context.tokens[0, : context.host_lengths[0]].tolist(), tree.tokens[0].tolist()))
+            return tree
+
+    specdec.generate(model, PROMPTS[2], Listening(made, Chain(2)), max_new_tokens=12, stop_tokens=())
+    assert len(seen) > 3
+    for text, tokens in seen:
+        with torch.inference_mode():
+            hidden = model.model(torch.tensor([text[:-1]])).last_hidden_state[:, -1]
+            expected = made(hidden, model.lm_head).argmax(-1)[0].tolist()
+        assert tokens[1:] == expected[: len(tokens) - 1]
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 deep, but there are 2 heads"):
+        specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2), Chain(3)))
+    with pytest.raises(ValueError, match="states of size 16"):
+        specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2, hidden=16)))
+    with pytest.raises(FileNotFoundError):
+        MedusaDrafter(tmp_path)
+    published(tmp_path / "heads", heads(2, vocab=50), "", "pt")
+    (tmp_path / "heads" / "config.json").write_text('{"medusa_num_heads": 3, "medusa_num_layers": 1}')
+    with pytest.raises(ValueError, match="No tensor"):
+        MedusaDrafter(tmp_path / "heads")
