@@ -249,13 +249,13 @@ def expected_length(parents: Sequence[int], acceptance: Sequence[Sequence[float]
     """
     depth, chance, children = [0], [1.0], [0] * len(parents)
     for node, parent in enumerate(parents[1:], 1):
-        slot = children[parent]
-        if depth[parent] >= len(acceptance) or slot >= len(acceptance[depth[parent]]):
+        level, slot = (acceptance[depth[parent]] if depth[parent] < len(acceptance) else ()), children[parent]
+        if slot >= len(level) and chance[parent] > 0:
             raise ValueError(
                 f"Node {node} is child {slot} at depth {depth[parent]}, where acceptance is not known: record a larger "
                 "tree, or ask for a smaller one."
             )
-        chance.append(chance[parent] * acceptance[depth[parent]][slot])
+        chance.append(chance[parent] * level[slot] if slot < len(level) else 0.0)
         depth.append(depth[parent] + 1)
         children[parent] += 1
     return sum(chance)
