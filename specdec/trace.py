@@ -51,9 +51,9 @@ class Trace:
             decode_seconds: the three together.
             ceiling_share: with trace="ceiling", if anything could be accepted at all: drafted tokens accepted / sum of
                 `one_step_ceiling` over the nodes visited. A rule that decides node by node is at most 1 in
-                expectation, and 1 if the best at each node; the ratio has no bias but that of a ratio, for ceilings
-                do not depend on which children were drawn. Not a bound for block and traversal verification: they look at
-                whole paths, and keep more of a node's children for being less generous elsewhere. Nor for lossy rules.
+                expectation, and 1 if the best at each node: ceilings do not depend on which children were drawn, so the two
+                sums have equal means then. It is no bound for block and traversal verification, which look at what was
+                drawn below a node before they decide on it and may exceed 1, nor for lossy rules.
         """
         tokens = sum(sum(s.emitted) for s in self.steps)
         running = sum(n > 0 for s in self.steps for n in s.emitted)
