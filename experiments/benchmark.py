@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from experiments import calls
-from experiments.measure import rounds, uninterrupted
+from experiments.measure import ceiling_shares, rounds, uninterrupted
 from experiments.report import figures, speed, table
 from experiments.results import provenance
 
@@ -36,9 +36,10 @@ def main(config: DictConfig) -> None:
     methods = with_models(config, models)
     ids = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
-    settings = {"repeats": config.repeats, "sampling": sampling, "max_new_tokens": config.new_tokens}
-    finished = uninterrupted(rounds(models.target, methods, batches, **settings))
-    found = figures(finished)
+    settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
+    finished = uninterrupted(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
+    whole = config.ceilings and len(finished) == config.repeats
+    found = figures(finished, ceiling_shares(models.target, methods, batches, **settings) if whole else None)
     print(f"{title(config, options)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
     print(table(found), end="\n\n")
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}

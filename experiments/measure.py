@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,3 +68,21 @@ def uninterrupted(complete: Iterable[Round]) -> list[Round]:
     if not finished:
         raise SystemExit("No round is complete, so there is nothing to show.")
     return finished
+
+
+def ceiling_shares(
+    target: PreTrainedModel,
+    methods: dict[str, Method],
+    batches: list[list[Tensor]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> dict[str, float | None]:
+    """`ceiling_share` of every method that can say it, from one more round: recording it takes time, so it is not timed."""
+    options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "trace": "ceiling"}
+    able = {name: method for name, method in methods.items() if "trace" in inspect.signature(method).parameters}
+    found = {}
+    for name, method in tqdm(able.items(), desc="ceilings", leave=False):
+        steps = [step for batch in batches for step in method(target, batch, **options).trace.steps]
+        found[name] = Trace(steps=steps).summary().get("ceiling_share")
+    return found

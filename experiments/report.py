@@ -15,13 +15,19 @@ HEADER = [
 ]  # fmt: skip
 
 
-def figures(rounds: list[Round]) -> dict[str, dict[str, Any]]:
+def figures(rounds: list[Round], ceiling_shares: dict[str, float | None] | None = None) -> dict[str, dict[str, Any]]:
     """The figures of every method; speed-ups are over the first one, paired by round and batch."""
+    shares = ceiling_shares or {}
     by_method = {name: [done[name] for done in rounds] for name in rounds[0]}
     speeds = {name: speed(runs) for name, runs in by_method.items()}
     base = next(iter(speeds.values()))
     return {
-        name: {"tokens_per_second": median(mine), "speed_up": median(mine / base), **_pooled(by_method[name])}
+        name: {
+            "tokens_per_second": median(mine),
+            "speed_up": median(mine / base),
+            "ceiling_share": shares.get(name),
+            **_pooled(by_method[name]),
+        }
         for name, mine in speeds.items()
     }
 
@@ -56,7 +62,6 @@ def _pooled(runs: list[list[Run]]) -> dict[str, Any]:
     return {
         "acceptance_length": summary["acceptance_length"],
         "acceptance_rate": summary["acceptance_rate"],
-        "ceiling_share": summary.get("ceiling_share"),
         "loop_share": summary["other_seconds"] / summary["decode_seconds"],
         "identical": None if runs[0][0].identical is None else sum(run.identical or 0 for run in runs[0]),
         "prompts": sum(run.prompts for run in runs[0]),

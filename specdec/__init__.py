@@ -1,6 +1,6 @@
 """specdec: speculative decoding whose output distribution is proved, on any unmodified Hugging Face causal LM."""
 
-from specdec import demo, drafters, rules, testing, trees
+from specdec import demo, drafters, rules, testing, theory, trees
 from specdec.coins import Coins
 from specdec.generate import Generation, generate, stream
 from specdec.sampling import Sampling
@@ -22,5 +22,6 @@ __all__ = [
     "rules",
     "stream",
     "testing",
+    "theory",
     "trees",
 ]

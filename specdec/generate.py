@@ -19,6 +19,7 @@ from specdec.inputs import Prompts, as_int, as_prompts, as_stop_tokens, as_targe
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
 from specdec.target import Target
+from specdec.theory import laws_on_path, visits
 from specdec.trace import Step, Trace
 from specdec.tree import DraftTree, Law
 
@@ -47,7 +48,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    trace: Literal["summary"] = "summary",
+    trace: Literal["summary", "ceiling"] = "summary",
 ) -> Generation:
     """Continue the prompts; with a lossless rule, exactly as the target by itself would.
 
@@ -65,7 +66,8 @@ def generate(
             or else the target's; (): none.
         tokenizer: needed for text prompts; gives `Generation.text`.
         seed: every random decision is a function of (seed, index of the prompt, step).
-        trace: what to record; "summary" keeps counts and times of every step.
+        trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
+            the best that any rule could do there, for `ceiling_share`. That takes long: do not time such runs.
 
     Raises:
         ValueError: bad input, an unsupported model, a rule that is not lossless for the drafter's trees, or logits
@@ -111,8 +113,9 @@ class Decoding:
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
     ):
         began = time.perf_counter()
-        if trace != "summary":
-            raise ValueError(f"trace={trace!r}: the only kind of trace is 'summary'.")
+        if trace not in ("summary", "ceiling"):
+            raise ValueError(f"trace={trace!r}: must be 'summary' or 'ceiling'.")
+        self.ceiling = trace == "ceiling"
         self.target, self.drafter, self.rule = as_target(target), NoDrafter() if drafter is None else drafter, rule
         for name, part, kind in (
             ("drafter", self.drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)
@@ -158,7 +161,9 @@ class Decoding:
                     f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}."
                 )
             law = TargetLaw(logits, tree, self.context)
-            acceptance, tried = self._accept(tree, law, self.rule(tree, law, self.coins))
+            decisions = self.rule(tree, law, self.coins)
+            laws = laws_on_path(law, decisions) if self.ceiling else None  # now: processors read the text so far
+            acceptance, tried = self._accept(tree, law, decisions)
             self.target.commit(acceptance)
             decided = time.perf_counter()
             self.drafter.commit(acceptance)
@@ -166,9 +171,9 @@ class Decoding:
         self.coins.step += 1
         draft = clock[1] - clock[0] + clock[3] - decided
         emitted = [len(row) for row in acceptance.emitted]
-        step = Step(
-            tree.tokens.shape[1], emitted, acceptance.accepted, tried, draft, clock[2] - clock[1], decided - clock[2]
-        )
+        seconds = draft, clock[2] - clock[1], decided - clock[2]
+        visited = None if laws is None else visits(tree, laws, acceptance, tried, self.coins)
+        step = Step(tree.tokens.shape[1], emitted, acceptance.accepted, tried, *seconds, visited)
         self.trace.steps.append(step)
         return acceptance
 

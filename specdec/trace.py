@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Visit(NamedTuple):
+    """A node on the accepted path (the root and the last node included) that had children."""
+
+    children: int
+    slot: int | None  # which of them was accepted, in the order they were drawn
+    ceiling: float  # `specdec.theory.one_step_ceiling`: the largest probability with which one can be accepted
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,7 @@ class Step:
     draft_seconds: float
     verify_seconds: float
     other_seconds: float
+    visits: list[list[Visit]] | None = None  # the `tried` nodes of every row, from the root down, if they were recorded
 
 
 @dataclass
@@ -40,6 +49,11 @@ class Trace:
                 the rest (laws, rule, bookkeeping).
             ttft_seconds: from the call to the first committed tokens: prefill and the first step.
             decode_seconds: the three together.
+            ceiling_share: with trace="ceiling", if anything could be accepted at all: drafted tokens accepted / sum of
+                `one_step_ceiling` over the nodes visited. A rule that decides node by node is at most 1 in
+                expectation, and 1 if the best at each node: ceilings do not depend on which children were drawn, so the two
+                sums have equal means then. It is no bound for block and traversal verification, which look at what was
+                drawn below a node before they decide on it and may exceed 1, nor for lossy rules.
         """
         tokens = sum(sum(s.emitted) for s in self.steps)
         running = sum(n > 0 for s in self.steps for n in s.emitted)
@@ -57,7 +71,13 @@ class Trace:
             **seconds,
             "ttft_seconds": self.prefill_seconds + first.draft_seconds + first.verify_seconds + first.other_seconds,
             "decode_seconds": decode,
+            **self._ceiling(),
         }
+
+    def _ceiling(self) -> dict[str, float]:
+        visits = [visit for s in self.steps for row in s.visits or () for visit in row]
+        ceiling = sum(visit.ceiling for visit in visits)
+        return {"ceiling_share": sum(visit.slot is not None for visit in visits) / ceiling} if ceiling else {}
 
     def _rates(self) -> list[float]:
         tried = [n for s in self.steps for n in s.tried]

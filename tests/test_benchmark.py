@@ -68,6 +68,14 @@ def test_assisted_generation_drafts_as_the_chain_of_the_same_length_does(done):
     assert found["transformers"]["acceptance_length"] == found["autoregressive"]["acceptance_length"] == 1
 
 
+def test_share_of_the_ceiling_is_known_where_specdec_drafts(done):
+    found = {name: row["ceiling_share"] for name, row in result(done)[1]["figures"].items()}
+    assert {found[name] for name in ("chain", "tree", "chosen")} == {
+        1.0
+    }  # greedy: a child is the target's token or not
+    assert {found[name] for name in ("autoregressive", "transformers", "assisted")} == {None}
+
+
 def test_result_says_what_produced_it_and_not_on_whose_machine(done):
     text, content = result(done)
     assert content["command"].startswith("python experiments/benchmark.py task.per_task=1 ")

@@ -1,0 +1,93 @@
+"""How well the cost model of `specdec.theory` predicts speed-ups: calibrate, predict, measure, one table.
+
+    python experiments/predict.py sampling=temperature threads=1 repeats=3
+
+Takes the settings of `experiments/benchmark.py`, of which it does not use `methods` and `rule`. Every second prompt is for
+calibration (how often each child is accepted, and what forward passes cost), the others are decoded and timed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import hydra
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import specdec
+from experiments import calls
+from experiments.measure import rounds, uninterrupted
+from experiments.report import figures
+from experiments.results import provenance
+from specdec.drafters import ModelDrafter
+from specdec.theory import Costs, expected_length, measure_costs, positional_acceptance, predicted_speed_up
+from specdec.trace import Trace
+from specdec.trees import Widths
+
+SHAPES = [(1,), (1,) * 2, (1,) * 4, (1,) * 6, (3,), (2, 2), (4, 2, 1), (2, 2, 2, 1)]
+HEADER = ["tree", "nodes", "acceptance length: predicted", "measured", "speed-up: predicted", "measured (95 % CI)",
+          "error", "loop's own time"]  # fmt: skip
+
+
+@hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
+def main(config: DictConfig) -> None:
+    options = OmegaConf.to_container(config)
+    calls.check(options)
+    source = provenance("experiments/predict.py", list(HydraConfig.get().overrides.task), options, config.device)
+    torch.set_num_threads(config.threads)
+    transformers.utils.logging.disable_progress_bar()
+    models, sampling, log = (instantiate(config[group]) for group in ("target", "sampling", "log"))
+    target, draft = models.target.to(config.device), models.draft.to(config.device)
+    ids = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in instantiate(config.task)]
+    settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
+    trees = {"-".join(map(str, shape)): ModelDrafter(draft, Widths(shape)) for shape in SHAPES}
+    context = sum(map(len, ids)) // len(ids) + config.new_tokens // 2
+    costs = measure_costs(target, draft, context=context, batch=config.batch)
+    predicted = {name: predict(target, drafter, ids[::2], settings, costs) for name, drafter in trees.items()}
+    methods = {"none": specdec.generate, **{name: partial(specdec.generate, drafter=d) for name, d in trees.items()}}
+    batches = [ids[1::2][i : i + config.batch] for i in range(0, len(ids[1::2]), config.batch)]
+    finished = uninterrupted(rounds(target, methods, batches, repeats=config.repeats, **settings))
+    measured = figures(finished)
+    print(table(predicted, measured), end="\n\n")
+    curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}
+    print(log.write({**source, "rounds": len(finished), "costs": curves, "predicted": predicted, "figures": measured}))
+
+
+def predict(target: Any, drafter: ModelDrafter, prompts: list[torch.Tensor], settings: Any, costs: Costs) -> dict:
+    """Acceptance length and speed-up of a drafter with a tree of fixed widths, from prompts that are not timed."""
+    traces = [specdec.generate(target, p, drafter, trace="ceiling", **settings).trace for p in prompts]
+    acceptance = positional_acceptance(Trace(steps=[step for trace in traces for step in trace.steps]))
+    parents = parents_of(drafter.tree.widths)
+    length = expected_length(parents, acceptance)
+    speed_up = predicted_speed_up(length, parents, costs)
+    return {"nodes": len(parents), "acceptance": acceptance, "acceptance_length": length, "speed_up": speed_up}
+
+
+def parents_of(widths: tuple[int, ...]) -> list[int]:
+    """The parents of the tree in which every node at depth d has widths[d] children."""
+    levels = [1, *accumulate(widths, lambda a, b: a * b)]
+    starts = [0, *accumulate(levels)]
+    return [-1, *(starts[d] + i // width for d, width in enumerate(widths) for i in range(levels[d] * width))]
+
+
+def table(predicted: dict[str, dict], measured: dict[str, dict]) -> str:
+    """Predicted and measured, as a markdown table; the error is that of the predicted speed-up, relative to the measured."""
+    rows = [HEADER, ["---"] * len(HEADER)]
+    for name, guess in predicted.items():
+        found = measured[name]
+        speed = found["speed_up"]
+        interval = "" if speed["n"] == 1 else f" ({speed['low']:.2f}-{speed['high']:.2f})"
+        lengths = [f"{row['acceptance_length']:.2f}" for row in (guess, found)]
+        error = guess["speed_up"] / speed["median"] - 1
+        rows.append([name, str(guess["nodes"]), *lengths, f"{guess['speed_up']:.2f}", f"{speed['median']:.2f}{interval}",
+                     f"{error:+.0%}", f"{found['loop_share']:.0%}"])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    calls.run(main)
