@@ -175,7 +175,7 @@ RULES = {
     "siblings tested against the original law": (NoResidual(), "without_replacement", {}),
     "no residual: the target's law emitted after a rejection": (NoResidual(), "chain", {}),
     "emitted token without the temperature": (WithoutTemperature(), "chain", {"sampling": Sampling(0.7)}),
-    "a fresh target sample per candidate": (FreshSamplePerCandidate(), "iid", {}),
+    "a fresh target sample per candidate": (FreshSamplePerCandidate(), "iid", {"horizon": 2}),
     "deterministic children taken for sampled ones": (PointTakenForSampled(), "dynamic", {}),
     "residual of the whole law without replacement": (ResidualOfTheWholeLaw(), "without_replacement", {}),
     "draft noise shared with the recovered token": (SharedNoise(), "chain", {}),

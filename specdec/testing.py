@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,10 @@ class ExactCoins(Coins):
         low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
         outcomes, edge, total = [], Fraction(0), sum(weights)
         for index, weight in enumerate(weights):
-            start, edge = edge, edge + weight / total
-            if max(start, low) < min(edge, high):
+            if weight == 0:
+                continue
+            start, edge = edge, edge + (weight if total == 1 else weight / total)
+            if start < high and low < edge:
                 outcomes.append((index, max(start, low), min(edge, high)))
         if self.ended[row]:
             return outcomes[0][0]
@@ -105,8 +108,7 @@ class _ExactRow(RowCoins):
         return self._coins.flip(self._row, purpose, node, list(probabilities))
 
     def law(self, weights: np.ndarray) -> np.ndarray:
-        exact = np.array(_fractions(weights), dtype=object)
-        return exact / exact.sum()
+        return np.array(_exact(np.asarray(weights, dtype=np.float64).tobytes()), dtype=object)
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,12 @@ def target_law(
         for processor in sampling.processors:
             scores = processor(tokens[None], scores.clone())
         weights = _fractions(sampling.probabilities(scores)[0].double().numpy())
+        total = sum(weights)
         for token, weight in enumerate(weights):
             if weight:
                 longer = (*text, token)
                 done = token in stop_tokens or len(longer) == max_new_tokens
-                (ended if done else open_texts)[longer] = mass * weight / sum(weights)
+                (ended if done else open_texts)[longer] = mass * weight / total
     return dict(ended)
 
 
@@ -327,6 +330,14 @@ def _battery(vocab: int, drafters: Sequence[Drafter] | None) -> Iterable[tuple[i
 
 def _fractions(weights: np.ndarray) -> list[Fraction]:
     return [Fraction(float(w)) for w in weights]
+
+
+@lru_cache(maxsize=2**14)
+def _exact(weights: bytes) -> tuple[Fraction, ...]:
+    """Float64 weights normalised; kept, because all rows of a wave ask for the laws after the same few texts."""
+    exact = _fractions(np.frombuffer(weights))
+    total = sum(exact)
+    return tuple(weight / total for weight in exact)
 
 
 def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:
