@@ -113,7 +113,7 @@ def law_name(laws: frozenset[Law]) -> str:
 def sampling_name(sampling: Sampling) -> str:
     """`greedy`, `temperature 0.7`, `top-k 2` ..."""
     cuts = {"top-k": sampling.top_k, "top-p": sampling.top_p, "min-p": sampling.min_p}
-    names = [type(p).__name__.removesuffix("LogitsProcessor") for p in sampling.processors]
+    names = [f"{type(p).__name__.removesuffix('LogitsProcessor')} {p.penalty}" for p in sampling.processors]
     names += [f"{name} {value}" for name, value in cuts.items() if value is not None]
     if sampling.temperature != 1 or not names:
         names.insert(0, f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy")

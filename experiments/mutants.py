@@ -235,7 +235,7 @@ class DropsPointByDescendant(Drafter):
     """Drafts a certain token and a sampled one below it, and drops both when the sample is not token 0."""
 
     def spec(self, sampling):
-        return TreeSpec(frozenset(Law), nodes=3, depth=2, width=1)
+        return TreeSpec(frozenset({Law.POINT, Law.IID}), nodes=3, depth=2, width=1)
 
     def propose(self, context, coins):
         depth = min(2, context.max_depth)

@@ -2,6 +2,7 @@
 
 >>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
 >>> law = specdec.testing.exact_law(target, prompt, drafter, max_new_tokens=3)  # any small target and drafter
+>>> print(specdec.testing.audit(generate, log_probs))  # samples of real models instead; see `specdec.audit`
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.audit import Audit, audit, model_log_probs  # noqa: F401 - used from here
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.drafters import Context, Drafter, NgramDrafter
 from specdec.drafters.drafter import Acceptance
