@@ -122,14 +122,14 @@ def matrix(rows: list[dict[str, Any]]) -> str:
         found.append(None if row["refused"] else row["total_variation"])
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     body = [[*draft, *(_cell(found.get(rule, [])) for rule in rules)] for draft, found in cells.items()]
-    return _table([["drafter", "tree", "law", *rules], *body])
+    return table([["drafter", "tree", "law", *rules], *body])
 
 
 def mutants(rows: list[dict[str, Any]]) -> str:
     """Planted bugs, and how far each moves the law."""
     found = [row for row in rows if row["mutant"] is not None]
     keys = ("mutant", "tree", "law", "sampling", "horizon")
-    return _table(
+    return table(
         [[*keys, "total variation"], *([*(str(r[k]) for k in keys), _number(r["total_variation"])] for r in found)]
     )
 
@@ -159,7 +159,8 @@ def _number(distance: float) -> str:
     return "0" if distance == 0 else f"{distance:.2g}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the header."""
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -104,7 +104,7 @@ def model_log_probs(model: PreTrainedModel, sampling: Sampling) -> LogProbs:
         text = torch.cat([prompt, continuation])
         with torch.inference_mode():
             logits = model(input_ids=text[None].to(model.device), use_cache=False).logits[0]
-            logits = logits[len(prompt) - 1 : -1].cpu()
+        logits = logits[len(prompt) - 1 : -1].cpu().clone()  # a clone, to be written to outside of inference mode
         for i in range(len(continuation) if sampling.processors else 0):
             scores = logits[i : i + 1].clone()
             for processor in sampling.processors:
