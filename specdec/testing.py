@@ -2,6 +2,7 @@
 
 >>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
 >>> law = specdec.testing.exact_law(target, prompt, drafter, max_new_tokens=3)  # any small target and drafter
+>>> print(specdec.testing.audit(generate, log_probs))  # samples of real models instead; see `specdec.audit`
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.audit import Audit, audit, model_log_probs  # noqa: F401 - used from here
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.drafters import Context, Drafter, NgramDrafter
 from specdec.drafters.drafter import Acceptance
@@ -56,8 +59,10 @@ class ExactCoins(Coins):
         low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
         outcomes, edge, total = [], Fraction(0), sum(weights)
         for index, weight in enumerate(weights):
-            start, edge = edge, edge + weight / total
-            if max(start, low) < min(edge, high):
+            if weight == 0:
+                continue
+            start, edge = edge, edge + (weight if total == 1 else weight / total)
+            if start < high and low < edge:
                 outcomes.append((index, max(start, low), min(edge, high)))
         if self.ended[row]:
             return outcomes[0][0]
@@ -105,8 +110,7 @@ class _ExactRow(RowCoins):
         return self._coins.flip(self._row, purpose, node, list(probabilities))
 
     def law(self, weights: np.ndarray) -> np.ndarray:
-        exact = np.array(_fractions(weights), dtype=object)
-        return exact / exact.sum()
+        return np.array(_exact(np.asarray(weights, dtype=np.float64).tobytes()), dtype=object)
 
 
 @dataclass(frozen=True)
@@ -209,11 +213,12 @@ def target_law(
         for processor in sampling.processors:
             scores = processor(tokens[None], scores.clone())
         weights = _fractions(sampling.probabilities(scores)[0].double().numpy())
+        total = sum(weights)
         for token, weight in enumerate(weights):
             if weight:
                 longer = (*text, token)
                 done = token in stop_tokens or len(longer) == max_new_tokens
-                (ended if done else open_texts)[longer] = mass * weight / sum(weights)
+                (ended if done else open_texts)[longer] = mass * weight / total
     return dict(ended)
 
 
@@ -327,6 +332,14 @@ def _battery(vocab: int, drafters: Sequence[Drafter] | None) -> Iterable[tuple[i
 
 def _fractions(weights: np.ndarray) -> list[Fraction]:
     return [Fraction(float(w)) for w in weights]
+
+
+@lru_cache(maxsize=2**14)
+def _exact(weights: bytes) -> tuple[Fraction, ...]:
+    """Float64 weights normalised; kept, because all rows of a wave ask for the laws after the same few texts."""
+    exact = _fractions(np.frombuffer(weights))
+    total = sum(exact)
+    return tuple(weight / total for weight in exact)
 
 
 def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:
