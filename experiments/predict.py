@@ -8,6 +8,7 @@ calibration (how often each child is accepted, and what forward passes cost), th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -24,7 +25,7 @@ from experiments import calls
 from experiments.measure import rounds, uninterrupted
 from experiments.report import figures
 from experiments.results import provenance
-from specdec.drafters import ModelDrafter
+from specdec.drafters import Drafter, ModelDrafter
 from specdec.theory import Costs, expected_length, measure_costs, positional_acceptance, predicted_speed_up
 from specdec.trace import Trace
 from specdec.trees import Widths
@@ -45,30 +46,51 @@ def main(config: DictConfig) -> None:
     target, draft = models.target.to(config.device), models.draft.to(config.device)
     ids = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in instantiate(config.task)]
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    trees = {"-".join(map(str, shape)): ModelDrafter(draft, Widths(shape)) for shape in SHAPES}
+    trees = {"-".join(map(str, shape)): Widths(shape) for shape in SHAPES}
+    drafters = {name: ModelDrafter(draft, tree) for name, tree in trees.items()}
     context = sum(map(len, ids)) // len(ids) + config.new_tokens // 2
     costs = measure_costs(target, draft, context=context, batch=config.batch)
-    predicted = {name: predict(target, drafter, ids[::2], settings, costs) for name, drafter in trees.items()}
-    methods = {"none": specdec.generate, **{name: partial(specdec.generate, drafter=d) for name, d in trees.items()}}
+    predicted = {
+        name: predict(calibrate(target, drafters[name], ids[::2], settings), tree, costs)
+        for name, tree in trees.items()
+    }
+    methods = {"none": specdec.generate, **{name: partial(specdec.generate, drafter=d) for name, d in drafters.items()}}
     batches = [ids[1::2][i : i + config.batch] for i in range(0, len(ids[1::2]), config.batch)]
     finished = uninterrupted(rounds(target, methods, batches, repeats=config.repeats, **settings))
     measured = figures(finished)
     print(table(predicted, measured), end="\n\n")
     curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}
-    print(log.write({**source, "rounds": len(finished), "costs": curves, "predicted": predicted, "figures": measured}))
+    print(
+        log.write(
+            {
+                **source,
+                "prompts": len(ids),
+                "rounds": len(finished),
+                "costs": curves,
+                "predicted": predicted,
+                "figures": measured,
+            }
+        )
+    )
 
 
-def predict(target: Any, drafter: ModelDrafter, prompts: list[torch.Tensor], settings: Any, costs: Costs) -> dict:
-    """Acceptance length and speed-up of a drafter with a tree of fixed widths, from prompts that are not timed."""
-    traces = [specdec.generate(target, p, drafter, trace="ceiling", **settings).trace for p in prompts]
-    acceptance = positional_acceptance(Trace(steps=[step for trace in traces for step in trace.steps]))
-    parents = parents_of(drafter.tree.widths)
+def calibrate(
+    target: Any, drafter: Drafter, prompts: list[torch.Tensor], settings: dict[str, Any]
+) -> list[list[float]]:
+    """Acceptance by depth and slot, on prompts that are not timed."""
+    traces = [specdec.generate(target, prompt, drafter, trace="ceiling", **settings).trace for prompt in prompts]
+    return positional_acceptance(Trace(steps=[step for trace in traces for step in trace.steps]))
+
+
+def predict(acceptance: list[list[float]], tree: Widths, costs: Costs) -> dict[str, Any]:
+    """Acceptance length and speed-up of a tree of fixed widths."""
+    parents = parents_of(tree.widths)
     length = expected_length(parents, acceptance)
     speed_up = predicted_speed_up(length, parents, costs)
     return {"nodes": len(parents), "acceptance": acceptance, "acceptance_length": length, "speed_up": speed_up}
 
 
-def parents_of(widths: tuple[int, ...]) -> list[int]:
+def parents_of(widths: Sequence[int]) -> list[int]:
     """The parents of the tree in which every node at depth d has widths[d] children."""
     levels = [1, *accumulate(widths, lambda a, b: a * b)]
     starts = [0, *accumulate(levels)]

@@ -196,7 +196,7 @@ def _draft_trees(draft: TextLaw, text: tuple[int, ...], widths: tuple[int, ...],
         for subtrees in product(*(below(x).items() for x in children)):
             paths = [{(x,), *((x, *path) for path in tree)} for x, (tree, _) in zip(children, subtrees, strict=True)]
             tree = frozenset().union(*paths)
-            found[tree] = found.get(tree, 0) + probability * np.prod([chance for _, chance in subtrees])
+            found[tree] = found.get(tree, 0) + probability * float(np.prod([chance for _, chance in subtrees]))
     return found
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
-from tiny_models import llama
+from tiny_models import PROMPTS, llama
+from transformers import GenerationConfig
 
+from experiments.predict import parents_of
 from specdec import Law, Sampling, generate
-from specdec.drafters import NgramDrafter
+from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.rules import BlockVerification, KSeq, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
 from specdec.theory import (
@@ -145,6 +147,16 @@ def test_share_of_the_ceiling_is_one_at_temperature_0(drafter):
     assert traced(drafter, 0.0, trace="ceiling").summary()["ceiling_share"] == 1
 
 
+def test_ceilings_are_those_of_the_text_that_processors_read():
+    """A law after another text would be another token's, and the share not 1."""
+    config = GenerationConfig(do_sample=False, repetition_penalty=1.5, eos_token_id=7, pad_token_id=0)
+    drafter = ModelDrafter(llama(1, num_hidden_layers=1), Widths((3, 2)))
+    options = {"sampling": Sampling.from_generation_config(config), "max_new_tokens": 24}
+    out = generate(llama(), PROMPTS, drafter, trace="ceiling", **options)
+    assert sum(len(row) for step in out.trace.steps for row in step.visits) > 50
+    assert out.summary()["ceiling_share"] == 1
+
+
 def test_without_drafts_there_is_no_ceiling():
     assert "ceiling_share" not in traced(None, trace="ceiling").summary()
 
@@ -206,6 +218,20 @@ def test_positional_acceptance_gives_back_the_acceptance_length(law):
     assert [sum(level) for level in acceptance] == pytest.approx(out.summary()["acceptance_rate"])
     expected = expected_length([-1, 0, 0, 1, 1, 2, 2], acceptance)
     assert expected == pytest.approx(out.summary()["acceptance_length"], rel=0.05)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (4, 2, 1), (2, 3)], ids=str)
+def test_predictions_are_for_the_tree_that_is_drafted(widths):
+    seen = []
+
+    class Noting(TabularDrafter):
+        def propose(self, context, coins):
+            tree = super().propose(context, coins)
+            seen.append(tree.topology.parents[0].tolist())
+            return tree
+
+    generate(TabularTarget(12), torch.tensor([0]), Noting(Table(12), Widths(widths)), max_new_tokens=8)
+    assert seen[0] == parents_of(widths)
 
 
 COSTS = Costs(CostCurve((1, 3, 33), (1.0, 2.0, 5.0)), CostCurve((1, 5), (0.1, 0.2)))
