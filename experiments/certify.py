@@ -69,7 +69,7 @@ def cases() -> list[tuple[Case, str | None]]:
         Case(TabularDrafter(Table(2, seed=3), Widths((2, 2), law)), rule, target=TabularTarget(2, 2), stop_tokens=stop)
         for law, rule, stop in product(SAMPLED, RULES, ((), (1,)))
     ]
-    return [(case, None) for case in [*grid, *models()]] + [(mutant.case, mutant.name) for mutant in MUTANTS]
+    return [*((case, None) for case in [*grid, *models()]), *((mutant.case, mutant.name) for mutant in MUTANTS)]
 
 
 def models() -> list[Case]:
