@@ -60,7 +60,7 @@ class Case:
 
     def row(self, mutant: str | None = None) -> dict[str, Any]:
         """The row of the certificate's table, with exactly the keys `KEYS`."""
-        found = dict.fromkeys(KEYS[-4:]) if self.refused else {**self.certify(), "refused": None}
+        found: dict[str, Any] = dict.fromkeys(KEYS[-4:-1]) if self.refused else self.certify()
         tree = getattr(self.drafter, "tree", None)
         values: dict[str, Any] = {
             "drafter": drafter_name(self.drafter),

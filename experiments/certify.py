@@ -69,7 +69,7 @@ def cases() -> list[tuple[Case, str | None]]:
         Case(TabularDrafter(Table(2, seed=3), Widths((2, 2), law)), rule, target=TabularTarget(2, 2), stop_tokens=stop)
         for law, rule, stop in product(SAMPLED, RULES, ((), (1,)))
     ]
-    return [(case, None) for case in [*grid, *models()]] + [(mutant.case, mutant.name) for mutant in MUTANTS]
+    return [*((case, None) for case in [*grid, *models()]), *((mutant.case, mutant.name) for mutant in MUTANTS)]
 
 
 def models() -> list[Case]:
@@ -167,7 +167,8 @@ def table(rows: list[list[str]]) -> str:
 
 HEAD = """# Certificates
 
-`{command}`, commit {commit}; {versions}. {rows} cases, {followed} outcomes followed, {failed} of them against what is claimed.
+`{command}`, commit {commit}; {versions}. {rows} cases, {followed} outcomes followed; {failed} cases
+against what is claimed.
 
 Every coin of the real loop is followed both ways and the law of the generated text compared with the target's own. Given
 is the largest total variation over all samplings, stop tokens and horizons, and in brackets over how many of them;
@@ -196,7 +197,8 @@ def main() -> None:
     options = parser.parse_args()
     made = provenance("experiments/certify.py", ["--jobs", str(options.jobs)], {}, "cpu")
     rows = certify(list(range(len(cases()))), options.jobs)
-    Json(str(options.output / "certificates.json")).write(rows)
+    lines = ",\n".join(map(json.dumps, rows))  # a row per line, for differences to be read
+    (options.output / "certificates.json").write_text(f"[\n{lines}\n]\n", "utf-8")
     Json(str(options.output / "certificates_provenance.json")).write(made)
     (options.output / "certificates.md").write_text(document(rows, made), "utf-8")
     print(matrix(rows), mutants(rows), sep="\n\n")

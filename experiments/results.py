@@ -42,7 +42,7 @@ class Json:
 
     path: str
 
-    def write(self, result: Any) -> str:
+    def write(self, result: dict[str, Any]) -> str:
         """Returns where it is."""
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         Path(self.path).write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -354,7 +354,7 @@ def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list
 
 def assert_drafter(
     drafter: Drafter,
-    target: PreTrainedModel | Target,
+    target: PreTrainedModel | TabularTarget,
     prompts: Sequence[Sequence[int]],
     *,
     samplings: Sequence[Sampling] = (Sampling(1.0), Sampling(0.7, top_k=2)),
