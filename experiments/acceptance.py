@@ -1,0 +1,102 @@
+"""Tokens per target forward of every draft law with every rule, on trees of one size and the same prompts: one table.
+
+    python experiments/acceptance.py target=demo task.per_task=16 new_tokens=64 repeats=2
+
+Takes the settings of `experiments/benchmark.py`, of which it does not use `methods` and `rule`, and decodes all prompts in
+one batch, as only acceptance is looked at. Intervals are bootstraps over prompts; differences are paired by prompt.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+import specdec
+from experiments import calls
+from experiments.results import provenance
+from specdec import Law, rules
+from specdec.drafters import ModelDrafter
+from specdec.trees import TreePolicy, Widths
+
+WIDTHS = [4, 2, 1]
+CHAIN = [1, 1, 1, 1]
+RULES = [getattr(rules, name)() for name in rules.__all__ if hasattr(getattr(rules, name), "lossless")]
+HEADER = ["tree", "law", "rule", "lossless", "tokens per forward (95 % CI)", "over token-level, same size (95 % CI)"]
+
+
+@hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
+def main(config: DictConfig) -> None:
+    options = OmegaConf.to_container(config)
+    calls.check(options)
+    source = provenance("experiments/acceptance.py", list(HydraConfig.get().overrides.task), options, config.device)
+    torch.set_num_threads(config.threads)
+    transformers.utils.logging.disable_progress_bar()
+    models, sampling, log = (instantiate(config[group]) for group in ("target", "sampling", "log"))
+    target, draft = models.target.to(config.device), models.draft.to(config.device)
+    prompts = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in instantiate(config.task)]
+    settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
+    found: dict[tuple[str, str, str], np.ndarray] = {}
+    for (name, tree), rule in tqdm(list(product(trees().items(), RULES)), desc="decoding", leave=False):
+        drafter = ModelDrafter(draft, tree)
+        try:
+            rule.check(drafter.spec(sampling))
+        except ValueError:
+            continue
+        runs = [
+            specdec.generate(target, prompts, drafter, rule=rule, seed=seed, **settings)
+            for seed in range(config.repeats)
+        ]
+        found[(*name, type(rule).__name__)] = per_prompt(runs)
+    rows = [row(key, lengths, found) for key, lengths in found.items()]
+    lines = [HEADER, ["---"] * len(HEADER), *([*r[:4], interval(r[4]), interval(r[5])] for r in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(f"{len(prompts)} prompts x {config.new_tokens} tokens x {config.repeats} seeds\n\n{table}\n")
+    names = ("tree", "law", "rule", "lossless", "tokens_per_forward", "over_token_level")
+    figures = [dict(zip(names, r, strict=True)) for r in rows]
+    print(log.write({**source, "prompts": len(prompts), "figures": figures}))
+
+
+def trees() -> dict[tuple[str, str], TreePolicy]:
+    """By (shape, law): chains, and trees of one size."""
+    made: dict[tuple[str, str], TreePolicy] = {("chain of 4", "IID"): Widths(CHAIN, Law.IID)}
+    laws = (Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
+    return {**made, **{("4-2-1", law.name): Widths(WIDTHS, law) for law in laws}}
+
+
+def per_prompt(runs: list[Any]) -> np.ndarray:
+    """[prompt]: tokens per forward while the prompt's row ran, over all runs."""
+    steps = [step for run in runs for step in run.trace.steps]
+    tokens = np.array([step.emitted for step in steps])
+    return tokens.sum(0) / (tokens > 0).sum(0)
+
+
+def row(key: tuple[str, str, str], lengths: np.ndarray, found: dict[tuple[str, str, str], np.ndarray]) -> list[Any]:
+    """One row of the table; token-level rejection is the sibling rule on independent children (chains: on the chain)."""
+    shape, _, rule = key
+    base = found[shape, "IID", "SiblingRejection"]
+    lossless = "yes" if getattr(rules, rule).lossless else "no"
+    return [*key, lossless, bootstrap(lengths), bootstrap(lengths - base)]
+
+
+def bootstrap(values: np.ndarray) -> dict[str, float]:
+    """Mean over prompts and its 95 % interval."""
+    drawn = np.random.default_rng(0).choice(values, (4000, len(values))).mean(1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def interval(found: dict[str, float]) -> str:
+    return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**found)
+
+
+if __name__ == "__main__":
+    calls.run(main)
