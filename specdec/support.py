@@ -109,7 +109,8 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
         limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
         if not difference <= limit and bool(alone.isfinite().all()):
             reason = f"a tree in one forward pass differs from its paths by {difference:.1e} of the largest logit"
-            raise UnsupportedModel(model, f"{reason} (limit {limit:.0e})")
+            cure = "if its own attention leaves something out, model.set_attn_implementation('eager') puts it in"
+            raise UnsupportedModel(model, f"{reason} (limit {limit:.0e}; {cure})")
 
 
 def context_length_of(model: PreTrainedModel) -> int | None:

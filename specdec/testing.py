@@ -2,6 +2,7 @@
 
 >>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
 >>> law = specdec.testing.exact_law(target, prompt, drafter, max_new_tokens=3)  # any small target and drafter
+>>> print(specdec.testing.audit(generate, log_probs))  # samples of real models instead; see `specdec.audit`
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.audit import Audit, audit, model_log_probs  # noqa: F401 - used from here
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.drafters import Context, Drafter, NgramDrafter
 from specdec.drafters.drafter import Acceptance
-from specdec.generate import Decoding
+from specdec.generate import Decoding, generate
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.target import Target
@@ -56,8 +59,10 @@ class ExactCoins(Coins):
         low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
         outcomes, edge, total = [], Fraction(0), sum(weights)
         for index, weight in enumerate(weights):
-            start, edge = edge, edge + weight / total
-            if max(start, low) < min(edge, high):
+            if weight == 0:
+                continue
+            start, edge = edge, edge + (weight if total == 1 else weight / total)
+            if start < high and low < edge:
                 outcomes.append((index, max(start, low), min(edge, high)))
         if self.ended[row]:
             return outcomes[0][0]
@@ -105,8 +110,7 @@ class _ExactRow(RowCoins):
         return self._coins.flip(self._row, purpose, node, list(probabilities))
 
     def law(self, weights: np.ndarray) -> np.ndarray:
-        exact = np.array(_fractions(weights), dtype=object)
-        return exact / exact.sum()
+        return np.array(_exact(np.asarray(weights, dtype=np.float64).tobytes()), dtype=object)
 
 
 @dataclass(frozen=True)
@@ -209,11 +213,12 @@ def target_law(
         for processor in sampling.processors:
             scores = processor(tokens[None], scores.clone())
         weights = _fractions(sampling.probabilities(scores)[0].double().numpy())
+        total = sum(weights)
         for token, weight in enumerate(weights):
             if weight:
                 longer = (*text, token)
                 done = token in stop_tokens or len(longer) == max_new_tokens
-                (ended if done else open_texts)[longer] = mass * weight / sum(weights)
+                (ended if done else open_texts)[longer] = mass * weight / total
     return dict(ended)
 
 
@@ -329,6 +334,14 @@ def _fractions(weights: np.ndarray) -> list[Fraction]:
     return [Fraction(float(w)) for w in weights]
 
 
+@lru_cache(maxsize=2**14)
+def _exact(weights: bytes) -> tuple[Fraction, ...]:
+    """Float64 weights normalised; kept, because all rows of a wave ask for the laws after the same few texts."""
+    exact = _fractions(np.frombuffer(weights))
+    total = sum(exact)
+    return tuple(weight / total for weight in exact)
+
+
 def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:
     """The text up to each node of each row; prefixes end in the root."""
     rows = []
@@ -337,3 +350,77 @@ def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list
             [(*prefix, *(t for t, on_path in zip(row[1:], line[1:], strict=True) if on_path)) for line in reach]
         )
     return rows
+
+
+def assert_drafter(
+    drafter: Drafter,
+    target: PreTrainedModel | TabularTarget,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samplings: Sequence[Sampling] = (Sampling(1.0), Sampling(0.7, top_k=2)),
+    max_new_tokens: int = 3,
+    horizon: int = 12,
+    tolerance: float = 1e-12,
+) -> None:
+    """Raise AssertionError unless `drafter` keeps its contract with `target`.
+
+    The text's law is the target's, every coin followed: laws are recorded truthfully, and growth does not anticipate. The
+    greedy text is the target's. A row's text does not depend on the other rows. After any acceptance, and in a second
+    run, drafts are those of a fresh start from the same text.
+
+    Args:
+        drafter: what is examined.
+        target: with a vocabulary of two to four tokens, and in float64 if it is a model.
+        prompts: at least two, of different lengths; the first is enumerated.
+        samplings: under which the law is enumerated.
+        max_new_tokens: how far it is enumerated.
+        horizon: new tokens of the greedy and the batched runs.
+        tolerance: largest total variation; what float64 logits of one text differ between shapes of a batch.
+    """
+    texts = [torch.tensor(prompt) for prompt in prompts]
+    for sampling in samplings:
+        options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
+        law = exact_law(target, prompts[0], drafter, **options)
+        distance = float(law.total_variation(target_law(target, prompts[0], **options)))
+        assert distance <= tolerance, f"{drafter} changes the law of the text by {distance:.3g} under {sampling}."
+        options = {"sampling": sampling, "max_new_tokens": horizon, "stop_tokens": ()}
+        alone = generate(target, texts[0], drafter, **options).tokens[0]
+        together = generate(target, texts, drafter, **options).tokens[0]
+        assert torch.equal(alone, together), (
+            f"{drafter}: the text of a row depends on the other rows, under {sampling}."
+        )
+    _assert_greedy(drafter, target, texts, horizon)
+
+
+def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: list[Tensor], horizon: int) -> None:
+    """Greedy, no coin is drawn: the same text must lead to the same draft, whatever came before."""
+    for text in texts:
+        listening = _Listening(drafter)
+        options: dict[str, Any] = {"max_new_tokens": horizon, "stop_tokens": ()}
+        found = generate(target, text, listening, **options).tokens[0]
+        expected = generate(target, text, **options).tokens[0]
+        assert torch.equal(found, expected), f"{drafter}: the greedy text {found.tolist()} is not {expected.tolist()}."
+        for so_far, tokens in listening.drafts:
+            fresh, left = _Listening(drafter), len(text) + horizon - len(so_far)
+            generate(target, torch.tensor(so_far), fresh, max_new_tokens=left, stop_tokens=())
+            assert fresh.drafts[0][1] == tokens, (
+                f"{drafter} drafts {tokens} after {so_far}, and {fresh.drafts[0][1]} afresh."
+            )
+
+
+class _Listening(Drafter):
+    """Another drafter, and what it drafted for the first row: (text so far, tokens)."""
+
+    def __init__(self, drafter: Drafter):
+        self.drafter, self.uses_hidden = drafter, drafter.uses_hidden
+        self.drafts: list[tuple[list[int], list[int]]] = []
+        self.start, self.commit, self.patched = drafter.start, drafter.commit, drafter.patched
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return self.drafter.spec(sampling)
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        tree = self.drafter.propose(context, coins)
+        kept = tree.laws[0] != Law.PADDING
+        self.drafts.append((context.tokens[0, : context.host_lengths[0]].tolist(), tree.tokens[0, kept].tolist()))
+        return tree

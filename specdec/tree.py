@@ -6,7 +6,7 @@ width one, the autoregressive step a tree of one node, and a greedy draft a tree
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -158,6 +158,32 @@ def root_only(tokens: Tensor) -> DraftTree:
     """The tree that drafts nothing. tokens: [batch] int64, the last committed ones."""
     topology = chain(len(tokens), 1, tokens.device)
     return DraftTree(tokens[:, None], topology, torch.zeros_like(tokens[:, None], dtype=torch.uint8))
+
+
+def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) -> DraftTree:
+    """Trees known on the host, of any size for each row.
+
+    Args:
+        root: [batch] int64, the last committed tokens.
+        drafts: for each row the (token, parent) of nodes 1, 2, ...; parents come first, and siblings differ.
+    """
+    nodes = 1 + max(map(len, drafts))
+    if nodes == 1:
+        return root_only(root)
+    tokens, parents, laws = [], [], []
+    depth, width = 0, 0
+    for draft in drafts:
+        depths, children = [0], [0] * nodes
+        for _, parent in draft:
+            depths.append(depths[parent] + 1)
+            children[parent] += 1
+        depth, width, missing = max(depth, *depths), max(width, *children), nodes - 1 - len(draft)
+        tokens.append([0, *(token for token, _ in draft), *[0] * missing])
+        parents.append([-1, *(parent for _, parent in draft), *[0] * missing])
+        laws.append([Law.POINT] * (1 + len(draft)) + [Law.PADDING] * missing)
+    table = torch.tensor([tokens, parents, laws], device=root.device)
+    tokens = torch.cat([root[:, None], table[0, :, 1:]], 1)
+    return DraftTree(tokens, Topology(table[1], depth, width), table[2].to(torch.uint8))
 
 
 @dataclass

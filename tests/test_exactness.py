@@ -1,16 +1,15 @@
 """Certificates: the real loop is exact for every combination, and the certificate fails on planted bugs."""
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
+from experiments.cases import PROMPT, llama
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.rules import SiblingRejection
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_lossless, exact_law, target_law
 from specdec.trees import Chain, Dynamic, Widths
 
-PROMPT = (0, 1, 0)
 LLAMA_TV = 1e-12  # float64 logits of one text differ by 1e-15 between batch shapes
 TREES = {
     "chain": Chain(2),
@@ -53,16 +52,6 @@ def test_whole_runs_followed_without_merging_are_exact(tree):
     target = TabularTarget(2, seed=0)
     drafter = NgramDrafter(2) if tree == "ngram" else TabularDrafter(Table(2, seed=1), TREES[tree])
     assert distance(drafter, target=target, merge=False, max_new_tokens=3) == 0
-
-
-def llama(seed: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
-                         max_position_embeddings=32, bos_token_id=0, eos_token_id=3)  # fmt: skip
-    model = LlamaForCausalLM(config).double().eval()
-    for p in model.parameters():
-        p.data *= 4 if p.dim() > 1 else 1
-    return model
 
 
 @pytest.mark.parametrize("tree", ["chain", "iid", "sampled_then_top", "dynamic"])

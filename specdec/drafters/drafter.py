@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -59,7 +59,7 @@ class Drafter(ABC):
     reused for any number of runs, one after the other: `start` begins a new one.
     """
 
-    uses_hidden: ClassVar[bool] = False  # True to have `context.hidden` filled
+    uses_hidden: bool = False  # True to have `context.hidden` filled
     run: Context | None = None  # the batch it drafts for; set by the loop
 
     @abstractmethod
@@ -74,7 +74,9 @@ class Drafter(ABC):
         """Draft trees for the batch, no deeper than `context.max_depth`. Draw by `coins.picks` only."""
 
     def commit(self, acceptance: Acceptance) -> None:  # noqa: B027 - optional
-        """Called after every step with what was kept of the last proposal."""
+        """Called after every step with what was kept of the last proposal: nothing (`keep` is 0) of rows that had ended,
+        and of rows for which another drafter drafted (`Fallback`), when `propose` may not even have been called.
+        """
 
     def patched(self) -> AbstractContextManager[None]:
         """Entered around every step: for drafters that need a model in another state than its owner left it."""

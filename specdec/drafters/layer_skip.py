@@ -54,9 +54,11 @@ class LayerSkipDrafter(Drafter):
             raise ValueError(
                 f"{self}: the target has layers 0 to {len(layers) - 1}; skip at least one of them and keep at least one."
             )
-        shared = [i for i, slabs in enumerate(target.cached.layout) if slabs is None]
-        if shared and (needed := sorted(skipped - set(shared))):
-            raise ValueError(f"Layers {shared} use other layers' keys and values, so that {needed} cannot be skipped.")
+        sharing = getattr(target.cached.model.config.get_text_config(), "num_kv_shared_layers", 0) or 0
+        if sharing and (needed := sorted(skipped - {*range(len(layers) - sharing, len(layers))})):
+            raise ValueError(
+                f"The last {sharing} layers use the keys and values of earlier ones, so that {needed} cannot be skipped."
+            )
         self._skipped = [layers[i] for i in sorted(skipped)]
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:

@@ -54,7 +54,7 @@ class ModelDrafter(Drafter):
                 "max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
         nodes = self.spec(context.sampling).nodes
-        self._vocab = target.vocab
+        self._vocab, self._asked = target.vocab, None
         self._cached.start(len(context.tokens), capacity + nodes)
         self._cached.read(context.tokens, [n - 1 for n in context.host_lengths])
 
@@ -75,6 +75,7 @@ class ModelDrafter(Drafter):
         position = torch.arange(order.shape[1], device=order.device)
         kept = (order >= 0) & (position < acceptance.keep[:, None])  # an accepted leaf was drawn but never read
         self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
+        self._asked = None
 
     def _read_root(self, context: Context) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""

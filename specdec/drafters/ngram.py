@@ -2,54 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec, chain, root_only
+from specdec.target import Target
+from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
 
 
-@dataclass(frozen=True)
 class NgramDrafter(Drafter):
-    """Drafts what followed the most recent earlier occurrence of the last tokens, longest match first.
+    """Drafts what followed the most recent earlier occurrences of the last tokens, longest match first.
 
     Args:
-        length: most tokens to draft.
+        length: most tokens to draft from each occurrence.
         max_ngram: longest match to look for; shorter ones are tried down to a single token.
+        branches: occurrences to draft from; what their continuations share is drafted once.
     """
 
-    length: int = 8
-    max_ngram: int = 3
+    def __init__(self, length: int = 8, max_ngram: int = 3, branches: int = 1):
+        self.length, self.max_ngram, self.branches = length, max_ngram, branches
+        if length < 1 or max_ngram < 1 or branches < 1:
+            raise ValueError(f"{self}: all three must be >= 1.")
 
-    def __post_init__(self) -> None:
-        if self.length < 1 or self.max_ngram < 1:
-            raise ValueError(f"{self}: both must be >= 1.")
+    def __repr__(self) -> str:
+        return f"NgramDrafter(length={self.length}, max_ngram={self.max_ngram}, branches={self.branches})"
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return TreeSpec(frozenset({Law.POINT}), nodes=self.length + 1, depth=self.length, width=1)
+        return TreeSpec(frozenset({Law.POINT}), 1 + self.length * self.branches, self.length, self.branches)
+
+    def start(self, target: Target, context: Context) -> None:
+        self._text = np.array(context.tokens.numpy(force=True))  # [batch, capacity]: what is committed, on the host
+        self._lengths = list(context.host_lengths)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        text = context.tokens.numpy(force=True)
         length = min(self.length, context.max_depth)
-        drafts = [self._lookup(row[:n])[:length] for row, n in zip(text, context.host_lengths, strict=True)]
-        nodes = 1 + max(map(len, drafts))
-        if nodes == 1:
-            return root_only(context.root)
-        tokens = np.zeros((len(drafts), nodes), dtype=np.int64)
-        laws = np.full(tokens.shape, Law.PADDING, dtype=np.uint8)
-        for b, (draft, n) in enumerate(zip(drafts, context.host_lengths, strict=True)):
-            tokens[b, : 1 + len(draft)] = [text[b, n - 1], *draft]
-            laws[b, : 1 + len(draft)] = Law.POINT
-        device = context.tokens.device
-        topology = chain(len(drafts), nodes, device)
-        return DraftTree(torch.from_numpy(tokens).to(device), topology, torch.from_numpy(laws).to(device))
+        rows = (row[:n] for row, n in zip(self._text, self._lengths, strict=True))
+        return tree_of_points(context.root, [self._draft(row, length) for row in rows])
 
-    def _lookup(self, text: np.ndarray) -> np.ndarray:
-        """What followed the latest earlier occurrence of the longest suffix of `text` [length] that has one."""
+    def commit(self, acceptance: Acceptance) -> None:
+        for b, tokens in enumerate(acceptance.emitted):
+            start, self._lengths[b] = self._lengths[b], self._lengths[b] + len(tokens)
+            self._text[b, start : self._lengths[b]] = tokens
+
+    def _draft(self, text: np.ndarray, length: int) -> list[tuple[int, int]]:
+        """(token, parent) of each drafted node: the continuations of `text` [length] as one tree, the latest first."""
+        index: dict[tuple[int, int], int] = {}  # of the node that follows a parent with a token
+        for end in self._matches(text)[: -1 - self.branches : -1]:
+            parent = 0
+            for token in text[end + 1 : end + 1 + length].tolist():
+                parent = index.setdefault((token, parent), len(index) + 1)
+        return list(index)
+
+    def _matches(self, text: np.ndarray) -> np.ndarray:
+        """Where the longest suffix of `text` that occurs earlier ends there, in order."""
         ends = np.flatnonzero(text[:-1] == text[-1])  # earlier places of the last token; the match may only grow back
         for n in range(1, self.max_ngram):
             longer = ends[ends >= n]
@@ -57,4 +63,4 @@ class NgramDrafter(Drafter):
             if not len(longer):
                 break
             ends = longer
-        return text[ends[-1] + 1 :] if len(ends) else text[:0]
+        return ends

@@ -2,6 +2,7 @@
 
 from specdec.trees.dynamic import Dynamic
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw
+from specdec.trees.static import Static
 from specdec.trees.widths import Chain, Widths
 
-__all__ = ["Chain", "Children", "Dynamic", "Frontier", "Grown", "Growth", "TreePolicy", "Widths", "draw"]
+__all__ = ["Chain", "Children", "Dynamic", "Frontier", "Grown", "Growth", "Static", "TreePolicy", "Widths", "draw"]

@@ -1,0 +1,155 @@
+"""Drafts from the text itself by the statistics of its suffixes (SuffixDecoding, Oliaro et al., arXiv:2411.04975).
+
+Each row has a suffix automaton of its prompt and its text so far, extended as tokens are committed in amortised constant
+time (Blumer et al. 1985), and reads along in one of an optional corpus. What followed the longest suffix that occurred
+before becomes a tree, best path first, as deep and as wide as the counts are clear about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.sampling import Sampling
+from specdec.target import Target
+from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
+
+_LINKS = 32  # most suffixes counted per token: text that repeats one token for ever has one for each place
+
+
+class SuffixAutomaton:
+    """All substrings of a text, with how often each occurred; states are classes of substrings, 0 the empty one."""
+
+    def __init__(self, tokens: Iterable[int] = ()):
+        self.next: list[dict[int, int]] = [{}]
+        self.link, self.length, self.count, self.last = [-1], [0], [0], 0
+        for token in tokens:
+            self.extend(token)
+
+    def extend(self, token: int) -> None:
+        """Append one token."""
+        new = self._state({}, self.length[self.last] + 1, 0)
+        state = self.last
+        while state >= 0 and token not in self.next[state]:
+            self.next[state][token] = new
+            state = self.link[state]
+        self.link[new] = 0 if state < 0 else self._longest(state, token)
+        self.last, seen = new, 0
+        while new > 0 and seen < _LINKS:
+            self.count[new] += 1
+            new, seen = self.link[new], seen + 1
+
+    def read(self, state: int, length: int, token: int) -> tuple[int, int]:
+        """From the longest suffix of some text that occurs here, (state, its length), to that of the text and `token`."""
+        while state > 0 and token not in self.next[state]:
+            state = self.link[state]
+            length = self.length[state]
+        return (self.next[state][token], length + 1) if token in self.next[state] else (0, 0)
+
+    def _state(self, following: dict[int, int], length: int, count: int) -> int:
+        self.next.append(following)
+        self.link.append(-1)
+        self.length.append(length)
+        self.count.append(count)
+        return len(self.link) - 1
+
+    def _longest(self, state: int, token: int) -> int:
+        """The state of exactly the longest string of `state`, and `token`: split off if it shares one with longer ones."""
+        found = self.next[state][token]
+        if self.length[found] == self.length[state] + 1:
+            return found
+        clone = self._state(dict(self.next[found]), self.length[state] + 1, self.count[found])
+        self.link[clone], self.link[found] = self.link[found], clone
+        while state >= 0 and self.next[state].get(token) == found:
+            self.next[state][token] = clone
+            state = self.link[state]
+        return clone
+
+
+class SuffixDrafter(Drafter):
+    """Trees of what followed the longest repeated suffix, in the text and in a corpus; POINT children.
+
+    Args:
+        nodes: most nodes, the root included.
+        depth: longest path.
+        width: most children of a node.
+        threshold: a node is drafted while the estimated probability of its whole path is at least this.
+        corpus: texts to draft from besides the row's own, as token ids.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 17,
+        depth: int = 12,
+        width: int = 3,
+        threshold: float = 0.15,
+        corpus: Sequence[Tensor | Sequence[int]] = (),
+    ):
+        if nodes < 2 or depth < 1 or width < 1 or not 0 < threshold <= 1:
+            raise ValueError(
+                f"nodes={nodes}, depth={depth}, width={width}, threshold={threshold}: need nodes >= 2, depth >= 1, width >= 1 "
+                "and a threshold in (0, 1]."
+            )
+        self.nodes, self.depth, self.width, self.threshold = nodes, depth, width, threshold
+        self._corpus = SuffixAutomaton()
+        for i, text in enumerate(corpus):
+            for token in (*text, -1 - i):  # a token that no text has: nothing runs on into the next one
+                self._corpus.extend(int(token))
+
+    def __repr__(self) -> str:
+        return f"SuffixDrafter(nodes={self.nodes}, depth={self.depth}, width={self.width}, threshold={self.threshold})"
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width)
+
+    def start(self, target: Target, context: Context) -> None:
+        texts = [row[:n] for row, n in zip(context.tokens.tolist(), context.host_lengths, strict=True)]
+        self._rows, self._places = [SuffixAutomaton() for _ in texts], [(0, 0) for _ in texts]
+        self._read(texts)
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        deepest = min(self.depth, context.max_depth)
+        drafts = [list(self._grow(*self._match(b), deepest)) for b in range(len(self._rows))]
+        return tree_of_points(context.root, drafts)
+
+    def commit(self, acceptance: Acceptance) -> None:
+        self._read(acceptance.emitted)
+
+    def _read(self, texts: Sequence[Sequence[int]]) -> None:
+        for b, tokens in enumerate(texts):
+            for token in tokens:
+                self._rows[b].extend(token)
+                self._places[b] = self._corpus.read(*self._places[b], token)
+
+    def _match(self, row: int) -> tuple[SuffixAutomaton, int, int]:
+        """(automaton, state, length) of the longest suffix with a past: in the row's own text, unless the corpus knows more."""
+        own = self._rows[row]
+        state = own.link[own.last]
+        length = own.length[state] if state > 0 else 0
+        return (self._corpus, *self._places[row]) if self._places[row][1] > length else (own, state, length)
+
+    def _grow(self, automaton: SuffixAutomaton, state: int, length: int, deepest: int) -> Iterator[tuple[int, int]]:
+        """(token, parent) of each node after the root, the best path first."""
+        if state <= 0 or deepest == 0:
+            return
+        made, heap = 0, []
+        self._consider(heap, automaton, state, length, 1.0, 0, 0)
+        while heap and made < self.nodes - 1:
+            minus_chance, _, parent, depth, token, state = heappop(heap)
+            made += 1
+            yield token, parent
+            if depth < deepest:
+                self._consider(heap, automaton, state, length + depth, -minus_chance, made, depth)
+
+    def _consider(self, heap, automaton, state, length, chance, parent, depth) -> None:
+        """Push the likeliest children of a node: after one sight in a short context a child is as likely as not."""
+        ways = [(automaton.count[to], -token, to) for token, to in automaton.next[state].items() if token >= 0]
+        seen = sum(count for count, _, _ in ways)
+        for count, token, to in sorted(ways, reverse=True)[: self.width]:
+            estimate = chance * count / (seen + 1 / length)
+            if estimate >= self.threshold:
+                heappush(heap, (-estimate, len(heap), parent, depth + 1, -token, to))

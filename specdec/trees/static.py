@@ -1,0 +1,137 @@
+"""Trees of one fixed shape, chosen beforehand from measured acceptance (Medusa, arXiv:2401.10774; Sequoia, arXiv:2402.12374).
+
+`specdec.theory.best_tree` finds the shape for measured acceptance rates and times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Context
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw
+
+
+@dataclass(frozen=True)
+class Static(TreePolicy):
+    """A tree of this shape every step.
+
+    >>> Static([-1, 0, 0, 0, 1, 1, 4])  # three children of the root; two of the first of them; one of the first of those
+
+    Args:
+        parents: of each node, parents first: parents[0] == -1 and 0 <= parents[i] < i. Siblings are drawn in this order.
+        law: how siblings are drawn (at temperature 0 always the most probable ones, as POINT).
+    """
+
+    parents: Sequence[int]
+    law: Law = Law.POINT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parents", tuple(self.parents))
+        object.__setattr__(self, "law", Law(self.law))
+        if self.parents[:1] != (-1,) or not all(0 <= p < i for i, p in enumerate(self.parents[1:], start=1)):
+            raise ValueError(
+                f"parents={list(self.parents)}: must be -1 and then, for each node, the index of an earlier one."
+            )
+        if len(self.parents) < 2:
+            raise ValueError("parents=[-1]: this tree drafts nothing; use drafter=None.")
+        if self.law == Law.PADDING:
+            raise ValueError(
+                "law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP."
+            )
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        law = Law.POINT if sampling.temperature == 0 else self.law
+        laws = {law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law}  # the top k - 1 may be the whole support
+        plan = _plan(tuple(self.parents))
+        width = max(group.width for level in plan for group in level)
+        return TreeSpec(frozenset(laws), len(self.parents), len(plan), width)
+
+    def grow(self, context: Context, coins: Coins) -> Growth:
+        plan = _plan(tuple(self.parents))[: context.max_depth]
+        batch, device = len(context.tokens), context.tokens.device
+        shapes, asked = _shapes(tuple(self.parents), len(plan), batch, device)
+        whole = shapes[-1]
+        nodes = whole.parents.shape[1]
+        tokens = torch.zeros((batch, nodes), dtype=torch.int64, device=device)
+        tokens[:, 0] = context.root
+        laws = torch.zeros((batch, nodes), dtype=torch.uint8, device=device)
+        exists = torch.ones((batch, nodes), dtype=torch.bool, device=device)
+        probs: list[tuple[Sequence[int], Tensor]] = []
+        for level, shape in zip(plan, shapes, strict=False):
+            members = [node for group in level for node in group.nodes]
+            logits = yield Frontier(tokens[:, members], shape)
+            for group in level:
+                part, logits = logits[:, : len(group.nodes)], logits[:, len(group.nodes) :]
+                drawn = draw(part, group.width, self.law, context.sampling, coins, group.first)
+                end = group.first + drawn.tokens.shape[1]
+                tokens[:, group.first : end] = drawn.tokens
+                laws[:, group.nodes] = drawn.laws
+                above = exists[:, group.nodes].repeat_interleave(group.width, 1)
+                exists[:, group.first : end] = above if drawn.exists is None else above & drawn.exists
+                if drawn.draft_probs is not None:
+                    probs.append((group.nodes, drawn.draft_probs))
+        tree = DraftTree(tokens, whole, torch.where(exists, laws, Law.PADDING), _by_node(probs))
+        return Grown(tree, asked)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes of one level with equally many children; theirs are numbered from `first` on, siblings together."""
+
+    width: int
+    nodes: tuple[int, ...]
+    first: int
+
+
+@lru_cache(maxsize=64)
+def _plan(parents: tuple[int, ...]) -> tuple[tuple[_Group, ...], ...]:
+    """The tree level by level in its own numbering: breadth first, and per level the widest families first."""
+    children: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], start=1):
+        children[parent].append(node)
+    levels, numbers, count, level = [], {0: 0}, 1, [0]
+    while level := [node for node in level if children[node]]:
+        groups = []
+        for width in sorted({len(children[node]) for node in level}, reverse=True):
+            family = [node for node in level if len(children[node]) == width]
+            groups.append(_Group(width, tuple(numbers[node] for node in family), count))
+            for child in (child for node in family for child in children[node]):
+                numbers[child], count = count, count + 1
+        levels.append(tuple(groups))
+        level = sorted((child for node in level for child in children[node]), key=numbers.__getitem__)
+    return tuple(levels)
+
+
+@lru_cache(maxsize=64)
+def _shapes(parents: tuple[int, ...], depth: int, batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
+    """The nodes asked for up to each level, then the whole tree; and `Grown.asked`."""
+    index, asked, shapes = [-1], [], []
+    for number, level in enumerate(_plan(parents)[:depth]):
+        members = [node for group in level for node in group.nodes]
+        asked += members
+        above = [asked.index(index[node]) if node else -1 for node in asked]
+        shapes.append(Topology(torch.tensor(above, device=device).expand(batch, -1), number, None))
+        index += [node for group in level for node in group.nodes for _ in range(group.width)]
+    width = max((group.width for level in _plan(parents)[:depth] for group in level), default=0)
+    shapes.append(Topology(torch.tensor(index, device=device).expand(batch, -1), depth, width))
+    order = [asked.index(node) if node in asked else -1 for node in range(len(index))]
+    return shapes, torch.tensor(order, device=device).expand(batch, -1)
+
+
+def _by_node(probs: list[tuple[Sequence[int], Tensor]]) -> Tensor | None:
+    """[batch, node, vocab] up to the last node with children; zeros at leaves before it."""
+    if not probs:
+        return None
+    batch, _, vocab = probs[0][1].shape
+    table = probs[0][1].new_zeros((batch, 1 + max(max(nodes) for nodes, _ in probs), vocab))
+    for nodes, law in probs:
+        table[:, nodes] = law
+    return table

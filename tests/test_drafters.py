@@ -1,0 +1,114 @@
+"""Every drafter keeps the contract, and broken ones are told so."""
+
+import pytest
+import torch
+from tiny_models import llama
+
+from specdec import Law, TreeSpec
+from specdec.drafters import (
+    Drafter,
+    Fallback,
+    LayerSkipDrafter,
+    MedusaDrafter,
+    MedusaHeads,
+    ModelDrafter,
+    NgramDrafter,
+    SuffixDrafter,
+)
+from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter
+from specdec.tree import DraftTree, chain, tree_of_points
+from specdec.trees import Chain, Dynamic, Static, Widths
+
+torch.set_num_threads(1)
+PROMPTS = [(0, 1, 0, 1), (1, 0), (2, 2, 1, 0, 1, 2)]
+
+
+def tiny(seed, layers=1):
+    return llama(seed, vocab_size=3, hidden_size=16, head_dim=4, eos_token_id=None, num_hidden_layers=layers)
+
+
+def heads():
+    made = MedusaHeads(2, 1, 16).double()
+    generator = torch.Generator().manual_seed(0)
+    for p in made.parameters():
+        p.data.normal_(0, 0.5, generator=generator)
+    return made
+
+
+DRAFTERS = {
+    "ngram": lambda: NgramDrafter(3, branches=2),
+    "suffix": lambda: SuffixDrafter(6, 3, 2),
+    "chain": lambda: ModelDrafter(tiny(1), Chain(2)),
+    "widths": lambda: ModelDrafter(tiny(1), Widths((2, 1))),
+    "static": lambda: ModelDrafter(tiny(1), Static([-1, 0, 0, 2], Law.WITHOUT_REPLACEMENT)),
+    "dynamic": lambda: ModelDrafter(tiny(1), Dynamic(5, 2, 2)),
+    "layer skip": lambda: LayerSkipDrafter(exit_layer=1, tree=Widths((2, 1))),
+    "medusa": lambda: MedusaDrafter(heads(), Widths((2, 1))),
+    "fallback": lambda: Fallback(SuffixDrafter(threshold=0.5), ModelDrafter(tiny(1), Chain(2))),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_the_contract_is_kept(name):
+    assert_drafter(DRAFTERS[name](), tiny(0, layers=2), PROMPTS)
+
+
+class Forgetful(SuffixDrafter):
+    """Does not read what the loop emitted."""
+
+    def commit(self, acceptance):
+        pass
+
+
+class Curious(Drafter):
+    """Drafts the last token of the next row."""
+
+    def spec(self, sampling):
+        return TreeSpec(frozenset({Law.POINT}), 2, 1, 1)
+
+    def propose(self, context, coins):
+        tokens = context.root.roll(1).tolist()
+        return tree_of_points(context.root, [[(token, 0)] if context.max_depth else [] for token in tokens])
+
+
+class Careless(Curious):
+    """Drafts without coins: of what it says nobody can know."""
+
+    def spec(self, sampling):
+        return TreeSpec(frozenset({Law.IID if sampling.temperature else Law.POINT}), 2, 1, 1)
+
+    def propose(self, context, coins):
+        if context.max_depth == 0 or context.sampling.temperature == 0:
+            return tree_of_points(context.root, [[] for _ in context.host_lengths])
+        tokens = torch.stack([context.root, torch.randint(0, context.vocab, context.root.shape)], 1)
+        laws = torch.tensor([[Law.IID, Law.POINT]]).expand_as(tokens).to(torch.uint8)
+        return DraftTree(tokens, chain(len(tokens), 2), laws, torch.ones(len(tokens), 1, context.vocab))
+
+
+class Boastful(TabularDrafter):
+    """Says that it drew from a sharper law than it did."""
+
+    def propose(self, context, coins):
+        tree = super().propose(context, coins)
+        if tree.draft_probs is not None:
+            tree.draft_probs.pow_(2)
+        return tree
+
+
+BROKEN = {
+    "forgetful": (Forgetful(6, 3, 2), "afresh"),
+    "careless": (Careless(), "changes the law|draw with `coins` only|depends on"),
+    "boastful": (Boastful(Table(3, 1), Chain(2)), "changes the law"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_drafters_are_told_so(name):
+    drafter, complaint = BROKEN[name]
+    with pytest.raises(AssertionError, match=complaint):
+        assert_drafter(drafter, TabularTarget(3, seed=2), PROMPTS)
+
+
+def test_a_drafter_that_looks_at_other_rows_is_told_so():
+    with pytest.raises(AssertionError, match="depends on the other rows"):
+        assert_drafter(Curious(), TabularTarget(3, seed=2), PROMPTS, horizon=40)
