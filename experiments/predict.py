@@ -43,6 +43,8 @@ def main(config: DictConfig) -> None:
     torch.set_num_threads(config.threads)
     transformers.utils.logging.disable_progress_bar()
     models, sampling, log = (instantiate(config[group]) for group in ("target", "sampling", "log"))
+    if models.draft is None:
+        raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)
     ids = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in instantiate(config.task)]
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
@@ -60,18 +62,8 @@ def main(config: DictConfig) -> None:
     measured = figures(finished)
     print(table(predicted, measured), end="\n\n")
     curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}
-    print(
-        log.write(
-            {
-                **source,
-                "prompts": len(ids),
-                "rounds": len(finished),
-                "costs": curves,
-                "predicted": predicted,
-                "figures": measured,
-            }
-        )
-    )
+    found = {"prompts": len(ids), "rounds": len(finished), "costs": curves, "predicted": predicted, "figures": measured}
+    print(log.write({**source, **found}))
 
 
 def calibrate(

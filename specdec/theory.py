@@ -46,7 +46,7 @@ def one_step_ceiling(
     - IID: Pr = q(H)^count is convex in q(H): against its tangent at the best H, a set {p < c q} is as good. So H may be
       sought among the prefixes of the tokens sorted by p / q: O(V log V).
     - WITHOUT_REPLACEMENT: prefixes too (see `_all_among_first`, which evaluates Pr for all of them in O(V count G) with
-      some G = 200 points of quadrature: 0.1 s for 4,096 tokens).
+      some G = 200 points of quadrature: 0.1 to 0.2 s for 4,096 tokens).
 
     Args:
         p: [vocab] the target's law at the node.
