@@ -27,9 +27,7 @@ LONG = "SPECDEC_LONG_AUDIT"  # in the environment: minutes
 
 def test_an_exact_rule_raises_false_alarms_no_more_often_than_alpha():
     alarms = sum(not on_tables(SiblingRejection(), seed, alpha=0.2, max_tokens=1000).passed for seed in range(25))
-    assert (
-        alarms <= 10
-    )  # 5 at most are expected; more than 10 of 25 at a rate of 0.2 come once in 170 times; seeds are fixed
+    assert alarms <= 10  # 5 at most are expected; 11 of 25 at a rate of 0.2 come once in 180 times, and seeds are fixed
 
 
 def test_the_bias_stated_as_detectable_is_found():
