@@ -180,7 +180,7 @@ TABLE_BUGS = (
 )
 DEMO_BUGS = {  # at least 0.05, and at least 0.02, per step
     0.05: ((PartOfTheResidual, 0.6), (EmittedTooCold, 0.1), (AcceptsTooMuch, 0.12)),
-    0.02: ((PartOfTheResidual, 0.3), (EmittedTooCold, 0.04), (AcceptsTooMuch, 0.05)),
+    0.02: ((PartOfTheResidual, 0.3), (EmittedTooCold, 0.05), (AcceptsTooMuch, 0.06)),
 }
 DEMO_TOKENS = {0.05: 12_000, 0.02: 60_000}
 
@@ -241,12 +241,13 @@ def power_on_demo() -> list[list[str]]:
     """One run of each bug on the demo pair, and of the exact rule."""
     rows = [["rule", "strength", "bias per step", "most tokens", "verdict", "tokens", "evidence", "detectable"]]
     runs = [(least, bug(strength)) for least, bugs in DEMO_BUGS.items() for bug, strength in bugs]
-    for least, rule in tqdm([*runs, (0.02, SiblingRejection())], desc="demo pair", leave=False):
+    for least, rule in tqdm([(0.05, SiblingRejection()), *runs], desc="demo pair", leave=False):
         run = on_demo(rule, max_tokens=DEMO_TOKENS[least])
         known = [f"{rule.strength}", f"{rule.bias:.3f}"] if isinstance(rule, Planted) else ["-", "0"]
         verdict = "passed" if run.passed else f"failed: {run.leading}"
         figures = [f"{DEMO_TOKENS[least]}", verdict, f"{run.tokens}", f"{run.evidence:.1f}", f"{run.detectable:.3f}"]
         rows.append([type(rule).__name__, *known, *figures])
+        print(*rows[-1], flush=True)
     return rows
 
 
@@ -298,7 +299,7 @@ def main() -> None:
     parts: dict[str, Callable[[], list[list[str]]]] = {
         "alarms": lambda: false_alarms(2 * seeds, 1500),
         "halves": lambda: halves(seeds, (1000, 4000, 16000)),
-        "tables": lambda: power_on_tables(seeds // 5, tokens),
+        "tables": lambda: power_on_tables(seeds // 10, tokens),
         "demo": power_on_demo,
     }
     tables = {}
@@ -308,7 +309,7 @@ def main() -> None:
     text = HEAD.format(
         command=made["command"], commit=made["commit"] + (" with uncommitted changes" if made["dirty"] else ""),
         versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
-        seconds=time.perf_counter() - began, seeds=seeds // 5, half_seeds=seeds, tokens=tokens,
+        seconds=time.perf_counter() - began, seeds=seeds // 10, half_seeds=seeds, tokens=tokens,
         **tables,
     )  # fmt: skip
     (ROOT / "experiments" / "results" / "audit_calibration.md").write_text(text, "utf-8")

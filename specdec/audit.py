@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from specdec.sampling import Sampling
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]  # (prompt, continuation) -> [len(continuation), vocab]
 SHAPES = ("shift", "spread", "serial")  # more at one end of the order; at both ends; like the token before
+_NOISE = 7919  # a stream of its own: the generator may well draw its tokens from torch's, with the same seed
 STAKES = tuple(sign * size for size in (0.04, 0.1, 0.25, 0.6) for sign in (1, -1))
 
 
@@ -82,7 +84,7 @@ def audit(
         raise ValueError(f"alpha={alpha}, max_tokens={max_tokens}: must be in (0, 1), and at least 1.")
     orders = ("probability", "token id", *(["draft"] if draft_log_probs else []))
     bets = _Bets(orders, alpha)
-    noise = torch.Generator().manual_seed(seed)
+    noise = np.random.default_rng([seed, _NOISE])
     for prompt, text in _texts(generate, seed):
         tokens = text[: max_tokens - bets.tokens].cpu()
         target, draft = log_probs(prompt, tokens), draft_log_probs and draft_log_probs(prompt, tokens)
@@ -91,7 +93,7 @@ def audit(
                 f"log_probs returned {list(target.shape)}, not [len(continuation) = {len(tokens)}, vocab]."
             )
         bets.impossible += int((target.gather(1, tokens[:, None]) == -torch.inf).sum())
-        bets.take(_ranks(target, draft, tokens, torch.rand(len(tokens), generator=noise, dtype=torch.float64)))
+        bets.take(_ranks(target, draft, tokens, torch.from_numpy(noise.random(len(tokens)))))
         if bets.best >= bets.limit or bets.tokens >= max_tokens:
             break
     return bets.report()
