@@ -33,11 +33,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from specdec.coins import RowCoins
-from specdec.rules.rule import Decision, Rule
-from specdec.sampling import RowLaw
-from specdec.tree import Law, RowTree
+from specdec.coins import Coins, Purpose, RowCoins
+from specdec.rules.draft_law import Siblings
+from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.rules.top_down import nobody
+from specdec.sampling import RowLaw, TargetLaw
+from specdec.tree import DraftTree, Law, RowTree
 
 
 class LevelVerification(Rule):
@@ -45,7 +49,7 @@ class LevelVerification(Rule):
 
     lossless = True
 
-    def __init__(self, rounds: int = 4):
+    def __init__(self, rounds: int = 2):
         if rounds < 1:
             raise ValueError(f"rounds={rounds}: every child has to be tried at least once.")
         self.rounds = rounds
@@ -63,6 +67,19 @@ class LevelVerification(Rule):
                     return Decision(_path(tree, node), coins.pick(node, law))
                 left -= chance
         raise AssertionError("the root is accepted when nothing else is")
+
+    def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        state = _State(tree, target_law, self.rounds)
+        for _ in range(self.rounds * (tree.tokens.shape[1] - 1)):
+            child, live = state.next()
+            if nobody(live):
+                break
+            state.attempt(child, live[:, None])
+        node = state.accepted(coins.uniforms(Purpose.ACCEPT))
+        owed = state.owed[state.rows, node[:, 0]]
+        ready = state.inner.gather(1, node) & (owed.sum(1, keepdim=True) > 0)
+        law = target_law.at(torch.where(ready, 0, node)[:, 0])
+        return Decisions.ending_at(node, torch.where(ready, owed, law), tree.topology, coins)
 
 
 @dataclass
@@ -98,18 +115,18 @@ class _Level:
 
 @dataclass
 class _Group:
-    """Siblings that take turns: independent ones, or a pair drawn without replacement."""
+    """Siblings that take turns: independent ones, a pair drawn without replacement, or deterministic ones."""
 
     phase: int
     parent: int
+    law: Law
     children: list[int]
-    laws: list[np.ndarray]
-    pair: bool
+    laws: list[np.ndarray]  # of each child's token, at first
     kept: list[np.ndarray] = field(init=False)  # [vocab] for each child: chance of a token to have failed so far
-    left: list[int] = field(init=False)
+    left: list[int] = field(init=False)  # tries of each child
 
     def tries(self, rounds: int) -> list[tuple]:
-        rounds = 1 if all((law == 1).any() for law in self.laws) else rounds  # certain: one try takes all
+        rounds = 1 if self.law == Law.POINT else rounds  # one try takes all that is owed to the token
         self.kept, self.left = [np.ones_like(law) for law in self.laws], [rounds] * len(self.laws)
         slots = list(enumerate(self.children))
         return [((self.phase, r), self.parent, child, self, slot) for r in range(rounds) for slot, child in slots]
@@ -120,8 +137,9 @@ class _Group:
         The share is this try's part of all that can be taken from now on.
         """
         law = self.laws[slot]
-        if not self.pair:
-            return _normalised(law * self.kept[slot]), type(law[0])(1) / sum(self.left)
+        if self.law != Law.WITHOUT_REPLACEMENT or len(self.laws) < 2:
+            left = sum(self.left) if self.law == Law.IID else self.left[slot]
+            return _normalised(law * self.kept[slot]), type(law[0])(1) / left
         after = _others(law := self.laws[0])  # what is left for the second child
         first, second = law * self.kept[0], law * self.kept[1]
         laws = _normalised(_ratio(first, after) * _others(second)), _normalised(second * _others(_ratio(first, after)))
@@ -132,22 +150,120 @@ class _Group:
         self.left[slot] -= 1
 
 
+class _State:
+    """Where every row stands: the numbers of `_Level` and `_Group` for all nodes, [batch, node] or [batch, depth]."""
+
+    def __init__(self, tree: DraftTree, target_law: TargetLaw, rounds: int):
+        self.tree, self.target_law = tree, target_law
+        self.rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
+        root = target_law.at(torch.zeros_like(self.rows))  # [batch, vocab]
+        shape, topology = tree.tokens.shape, tree.topology
+        self.index = torch.arange(shape[1], device=root.device)
+        self.exists = tree.laws != Law.PADDING
+        self.parents, self.depths = topology.parents.clamp(min=0), topology.depths
+        siblings = topology.parents[:, :, None] == topology.parents[:, None]
+        elder = siblings & (self.index < self.index[:, None])
+        self.slot = elder.sum(-1)  # among all siblings, padding too
+        rank = (elder & self.exists[:, None]).sum(-1)  # among those that exist
+        law = tree.laws.gather(1, self.parents)
+        point = (law == Law.POINT) | ((law == Law.SAMPLED_THEN_TOP) & (rank > 0))
+        again = ((law == Law.WITHOUT_REPLACEMENT) | (law == Law.SAMPLED_THEN_TOP)).long()
+        self.phase = again * torch.where(law == Law.SAMPLED_THEN_TOP, rank.clamp(max=1), rank // 2)
+        without = (law == Law.WITHOUT_REPLACEMENT)[..., None]
+        mates = siblings & without & self.exists[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
+        self.paired, self.mate = mates.any(-1), mates.long().argmax(-1)
+        self.second = rank % 2 == 1
+        # [batch, node, node]: the second's tries count when what is owed is shared out to the first
+        self.shares = torch.where((law == Law.IID)[..., None], siblings, self.index == self.index[:, None]).to(
+            root.dtype
+        )
+        self.left = torch.where(point, 1, rounds) * self.exists
+        self.left[:, 0] = 0
+        self.done = torch.zeros_like(self.left)
+        self.rounds, self.width = rounds, shape[1]
+        self.inner = torch.zeros_like(self.exists)
+        self.flow = root.new_zeros(shape)
+        self.flow[:, 0] = 1
+        self.unmet, self.failed = (root.new_ones(shape[0], topology.depth + 1) for _ in range(2))
+        self.owed, self.kept = root.new_zeros(*shape, root.shape[1]), root.new_ones(*shape, root.shape[1])
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """[batch] int64, [batch] bool: the child to be tried next, and whether there is one."""
+        flow, failed = self.flow.gather(1, self.parents), self.failed.gather(1, (self.depths - 1).clamp(min=0))
+        waiting = (self.left > 0) & (flow > 0) & (failed > 0)
+        turn = (self.depths * self.width + self.phase) * self.rounds + self.done
+        first = turn.masked_fill(~waiting, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+        flow = torch.where(waiting & (turn == first), flow, 0)
+        return (flow == flow.amax(1, keepdim=True)).long().argmax(1), waiting.any(1)
+
+    def attempt(self, child: Tensor, live: Tensor) -> None:
+        """Try one child [batch] of the rows in which one is `live` [batch, 1]."""
+        rows, own = self.rows, child[:, None]
+        parent = self.parents[rows, child]
+        depth = self.depths[rows, parent][:, None]
+        new = live & ~self.inner[rows, parent][:, None]
+        start = self.flow[rows, parent][:, None] * self.target_law.at(torch.where(new[:, 0], parent, 0))
+        owed = torch.where(new, start, self.owed[rows, parent])
+        failed, unmet = self.failed.gather(1, depth), self.unmet.gather(1, depth)
+        law, share = self._turn(own, parent)
+        take = torch.minimum(law, owed / failed.where(failed > 0, 1) * share) * live
+        hit = _divide(take, law)
+        met = hit.gather(1, self.tree.tokens.gather(1, own))
+        self.inner[rows, parent] |= live[:, 0]
+        self.flow.scatter_add_(1, own, unmet * met)
+        self.unmet.scatter_(1, depth, unmet * (1 - met))
+        self.owed[rows, parent] = (owed - take * failed).clamp(min=0)
+        self.failed.scatter_(1, depth, failed * (1 - take.sum(1, keepdim=True)))
+        self.kept[rows, child] *= 1 - hit
+        self.left.scatter_add_(1, own, -live.long())
+        self.done.scatter_add_(1, own, live.long())
+
+    def _turn(self, own: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
+        """`_Group.turn` for one child of every row."""
+        rows, siblings = self.rows, Siblings(self.tree, parent)
+        kept = self.kept[rows, own[:, 0]]
+        left = (self.shares[rows, own[:, 0]] * self.left).sum(1, keepdim=True).clamp(min=1)
+        law = _scaled(siblings.child(self.slot.gather(1, own)).dense(kept) * kept)
+        paired = self.paired.gather(1, own)
+        if self.width < 3 or nobody(paired[:, 0]):
+            return law, 1 / left
+        mate = self.mate.gather(1, own)
+        second = self.second.gather(1, own)
+        first = torch.where(second, mate, own)
+        one = siblings.child(self.slot.gather(1, first)).dense(kept)
+        after, other = _all_others(one), self.kept[rows, mate[:, 0]]
+        a, b = one * torch.where(second, other, kept), one * torch.where(second, kept, other)
+        a_law, b_law = _scaled(_divide(a, after) * _all_others(b)), _scaled(b * _all_others(_divide(a, after)))
+        mine, others = torch.where(second, b_law, a_law), torch.where(second, a_law, b_law)
+        lefts = self.left.gather(1, own), self.left.gather(1, mate)
+        share = _divide(mine, mine * lefts[0] + others * lefts[1])
+        return torch.where(paired, mine, law), torch.where(paired, share, 1 / left)
+
+    def accepted(self, coin: Tensor) -> Tensor:
+        """[batch, 1]: the first node whose coin comes up, the deepest nodes first."""
+        failed = self.failed.gather(1, self.depths)
+        mass = torch.where(self.inner, self.owed.sum(-1), self.flow) * self.exists
+        chance = _divide(mass, failed)
+        elder = (self.depths[:, :, None] == self.depths[:, None]) & (self.index < self.index[:, None])
+        left = 1 - (elder.to(chance.dtype) @ chance[..., None])[..., 0]
+        heads = (left > 0) & (coin < _divide(chance, left)) & self.exists
+        heads[:, 0] = True
+        order = self.depths * self.width + self.width - 1 - self.index
+        return torch.where(heads, order, -1).argmax(1, keepdim=True)
+
+
 def _groups(tree: RowTree, node: int, vocab: int) -> list[_Group]:
     """The children of a node, in the order in which they are tried."""
-    draws, law = list(tree.draws(node, vocab)), tree.laws[node]
+    draws, law = list(tree.draws(node, vocab)), Law(tree.laws[node])
     if law == Law.WITHOUT_REPLACEMENT:
-        cuts = range(0, len(draws), 2)
+        parts = [(law, draws[start : start + 2]) for start in range(0, len(draws), 2)]
     elif law == Law.SAMPLED_THEN_TOP:
-        cuts = range(min(len(draws), 2))
+        parts = [(law, draws[:1]), (Law.POINT, draws[1:])]
     else:
-        cuts = range(1)
-    ends = [*cuts[1:], len(draws)]
-    parts = [draws[start:end] for start, end in zip(cuts, ends, strict=True)]
+        parts = [(law, draws)]
     return [
-        _Group(
-            phase, node, [c for c, _ in part], [q for _, q in part], law == Law.WITHOUT_REPLACEMENT and len(part) == 2
-        )
-        for phase, part in enumerate(parts)
+        _Group(phase, node, kind, [child for child, _ in part], [q for _, q in part])
+        for phase, (kind, part) in enumerate(parts)
     ]
 
 
@@ -168,6 +284,22 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _normalised(weights: np.ndarray) -> np.ndarray:
     return weights / total if (total := weights.sum()) > 0 else weights
+
+
+def _all_others(weights: Tensor) -> Tensor:
+    """`_others` for each row of [batch, vocab]."""
+    top = weights.argmax(1, keepdim=True)
+    rest = weights.scatter(1, top, 0)
+    total = rest.sum(1, keepdim=True)
+    return (total - rest + weights.gather(1, top)).scatter(1, top, total)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+
+
+def _scaled(weights: Tensor) -> Tensor:
+    return _divide(weights, weights.sum(1, keepdim=True))
 
 
 def _path(tree: RowTree, node: int) -> list[int]:
