@@ -246,7 +246,7 @@ class _State:
         chance = _divide(mass, failed)
         elder = (self.depths[:, :, None] == self.depths[:, None]) & (self.index < self.index[:, None])
         left = 1 - (elder.to(chance.dtype) @ chance[..., None])[..., 0]
-        heads = (left > 0) & (coin < _divide(chance, left)) & self.exists
+        heads = (left > 0) & (coin[:, : self.width] < _divide(chance, left)) & self.exists
         heads[:, 0] = True
         order = self.depths * self.width + self.width - 1 - self.index
         return torch.where(heads, order, -1).argmax(1, keepdim=True)
