@@ -31,7 +31,7 @@ from specdec.trees import Chain, Dynamic, Widths
 PROMPT = (0, 1, 0)
 BIASED = 1e-3  # a certificate of an exact rule reads 0
 FLOAT32 = 1e-5  # how far a float32 threshold may be from the float64 one: a few roundings of a sum over the vocabulary
-LOSSLESS = [SiblingRejection(), BlockVerification(), TraversalVerification(), KSeq(), LevelVerification()]
+LOSSLESS = [SiblingRejection(), BlockVerification(), TraversalVerification(), KSeq(), LevelVerification(rounds=1)]
 LOSSY = [LenientRejection(), TypicalAcceptance()]
 SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
 TREES = [

@@ -61,7 +61,7 @@ class LevelVerification(Rule):
         for level in reversed(levels):
             left = 1  # chance that none of the nodes so far is accepted
             for node, owed in level.owed.items():
-                chance = owed.sum() / level.failed if level.failed > 0 else 0
+                chance = owed.sum() / level.failed if owed.sum() > 0 and level.failed > 0 else 0
                 if node == 0 or (left > 0 and coins.accept(node, chance / left)):
                     law = owed if node in level.inner and owed.sum() > 0 else target_law.probs(node)
                     return Decision(_path(tree, node), coins.pick(node, law))
@@ -69,17 +69,28 @@ class LevelVerification(Rule):
         raise AssertionError("the root is accepted when nothing else is")
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
+        state = self._descend(tree, target_law)
+        node = state.accepted(coins.uniforms(Purpose.ACCEPT))
+        owed = state.owed[state.rows, node[:, 0]]
+        ready = state.inner.gather(1, node) & (owed.sum(1, keepdim=True) > 0)
+        law = target_law.at(torch.where(ready, 0, node)[:, 0])
+        return Decisions.ending_at(node, torch.where(ready, owed, law), tree.topology, coins)
+
+    def flows(self, tree: DraftTree, target_law: TargetLaw) -> Tensor:
+        """[batch, node]: the chance of each node to be accepted, given the tokens down to its depth.
+
+        Without the root's they add up to the number of drafted tokens that is expected to be accepted.
+        """
+        return self._descend(tree, target_law).flow
+
+    def _descend(self, tree: DraftTree, target_law: TargetLaw) -> _State:
         state = _State(tree, target_law, self.rounds)
         for _ in range(self.rounds * (tree.tokens.shape[1] - 1)):
             child, live = state.next()
             if nobody(live):
                 break
             state.attempt(child, live[:, None])
-        node = state.accepted(coins.uniforms(Purpose.ACCEPT))
-        owed = state.owed[state.rows, node[:, 0]]
-        ready = state.inner.gather(1, node) & (owed.sum(1, keepdim=True) > 0)
-        law = target_law.at(torch.where(ready, 0, node)[:, 0])
-        return Decisions.ending_at(node, torch.where(ready, owed, law), tree.topology, coins)
+        return state
 
 
 @dataclass
@@ -94,7 +105,10 @@ class _Level:
     def descend(self, tree: RowTree, target_law: RowLaw, rounds: int) -> dict[int, Any]:
         """Try the children; their flows."""
         self.inner = {v for v, flow in self.flow.items() if flow > 0 and tree.children(v)}
-        self.owed = {v: f * target_law.probs(v) if v in self.inner else np.array([f]) for v, f in self.flow.items()}
+        self.owed = {
+            v: flow * target_law.probs(v) if v in self.inner else np.array([flow], dtype=object)
+            for v, flow in self.flow.items()
+        }
         tries = [t for v in self.inner for group in _groups(tree, v, target_law.vocab) for t in group.tries(rounds)]
         flows = {child: 0 for v in self.flow for child in tree.children(v)}
         unmet = 1  # chance that all tries so far fail, given the children's tokens
@@ -107,7 +121,8 @@ class _Level:
             hit = take[x] / law[x] if law[x] > 0 else 0
             flows[child] += unmet * hit
             unmet *= 1 - hit
-            self.owed[parent] = np.maximum(self.owed[parent] - take * self.failed, 0)
+            rest = self.owed[parent] - take * self.failed
+            self.owed[parent] = np.where(rest > 0, rest, 0 * rest)  # negative by rounding only
             self.failed *= 1 - take.sum()
             group.fail(slot, _ratio(take, law))
         return flows
