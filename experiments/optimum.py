@@ -8,6 +8,7 @@ Writes experiments/results/verification_optimum.md.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -72,7 +73,7 @@ def draws(q: np.ndarray, count: int, law: Law) -> Iterator[tuple[float, Prefix, 
         replaced = law == Law.IID
         if replaced or len(set(tokens)) == count:
             laws = [q if replaced else without(q, list(tokens[:j])) for j in range(count)]
-            yield float(np.prod([each[x] for each, x in zip(laws, tokens, strict=True)])), tokens, laws
+            yield math.prod(float(each[x]) for each, x in zip(laws, tokens, strict=True)), tokens, laws
 
 
 def without(q: np.ndarray, tokens: list[int]) -> np.ndarray:
@@ -88,7 +89,7 @@ def trees(q: Laws, widths: Prefix, law: Law, u: Prefix = ()) -> list[tuple[float
     for chance, tokens, laws in draws(q[u], widths[len(u)], law):
         for below in itertools.product(*(trees(q, widths, law, (*u, x)) for x in tokens)):
             tree = tuple((x, each, sub) for x, each, (_, sub) in zip(tokens, laws, below, strict=True))
-            found.append((chance * float(np.prod([b for b, _ in below])), tree))
+            found.append((chance * math.prod(b for b, _ in below), tree))
     return found
 
 
