@@ -20,6 +20,7 @@ from specdec.rules import (
     TypicalAcceptance,
     block,
     kseq,
+    level,
     traversal,
 )
 from specdec.rules.residual import residual
@@ -288,9 +289,32 @@ def test_drafts_cut_short_and_laws_with_zeros_stay_exact(rule, tree):
 
 
 @pytest.mark.parametrize("law", SAMPLED, ids=lambda law: law.name)
-@pytest.mark.parametrize("rule", [TraversalVerification(), SiblingRejection()], ids=name_of)
+@pytest.mark.parametrize("rule", [TraversalVerification(), SiblingRejection(), LevelVerification()], ids=name_of)
 def test_trees_with_siblings_at_two_depths_are_exact(rule, law):
     assert distance(rule, TabularDrafter(Table(2, seed=3), Widths((2, 2), law)), TabularTarget(2, seed=2)) == 0
+
+
+@pytest.mark.parametrize("law", SAMPLED[:2], ids=lambda law: law.name)
+def test_level_verification_is_exact_for_more_siblings_than_a_pair(law):
+    drafter = TabularDrafter(Table(4, seed=3), Widths((4,), law))
+    assert distance(LevelVerification(), drafter, TabularTarget(4, seed=2), max_new_tokens=2) == 0
+
+
+def test_level_verification_spreads_what_traversal_gives_to_the_first_child():
+    target, drafter = TabularTarget(3, seed=2), TabularDrafter(Table(3, seed=3), Widths((2, 1), Law.IID))
+    rules = (SiblingRejection(), TraversalVerification(), LevelVerification(1), LevelVerification(2))
+    lengths = [exact_law(target, PROMPT, drafter, rule=rule).expected_tokens for rule in rules]
+    assert lengths == sorted(lengths)
+    assert lengths[2] > lengths[1] + 0.05
+
+
+def test_flows_add_up_to_the_expected_number_of_accepted_tokens():
+    tree, logits = random_trees(LevelVerification(), 32, 6, seed=5)
+    context = Batch(32, 6, Sampling(1.0), 5)
+    law = TargetLaw(logits, tree, context)
+    expected = LevelVerification().flows(tree, law)[:, 1:].sum()
+    accepted = [LevelVerification().decide_batch(tree, law, Coins(seed, 32, 16)).accepted.sum() for seed in range(300)]
+    assert float(torch.stack(accepted).double().mean()) == pytest.approx(float(expected), rel=0.02)
 
 
 class Constant(Table):
@@ -317,8 +341,9 @@ def test_block_verification_accepts_as_much_as_in_the_papers_example():
 
 
 @pytest.mark.parametrize("law", [Law.POINT, *SAMPLED], ids=lambda law: law.name)
-def test_traversal_verification_is_block_verification_on_chains(law):
-    block_rule, traversal_rule = BlockVerification(), TraversalVerification()
+@pytest.mark.parametrize("tree_rule", [TraversalVerification(), LevelVerification()], ids=name_of)
+def test_rules_for_trees_are_block_verification_on_chains(tree_rule, law):
+    block_rule = BlockVerification()
     for seed in range(20):
         tree, logits = random_trees(block_rule, 16, 6, seed)
         kinds = torch.where((tree.laws == Law.PADDING) | (tree.laws == Law.POINT), tree.laws, law).to(torch.uint8)
@@ -326,7 +351,7 @@ def test_traversal_verification_is_block_verification_on_chains(law):
         context, coins = Batch(16, 6, Sampling(1.0), seed), Coins(seed, 16, 16)
         for decide in (Rule.decide_batch, lambda rule, *args: rule.decide_batch(*args)):
             one, other = (
-                decide(rule, tree, TargetLaw(logits, tree, context), coins) for rule in (block_rule, traversal_rule)
+                decide(rule, tree, TargetLaw(logits, tree, context), coins) for rule in (block_rule, tree_rule)
             )
             assert not differing(one, other).any()
 
@@ -354,6 +379,11 @@ def uncapped(one, ratio):
     return ratio
 
 
+def forgotten(group, slot, hit):
+    """A try that fails, and says nothing about the child's token."""
+    group.left[slot] -= 1
+
+
 _rest = kseq._rest
 BUGS = {
     "block-product_of_ratios_uncapped": (BlockVerification(), block, "min", uncapped),
@@ -362,6 +392,9 @@ BUGS = {
     "traversal-product_of_ratios_uncapped": (TraversalVerification(), traversal, "min", uncapped),
     "traversal-residual_without_weight": (TraversalVerification(), traversal, "residual", without_weight),
     "traversal-chance_renormalised": (TraversalVerification(), traversal, "residual", chance_renormalised),
+    "level-laws_after_failures_not_normalised": (LevelVerification(1), level, "_normalised", lambda weights: weights),
+    "level-pair_drawn_with_replacement": (LevelVerification(1), level, "_others", lambda weights: 0 * weights + 1),
+    "level-failures_forgotten": (LevelVerification(2), level._Group, "fail", forgotten),
     "kseq-rho_is_one": (KSeq(), kseq, "_rho", lambda p, q, count: kseq._GRID),
     "kseq-rho_for_one_child_more": (KSeq(), kseq, "_rest", lambda p, taken, count: _rest(p, taken, count + 1)),
     "kseq-residual_of_one_child": (KSeq(), kseq, "_rest", lambda p, taken, count: _rest(p, taken, 1)),

@@ -1,6 +1,7 @@
 """Level verification: a tree is verified depth by depth, from its deepest nodes to its root.
 
-New here. On a chain it is block verification (Sun et al., arXiv:2403.10444).
+New here; experiments/results/verification_optimum.md compares it. On a chain it is block verification (Sun et al.,
+arXiv:2403.10444); for independent paths see Thomas and Pal, arXiv:2602.16961.
 
 Let T_d be the tokens down to depth d. Each node at depth d has a flow f, a function of T_d and of the laws above depth d:
 the chance, given T_d, that the text accepts this node; at the root it is 1, and over one depth the flows add up to at most
