@@ -21,7 +21,18 @@ from specdec import DraftTree, Law, Sampling, Topology, TreeSpec
 from specdec.coins import Purpose
 from specdec.drafters import Drafter
 from specdec.generate import Decoding
-from specdec.rules import BlockVerification, Decision, KSeq, Rule, TraversalVerification, block, kseq, traversal
+from specdec.rules import (
+    BlockVerification,
+    Decision,
+    KSeq,
+    LevelVerification,
+    Rule,
+    TraversalVerification,
+    block,
+    kseq,
+    level,
+    traversal,
+)
 from specdec.rules.residual import residual
 from specdec.sampling import TargetLaw
 from specdec.testing import Table, TabularDrafter, TabularTarget
@@ -341,7 +352,13 @@ def rest_ignoring_rho(p, taken, count):
     return _rest(p, np.minimum(p, _seen["q"]), count)
 
 
+def forgotten(group, slot, hit):
+    """A try that fails, and says nothing about the child's token."""
+    group.left[slot] -= 1
+
+
 BLOCK, TRAVERSAL, KSEQ = BlockVerification(), TraversalVerification(), KSeq()
+LEVEL = {name: LevelVerification(rounds) for name, rounds in (("independent", 2), ("pair", 1))}
 MODULES = {
     "block: product of ratios uncapped": (BLOCK, (block, "min", uncapped)),
     "block: residual without weight": (BLOCK, (block, "residual", without_weight)),
@@ -353,8 +370,17 @@ MODULES = {
     "kseq: rho for one child more": (KSEQ, (kseq, "_rest", lambda p, taken, count: _rest(p, taken, count + 1))),
     "kseq: residual of one child": (KSEQ, (kseq, "_rest", lambda p, taken, count: _rest(p, taken, 1))),
     "kseq: residual ignores rho": (KSEQ, (kseq, "_rho", rho_of_two), (kseq, "_rest", rest_ignoring_rho)),
+    "level: laws after failures not normalised": (LEVEL["pair"], (level, "_normalised", lambda weights: weights)),
+    "level: pair drawn with replacement": (LEVEL["pair"], (level, "_others", lambda weights: 0 * weights + 1)),
+    "level: failures forgotten": (LEVEL["independent"], (level._Group, "fail", forgotten)),
 }
-_SHAPES = {BLOCK: Chain(3), TRAVERSAL: Widths((1, 2), Law.WITHOUT_REPLACEMENT), KSEQ: Widths((1, 2), Law.IID)}
+_SHAPES = {
+    BLOCK: Chain(3),
+    TRAVERSAL: Widths((1, 2), Law.WITHOUT_REPLACEMENT),
+    KSEQ: Widths((1, 2), Law.IID),
+    LEVEL["pair"]: Widths((2, 1), Law.WITHOUT_REPLACEMENT),
+    LEVEL["independent"]: Widths((2, 1), Law.IID),
+}
 
 
 class Constant(Table):

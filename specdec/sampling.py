@@ -148,7 +148,7 @@ class TargetLaw:
     def scores(self, row: int, node: int) -> Tensor:
         """[1, vocab]: processed logits at one node."""
         scores = self._processed(row, node) if self._context.processors[row] else self._logits[row, node]
-        self._peaks.append(scores.amax(-1).expand(len(self._rows)))
+        self._peaks.append(torch.where(self._rows == row, scores.amax(-1), 0))
         return scores
 
     def probabilities(self, row: int, node: int) -> np.ndarray:

@@ -111,6 +111,7 @@ class Recorder(Drafter):
 
     def start(self, target, context):
         self.inner, self.seen = NgramDrafter(4), []
+        self.inner.start(target, context)
 
     def propose(self, context, coins):
         texts = [row[:n].tolist() for row, n in zip(context.tokens, context.host_lengths, strict=True)]

@@ -14,6 +14,7 @@ from specdec.rules import (
     BlockVerification,
     KSeq,
     LenientRejection,
+    LevelVerification,
     Rule,
     SiblingRejection,
     TraversalVerification,
@@ -26,7 +27,7 @@ from specdec.trees import Chain, Dynamic, Widths
 
 PROMPT = (0, 1, 0)
 FLOAT32 = 1e-5  # how far a float32 threshold may be from the float64 one: a few roundings of a sum over the vocabulary
-LOSSLESS = [SiblingRejection(), BlockVerification(), TraversalVerification(), KSeq()]
+LOSSLESS = [SiblingRejection(), BlockVerification(), TraversalVerification(), KSeq(), LevelVerification(rounds=1)]
 LOSSY = [LenientRejection(), TypicalAcceptance()]
 SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
 TREES = [
@@ -283,9 +284,32 @@ def test_drafts_cut_short_and_laws_with_zeros_stay_exact(rule, tree):
 
 
 @pytest.mark.parametrize("law", SAMPLED, ids=lambda law: law.name)
-@pytest.mark.parametrize("rule", [TraversalVerification(), SiblingRejection()], ids=name_of)
+@pytest.mark.parametrize("rule", [TraversalVerification(), SiblingRejection(), LevelVerification()], ids=name_of)
 def test_trees_with_siblings_at_two_depths_are_exact(rule, law):
     assert distance(rule, TabularDrafter(Table(2, seed=3), Widths((2, 2), law)), TabularTarget(2, seed=2)) == 0
+
+
+@pytest.mark.parametrize("law", SAMPLED[:2], ids=lambda law: law.name)
+def test_level_verification_is_exact_for_more_siblings_than_a_pair(law):
+    drafter = TabularDrafter(Table(4, seed=3), Widths((4,), law))
+    assert distance(LevelVerification(), drafter, TabularTarget(4, seed=2), max_new_tokens=2) == 0
+
+
+def test_level_verification_spreads_what_traversal_gives_to_the_first_child():
+    target, drafter = TabularTarget(3, seed=2), TabularDrafter(Table(3, seed=3), Widths((2, 1), Law.IID))
+    rules = (SiblingRejection(), TraversalVerification(), LevelVerification(1), LevelVerification(2))
+    lengths = [exact_law(target, PROMPT, drafter, rule=rule).expected_tokens for rule in rules]
+    assert lengths == sorted(lengths)
+    assert lengths[2] > lengths[1] + 0.05
+
+
+def test_flows_add_up_to_the_expected_number_of_accepted_tokens():
+    tree, logits = random_trees(LevelVerification(), 32, 6, seed=5)
+    context = Batch(32, 6, Sampling(1.0), 5)
+    law = TargetLaw(logits, tree, context)
+    expected = LevelVerification().flows(tree, law)[:, 1:].sum()
+    accepted = [LevelVerification().decide_batch(tree, law, Coins(seed, 32, 16)).accepted.sum() for seed in range(300)]
+    assert float(torch.stack(accepted).double().mean()) == pytest.approx(float(expected), rel=0.02)
 
 
 def test_block_verification_accepts_as_much_as_in_the_papers_example():
@@ -296,8 +320,9 @@ def test_block_verification_accepts_as_much_as_in_the_papers_example():
 
 
 @pytest.mark.parametrize("law", [Law.POINT, *SAMPLED], ids=lambda law: law.name)
-def test_traversal_verification_is_block_verification_on_chains(law):
-    block_rule, traversal_rule = BlockVerification(), TraversalVerification()
+@pytest.mark.parametrize("tree_rule", [TraversalVerification(), LevelVerification()], ids=name_of)
+def test_rules_for_trees_are_block_verification_on_chains(tree_rule, law):
+    block_rule = BlockVerification()
     for seed in range(20):
         tree, logits = random_trees(block_rule, 16, 6, seed)
         kinds = torch.where((tree.laws == Law.PADDING) | (tree.laws == Law.POINT), tree.laws, law).to(torch.uint8)
@@ -305,7 +330,7 @@ def test_traversal_verification_is_block_verification_on_chains(law):
         context, coins = Batch(16, 6, Sampling(1.0), seed), Coins(seed, 16, 16)
         for decide in (Rule.decide_batch, lambda rule, *args: rule.decide_batch(*args)):
             one, other = (
-                decide(rule, tree, TargetLaw(logits, tree, context), coins) for rule in (block_rule, traversal_rule)
+                decide(rule, tree, TargetLaw(logits, tree, context), coins) for rule in (block_rule, tree_rule)
             )
             assert not differing(one, other).any()
 

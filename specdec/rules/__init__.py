@@ -3,6 +3,7 @@
 from specdec.rules.block import BlockVerification
 from specdec.rules.kseq import KSeq
 from specdec.rules.lenient import LenientRejection
+from specdec.rules.level import LevelVerification
 from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.rules.sibling import SiblingRejection
 from specdec.rules.traversal import TraversalVerification
@@ -14,6 +15,7 @@ __all__ = [
     "Decisions",
     "KSeq",
     "LenientRejection",
+    "LevelVerification",
     "Rule",
     "SiblingRejection",
     "TraversalVerification",

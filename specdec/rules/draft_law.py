@@ -68,6 +68,11 @@ class ChildLaw:
         same = (tokens == self.token).float()
         return same if self.law is None else torch.where(self.point, same, self.law.gather(1, tokens))
 
+    def dense(self, like: Tensor) -> Tensor:
+        """[batch, vocab]: the law of every row, of the shape and type of `like`."""
+        sure = torch.zeros_like(like).scatter_(1, self.token, 1)
+        return sure if self.law is None else torch.where(self.point, sure, self.law.to(like.dtype))
+
     def excess(self, mass: Tensor) -> Tensor:
         """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
         if self.law is None:
