@@ -1,6 +1,6 @@
 """How close acceptance rules come to the optimum of trees, on pairs of tables small enough for exact figures.
 
-    python -m experiments.optimum            # about 4 minutes, no model needed; scipy solves the linear programs
+    python -m experiments.optimum            # about 5 minutes, no model needed; scipy solves the linear programs
 
 Writes experiments/results/verification_optimum.md.
 """
@@ -152,7 +152,8 @@ def level(p: Laws, q: Laws, found: list[tuple[float, Tree]], widths: Prefix, law
 
 def flat(tree: Tree) -> list[tuple[Prefix, int]]:
     """(prefix, index of the parent) of all nodes but the root, depth by depth."""
-    nodes, queue = [], [((), 0, tree)]
+    nodes: list[tuple[Prefix, int]] = []
+    queue: list[tuple[Prefix, int, Tree]] = [((), 0, tree)]
     while queue:
         u, index, below = queue.pop(0)
         for x, _, sub in below:
