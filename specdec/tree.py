@@ -36,6 +36,9 @@ class TreeSpec:
     nodes: int  # largest number of nodes, the root included
     depth: int  # longest path, in drafted tokens
     width: int  # most children of one node; 1 for chains
+    by_depth: bool = (
+        False  # whether a node exists depends on no token below its depth: `LevelVerification` relies on it
+    )
 
 
 @dataclass(frozen=True, eq=False)

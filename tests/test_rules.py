@@ -378,3 +378,32 @@ def test_coins_are_uniform_and_a_function_of_their_key_alone():
     values = torch.cat(values)
     assert values.unique().numel() == values.numel()
     assert abs(float(values.mean()) - 0.5) < 0.01  # 19,200 uniforms: the mean's standard deviation is 0.002
+
+
+class DepthFirst(TabularDrafter):
+    """Draws a second child of the root only if the first one's child is token 0: growth may depend on what was drawn."""
+
+    def __init__(self, by_depth=False):
+        super().__init__(Table(3, seed=3), Widths((2, 1), Law.IID))
+        self.by_depth = by_depth
+
+    def spec(self, sampling):
+        return replace(super().spec(sampling), by_depth=self.by_depth)
+
+    def propose(self, context, coins):
+        tree = super().propose(context, coins)
+        if tree.tokens.shape[1] < 5:
+            return tree
+        gone = torch.where(tree.tokens[:, 3:4] != 0, Law.PADDING, tree.laws)
+        return replace(tree, laws=torch.stack([*tree.laws[:, :2].T, gone[:, 2], tree.laws[:, 3], gone[:, 4]], 1))
+
+
+@pytest.mark.parametrize("rule", [SiblingRejection(), TraversalVerification()], ids=name_of)
+def test_growth_that_depends_on_deeper_tokens_is_exact(rule):
+    assert distance(rule, DepthFirst(), TabularTarget(3, seed=2)) == 0
+
+
+def test_level_verification_refuses_such_growth_for_it_would_be_biased():
+    with pytest.raises(ValueError, match="use TraversalVerification"):
+        distance(LevelVerification(), DepthFirst(), TabularTarget(3, seed=2))
+    assert distance(LevelVerification(), DepthFirst(by_depth=True), TabularTarget(3, seed=2)) > 1e-3

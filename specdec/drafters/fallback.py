@@ -34,7 +34,8 @@ class Fallback(Drafter):
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
-        return TreeSpec(a.laws | b.laws, max(a.nodes, b.nodes), max(a.depth, b.depth), max(a.width, b.width))
+        most = (max(getattr(s, name) for s in (a, b)) for name in ("nodes", "depth", "width"))
+        return TreeSpec(a.laws | b.laws, *most, by_depth=a.by_depth and b.by_depth)
 
     def start(self, target: Target, context: Context) -> None:
         self.first.start(target, context)

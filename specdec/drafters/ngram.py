@@ -29,7 +29,8 @@ class NgramDrafter(Drafter):
         return f"NgramDrafter(length={self.length}, max_ngram={self.max_ngram}, branches={self.branches})"
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return TreeSpec(frozenset({Law.POINT}), 1 + self.length * self.branches, self.length, self.branches)
+        nodes = 1 + self.length * self.branches
+        return TreeSpec(frozenset({Law.POINT}), nodes, self.length, self.branches, by_depth=True)
 
     def start(self, target: Target, context: Context) -> None:
         self._text = np.array(context.tokens.numpy(force=True))  # [batch, capacity]: what is committed, on the host

@@ -10,7 +10,7 @@ class NoDrafter(Drafter):
     """The baseline (`drafter=None`)."""
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return TreeSpec(frozenset({Law.POINT}), nodes=1, depth=0, width=0)
+        return TreeSpec(frozenset({Law.POINT}), nodes=1, depth=0, width=0, by_depth=True)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         return root_only(context.root)

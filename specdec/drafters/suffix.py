@@ -104,7 +104,7 @@ class SuffixDrafter(Drafter):
         return f"SuffixDrafter(nodes={self.nodes}, depth={self.depth}, width={self.width}, threshold={self.threshold})"
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width)
+        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
 
     def start(self, target: Target, context: Context) -> None:
         texts = [row[:n] for row, n in zip(context.tokens.tolist(), context.host_lengths, strict=True)]

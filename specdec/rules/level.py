@@ -42,7 +42,7 @@ from specdec.rules.draft_law import Siblings
 from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.rules.top_down import nobody
 from specdec.sampling import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree
+from specdec.tree import DraftTree, Law, RowTree, TreeSpec
 
 
 class LevelVerification(Rule):
@@ -54,6 +54,13 @@ class LevelVerification(Rule):
         if rounds < 1:
             raise ValueError(f"rounds={rounds}: every child has to be tried at least once.")
         self.rounds = rounds
+
+    def check(self, spec: TreeSpec) -> None:
+        if spec.width > 1 and not spec.by_depth:
+            raise ValueError(
+                "LevelVerification is lossless where no node's existence depends on tokens below its depth, which these trees "
+                "do not promise: set TreeSpec(by_depth=True) if it is so, or use TraversalVerification."
+            )
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
         levels = [_Level({0: 1})]

@@ -36,7 +36,7 @@ class Dynamic(TreePolicy):
             raise ValueError(f"{self}: need nodes >= 2, depth >= 1 and width >= 1.")
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width)
+        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         batch, device = len(context.tokens), context.tokens.device

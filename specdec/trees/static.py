@@ -52,7 +52,7 @@ class Static(TreePolicy):
         laws = {law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law}  # the top k - 1 may be the whole support
         plan = _plan(tuple(self.parents))
         width = max(group.width for level in plan for group in level)
-        return TreeSpec(frozenset(laws), len(self.parents), len(plan), width)
+        return TreeSpec(frozenset(laws), len(self.parents), len(plan), width, by_depth=True)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         plan = _plan(tuple(self.parents))[: context.max_depth]

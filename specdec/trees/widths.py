@@ -45,7 +45,7 @@ class Widths(TreePolicy):
         if self.law == Law.SAMPLED_THEN_TOP:
             laws.add(Law.POINT)  # where the top k - 1 are the whole support
         nodes = 1 + sum(accumulate(self.widths, lambda a, b: a * b))
-        return TreeSpec(frozenset(laws), nodes, len(self.widths), max(self.widths))
+        return TreeSpec(frozenset(laws), nodes, len(self.widths), max(self.widths), by_depth=True)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         widths = self.widths[: context.max_depth]
