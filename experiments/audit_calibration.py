@@ -180,7 +180,7 @@ TABLE_BUGS = (
 )
 DEMO_BUGS = {  # at least 0.05, and at least 0.02, per step
     0.05: ((PartOfTheResidual, 0.6), (EmittedTooCold, 0.1), (AcceptsTooMuch, 0.12)),
-    0.02: ((PartOfTheResidual, 0.3), (EmittedTooCold, 0.05), (AcceptsTooMuch, 0.06)),
+    0.02: ((PartOfTheResidual, 0.22), (EmittedTooCold, 0.03), (AcceptsTooMuch, 0.04)),
 }
 DEMO_TOKENS = {0.05: 12_000, 0.02: 60_000}
 
