@@ -31,6 +31,7 @@ from specdec.rules import (
     BlockVerification,
     KSeq,
     LenientRejection,
+    LevelVerification,
     Rule,
     SiblingRejection,
     TraversalVerification,
@@ -40,7 +41,8 @@ from specdec.testing import Table, TabularDrafter, TabularTarget
 from specdec.trees import Chain, Dynamic, Widths
 
 RULES: list[Rule] = [
-    SiblingRejection(), BlockVerification(), TraversalVerification(), KSeq(), LenientRejection(), TypicalAcceptance(),
+    SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(rounds=1), KSeq(), LenientRejection(),
+    TypicalAcceptance(),
 ]  # fmt: skip
 SAMPLED = (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
 TREES = [
