@@ -7,11 +7,14 @@
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 FOLDER = Path(__file__).parent
 
@@ -44,7 +47,20 @@ def load(dtype: torch.dtype = torch.float32) -> Demo:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
     rows = map(json.loads, (FOLDER / "prompts.jsonl").read_text("utf-8").splitlines())
     prompts = [Prompt(row["id"], row["task"], row["prompt"]) for row in rows]
-    return Demo(_model("target", dtype), _model("draft", dtype), tokenizer, prompts)
+    with _without_progress_bars():
+        return Demo(_model("target", dtype), _model("draft", dtype), tokenizer, prompts)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading takes a tenth of a second: nothing to watch."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
