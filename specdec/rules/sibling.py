@@ -12,7 +12,6 @@ and then down the tree: a child's subtree is verified against the target's law a
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +39,7 @@ class SiblingRejection(Rule):
                 if coins.accept(child, p[x] / (self.lenience * q[x])):
                     path.append(child)
                     break
-                p = _residual(p, q)
+                _, p = residual(1, p, q)
             else:
                 return Decision(path, coins.pick(path[-1], p))
 
@@ -60,7 +59,3 @@ class SiblingRejection(Rule):
             _, rest = residual_batch(owed.new_ones(1), owed, child.excess(owed))
             owed = torch.where((trying & ~hit)[:, None], rest, owed)
         return taken, owed
-
-
-def _residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return residual(1, p, q)[1]

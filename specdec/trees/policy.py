@@ -70,6 +70,22 @@ class Children:
     draft_probs: Tensor | None  # [batch, count, vocab]
 
 
+def drawable(law: Law | int) -> Law:
+    """`law` as one that children can be drawn under; raises ValueError for PADDING."""
+    if Law(law) == Law.PADDING:
+        raise ValueError("law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP.")
+    return Law(law)
+
+
+def drawn_laws(law: Law, sampling: Sampling) -> frozenset[Law]:
+    """The laws that `draw` may record when asked for `law`."""
+    if sampling.temperature == 0:
+        return frozenset({Law.POINT})
+    return frozenset(
+        {law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law}
+    )  # the top k - 1 may be the whole support
+
+
 def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins, first: int) -> Children:
     """Draw `width` children for each node from the draft's law under `sampling`.
 

@@ -16,7 +16,7 @@ from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,18 @@ class Static(TreePolicy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", tuple(self.parents))
-        object.__setattr__(self, "law", Law(self.law))
+        object.__setattr__(self, "law", drawable(self.law))
         if self.parents[:1] != (-1,) or not all(0 <= p < i for i, p in enumerate(self.parents[1:], start=1)):
             raise ValueError(
                 f"parents={list(self.parents)}: must be -1 and then, for each node, the index of an earlier one."
             )
         if len(self.parents) < 2:
             raise ValueError("parents=[-1]: this tree drafts nothing; use drafter=None.")
-        if self.law == Law.PADDING:
-            raise ValueError(
-                "law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP."
-            )
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        law = Law.POINT if sampling.temperature == 0 else self.law
-        laws = {law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law}  # the top k - 1 may be the whole support
         plan = _plan(tuple(self.parents))
         width = max(group.width for level in plan for group in level)
-        return TreeSpec(frozenset(laws), len(self.parents), len(plan), width, by_depth=True)
+        return TreeSpec(drawn_laws(self.law, sampling), len(self.parents), len(plan), width, by_depth=True)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         plan = _plan(tuple(self.parents))[: context.max_depth]

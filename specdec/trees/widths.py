@@ -14,7 +14,7 @@ from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,13 @@ class Widths(TreePolicy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "law", Law(self.law))
+        object.__setattr__(self, "law", drawable(self.law))
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"{self}: needs at least one level, each with at least one child.")
-        if self.law == Law.PADDING:
-            raise ValueError(
-                "law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP."
-            )
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        laws = {Law.POINT} if sampling.temperature == 0 else {self.law}
-        if self.law == Law.SAMPLED_THEN_TOP:
-            laws.add(Law.POINT)  # where the top k - 1 are the whole support
         nodes = 1 + sum(accumulate(self.widths, lambda a, b: a * b))
-        return TreeSpec(frozenset(laws), nodes, len(self.widths), max(self.widths), by_depth=True)
+        return TreeSpec(drawn_laws(self.law, sampling), nodes, len(self.widths), max(self.widths), by_depth=True)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         widths = self.widths[: context.max_depth]
