@@ -13,16 +13,12 @@ from typing import Any
 
 import hydra
 import numpy as np
-import torch
-import transformers
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
 from experiments import calls
-from experiments.results import provenance
+from experiments.inputs import begin
 from specdec import Law, rules
 from specdec.drafters import ModelDrafter
 from specdec.trees import TreePolicy, Widths
@@ -35,14 +31,8 @@ HEADER = ["tree", "law", "rule", "lossless", "tokens per forward (95 % CI)", "ov
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    options = OmegaConf.to_container(config)
-    calls.check(options)
-    source = provenance("experiments/acceptance.py", list(HydraConfig.get().overrides.task), options, config.device)
-    torch.set_num_threads(config.threads)
-    transformers.utils.logging.disable_progress_bar()
-    models, sampling, log = (instantiate(config[group]) for group in ("target", "sampling", "log"))
+    models, prompts, sampling, log, source = begin("experiments/acceptance.py", config)
     target, draft = models.target.to(config.device), models.draft.to(config.device)
-    prompts = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in instantiate(config.task)]
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     found: dict[tuple[str, str, str], np.ndarray] = {}
     for (name, tree), rule in tqdm(list(product(trees().items(), RULES)), desc="decoding", leave=False):

@@ -11,36 +11,26 @@ from __future__ import annotations
 from typing import Any
 
 import hydra
-import torch
-import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from experiments import calls
+from experiments.inputs import begin
 from experiments.measure import ceiling_shares, rounds, uninterrupted
 from experiments.report import figures, speed, table
-from experiments.results import provenance
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    options = OmegaConf.to_container(config)
-    calls.check(options)
-    torch.set_num_threads(config.threads)
-    source = provenance("experiments/benchmark.py", list(HydraConfig.get().overrides.task), options, config.device)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    log, sampling, prompts = (instantiate(config[group]) for group in ("log", "sampling", "task"))
-    models = instantiate(config.target)
+    models, ids, sampling, log, source = begin("experiments/benchmark.py", config)
     methods = with_models(config, models)
-    ids = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     finished = uninterrupted(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
     whole = config.ceilings and len(finished) == config.repeats
     found = figures(finished, ceiling_shares(models.target, methods, batches, **settings) if whole else None)
-    print(f"{title(config, options)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
+    print(f"{title(config)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
     print(table(found), end="\n\n")
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
     result = {"prompts": len(ids), "rounds": len(finished), "figures": found, "tokens_per_second": runs}
@@ -58,9 +48,9 @@ def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
         return dict(instantiate(config.methods))
 
 
-def title(config: DictConfig, options: Any) -> str:
+def title(config: DictConfig) -> str:
     """The conditions under which the figures hold."""
-    fields = {key: value for key, value in options["sampling"].items() if key != "_target_" and value is not None}
+    fields = {key: value for key, value in config.sampling.items() if key != "_target_" and value is not None}
     law = ", ".join(f"{key} {value}" for key, value in fields.items())
     where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
     choice = HydraConfig.get().runtime.choices["target"]

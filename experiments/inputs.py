@@ -5,12 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
+from experiments import calls
+from experiments.results import provenance
+from specdec import Sampling
+
+
+class Setting(NamedTuple):
+    """What every experiment on models begins with."""
+
+    models: Any  # `Models`, or the demo pair
+    prompts: list[torch.Tensor]  # 1-D int64
+    sampling: Sampling
+    log: Any  # with `write`, see `experiments.results`
+    source: dict[str, Any]  # provenance, as it was when the experiment began
+
+
+def begin(script: str, config: DictConfig) -> Setting:
+    """Check a configuration, then make everything in it that is made once; transformers is to be quiet about it."""
+    options = OmegaConf.to_container(config)
+    calls.check(options)
+    source = provenance(script, list(HydraConfig.get().overrides.task), options, config.device)
+    torch.set_num_threads(config.threads)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    log, sampling, texts, models = (instantiate(config[group]) for group in ("log", "sampling", "task", "target"))
+    ids = [torch.tensor(models.tokenizer(text)["input_ids"]) for text in texts]
+    return Setting(models, ids, sampling, log, source)
 
 
 class Models(NamedTuple):

@@ -15,16 +15,13 @@ from typing import Any
 
 import hydra
 import torch
-import transformers
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import specdec
 from experiments import calls
+from experiments.inputs import begin
 from experiments.measure import rounds, uninterrupted
 from experiments.report import figures
-from experiments.results import provenance
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.theory import Costs, expected_length, measure_costs, positional_acceptance, predicted_speed_up
 from specdec.trace import Trace
@@ -37,16 +34,10 @@ HEADER = ["tree", "nodes", "acceptance length: predicted", "measured", "speed-up
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    options = OmegaConf.to_container(config)
-    calls.check(options)
-    source = provenance("experiments/predict.py", list(HydraConfig.get().overrides.task), options, config.device)
-    torch.set_num_threads(config.threads)
-    transformers.utils.logging.disable_progress_bar()
-    models, sampling, log = (instantiate(config[group]) for group in ("target", "sampling", "log"))
+    models, ids, sampling, log, source = begin("experiments/predict.py", config)
     if models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)
-    ids = [torch.tensor(models.tokenizer(prompt)["input_ids"]) for prompt in instantiate(config.task)]
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     trees = {"-".join(map(str, shape)): Widths(shape) for shape in SHAPES}
     drafters = {name: ModelDrafter(draft, tree) for name, tree in trees.items()}
