@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from experiments import calls
 from experiments.inputs import begin
-from experiments.measure import ceiling_shares, rounds, uninterrupted
+from experiments.measure import against_ceilings, rounds, uninterrupted
 from experiments.report import figures, speed, table
 
 
@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     finished = uninterrupted(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
     whole = config.ceilings and len(finished) == config.repeats
-    found = figures(finished, ceiling_shares(models.target, methods, batches, **settings) if whole else None)
+    found = figures(finished, against_ceilings(models.target, methods, batches, **settings) if whole else None)
     print(f"{title(config)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
     print(table(found), end="\n\n")
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}

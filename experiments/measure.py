@@ -70,19 +70,20 @@ def uninterrupted(complete: Iterable[Round]) -> list[Round]:
     return finished
 
 
-def ceiling_shares(
+def against_ceilings(
     target: PreTrainedModel,
     methods: dict[str, Method],
     batches: list[list[Tensor]],
     *,
     sampling: Sampling,
     max_new_tokens: int,
-) -> dict[str, float | None]:
-    """`ceiling_share` of every method that can say it, from one more round: recording it takes time, so it is not timed."""
+) -> dict[str, dict[str, Any]]:
+    """`ceiling_share` and `divergence` of every method that can say them, from one more round, not timed: it takes long."""
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "trace": "ceiling"}
     able = {name: method for name, method in methods.items() if "trace" in inspect.signature(method).parameters}
     found = {}
     for name, method in tqdm(able.items(), desc="ceilings", leave=False):
         steps = [step for batch in batches for step in method(target, batch, **options).trace.steps]
-        found[name] = Trace(steps=steps).summary().get("ceiling_share")
+        summary = Trace(steps=steps).summary()
+        found[name] = {key: summary[key] for key in ("ceiling_share", "divergence") if key in summary}
     return found

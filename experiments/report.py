@@ -11,13 +11,13 @@ from specdec.trace import Trace
 
 HEADER = [
     "method", "tokens/s (95 % CI)", "speed-up (95 % CI)", "acceptance length", "acceptance rate by depth",
-    "share of ceiling", "loop's own time", "= transformers",
+    "share of ceiling", "divergence", "loop's own time", "= transformers",
 ]  # fmt: skip
 
 
-def figures(rounds: list[Round], ceiling_shares: dict[str, float | None] | None = None) -> dict[str, dict[str, Any]]:
+def figures(rounds: list[Round], ceilings: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
     """The figures of every method; speed-ups are over the first one, paired by round and batch."""
-    shares = ceiling_shares or {}
+    unknown = {"ceiling_share": None, "divergence": None}
     by_method = {name: [done[name] for done in rounds] for name in rounds[0]}
     speeds = {name: speed(runs) for name, runs in by_method.items()}
     base = next(iter(speeds.values()))
@@ -25,7 +25,8 @@ def figures(rounds: list[Round], ceiling_shares: dict[str, float | None] | None 
         name: {
             "tokens_per_second": median(mine),
             "speed_up": median(mine / base),
-            "ceiling_share": shares.get(name),
+            **unknown,
+            **(ceilings or {}).get(name, {}),
             **_pooled(by_method[name]),
         }
         for name, mine in speeds.items()
@@ -75,6 +76,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['acceptance_length']:.2f}",
         " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
         "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
+        "-" if row["divergence"] is None else f"{row['divergence']:.3g}",
         f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
         "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
     ]

@@ -67,7 +67,8 @@ def generate(
         tokenizer: needed for text prompts; gives `Generation.text`.
         seed: every random decision is a function of (seed, index of the prompt, step).
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
-            the best that any rule could do there, for `ceiling_share`. That takes long: do not time such runs.
+            the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
+            `divergence`. That takes long: do not time such runs.
 
     Raises:
         ValueError: bad input, an unsupported model, a rule that is not lossless for the drafter's trees, or logits
@@ -172,7 +173,7 @@ class Decoding:
         draft = clock[1] - clock[0] + clock[3] - decided
         emitted = [len(row) for row in acceptance.emitted]
         seconds = draft, clock[2] - clock[1], decided - clock[2]
-        visited = None if laws is None else visits(tree, laws, acceptance, tried, self.coins)
+        visited = None if laws is None else visits(tree, laws, acceptance, tried, self.coins, self.rule)
         step = Step(tree.tokens.shape[1], emitted, acceptance.accepted, tried, *seconds, visited)
         self.trace.steps.append(step)
         return acceptance

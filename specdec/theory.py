@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.coins import Coins
+from specdec.divergence import divergence
 from specdec.drafters.drafter import Acceptance
-from specdec.rules.rule import Decisions
+from specdec.rules.rule import Decisions, Rule
 from specdec.sampling import TargetLaw
 from specdec.target import CachedModel
 from specdec.trace import Trace, Visit
@@ -412,21 +413,22 @@ def laws_on_path(target_law: TargetLaw, decisions: Decisions) -> list[Tensor]:
 
 
 def visits(
-    tree: DraftTree, laws: list[Tensor], acceptance: Acceptance, tried: list[int], coins: Coins
+    tree: DraftTree, laws: list[Tensor], acceptance: Acceptance, tried: list[int], coins: Coins, rule: Rule
 ) -> list[list[Visit]]:
     """For every row, the first tried[row] nodes of its path, given the `laws_on_path`."""
     found = []
     for b, count in enumerate(tried):
         row, path, accepted = tree.row(b, coins.row(b)), acceptance.path[b].tolist(), acceptance.accepted[b]
         steps = ((path[d], path[d + 1] if d < accepted else None, laws[d][b]) for d in range(count))
-        found.append([_visit(row, node, child, p.double().numpy(force=True)) for node, child, p in steps])
+        found.append([_visit(row, node, child, p.double().numpy(force=True), rule) for node, child, p in steps])
     return found
 
 
-def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray) -> Visit:
+def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray, rule: Rule) -> Visit:
     children, law = tree.children(node), Law(tree.laws[node])
     known = {Law.POINT: children, Law.SAMPLED_THEN_TOP: children[1:]}.get(law, [])
     probs = tree.tree.draft_probs
     q = None if law == Law.POINT or probs is None else probs[tree.row, node].double().numpy(force=True)
-    ceiling = one_step_ceiling(p, law, q, count=len(children), top=[tree.tokens[child] for child in known])
-    return Visit(len(children), None if accepted is None else children.index(accepted), ceiling)
+    drawn = {"count": len(children), "top": [tree.tokens[child] for child in known]}
+    slot = None if accepted is None else children.index(accepted)
+    return Visit(len(children), slot, one_step_ceiling(p, law, q, **drawn), divergence(rule, p, law, q, **drawn))

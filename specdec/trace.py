@@ -12,6 +12,7 @@ class Visit(NamedTuple):
     children: int
     slot: int | None  # which of them was accepted, in the order they were drawn
     ceiling: float  # `specdec.theory.one_step_ceiling`: the largest probability with which one can be accepted
+    divergence: float | None  # `specdec.divergence`: of the rule's law of the next token from the target's
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Trace:
                 expectation, and 1 if the best at each node: ceilings do not depend on which children were drawn, so the two
                 sums have equal means then. It is no bound for block and traversal verification, which look at what was
                 drawn below a node before they decide on it and may exceed 1, nor for lossy rules.
+            divergence: with trace="ceiling": total variation of the law that each token was emitted under from the target's
+                law there, averaged over the tokens; 0 for lossless rules, None where the rule does not say (`Rule.trial`).
         """
         tokens = sum(sum(s.emitted) for s in self.steps)
         running = sum(n > 0 for s in self.steps for n in s.emitted)
@@ -71,13 +74,17 @@ class Trace:
             **seconds,
             "ttft_seconds": self.prefill_seconds + first.draft_seconds + first.verify_seconds + first.other_seconds,
             "decode_seconds": decode,
-            **self._ceiling(),
+            **self._ceiling(tokens),
         }
 
-    def _ceiling(self) -> dict[str, float]:
+    def _ceiling(self, tokens: int) -> dict[str, float | None]:
+        if not self.steps or self.steps[0].visits is None:
+            return {}
         visits = [visit for s in self.steps for row in s.visits or () for visit in row]
-        ceiling = sum(visit.ceiling for visit in visits)
-        return {"ceiling_share": sum(visit.slot is not None for visit in visits) / ceiling} if ceiling else {}
+        ceiling, apart = sum(visit.ceiling for visit in visits), [visit.divergence for visit in visits]
+        share = {"ceiling_share": sum(visit.slot is not None for visit in visits) / ceiling} if ceiling else {}
+        known = [distance for distance in apart if distance is not None]
+        return {**share, "divergence": sum(known) / tokens if len(known) == len(apart) else None}
 
     def _rates(self) -> list[float]:
         tried = [n for s in self.steps for n in s.tried]

@@ -76,6 +76,12 @@ def test_share_of_the_ceiling_is_known_where_specdec_drafts(done):
     assert {found[name] for name in ("autoregressive", "transformers", "assisted")} == {None}
 
 
+def test_divergence_is_known_where_specdec_decides(done):
+    found = {name: row["divergence"] for name, row in result(done)[1]["figures"].items()}
+    assert {found[name] for name in ("autoregressive", "chain", "tree", "chosen")} == {0}
+    assert {found[name] for name in ("transformers", "assisted")} == {None}
+
+
 def test_result_says_what_produced_it_and_not_on_whose_machine(done):
     text, content = result(done)
     assert content["command"].startswith("python experiments/benchmark.py task.per_task=1 ")

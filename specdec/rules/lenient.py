@@ -6,6 +6,9 @@ min(q, p / lenience), and the mass then left over, at most sum (q - p)+ = sum (p
 
 from __future__ import annotations
 
+import numpy as np
+
+from specdec.rules.residual import residual
 from specdec.rules.sibling import SiblingRejection
 
 
@@ -22,3 +25,7 @@ class LenientRejection(SiblingRejection):
         if not 0 < lenience <= 1:
             raise ValueError(f"lenience={lenience}: must be in (0, 1]; 1 is SiblingRejection.")
         self.lenience = lenience
+
+    def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hit = np.divide(owed, self.lenience * law, out=np.ones_like(owed), where=law > 0)
+        return np.minimum(hit, 1), residual(1, owed, law)[1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,18 @@ class Rule(ABC):
                 f"{type(self).__name__}.decide emitted token {token}: the vocabulary has ids 0 to {target_law.vocab - 1}."
             )
         return decision
+
+    def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What trying one child does, for rules that are not lossless: `specdec.divergence` is measured by it.
+
+        Args:
+            owed: [vocab] what the rule would emit at the node if it had no more children; at first the target's law.
+            law: [vocab] that the child was drawn from.
+
+        Returns:
+            The chance [vocab] to accept the child, by its token; and `owed` after it was rejected.
+        """
+        raise NotImplementedError
 
     def __call__(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         """`decide_batch`, or the specification when the coins follow every outcome."""

@@ -38,12 +38,18 @@ class TypicalAcceptance(Rule):
         for path in paths:  # the list grows while it is walked
             children = tree.children(path[-1])
             if children:
-                p = target_law.probs(path[-1]).astype(np.float64)
-                entropy = -sum(p[p > 0] * np.log(p[p > 0]))
-                threshold = min(self.epsilon, self.alpha * math.exp(-entropy))
-                paths += [[*path, child] for child in children if p[tree.tokens[child]] > threshold]
+                likely = self._likely(target_law.probs(path[-1]).astype(np.float64))
+                paths += [[*path, child] for child in children if likely[tree.tokens[child]]]
         longest = max(paths, key=lambda path: (len(path), -path[-1]))  # of several, the one whose end comes first
         return Decision(longest, coins.pick(longest[-1], target_law.probs(longest[-1])))
+
+    def _likely(self, p: np.ndarray) -> np.ndarray:
+        """[vocab] bool."""
+        entropy = -sum(p[p > 0] * np.log(p[p > 0]))
+        return p > min(self.epsilon, self.alpha * math.exp(-entropy))
+
+    def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._likely(owed).astype(np.float64), owed
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         kept = torch.zeros_like(tree.tokens)  # [batch, node] int64: 1 for accepted nodes
