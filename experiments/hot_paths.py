@@ -1,0 +1,138 @@
+"""Times of what a step does besides forward passes, on the CPU: sampling laws, and every rule's decision.
+
+    python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
+
+Laws are compared with transformers' warpers, rules with token-level rejection of the same trees. Everything is run once per
+round; figures are medians over the rounds, ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from experiments.results import Json, provenance
+from specdec import Coins, DraftTree, Law, Sampling, rules
+from specdec.rules import Rule
+from specdec.sampling import TargetLaw
+from specdec.trees import Chain, TreePolicy, Widths
+from specdec.trees.policy import drive
+
+LAWS = {
+    "temperature 0.7": (Sampling(0.7), None),
+    "top-k 50": (Sampling(1.0, top_k=50), TopKLogitsWarper(50)),
+    "top-p 0.9": (Sampling(1.0, top_p=0.9), TopPLogitsWarper(0.9)),
+    "min-p 0.05": (Sampling(1.0, min_p=0.05), MinPLogitsWarper(0.05)),
+}
+ROWS, LAW_VOCAB = 64, 128_000
+BATCHES = [(1, 32_000), (8, 4_096), (8, 32_000)]
+SHAPES = {"chain of 4": Chain(4), "tree 4-2-1, IID": Widths((4, 2, 1), Law.IID), "tree 4-2-1": Widths((4, 2, 1))}
+NOISE = 1.0  # standard deviation between target and draft logits: about 0.6 of the drafted tokens are accepted
+Timed = dict[str, Callable[[], Any]]
+
+
+def laws() -> Timed:
+    """Ours and the stock one for every truncation."""
+    logits = torch.randn(ROWS, LAW_VOCAB) * 3
+    timed: Timed = {}
+    for name, (sampling, warper) in LAWS.items():
+        timed[f"{name} | specdec"] = lambda sampling=sampling: sampling.probabilities(logits)
+        if warper is not None:
+            ids: Any = None  # these warpers do not look at the text
+            timed[f"{name} | transformers"] = lambda warper=warper: warper(ids, logits.clone()).softmax(-1)
+    return timed
+
+
+def decisions(batch: int, vocab: int, tree: TreePolicy) -> Timed:
+    """The fast path of every rule that admits such trees."""
+    sampling = Sampling(1.0)
+    drafted, logits, context = draft(batch, vocab, tree, sampling)
+    coins, timed = Coins(1, batch, drafted.tokens.shape[1]), {}
+    coins.uniforms(0)  # tabulated for several steps at once: no part of a decision
+    for rule in (getattr(rules, name)() for name in rules.__all__ if name not in ("Rule", "Decision", "Decisions")):
+        try:
+            rule.check(tree.spec(sampling))
+        except ValueError:
+            continue
+        timed[type(rule).__name__] = lambda rule=rule: decide(rule, drafted, logits, context, coins)
+    return timed
+
+
+def draft(batch: int, vocab: int, tree: TreePolicy, sampling: Sampling) -> tuple[DraftTree, Tensor, Any]:
+    """Trees of random laws, and a target's logits not far from the draft's."""
+    context: Any = SimpleNamespace(
+        root=torch.zeros(batch, dtype=torch.int64), tokens=torch.zeros(batch, 1, dtype=torch.int64), max_depth=64,
+        row_depths=torch.full((batch,), 64), sampling=sampling, processors=[()] * batch,
+    )  # fmt: skip
+    asked: list[Tensor] = []
+
+    def score(frontier: Any) -> Tensor:
+        asked.append(torch.randn(batch, frontier.tokens.shape[1], vocab) * 3)
+        return asked[-1]
+
+    grown = drive(tree.grow(context, Coins(0, batch, 64)), score)
+    scores = torch.cat(asked, 1)
+    near = scores.gather(1, grown.asked.clamp(min=0, max=scores.shape[1] - 1)[..., None].expand(-1, -1, vocab))
+    return grown.tree, near + NOISE * torch.randn(near.shape), context
+
+
+def decide(rule: Rule, tree: DraftTree, logits: Tensor, context: Any, coins: Coins) -> Any:
+    return rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
+
+
+def measure(timed: Timed, rounds: int, base: str | None = None) -> dict[str, dict[str, float]]:
+    """Median milliseconds, and the median ratio to `base` with the quartiles, over interleaved rounds."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            for name, run in timed.items():
+                began = time.perf_counter()
+                run()
+                times[name].append((time.perf_counter() - began) * 1e3)
+    seconds = {name: np.array(values[1:]) for name, values in times.items()}
+    reference = seconds[base or next(iter(seconds))]
+    found = {}
+    for name, values in seconds.items():
+        low, ratio, high = np.percentile(values / reference, [25, 50, 75])
+        found[name] = {"ms": float(np.median(values)), "ratio": ratio, "ratio_low": low, "ratio_high": high}
+    return found
+
+
+def table(title: str, found: dict[str, dict[str, float]]) -> str:
+    cells = [
+        f"| {name} | {row['ms']:.2f} | {row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f}) |"
+        for name, row in found.items()
+    ]
+    return "\n".join([f"\n{title}\n", "| | ms | ratio (quartiles) |", "| --- | --- | --- |", *cells])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", default="outputs/hot_paths.json", help="where the figures go")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    jobs = {f"law of {ROWS} x {LAW_VOCAB:,}": laws}
+    for (batch, vocab), (shape, tree) in ((b, s) for b in BATCHES for s in SHAPES.items()):
+        jobs[f"{shape}, batch {batch}, vocabulary {vocab:,}"] = lambda b=batch, v=vocab, t=tree: decisions(b, v, t)
+    source, found = provenance("experiments/hot_paths.py", [], vars(options), "cpu"), {}
+    for title, make in tqdm(jobs.items(), leave=False):
+        timed = make()
+        base = "top-p 0.9 | specdec" if make is laws else "SiblingRejection"
+        found[title] = measure(timed, options.rounds, base)
+        tqdm.write(table(title, found[title]))
+    print("\n" + Json(options.output).write({**source, "figures": found}))
+
+
+if __name__ == "__main__":
+    main()
