@@ -22,12 +22,13 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from experiments.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
+from specdec.coins import Purpose
 from specdec.rules import Rule
 from specdec.sampling import TargetLaw
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.policy import drive
 
-LAWS = {
+LAWS: dict[str, tuple[Sampling, Any]] = {
     "temperature 0.7": (Sampling(0.7), None),
     "top-k 50": (Sampling(1.0, top_k=50), TopKLogitsWarper(50)),
     "top-p 0.9": (Sampling(1.0, top_p=0.9), TopPLogitsWarper(0.9)),
@@ -47,8 +48,7 @@ def laws() -> Timed:
     for name, (sampling, warper) in LAWS.items():
         timed[f"{name} | specdec"] = lambda sampling=sampling: sampling.probabilities(logits)
         if warper is not None:
-            ids: Any = None  # these warpers do not look at the text
-            timed[f"{name} | transformers"] = lambda warper=warper: warper(ids, logits.clone()).softmax(-1)
+            timed[f"{name} | transformers"] = lambda warper=warper: warper(None, logits.clone()).softmax(-1)
     return timed
 
 
@@ -57,7 +57,7 @@ def decisions(batch: int, vocab: int, tree: TreePolicy) -> Timed:
     sampling = Sampling(1.0)
     drafted, logits, context = draft(batch, vocab, tree, sampling)
     coins, timed = Coins(1, batch, drafted.tokens.shape[1]), {}
-    coins.uniforms(0)  # tabulated for several steps at once: no part of a decision
+    coins.uniforms(Purpose.ACCEPT)  # tabulated for several steps at once: no part of a decision
     for rule in (getattr(rules, name)() for name in rules.__all__ if name not in ("Rule", "Decision", "Decisions")):
         try:
             rule.check(tree.spec(sampling))

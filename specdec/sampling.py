@@ -130,16 +130,22 @@ class TargetLaw:
     def __init__(self, logits: Tensor, tree: DraftTree, context: Context):
         self._logits, self._tree, self._context = logits, tree, context
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
-        self._peaks: list[Tensor] = []  # largest score of every visited law: NaN or -inf there means there is no law
+        self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
 
-    def at(self, nodes: Tensor) -> Tensor:
-        """The law at one node of each row: nodes [batch] int64 -> [batch, vocab]."""
-        scores = self._logits[self._rows, nodes]
+    def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
+        rows = self._rows if rows is None else rows
+        scores = self._logits[rows, nodes]
         if any(self._context.processors):
-            visited = nodes.tolist()
-            scores = torch.stack([self._processed(b, node) for b, node in enumerate(visited)])
-        self._peaks.append(scores.amax(-1))
+            visited = zip(rows.tolist(), nodes.tolist(), strict=True)
+            scores = torch.stack([self._processed(b, node) for b, node in visited])
+        self._check(scores, rows)
         return self._context.sampling.probabilities(scores)
+
+    def like(self, count: int) -> Tensor:
+        """[count, vocab]: zeros of the type that laws have."""
+        dtype = torch.float64 if self._logits.dtype == torch.float64 else torch.float32
+        return self._logits.new_zeros(count, self.vocab, dtype=dtype)
 
     def row(self, row: int, coins: RowCoins) -> RowLaw:
         """The scalar face of one row."""
@@ -148,7 +154,7 @@ class TargetLaw:
     def scores(self, row: int, node: int) -> Tensor:
         """[1, vocab]: processed logits at one node."""
         scores = self._processed(row, node) if self._context.processors[row] else self._logits[row, node]
-        self._peaks.append(torch.where(self._rows == row, scores.amax(-1), 0))
+        self._check(scores[None], self._rows[row : row + 1])
         return scores
 
     def probabilities(self, row: int, node: int) -> np.ndarray:
@@ -157,7 +163,11 @@ class TargetLaw:
 
     def invalid(self) -> Tensor:
         """[batch] bool: rows in which a visited law was no law (NaN, or every token at -inf)."""
-        return ~torch.stack(self._peaks).isfinite().all(0)
+        return self._no_law > 0
+
+    def _check(self, scores: Tensor, rows: Tensor) -> None:
+        """Note the rows in which the largest of the scores is NaN or -inf: that is no law."""
+        self._no_law.index_add_(0, rows, (~scores.amax(-1).isfinite()).long())
 
     def _processed(self, row: int, node: int) -> Tensor:
         topology, tokens = self._tree.topology, self._context.tokens[row, : self._context.host_lengths[row]]

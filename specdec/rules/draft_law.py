@@ -12,19 +12,20 @@ from specdec.tree import DraftTree, Law
 
 
 class Siblings:
-    """The children of one node of every row, in the order they were drawn.
+    """The children of some nodes, one of every row for instance, in the order they were drawn.
 
     Args:
         tree: the trees.
-        node: [batch] int64.
+        node: [batch] int64, or any list of nodes.
+        rows: [len(node)] int64, the rows they belong to; each row's one by default.
     """
 
-    def __init__(self, tree: DraftTree, node: Tensor):
-        rows = torch.arange(len(node), device=node.device)
+    def __init__(self, tree: DraftTree, node: Tensor, rows: Tensor | None = None):
+        self._rows = rows = torch.arange(len(node), device=node.device) if rows is None else rows
         index = tree.topology.children[rows, node]
         self.index = index.clamp(min=0)  # [batch, width] int64: 0 where there is no child
-        self.exists = (index > 0) & (tree.laws.gather(1, self.index) != Law.PADDING)  # [batch, width] bool
-        self.tokens = tree.tokens.gather(1, self.index)  # [batch, width] int64
+        self.exists = (index > 0) & (tree.laws[rows[:, None], self.index] != Law.PADDING)  # [batch, width] bool
+        self.tokens = tree.tokens[rows[:, None], self.index]  # [batch, width] int64
         self._tree, self._node, self._law = tree, node, tree.laws[rows, node][:, None]
 
     @cached_property
@@ -33,7 +34,7 @@ class Siblings:
         if self._tree.draft_probs is None:
             return None
         internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)  # the nodes beyond are leaves
-        return self._tree.draft_probs[torch.arange(len(internal), device=internal.device), internal]
+        return self._tree.draft_probs[self._rows, internal]
 
     def child(self, slot: Tensor) -> ChildLaw:
         """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""

@@ -24,23 +24,29 @@ accepts with probability 1. Which m is taken only changes the length. The shape 
 by depth: whether a node is there must not depend on tokens deeper than itself.
 
 Sibling rejection and traversal take m = min(l, w), so that the first child gets most of the flow and the others are hardly
-looked into. Here each child is tried `rounds` times and takes its share of what is owed, so that flows are even; siblings
-drawn without replacement are tried in pairs, the law of each being that given the failures of the other, not its token.
+looked into. Here the children of a depth are tried together, `rounds` times over, each offered an even share of what is
+owed, so that flows are even; siblings drawn without replacement are tried in pairs, first all firsts and then all seconds,
+the law of each being that given the failures of the other, not its token.
+
+Children that are tried together are still tried one after the other, but what each may take is fixed beforehand: with F the
+chance that all tries before these fail, F w what is owed, a share s of it and any bound B >= F_i on the chance of reaching
+its try, m_i = min(l_i, s F w / B) takes F_i m_i <= s F w, and shares of one parent's children add up to at most 1. B is F at
+first; the masses it gives tell how often the tries before fail at least, and that is the B in use.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate, product
+from operator import mul
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins
-from specdec.rules.draft_law import Siblings
+from specdec.rules.level_batch import Levels
 from specdec.rules.rule import Decision, Decisions, Rule
-from specdec.rules.top_down import nobody
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, TreeSpec
 
@@ -77,28 +83,16 @@ class LevelVerification(Rule):
         raise AssertionError("the root is accepted when nothing else is")
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
-        state = self._descend(tree, target_law)
+        state = Levels(tree, target_law, self.rounds)
         node = state.accepted(coins.uniforms(Purpose.ACCEPT))
-        owed = state.owed[state.rows, node[:, 0]]
-        ready = state.inner.gather(1, node) & (owed.sum(1, keepdim=True) > 0)
-        law = target_law.at(torch.where(ready, 0, node)[:, 0])
-        return Decisions.ending_at(node, torch.where(ready, owed, law), tree.topology, coins)
+        return Decisions.ending_at(node, state.law(node, target_law), tree.topology, coins)
 
     def flows(self, tree: DraftTree, target_law: TargetLaw) -> Tensor:
         """[batch, node]: the chance of each node to be accepted, given the tokens down to its depth.
 
         Without the root's they add up to the number of drafted tokens that is expected to be accepted.
         """
-        return self._descend(tree, target_law).flow
-
-    def _descend(self, tree: DraftTree, target_law: TargetLaw) -> _State:
-        state = _State(tree, target_law, self.rounds)
-        for _ in range(self.rounds * (tree.tokens.shape[1] - 1)):
-            child, live = state.next()
-            if nobody(live):
-                break
-            state.attempt(child, live[:, None])
-        return state
+        return Levels(tree, target_law, self.rounds).flow
 
 
 @dataclass
@@ -109,6 +103,7 @@ class _Level:
     owed: dict[int, np.ndarray] = field(init=False)  # by next token where children were tried, else in one sum
     inner: set[int] = field(default_factory=set)
     failed: Any = 1  # chance that all tries fail, over the children's tokens
+    unmet: Any = 1  # the same given the children's tokens
 
     def descend(self, tree: RowTree, target_law: RowLaw, rounds: int) -> dict[int, Any]:
         """Try the children; their flows."""
@@ -117,28 +112,48 @@ class _Level:
             v: flow * target_law.probs(v) if v in self.inner else np.array([flow], dtype=object)
             for v, flow in self.flow.items()
         }
-        tries = [t for v in self.inner for group in _groups(tree, v, target_law.vocab) for t in group.tries(rounds)]
+        groups = [group for v in self.inner for group in _groups(tree, v, target_law.vocab)]
         flows = {child: 0 for v in self.flow for child in tree.children(v)}
-        unmet = 1  # chance that all tries so far fail, given the children's tokens
-        for _, parent, child, group, slot in sorted(tries, key=lambda t: (t[0], -self.flow[t[1]], t[2])):
-            if not self.failed > 0:
-                break
-            law, share = group.turn(slot)
-            take = np.minimum(law, self.owed[parent] / self.failed * share)
-            x = tree.tokens[child]
-            hit = take[x] / law[x] if law[x] > 0 else 0
-            flows[child] += unmet * hit
-            unmet *= 1 - hit
-            rest = self.owed[parent] - take * self.failed
-            self.owed[parent] = np.where(rest > 0, rest, 0 * rest)  # negative by rounding only
-            self.failed *= 1 - take.sum()
-            group.fail(slot, _ratio(take, law))
+        phases = 1 + max((group.phase for group in groups), default=0)
+        for phase, left, second in product(range(phases), range(rounds, 0, -1), (False, True)):
+            tries = [t for group in groups if group.phase == phase for t in group.tries(left, rounds, second)]
+            self._try(sorted(tries, key=lambda t: t.child), tree.tokens, flows)
         return flows
+
+    def _try(self, tries: list[_Try], tokens: list[int], flows: dict[int, Any]) -> None:
+        reached = [self.failed] * len(tries)  # the chance of reaching each try, at most
+        for _ in range(2):
+            takes = [t.offered(self.owed[t.group.parent], bound) for t, bound in zip(tries, reached, strict=True)]
+            chances = accumulate((1 - take.sum() for take in takes), mul, initial=self.failed)
+            *reached, after = chances
+        for t, take, chance in zip(tries, takes, reached, strict=True):
+            x, parent = tokens[t.child], t.group.parent
+            hit = take[x] / t.law[x] if t.law[x] > 0 else 0
+            flows[t.child] += self.unmet * hit
+            self.unmet *= 1 - hit
+            rest = self.owed[parent] - take * chance
+            self.owed[parent] = np.where(rest > 0, rest, 0 * rest)  # negative by rounding only
+            t.group.fail(t.slot, _ratio(take, t.law))
+        self.failed = after
+
+
+@dataclass
+class _Try:
+    """One child's turn."""
+
+    child: int
+    group: _Group
+    slot: int
+    law: np.ndarray  # [vocab] of the child's token, given all failures so far
+    share: Any  # of what its parent owes: a number, or [vocab]
+
+    def offered(self, owed: np.ndarray, bound: Any) -> np.ndarray:
+        return np.minimum(self.law, owed * self.share / bound) if bound > 0 else 0 * self.law
 
 
 @dataclass
 class _Group:
-    """Siblings that take turns: independent ones, a pair drawn without replacement, or deterministic ones."""
+    """Siblings that share what is owed: independent ones, a pair drawn without replacement, or deterministic ones."""
 
     phase: int
     parent: int
@@ -146,133 +161,31 @@ class _Group:
     children: list[int]
     laws: list[np.ndarray]  # of each child's token, at first
     kept: list[np.ndarray] = field(init=False)  # [vocab] for each child: chance of a token to have failed so far
-    left: list[int] = field(init=False)  # tries of each child
 
-    def tries(self, rounds: int) -> list[tuple]:
-        rounds = 1 if self.law == Law.POINT else rounds  # one try takes all that is owed to the token
-        self.kept, self.left = [np.ones_like(law) for law in self.laws], [rounds] * len(self.laws)
-        slots = list(enumerate(self.children))
-        return [((self.phase, r), self.parent, child, self, slot) for r in range(rounds) for slot, child in slots]
+    def __post_init__(self) -> None:
+        self.kept = [np.ones_like(law) for law in self.laws]
 
-    def turn(self, slot: int) -> tuple[np.ndarray, Any]:
-        """The law of a child's token [vocab], given all failures so far, and its share of what is owed to each token.
+    def tries(self, left: int, rounds: int, second: bool) -> list[_Try]:
+        """Who is tried now: `left` of the rounds are left, this one included, and it is the turn of pairs' seconds or not."""
+        if self.law == Law.WITHOUT_REPLACEMENT and len(self.laws) == 2:
+            laws = self._pair()
+            lefts = left - second, left  # the first has had its try of this round when it is the second's turn
+            share = _ratio(laws[second], laws[0] * lefts[0] + laws[1] * lefts[1])
+            return [_Try(self.children[second], self, int(second), laws[second], share)]
+        if second or not self.laws or (self.law == Law.POINT and left < rounds):
+            return []
+        one = type(self.laws[0][0])(1)
+        share = one if self.law == Law.POINT else one / (left * len(self.laws))  # deterministic tokens differ
+        laws = [_normalised(law * kept) for law, kept in zip(self.laws, self.kept, strict=True)]
+        return [_Try(child, self, slot, laws[slot], share) for slot, child in enumerate(self.children)]
 
-        The share is this try's part of all that can be taken from now on.
-        """
-        law = self.laws[slot]
-        if self.law != Law.WITHOUT_REPLACEMENT or len(self.laws) < 2:
-            left = sum(self.left) if self.law == Law.IID else self.left[slot]
-            return _normalised(law * self.kept[slot]), type(law[0])(1) / left
+    def _pair(self) -> tuple[np.ndarray, np.ndarray]:
         after = _others(law := self.laws[0])  # what is left for the second child
         first, second = law * self.kept[0], law * self.kept[1]
-        laws = _normalised(_ratio(first, after) * _others(second)), _normalised(second * _others(_ratio(first, after)))
-        return laws[slot], _ratio(laws[slot], laws[0] * self.left[0] + laws[1] * self.left[1])
+        return _normalised(_ratio(first, after) * _others(second)), _normalised(second * _others(_ratio(first, after)))
 
     def fail(self, slot: int, hit: np.ndarray) -> None:
         self.kept[slot] = self.kept[slot] * (1 - hit)
-        self.left[slot] -= 1
-
-
-class _State:
-    """Where every row stands: the numbers of `_Level` and `_Group` for all nodes, [batch, node] or [batch, depth]."""
-
-    def __init__(self, tree: DraftTree, target_law: TargetLaw, rounds: int):
-        self.tree, self.target_law = tree, target_law
-        self.rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
-        root = target_law.at(torch.zeros_like(self.rows))  # [batch, vocab]
-        shape, topology = tree.tokens.shape, tree.topology
-        self.index = torch.arange(shape[1], device=root.device)
-        self.exists = tree.laws != Law.PADDING
-        self.parents, self.depths = topology.parents.clamp(min=0), topology.depths
-        siblings = topology.parents[:, :, None] == topology.parents[:, None]
-        elder = siblings & (self.index < self.index[:, None])
-        self.slot = elder.sum(-1)  # among all siblings, padding too
-        rank = (elder & self.exists[:, None]).sum(-1)  # among those that exist
-        law = tree.laws.gather(1, self.parents)
-        point = (law == Law.POINT) | ((law == Law.SAMPLED_THEN_TOP) & (rank > 0))
-        again = ((law == Law.WITHOUT_REPLACEMENT) | (law == Law.SAMPLED_THEN_TOP)).long()
-        self.phase = again * torch.where(law == Law.SAMPLED_THEN_TOP, rank.clamp(max=1), rank // 2)
-        without = (law == Law.WITHOUT_REPLACEMENT)[..., None]
-        mates = siblings & without & self.exists[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
-        self.paired, self.mate = mates.any(-1), mates.long().argmax(-1)
-        self.second = rank % 2 == 1
-        # [batch, node, node]: the second's tries count when what is owed is shared out to the first
-        self.shares = torch.where((law == Law.IID)[..., None], siblings, self.index == self.index[:, None]).to(
-            root.dtype
-        )
-        self.left = torch.where(point, 1, rounds) * self.exists
-        self.left[:, 0] = 0
-        self.done = torch.zeros_like(self.left)
-        self.rounds, self.width = rounds, shape[1]
-        self.inner = torch.zeros_like(self.exists)
-        self.flow = root.new_zeros(shape)
-        self.flow[:, 0] = 1
-        self.unmet, self.failed = (root.new_ones(shape[0], topology.depth + 1) for _ in range(2))
-        self.owed, self.kept = root.new_zeros(*shape, root.shape[1]), root.new_ones(*shape, root.shape[1])
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """[batch] int64, [batch] bool: the child to be tried next, and whether there is one."""
-        flow, failed = self.flow.gather(1, self.parents), self.failed.gather(1, (self.depths - 1).clamp(min=0))
-        waiting = (self.left > 0) & (flow > 0) & (failed > 0)
-        turn = (self.depths * self.width + self.phase) * self.rounds + self.done
-        first = turn.masked_fill(~waiting, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
-        flow = torch.where(waiting & (turn == first), flow, 0)
-        return (flow == flow.amax(1, keepdim=True)).long().argmax(1), waiting.any(1)
-
-    def attempt(self, child: Tensor, live: Tensor) -> None:
-        """Try one child [batch] of the rows in which one is `live` [batch, 1]."""
-        rows, own = self.rows, child[:, None]
-        parent = self.parents[rows, child]
-        depth = self.depths[rows, parent][:, None]
-        new = live & ~self.inner[rows, parent][:, None]
-        start = self.flow[rows, parent][:, None] * self.target_law.at(torch.where(new[:, 0], parent, 0))
-        owed = torch.where(new, start, self.owed[rows, parent])
-        failed, unmet = self.failed.gather(1, depth), self.unmet.gather(1, depth)
-        law, share = self._turn(own, parent)
-        take = torch.minimum(law, owed / failed.where(failed > 0, 1) * share) * live
-        hit = _divide(take, law)
-        met = hit.gather(1, self.tree.tokens.gather(1, own))
-        self.inner[rows, parent] |= live[:, 0]
-        self.flow.scatter_add_(1, own, unmet * met)
-        self.unmet.scatter_(1, depth, unmet * (1 - met))
-        self.owed[rows, parent] = (owed - take * failed).clamp(min=0)
-        self.failed.scatter_(1, depth, failed * (1 - take.sum(1, keepdim=True)))
-        self.kept[rows, child] *= 1 - hit
-        self.left.scatter_add_(1, own, -live.long())
-        self.done.scatter_add_(1, own, live.long())
-
-    def _turn(self, own: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
-        """`_Group.turn` for one child of every row."""
-        rows, siblings = self.rows, Siblings(self.tree, parent)
-        kept = self.kept[rows, own[:, 0]]
-        left = (self.shares[rows, own[:, 0]] * self.left).sum(1, keepdim=True).clamp(min=1)
-        law = _scaled(siblings.child(self.slot.gather(1, own)).dense(kept) * kept)
-        paired = self.paired.gather(1, own)
-        if self.width < 3 or nobody(paired[:, 0]):
-            return law, 1 / left
-        mate = self.mate.gather(1, own)
-        second = self.second.gather(1, own)
-        first = torch.where(second, mate, own)
-        one = siblings.child(self.slot.gather(1, first)).dense(kept)
-        after, other = _all_others(one), self.kept[rows, mate[:, 0]]
-        a, b = one * torch.where(second, other, kept), one * torch.where(second, kept, other)
-        a_law, b_law = _scaled(_divide(a, after) * _all_others(b)), _scaled(b * _all_others(_divide(a, after)))
-        mine, others = torch.where(second, b_law, a_law), torch.where(second, a_law, b_law)
-        lefts = self.left.gather(1, own), self.left.gather(1, mate)
-        share = _divide(mine, mine * lefts[0] + others * lefts[1])
-        return torch.where(paired, mine, law), torch.where(paired, share, 1 / left)
-
-    def accepted(self, coin: Tensor) -> Tensor:
-        """[batch, 1]: the first node whose coin comes up, the deepest nodes first."""
-        failed = self.failed.gather(1, self.depths)
-        mass = torch.where(self.inner, self.owed.sum(-1), self.flow) * self.exists
-        chance = _divide(mass, failed)
-        elder = (self.depths[:, :, None] == self.depths[:, None]) & (self.index < self.index[:, None])
-        left = 1 - (elder.to(chance.dtype) @ chance[..., None])[..., 0]
-        heads = (left > 0) & (coin[:, : self.width] < _divide(chance, left)) & self.exists
-        heads[:, 0] = True
-        order = self.depths * self.width + self.width - 1 - self.index
-        return torch.where(heads, order, -1).argmax(1, keepdim=True)
 
 
 def _groups(tree: RowTree, node: int, vocab: int) -> list[_Group]:
@@ -307,22 +220,6 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _normalised(weights: np.ndarray) -> np.ndarray:
     return weights / total if (total := weights.sum()) > 0 else weights
-
-
-def _all_others(weights: Tensor) -> Tensor:
-    """`_others` for each row of [batch, vocab]."""
-    top = weights.argmax(1, keepdim=True)
-    rest = weights.scatter(1, top, 0)
-    total = rest.sum(1, keepdim=True)
-    return (total - rest + weights.gather(1, top)).scatter(1, top, total)
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
-
-
-def _scaled(weights: Tensor) -> Tensor:
-    return _divide(weights, weights.sum(1, keepdim=True))
 
 
 def _path(tree: RowTree, node: int) -> list[int]:

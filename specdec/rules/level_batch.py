@@ -1,0 +1,199 @@
+"""Level verification of every row at once: the numbers of the specification in `level.py`, with the same names."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from specdec.rules.draft_law import Siblings
+from specdec.rules.top_down import nobody
+from specdec.sampling import TargetLaw
+from specdec.tree import DraftTree, Law
+
+
+class Levels:
+    """The flows of all nodes of all rows and the mass they owe, after all tries.
+
+    What is known per node stands in tensors [batch, node]; what is known per token in tensors [member, vocab], of those
+    nodes alone that matter.
+    """
+
+    def __init__(self, tree: DraftTree, target_law: TargetLaw, rounds: int):
+        self.tree, topology = tree, tree.topology
+        self.exists, self.parents, self.depths = (
+            tree.laws != Law.PADDING,
+            topology.parents.clamp(min=0),
+            topology.depths,
+        )
+        self.index = torch.arange(tree.tokens.shape[1], device=self.parents.device)
+        self._take_turns()
+        child = self.exists & (topology.parents >= 0)
+        self.has_children = torch.zeros_like(self.parents).scatter_add_(1, self.parents, child.long()) > 0
+        self.inner = _Members(self.has_children)
+        self.owed = target_law.like(len(self.inner.rows))  # [member, vocab]
+        self.flow = torch.zeros_like(self.exists, dtype=torch.float64)
+        self.flow[:, 0] = 1
+        self.failed = self.flow.new_ones(len(self.flow), topology.depth + 1)  # by depth
+        width = topology.children.shape[-1]
+        phases, halves = (1, (False,)) if width < 2 else (max(2, (width + 1) // 2), (False, True))
+        for depth in range(topology.depth):
+            level = self._descend(depth, target_law)
+            for phase, left, second in product(range(phases), range(rounds, 0, -1), halves):
+                level.wave(phase, left, rounds, second)
+        self.owed.clamp_(min=0)  # negative by rounding only
+
+    def _take_turns(self) -> None:
+        """[batch, node]: when each node is tried, and who shares with it."""
+        siblings = self.tree.topology.parents[:, :, None] == self.tree.topology.parents[:, None]
+        elder = siblings & (self.index < self.index[:, None])
+        self.slot = elder.sum(-1)  # among all siblings, padding too
+        rank = (elder & self.exists[:, None]).sum(-1)  # among those that exist
+        law = self.tree.laws.gather(1, self.parents)
+        pairs, sampled_then_top = law == Law.WITHOUT_REPLACEMENT, law == Law.SAMPLED_THEN_TOP
+        self.point = (law == Law.POINT) | (sampled_then_top & (rank > 0))
+        self.phase = torch.where(pairs, rank // 2, (sampled_then_top & (rank > 0)).long())
+        mates = siblings & pairs[..., None] & self.exists[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
+        self.paired, self.mate = mates.any(-1), mates.long().argmax(-1)
+        self.second = self.paired & (rank % 2 == 1)
+        self.sharers = torch.where(law == Law.IID, (siblings & self.exists[:, None]).sum(-1), 1)
+
+    def _descend(self, depth: int, target_law: TargetLaw) -> _Wave:
+        """The mass owed at the nodes of one depth, and their children, ready to be tried."""
+        reached = self.flow > 0
+        parents = _Members(self.has_children & reached & (self.depths == depth))
+        place = self.inner.place[parents.rows, parents.nodes]
+        law = target_law.at(parents.nodes * parents.holds, parents.rows)
+        mass = law * self.flow[parents.rows, parents.nodes].to(law.dtype)[:, None]
+        self.owed.index_copy_(0, place, torch.where(parents.holds[:, None], mass, self.owed[place]))
+        children = self.exists & reached.gather(1, self.parents) & (self.depths == depth + 1)
+        return _Wave(self, _Members(children), depth)
+
+    def accepted(self, coin: Tensor) -> Tensor:
+        """[batch, 1]: the first node whose coin comes up, the deepest nodes first."""
+        mass = self.flow.clone()
+        rows, nodes = self.inner.rows, self.inner.nodes
+        tried = self.inner.holds & (self.flow[rows, nodes] > 0)
+        mass[rows, nodes] = torch.where(tried, self.owed.sum(1, dtype=torch.float64), mass[rows, nodes])
+        chance = _divide(mass * self.exists, self.failed.gather(1, self.depths.clamp(max=self.failed.shape[1] - 1)))
+        elder = (self.depths[:, :, None] == self.depths[:, None]) & (self.index < self.index[:, None])
+        left = 1 - (elder.to(chance.dtype) @ chance[..., None])[..., 0]
+        width = len(self.index)
+        heads = (left > 0) & (coin[:, :width] < _divide(chance, left)) & self.exists
+        heads[:, 0] = True
+        order = self.depths * width + width - 1 - self.index
+        return torch.where(heads, order, -1).argmax(1, keepdim=True)
+
+    def law(self, node: Tensor, target_law: TargetLaw) -> Tensor:
+        """[batch, vocab]: what is to be emitted after `node` [batch, 1]."""
+        if not len(self.owed):
+            return target_law.at(node[:, 0])
+        owed = self.owed[self.inner.place.gather(1, node)[:, 0]]
+        tried = self.has_children.gather(1, node) & (self.flow.gather(1, node) > 0) & (owed.sum(1, keepdim=True) > 0)
+        return torch.where(tried, owed, target_law.at(torch.where(tried, 0, node)[:, 0]))
+
+
+class _Wave:
+    """The children of one depth, and what their tokens may still be."""
+
+    def __init__(self, state: Levels, members: _Members, depth: int):
+        self.state, self.members, self.depth = state, members, depth
+        rows, nodes = members.rows, members.nodes
+        self.parent = state.inner.place[rows, state.parents[rows, nodes]]
+        self.token = state.tree.tokens[rows, nodes][:, None]
+        self.unmet = state.flow.new_ones(len(state.flow), 1)  # chance that all tries so far fail, given the tokens
+        child = Siblings(state.tree, state.parents[rows, nodes], rows).child(state.slot[rows, nodes][:, None])
+        self.weights = child.dense(
+            state.owed[:1].expand(len(rows), -1)
+        )  # [member, vocab]: law x chance of having failed
+        self.paired, self.mate = state.paired[rows, nodes], members.place[rows, state.mate[rows, nodes]]
+        self.pairs = bool(len(rows)) and not nobody(self.paired)
+        if self.pairs:  # the law of a second is that of the first, before tokens are looked at
+            second = state.second[rows, nodes][:, None]
+            self.weights = torch.where(second, self.weights[self.mate], self.weights)
+            self.after = _all_others(self.weights)  # what is left for the second
+
+    def wave(self, phase: int, left: int, rounds: int, second: bool) -> None:
+        """One try of every child whose turn it is, with `left` of the rounds to go."""
+        state, rows, nodes = self.state, self.members.rows, self.members.nodes
+        turn = (state.phase == phase) & (state.second == second) & (~state.point | (left == rounds))
+        turn = turn[rows, nodes] & self.members.holds
+        who = turn.nonzero()[:, 0] if turn.device.type == "cpu" else torch.arange(len(turn), device=turn.device)
+        if not len(who):
+            return
+        rows, nodes, parent = rows[who], nodes[who], self.parent[who]
+        law, share = self._offer(who, left, second)
+        share = share * state.owed[parent].clamp(min=0) * turn[who][:, None]
+        failed = state.failed[:, self.depth : self.depth + 1]
+        reached = failed[rows]
+        for _ in range(2):
+            take = torch.minimum(law, _divide(share, reached.to(law.dtype)))
+            reached, after = _in_turn(rows, nodes, take.sum(1, dtype=torch.float64), failed, len(state.index))
+        failed.copy_(after)
+        hit = _divide(take, law)
+        met = hit.gather(1, self.token[who]).double()
+        unmet, self.unmet = _in_turn(rows, nodes, met[:, 0], self.unmet, len(state.index))
+        state.flow[rows, nodes] += (unmet * met)[:, 0]
+        state.owed.index_add_(0, parent, take * reached.to(take.dtype), alpha=-1)
+        self.weights[who] *= 1 - hit
+
+    def _offer(self, who: Tensor, left: int, second: bool) -> tuple[Tensor, Tensor]:
+        """The laws [member, vocab] of those who are tried, and their shares of what is owed."""
+        state, rows, nodes = self.state, self.members.rows[who], self.members.nodes[who]
+        law = _scaled(self.weights[who])
+        share = torch.where(state.point[rows, nodes], 1, 1 / (left * state.sharers[rows, nodes])).to(law.dtype)[:, None]
+        if not self.pairs:
+            return law, share
+        mate = self.mate[who]
+        first, other = (mate, who) if second else (who, mate)
+        a, b = _divide(self.weights[first], self.after[first]), self.weights[other]
+        laws = _scaled(a * _all_others(b)), _scaled(b * _all_others(a))
+        mine = laws[second]
+        offered = _divide(mine, laws[0] * (left - second) + laws[1] * left)  # the first has had its try of this round
+        paired = self.paired[who][:, None]
+        return torch.where(paired, mine, law), torch.where(paired, offered, share)
+
+
+class _Members:
+    """The nodes for which something holds: they alone where asking is free, on a CPU; elsewhere all, held or not."""
+
+    def __init__(self, where: Tensor):
+        rows, nodes = torch.meshgrid(*(torch.arange(n, device=where.device) for n in where.shape), indexing="ij")
+        pick = where if where.device.type == "cpu" else slice(None)
+        self.rows, self.nodes, self.holds = rows[pick].flatten(), nodes[pick].flatten(), where[pick].flatten()
+        index = torch.arange(len(self.rows), device=where.device)
+        self.place = torch.zeros_like(rows).index_put_(
+            (self.rows, self.nodes), index
+        )  # [batch, node]: of each in the list
+
+
+def _in_turn(rows: Tensor, nodes: Tensor, chance: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of events [member] with a `chance` each, one after the other: that none before happens, that none does at all.
+
+    Args:
+        start: [batch, 1] to begin with.
+
+    Returns:
+        [member, 1] and [batch, 1].
+    """
+    fails = start.new_ones(len(start), width)
+    fails[rows, nodes] = 1 - chance
+    none = start * fails.cumprod(1)
+    return torch.cat([start, none], 1)[rows, nodes][:, None], none[:, -1:]
+
+
+def _all_others(weights: Tensor) -> Tensor:
+    """`_others` for each row of [batch, vocab]."""
+    top = weights.argmax(1, keepdim=True)
+    rest = weights.scatter(1, top, 0)
+    total = rest.sum(1, keepdim=True)
+    return (total - rest + weights.gather(1, top)).scatter(1, top, total)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+
+
+def _scaled(weights: Tensor) -> Tensor:
+    return _divide(weights, weights.sum(1, keepdim=True))
