@@ -354,7 +354,14 @@ def rest_ignoring_rho(p, taken, count):
 
 def forgotten(group, slot, hit):
     """A try that fails, and says nothing about the child's token."""
-    group.left[slot] -= 1
+
+
+_offered = level._Try.offered
+
+
+def too_much(self, owed, bound):
+    """Four times the mass that the bound on the chance of this try allows."""
+    return _offered(self, 4 * owed, bound)
 
 
 BLOCK, TRAVERSAL, KSEQ = BlockVerification(), TraversalVerification(), KSeq()
@@ -373,6 +380,7 @@ MODULES = {
     "level: laws after failures not normalised": (LEVEL["pair"], (level, "_normalised", lambda weights: weights)),
     "level: pair drawn with replacement": (LEVEL["pair"], (level, "_others", lambda weights: 0 * weights + 1)),
     "level: failures forgotten": (LEVEL["independent"], (level._Group, "fail", forgotten)),
+    "level: more offered than is owed": (LEVEL["independent"], (level._Try, "offered", too_much)),
 }
 _SHAPES = {
     BLOCK: Chain(3),

@@ -31,7 +31,7 @@ the law of each being that given the failures of the other, not its token.
 Children that are tried together are still tried one after the other, but what each may take is fixed beforehand: with F the
 chance that all tries before these fail, F w what is owed, a share s of it and any bound B >= F_i on the chance of reaching
 its try, m_i = min(l_i, s F w / B) takes F_i m_i <= s F w, and shares of one parent's children add up to at most 1. B is F at
-first; the masses it gives tell how often the tries before fail at least, and that is the B in use.
+first; the masses that gives say how often the tries before succeed at least, which is a better B, and so on a few times.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins
-from specdec.rules.level_batch import Levels
+from specdec.rules.level_batch import BOUNDS, Levels
 from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, TreeSpec
@@ -122,7 +122,7 @@ class _Level:
 
     def _try(self, tries: list[_Try], tokens: list[int], flows: dict[int, Any]) -> None:
         reached = [self.failed] * len(tries)  # the chance of reaching each try, at most
-        for _ in range(2):
+        for _ in range(BOUNDS):
             takes = [t.offered(self.owed[t.group.parent], bound) for t, bound in zip(tries, reached, strict=True)]
             chances = accumulate((1 - take.sum() for take in takes), mul, initial=self.failed)
             *reached, after = chances

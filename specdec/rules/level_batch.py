@@ -12,6 +12,8 @@ from specdec.rules.top_down import nobody
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree, Law
 
+BOUNDS = 4  # passes over what those who are tried together may take; k of them are exact for the first k
+
 
 class Levels:
     """The flows of all nodes of all rows and the mass they owe, after all tries.
@@ -127,7 +129,7 @@ class _Wave:
         share = share * state.owed[parent].clamp(min=0) * turn[who][:, None]
         failed = state.failed[:, self.depth : self.depth + 1]
         reached = failed[rows]
-        for _ in range(2):
+        for _ in range(BOUNDS):
             take = torch.minimum(law, _divide(share, reached.to(law.dtype)))
             reached, after = _in_turn(rows, nodes, take.sum(1, dtype=torch.float64), failed, len(state.index))
         failed.copy_(after)
