@@ -117,7 +117,7 @@ class _Level:
         phases = 1 + max((group.phase for group in groups), default=0)
         for phase, left, second in product(range(phases), range(rounds, 0, -1), (False, True)):
             tries = [t for group in groups if group.phase == phase for t in group.tries(left, rounds, second)]
-            self._try(sorted(tries, key=lambda t: t.child), tree.tokens, flows)
+            self._try(sorted(tries, key=lambda t: (-self.flow[t.group.parent], t.child)), tree.tokens, flows)
         return flows
 
     def _try(self, tries: list[_Try], tokens: list[int], flows: dict[int, Any]) -> None:

@@ -12,7 +12,7 @@ from specdec.rules.top_down import nobody
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree, Law
 
-BOUNDS = 4  # passes over what those who are tried together may take; k of them are exact for the first k
+BOUNDS = 4  # passes over what those who are tried together may take: k of them are exact for the first k
 
 
 class Levels:
@@ -104,6 +104,8 @@ class _Wave:
         rows, nodes = members.rows, members.nodes
         self.parent = state.inner.place[rows, state.parents[rows, nodes]]
         self.token = state.tree.tokens[rows, nodes][:, None]
+        order = state.flow.gather(1, state.parents).sort(dim=1, descending=True, stable=True).indices
+        self.turns = order.argsort(1)[rows, nodes]  # the children of the likeliest parents come first
         self.unmet = state.flow.new_ones(len(state.flow), 1)  # chance that all tries so far fail, given the tokens
         child = Siblings(state.tree, state.parents[rows, nodes], rows).child(state.slot[rows, nodes][:, None])
         self.weights = child.dense(
@@ -124,18 +126,18 @@ class _Wave:
         who = turn.nonzero()[:, 0] if turn.device.type == "cpu" else torch.arange(len(turn), device=turn.device)
         if not len(who):
             return
-        rows, nodes, parent = rows[who], nodes[who], self.parent[who]
+        rows, nodes, turns, parent = rows[who], nodes[who], self.turns[who], self.parent[who]
         law, share = self._offer(who, left, second)
         share = share * state.owed[parent].clamp(min=0) * turn[who][:, None]
         failed = state.failed[:, self.depth : self.depth + 1]
         reached = failed[rows]
         for _ in range(BOUNDS):
             take = torch.minimum(law, _divide(share, reached.to(law.dtype)))
-            reached, after = _in_turn(rows, nodes, take.sum(1, dtype=torch.float64), failed, len(state.index))
+            reached, after = _in_turn(rows, turns, take.sum(1, dtype=torch.float64), failed, len(state.index))
         failed.copy_(after)
         hit = _divide(take, law)
         met = hit.gather(1, self.token[who]).double()
-        unmet, self.unmet = _in_turn(rows, nodes, met[:, 0], self.unmet, len(state.index))
+        unmet, self.unmet = _in_turn(rows, turns, met[:, 0], self.unmet, len(state.index))
         state.flow[rows, nodes] += (unmet * met)[:, 0]
         state.owed.index_add_(0, parent, take * reached.to(take.dtype), alpha=-1)
         self.weights[who] *= 1 - hit
@@ -170,19 +172,20 @@ class _Members:
         )  # [batch, node]: of each in the list
 
 
-def _in_turn(rows: Tensor, nodes: Tensor, chance: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _in_turn(rows: Tensor, turns: Tensor, chance: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Of events [member] with a `chance` each, one after the other: that none before happens, that none does at all.
 
     Args:
+        turns: [member] int64, the order within each row.
         start: [batch, 1] to begin with.
 
     Returns:
         [member, 1] and [batch, 1].
     """
     fails = start.new_ones(len(start), width)
-    fails[rows, nodes] = 1 - chance
+    fails[rows, turns] = 1 - chance
     none = start * fails.cumprod(1)
-    return torch.cat([start, none], 1)[rows, nodes][:, None], none[:, -1:]
+    return torch.cat([start, none], 1)[rows, turns][:, None], none[:, -1:]
 
 
 def _all_others(weights: Tensor) -> Tensor:
