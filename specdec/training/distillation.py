@@ -25,7 +25,7 @@ def kl(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
 
 def lk(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
     """-log sum min(p, q): the negative log of the rate at which a single draft is accepted."""
-    return -_mean(torch.minimum(target_law, draft_law).exp().sum(-1).log(), tokens)
+    return -_mean(_overlap(target_law, draft_law).log(), tokens)
 
 
 def expected_tau(target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: int = 4, block: bool = False) -> Tensor:
@@ -71,16 +71,25 @@ def acceptance_by_depth(
         raise ValueError(f"Texts of {tokens.shape[1]} places have no room for a chain of {depth}; use longer ones.")
     log_ratio = _at_tokens(draft_law, tokens) - _at_tokens(target_law, tokens)
     weight = ratio = torch.zeros_like(log_ratio[:, :starts])  # [batch, start]: log w, log r
+    overlap = _overlap(target_law, draft_law)
     chances = []
     for d in range(depth):
         here = slice(d, d + starts)
-        both = torch.minimum(ratio[..., None] + draft_law[:, here], weight[..., None] + target_law[:, here])
-        chances.append(both.exp().sum(-1) * (tokens[:, here] >= 0))
+        if block and d > 0:
+            chance = _overlap(weight[..., None] + target_law[:, here], ratio[..., None] + draft_law[:, here])
+        else:  # r = w: one pass over the vocabulary serves all depths
+            chance = weight.exp() * overlap[:, here]
+        chances.append(chance * (tokens[:, here] >= 0))
         ratio = ratio + log_ratio[:, here]
         weight = torch.minimum(ratio, weight)
         if not block:
             ratio = weight
     return torch.stack(chances, -1)
+
+
+def _overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[...]: sum min(p, q) over the vocabulary, for logarithms [..., vocab]."""
+    return torch.minimum(log_p, log_q).exp().sum(-1)
 
 
 def _at_tokens(law: Tensor, tokens: Tensor) -> Tensor:
