@@ -155,8 +155,9 @@ def test_tokens_are_the_same_when_their_text_is(case):
     assert draft_tokenizer.decode([reads[i] for i in ids]).strip() == text.strip()
 
 
-@pytest.mark.parametrize("case", REAL)
-@pytest.mark.parametrize("tree", [Chain(3), Widths((3, 2)), Dynamic(6, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "tree"), list(zip(REAL, [Chain(3), Widths((3, 2)), Dynamic(6, 2, 3)], strict=True)), ids=str
+)
 def test_real_tokenizers_draft_for_each_other(case, tree):
     target_tokenizer, draft_tokenizer = REAL[case]
     target = llama(vocab_size=len(target_tokenizer), eos_token_id=target_tokenizer.eos_token_id)
