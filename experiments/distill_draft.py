@@ -50,6 +50,10 @@ MEASURED = {
 @hydra.main(config_path="../conf", config_name="distill_draft", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/distill_draft.py", config), Path(config.folder)
+    if setting.sampling != Sampling(1.0):
+        raise SystemExit(
+            f"sampling is {setting.sampling}; drafts are trained for temperature 1, so texts are drawn there."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     target = setting.models.target.to(config.device).requires_grad_(False)
     texts = torch.nn.utils.rnn.pad_sequence(own_texts(setting, config, folder / "texts.pt"), True, NO_TOKEN)
@@ -63,11 +67,9 @@ def main(config: DictConfig) -> None:
         found[name] = {**cost, "tau": []}
         for seed in config.seeds:
             run, draft = f"{name.replace(' ', '_')}_{seed}", beginning(setting, config, seed)
-            evaluate, options = (
-                partial(by_depth, target, draft, held_out[:16], config),
-                {"steps": cost["steps"], "seed": seed},
-            )
-            history[run] = fit(draft, partial(step, draft), training, evaluate, config, folder / f"{run}.pt", **options)
+            loss, evaluate = partial(step, draft), partial(by_depth, target, draft, held_out[:16], config)
+            path, steps = folder / f"{run}.pt", cost["steps"]
+            history[run] = fit(draft, loss, training, evaluate, config, path, steps=steps, seed=seed)
             draft.save_pretrained(folder / run)
             found[name]["tau"].append(measured(draft))
     print(table(found), end="\n\n")
@@ -81,10 +83,8 @@ def beginning(setting: Setting, config: DictConfig, seed: int) -> PreTrainedMode
     if setting.models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model that training begins with.")
     torch.manual_seed(seed)
-    draft = (
-        type(setting.models.draft)(setting.models.draft.config) if config.scratch else deepcopy(setting.models.draft)
-    )
-    return draft.to(config.device).eval()
+    given = setting.models.draft
+    return (type(given)(given.config) if config.scratch else deepcopy(given)).to(config.device).eval()
 
 
 def runs(
@@ -159,8 +159,9 @@ def by_depth(target: PreTrainedModel, draft: PreTrainedModel, texts: Tensor, con
 def measure(
     target: PreTrainedModel, draft: PreTrainedModel, held_out: Tensor, prompts: list[Tensor], config: DictConfig
 ) -> dict[str, np.ndarray]:
-    """Tokens per target forward with a chain, by expectation [text] on
-    the target's held-out texts, and as it decodes [prompt]; at temperature 1 unless greedy."""
+    """Tokens per target forward with a chain: expected [text] on held-out texts, and of decoding [prompt]; at temperature 1
+    unless it says greedy.
+    """
     drafter, options = ModelDrafter(draft, Chain(config.depth)), {"max_new_tokens": config.measured_tokens}
     expected = accepted(target, draft, held_out, config)
     return {
