@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.vocabulary import TranslatedModel
 from specdec.sampling import Sampling
 from specdec.target import CachedModel, Target
 from specdec.tree import DraftTree, TreeSpec, chain, root_only
@@ -19,13 +20,14 @@ from specdec.trees.widths import Chain
 
 
 class ModelDrafter(Drafter):
-    """Drafts with a Hugging Face causal LM that shares the target's tokenizer.
+    """Drafts with a Hugging Face causal LM.
 
     Args:
         model: the draft model, any that could be a target.
         tree: the tree policy; a chain of 4 by default.
-        tokenizer: the draft's own tokenizer. Needed only when the two vocabularies differ in size, to check that one
-            is the other plus padding.
+        tokenizer: the draft's own tokenizer, compared with that of generate(tokenizer=...). Needed when it is not the
+            target's (the draft then drafts the tokens that both have, see `specdec.drafters.vocabulary`), and when the
+            vocabularies differ in size, to check that one is the other plus padding.
     """
 
     def __init__(self, model: PreTrainedModel, tree: TreePolicy | None = None, tokenizer: Any = None):
@@ -34,7 +36,7 @@ class ModelDrafter(Drafter):
                 f"tree is a {type(tree).__name__}; pass a tree policy such as Chain(4) or Widths([4, 2, 1])."
             )
         self.model, self.tree, self.tokenizer = model, tree or Chain(4), tokenizer
-        self._cached = CachedModel(model)
+        self._cached = self._alone = CachedModel(model)
 
     def __repr__(self) -> str:
         return f"ModelDrafter({type(self.model).__name__}, {self.tree})"
@@ -46,7 +48,7 @@ class ModelDrafter(Drafter):
         return self._cached.patch
 
     def start(self, target: Target, context: Context) -> None:
-        self._check_vocabulary(target.vocab, context.tokenizer)
+        self._cached = self._in_tokens_of(target.vocab, context.tokenizer)
         limit, capacity = self._cached.context_length, context.tokens.shape[1]
         if limit is not None and context.max_length > limit:
             raise ValueError(
@@ -96,17 +98,16 @@ class ModelDrafter(Drafter):
         extra = self._vocab - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf) if extra else logits
 
-    def _check_vocabulary(self, vocab: int, target_tokenizer: Any) -> None:
-        ours = self._cached.vocab
+    def _in_tokens_of(self, vocab: int, target_tokenizer: Any) -> CachedModel:
+        """The draft model as one that reads and predicts the target's tokens."""
+        ours = self._alone.vocab
         if self.tokenizer is not None and target_tokenizer is not None:
             if self.tokenizer.get_vocab() != target_tokenizer.get_vocab():
-                raise ValueError(
-                    f"The draft's tokenizer ({len(self.tokenizer)} tokens) is not the target's ({len(target_tokenizer)} "
-                    "tokens); use a draft model trained with the target's tokenizer."
-                )
+                return TranslatedModel(self.model, vocab, target_tokenizer, self.tokenizer)
         elif ours != vocab:
             raise ValueError(
-                f"The draft's vocabulary has {ours} tokens, the target's {vocab}. If they differ by padding only, pass "
-                "ModelDrafter(tokenizer=...) and generate(tokenizer=...) so that this can be checked; otherwise use a "
-                "draft model with the target's tokenizer."
+                f"The draft's vocabulary has {ours} tokens, the target's {vocab}. Pass ModelDrafter(tokenizer=...) and "
+                "generate(tokenizer=...): they tell whether the vocabularies differ by padding only or, if the tokenizers "
+                "differ, which tokens both have."
             )
+        return self._alone
