@@ -35,7 +35,7 @@ class Fallback(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
         most = (max(getattr(s, name) for s in (a, b)) for name in ("nodes", "depth", "width"))
-        return TreeSpec(a.laws | b.laws, *most, by_depth=a.by_depth and b.by_depth)
+        return TreeSpec(a.laws | b.laws, *most, by_depth=a.by_depth and b.by_depth, by_row=a.by_row and b.by_row)
 
     def start(self, target: Target, context: Context) -> None:
         self.first.start(target, context)

@@ -1,0 +1,198 @@
+"""Adaptive trees: every step drafts as much as pays, and nothing when nothing does.
+
+A level or a node is worth drafting when the tokens it is expected to add are worth its time at the speed that decoding has
+anyway (Dinkelbach's rule for the largest ratio of expected tokens to time; new here in this form). What is expected comes from
+the draft's confidence and from what became of earlier drafts, `specdec.trees.economy` says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Acceptance, Context
+from specdec.sampling import Sampling
+from specdec.theory import Costs
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.trees.economy import Economy
+from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
+
+_OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at temperature 1; outcomes correct it
+
+
+@dataclass(eq=False)
+class Adaptive(TreePolicy):
+    """Depth and widths chosen level by level from measured times and acceptance; no draft where none pays.
+
+    Every level continues the most promising nodes so far and gives each the same number of children. Both numbers are
+    chosen before the level is drawn, from what was drawn above it, so it stays lossless. They are chosen for the batch as
+    a whole: a row's text depends on the other rows (in law it does not). Unless `costs` are given they also depend on the
+    clock, and a seed does not repeat a run.
+
+    A draft that is never accepted costs at most 1 + 0.01 n tokens over n steps: see `specdec.trees.economy.Rate`.
+
+    Args:
+        nodes: most nodes of a tree, the root included.
+        depth: longest path.
+        width: most children of a node, and most nodes continued per level; 1 for chains.
+        costs: measured times, as from `specdec.theory.measure_costs`; None: the run's own steps are timed.
+    """
+
+    nodes: int = 24
+    depth: int = 8
+    width: int = 3
+    costs: Costs | None = None
+    _economy: Economy | None = field(default=None, init=False, repr=False)
+    _context: Context | None = field(default=None, init=False, repr=False)
+    _expected: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.nodes < 2 or self.depth < 1 or self.width < 1:
+            raise ValueError(f"{self}: need nodes >= 2, depth >= 1 and width >= 1.")
+        if self.costs is not None and self.costs.verify.nodes[-1] < self.nodes:
+            raise ValueError(
+                f"nodes={self.nodes}, but costs.verify was measured up to {self.costs.verify.nodes[-1]}: measure more "
+                "(measure_costs(nodes=...)) or lower `nodes`."
+            )
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        law = Law.SAMPLED_THEN_TOP if self.width > 1 else Law.IID
+        return TreeSpec(
+            drawn_laws(law, sampling), self.nodes, self.depth, self.width, by_depth=True, by_row=False
+        )
+
+    def grow(self, context: Context, coins: Coins) -> Growth:
+        if context is not self._context:  # a new run
+            self._context = context
+            self._economy = Economy(len(context.tokens), self.nodes, self.width, self.costs)
+        economy, tree = self._economy, _Growing(context, self.nodes)
+        assert economy is not None
+        economy.begin(min(self.depth, context.max_depth))
+        reach = tree.useful().double()  # [batch, frontier]: how likely each node of the frontier is to be accepted
+        while economy.continues():
+            logits = yield tree.frontier()
+            families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
+            count = economy.children(*_on_host(reach, families))
+            if count == 0:
+                break
+            law = Law.SAMPLED_THEN_TOP if count > 1 else Law.IID
+            drawn = draw(logits, count, law, context.sampling, coins, tree.nodes)
+            chances = (economy.calibration * _chances(logits, drawn.tokens, families[..., :count], context.sampling)).clamp(max=1)
+            exists = tree.add(drawn, families[..., count - 1] * tree.useful())
+            reach = (reach[..., None] * chances).flatten(1) * exists * tree.useful()
+            best = reach.topk(min(self.width, reach.shape[1]), -1)
+            going = economy.frontier(best.values.sum(0).tolist())
+            reach = best.values[:, :going]
+            tree.turn_to(best.indices[:, :going])
+        economy.finish()
+        self._expected = tree.expected
+        return tree.grown(self.width)
+
+    def commit(self, acceptance: Acceptance) -> None:
+        if self._expected is None or self._economy is None:  # nothing was grown
+            return
+        expected = self._expected.gather(1, acceptance.path)  # [batch, depth + 1], of the accepted nodes' families
+        rows = torch.cat([expected, acceptance.keep[:, None]], 1).tolist()
+        self._economy.learn(
+            [row[: int(row[-1])] for row, stopped in zip(rows, acceptance.stopped, strict=True) if not stopped],
+            acceptance.stopped.count(False),
+        )
+        self._expected = None
+
+
+def _on_host(reach: Tensor, families: Tensor) -> tuple[float, list[float]]:
+    """Summed over nodes and rows: reach, and reach times each family's chance."""
+    total, *sums = torch.cat([reach[..., None], reach[..., None] * families], -1).sum((0, 1)).tolist()
+    return total, sums
+
+
+def _families(logits: Tensor, most: int, sampling: Sampling) -> Tensor:
+    """[batch, count, most]: how often one of the first 1, 2, ... children of each node is accepted, by the draft's confidence.
+
+    Greedy, the target's token is among the draft's top k about as often as the square root of their mass (fits the demo pair
+    to 0.05). Sampled, the top k - 1 have their mass of the target's law, and the rest overlaps by half.
+    """
+    logits = logits.float() / (sampling.temperature or 1.0)
+    mass = (logits.topk(most, -1).values - logits.logsumexp(-1, keepdim=True)).exp().cumsum(-1).double()
+    if sampling.temperature == 0:
+        return mass.sqrt()
+    sure = torch.cat([mass[..., :1] ** 2, mass[..., :-1]], -1)
+    return sure + (1 - sure) * _OVERLAP
+
+
+def _chances(logits: Tensor, tokens: Tensor, families: Tensor, sampling: Sampling) -> Tensor:
+    """[batch, count, children]: how often each child that was drawn is accepted."""
+    if sampling.temperature == 0:
+        return families.diff(dim=-1, prepend=torch.zeros_like(families[..., :1]))
+    logits = logits.float() / sampling.temperature
+    tokens = tokens.view(families.shape)
+    drawn = (logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).exp().double()
+    top = drawn[..., 1:]
+    first = (1 - top.sum(-1, keepdim=True)) * (_OVERLAP + (1 - _OVERLAP) * drawn[..., :1])
+    return torch.cat([first, top], -1)
+
+
+class _Growing:
+    """Trees in the making, and which of their nodes are continued next."""
+
+    def __init__(self, context: Context, nodes: int):
+        shape, device = (len(context.tokens), nodes), context.tokens.device
+        self._budget, self.nodes, self.depth = context.row_depths[:, None], 1, 0
+        self._tokens, self._parents = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self._tokens[:, 0], self._parents[:, 0] = context.root, -1
+        self._exists = torch.ones(shape, dtype=torch.bool, device=device)
+        self._laws = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._order = torch.full_like(self._tokens, -1)  # of asking
+        self._asked = self._parents[:, :0]  # [batch, asked]: parents of the nodes asked for, in that order
+        self._at = torch.zeros_like(self._tokens[:, :1])  # [batch, frontier]: the nodes to be continued
+        self._probs: list[tuple[Tensor, Tensor]] = []
+        self.expected = torch.zeros(shape, dtype=torch.float64, device=device)  # of each node's children together
+
+    def useful(self) -> Tensor:
+        """[batch, 1] bool: rows that can use one more level."""
+        return self._budget > self.depth
+
+    def frontier(self) -> Frontier:
+        """The nodes to be continued."""
+        start, count = self._asked.shape[1], self._at.shape[1]
+        above = self._order.gather(1, self._parents.gather(1, self._at)) if self.depth else self._parents[:, :1]
+        self._asked = torch.cat([self._asked, above], 1)
+        order = torch.arange(start, start + count, device=above.device)
+        self._order.scatter_(1, self._at, order.expand_as(self._at))
+        return Frontier(self._tokens.gather(1, self._at), Topology(self._asked, self.depth))
+
+    def add(self, drawn: Children, expected: Tensor) -> Tensor:
+        """Adds the children of the frontier's nodes; [batch, children] bool: those that exist."""
+        count, new = drawn.tokens.shape[1] // self._at.shape[1], slice(self.nodes, self.nodes + drawn.tokens.shape[1])
+        exists = self._exists.gather(1, self._at).repeat_interleave(count, 1)
+        self._exists[:, new] = exists if drawn.exists is None else exists & drawn.exists
+        self._tokens[:, new], self._parents[:, new] = drawn.tokens, self._at.repeat_interleave(count, 1)
+        self._laws.scatter_(1, self._at, drawn.laws)
+        self.expected.scatter_(1, self._at, expected)
+        if drawn.draft_probs is not None:
+            self._probs.append((self._at, drawn.draft_probs))
+        self._first, self.nodes, self.depth = self.nodes, new.stop, self.depth + 1
+        return self._exists[:, new]
+
+    def turn_to(self, newest: Tensor) -> None:
+        """Continue these of the newest nodes next. newest: [batch, frontier] int64, by place among them."""
+        self._at = newest + self._first
+
+    def grown(self, width: int) -> Grown:
+        topology = Topology(self._parents[:, : self.nodes], self.depth, width)
+        laws = torch.where(self._exists, self._laws, Law.PADDING)[:, : self.nodes]
+        tree = DraftTree(self._tokens[:, : self.nodes], topology, laws, self._draft_probs())
+        return Grown(tree, self._order[:, : self.nodes])
+
+    def _draft_probs(self) -> Tensor | None:
+        """[batch, node, vocab] of the nodes before the last level; zeros at leaves."""
+        if not self._probs:
+            return None
+        table = self._probs[0][1].new_zeros((len(self._tokens), self._first, self._probs[0][1].shape[-1]))
+        rows = torch.arange(len(table), device=table.device)[:, None]
+        for at, probs in self._probs:
+            table[rows, at] = probs
+        return table
