@@ -51,8 +51,9 @@ class Fallback(Drafter):
 
     def commit(self, acceptance: Acceptance) -> None:
         # what a drafter did not draft is to it as if nothing had been accepted: it reads those tokens later
-        self.first.commit(replace(acceptance, keep=acceptance.keep.where(self._has, 0)))
-        self.second.commit(replace(acceptance, keep=acceptance.keep.where(~self._has, 0)))
+        for drafter, rows in ((self.first, self._has), (self.second, ~self._has)):
+            path, keep = acceptance.path.where(rows[:, None], 0), acceptance.keep.where(rows, 0)
+            drafter.commit(replace(acceptance, path=path, keep=keep))
 
     def patched(self) -> AbstractContextManager[None]:
         stack = _Both()

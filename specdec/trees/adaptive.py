@@ -20,6 +20,8 @@ from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec.trees.economy import Economy
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
+_LAGGARDS = 8  # a row with a tenth less time to go counts half
+_USUAL = 8  # steps of one token that the pace of a row begins with
 _OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at temperature 1; outcomes correct it
 
 
@@ -66,12 +68,13 @@ class Adaptive(TreePolicy):
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
-            self._context = context
-            self._economy = Economy(len(context.tokens), self.nodes, self.width, self.costs)
+            self._context, self._begun, self._steps = context, context.lengths.clone(), 0
+            self._economy = Economy(self.nodes, self.width, self.costs)
         economy, tree = self._economy, _Growing(context, self.nodes)
         assert economy is not None
         economy.begin(min(self.depth, context.max_depth))
-        reach = tree.useful().double()  # [batch, frontier]: how likely each node of the frontier is to be accepted
+        weights = self._weights(context)
+        reach = weights * tree.useful()  # [batch, frontier]: how likely each node of the frontier is to be accepted, weighted
         while economy.continues():
             logits = yield tree.frontier()
             families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
@@ -88,18 +91,24 @@ class Adaptive(TreePolicy):
             reach = best.values[:, :going]
             tree.turn_to(best.indices[:, :going])
         economy.finish()
-        self._expected = tree.expected
+        self._expected = torch.cat([weights, tree.expected], 1)
         return tree.grown(self.width)
+
+    def _weights(self, context: Context) -> Tensor:
+        """[batch, 1] float64, together 1: a batch ends with its last row, so rows with most time to go count most."""
+        pace = (context.lengths - self._begun + _USUAL) / (self._steps + _USUAL)  # tokens per step
+        left = (context.row_depths + 1) / pace
+        weights = (left / left.amax()).double()[:, None] ** _LAGGARDS
+        self._steps += 1
+        return weights / weights.sum()
 
     def commit(self, acceptance: Acceptance) -> None:
         if self._expected is None or self._economy is None:  # nothing was grown
             return
-        expected = self._expected.gather(1, acceptance.path)  # [batch, depth + 1], of the accepted nodes' families
-        rows = torch.cat([expected, acceptance.keep[:, None]], 1).tolist()
-        self._economy.learn(
-            [row[: int(row[-1])] for row, stopped in zip(rows, acceptance.stopped, strict=True) if not stopped],
-            acceptance.stopped.count(False),
-        )
+        chosen = torch.nn.functional.pad(acceptance.path + 1, (1, 0))  # the weight, and the accepted nodes' families
+        rows = torch.cat([self._expected.gather(1, chosen), acceptance.keep[:, None]], 1).tolist()
+        rows = [row for row, stopped in zip(rows, acceptance.stopped, strict=True) if not stopped]
+        self._economy.learn([(weight, path[: int(keep)]) for weight, *path, keep in rows])
         self._expected = None
 
 

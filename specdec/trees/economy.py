@@ -1,4 +1,7 @@
-"""What drafting costs and brings, learned during a run: host numbers only, no tensors. `Adaptive` decides by it."""
+"""What drafting costs and brings, learned during a run: host numbers only, no tensors. `Adaptive` decides by it.
+
+Tokens, reach and outcomes are averages over the rows, weighted by how much the end of the run depends on each.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +68,13 @@ class Economy:
     and then what became of it (`learn`).
 
     Args:
-        rows: rows of the batch.
         nodes: most nodes of a tree.
         width: most nodes of a frontier.
         costs: frozen times; None to time the run.
     """
 
-    def __init__(self, rows: int, nodes: int, width: int, costs: Costs | None):
-        self._rows, self._timed = rows, costs is None
+    def __init__(self, nodes: int, width: int, costs: Costs | None):
+        self._timed = costs is None
         self._verify, self._draft = Times(nodes), Times(width)
         if costs is not None:
             self._verify.curve = [0.0, *map(costs.verify, range(1, nodes + 1))]
@@ -84,11 +86,11 @@ class Economy:
         """A step that may draft `limit` levels. The first of a timed run drafts nothing, to know what that takes."""
         known = self._verify.curve[1] > 0
         self._limit = min(limit, int(2 * (1 + self._proven))) if known else 0  # twice what was accepted lately
-        self._level, self._nodes, self._width, self._reach = 0, 1, 1, float(self._rows)
+        self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
         self._gain = self._drafting = self._drafted = 0.0
         self._start = self._mark = time.perf_counter()
         speed = self._tokens / self._seconds if self._seconds else 0.0
-        self._speed = self._rows * max(speed, 1 / self._verify.curve[1]) if known else 0.0  # tokens per second
+        self._speed = max(speed, 1 / self._verify.curve[1]) if known else 0.0  # tokens per second
 
     @property
     def calibration(self) -> float:
@@ -111,7 +113,7 @@ class Economy:
         """How many children each node of the frontier is to have, maybe 0.
 
         Args:
-            reach: chances of the frontier's nodes to be accepted, summed over nodes and rows.
+            reach: chances of the frontier's nodes to be accepted, summed over the nodes.
             families: the same for children 1, 1 and 2, ... of theirs, by the draft's confidence.
         """
         if self._timed:
@@ -138,7 +140,7 @@ class Economy:
         """How many of the newest nodes to continue.
 
         Args:
-            reach: of the most promising, second most promising ... of them in every row, summed over rows.
+            reach: of the most promising, second most promising ... of them of each row.
         """
         self._width, each = 1, self.calibration * self._confidence()
         for count, chance in enumerate(reach[1:], 2):
@@ -155,25 +157,24 @@ class Economy:
         """The tree is grown."""
         seconds = self._drafting + self._verify.curve[self._nodes]
         if seconds:
-            self._tokens += _SPEED * (1 + self._gain / self._rows - self._tokens)
+            self._tokens += _SPEED * (1 + self._gain - self._tokens)
             self._seconds += _SPEED * (seconds - self._seconds)
 
-    def learn(self, paths: Sequence[Sequence[float]], running: int) -> None:
+    def learn(self, paths: Sequence[tuple[float, Sequence[float]]]) -> None:
         """What became of the step.
 
         Args:
-            paths: of every row that goes on, what confidence expected of the children of each accepted node: 0 where
-                there were none, and no entry where another drafter drafted.
-            running: rows that go on.
+            paths: of rows that go on, (weight, what confidence expected of the children of each accepted node): 0 where
+                there were none, and nothing at all where another drafter drafted.
         """
         if self._timed:
             self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
         for rate in (self._accepted, self._confidence):
             rate.forget()
-        accepted = [len(path) - 1 for path in paths if path]
-        self._accepted.see(sum(accepted), sum(map(sum, paths)))
-        self._proven = max(0.9 * self._proven, *accepted, 0)
-        self._rows = max(running, 1)
+        for weight, path in paths:
+            if path:
+                self._accepted.see(weight * (len(path) - 1), weight * sum(path))
+        self._proven = max(0.9 * self._proven, sum(weight * (len(path) - 1) for weight, path in paths if path))
 
     def _price(self, before: int, after: int) -> float:
         """Of verifying `after` nodes instead of `before`, in tokens."""
