@@ -20,7 +20,7 @@ from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec.trees.economy import Economy
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
-_LAGGARDS = 8  # a row with a tenth less time to go counts half
+_LAGGARDS = 16  # a row with a tenth less time to go counts a fifth
 _USUAL = 8  # steps of one token that the pace of a row begins with
 _OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at temperature 1; outcomes correct it
 
