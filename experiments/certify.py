@@ -72,7 +72,14 @@ def cases() -> list[tuple[Case, str | None]]:
         for law, rule, stop in product(SAMPLED, RULES, ((), (1,)))
     ]
     grid += [  # what a step drafts depends on the outcomes of those before it: whole runs
-        Case(TabularDrafter(Table(2, seed=3), ADAPTIVE), rule, target=TabularTarget(2, 2), stop_tokens=stop, merge=merge, horizon=4)
+        Case(
+            TabularDrafter(Table(2, seed=3), ADAPTIVE),
+            rule,
+            target=TabularTarget(2, 2),
+            stop_tokens=stop,
+            merge=merge,
+            horizon=4,
+        )
         for rule, stop, merge in product(RULES, ((), (1,)), (True, False))
     ]
     return [*((case, None) for case in [*grid, *models()]), *((mutant.case, mutant.name) for mutant in MUTANTS)]

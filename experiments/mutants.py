@@ -275,11 +275,15 @@ class OrderedByProbability(TabularDrafter):
 
 
 PAIRS = Widths((2,), Law.WITHOUT_REPLACEMENT)
+
+
 def dropping_what_does_not_pay(self, drawn, expected):
     """`_Growing.add` that drops the drawn children whose probability is small."""
     exists = _add(self, drawn, expected)
     if drawn.draft_probs is not None:
-        parents = torch.arange(drawn.draft_probs.shape[1]).repeat_interleave(exists.shape[1] // drawn.draft_probs.shape[1])
+        parents = torch.arange(drawn.draft_probs.shape[1]).repeat_interleave(
+            exists.shape[1] // drawn.draft_probs.shape[1]
+        )
         rows = torch.arange(len(exists))[:, None]
         exists &= drawn.draft_probs[rows, parents, drawn.tokens] > 0.5
     return exists
@@ -293,7 +297,9 @@ DRAFTERS = {
     "top-k draft taken for independent samples": (TopTakenForIid(DRAFT, Widths((2,), Law.IID)), True),
     "point node dropped by its sampled descendant": (DropsPointByDescendant(), True),
     "adaptive: drawn, then dropped as not worth its time": (
-        TabularDrafter(DRAFT, ADAPTIVE), True, (adaptive._Growing, "add", dropping_what_does_not_pay)
+        TabularDrafter(DRAFT, ADAPTIVE),
+        True,
+        (adaptive._Growing, "add", dropping_what_does_not_pay),
     ),
     "one noise for all steps": (OneNoiseForAllSteps(Table(3, seed=2), Chain(1)), False),
 }

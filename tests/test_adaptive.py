@@ -1,5 +1,6 @@
 """Adaptive trees: lossless in every state, silent where drafting does not pay, repeatable where times are given."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import specdec
 from specdec import Sampling
 from specdec.drafters import Fallback, LayerSkipDrafter, MedusaDrafter, MedusaHeads, ModelDrafter, NgramDrafter
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
-from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter, exact_law, target_law
+from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
 from specdec.theory import CostCurve, Costs
 from specdec.trees import Adaptive, economy
 
@@ -40,7 +41,9 @@ class Watched(Adaptive):
         return grown
 
 
-@pytest.mark.parametrize("rule", [SiblingRejection(), TraversalVerification(), LevelVerification(1)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [SiblingRejection(), TraversalVerification(), LevelVerification(1)], ids=lambda rule: type(rule).__name__
+)
 @pytest.mark.parametrize("merge", [True, False], ids=["from_any_text", "whole_runs"])
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=2)], ids=["t1", "top_k"])
 def test_sampled_text_is_lossless(sampling, merge, rule):
@@ -125,9 +128,21 @@ def test_a_draft_that_is_never_accepted_costs_a_few_tokens(given, certain, sampl
     assert seconds <= STEPS + LOST  # of one per token without a draft
 
 
+def test_a_draft_model_that_was_silent_for_long_reads_on_where_it_stood(monkeypatch):
+    monkeypatch.setattr(economy, "_FORGET", 0.1)  # try again after some 30 steps
+    model, tree = llama(), Watched(costs=DEAR)
+    out = specdec.generate(model, PROMPTS[:1], ModelDrafter(llama(5), tree), max_new_tokens=120, stop_tokens=())
+    assert out.tokens[0].tolist() == reference(model, PROMPTS[0], max_new_tokens=120, eos_token_id=-1).tolist()
+    drafted = [step for step, size in enumerate(tree.sizes) if size > 1]
+    assert max(b - a for a, b in itertools.pairwise(drafted)) > 8
+    assert drafted[-1] > 40
+
+
 def test_a_draft_that_is_always_accepted_is_used_to_the_full():
     model = llama()
-    out = specdec.generate(model, PROMPTS[:1], ModelDrafter(model, Adaptive(costs=CHEAP)), max_new_tokens=96, stop_tokens=())
+    out = specdec.generate(
+        model, PROMPTS[:1], ModelDrafter(model, Adaptive(costs=CHEAP)), max_new_tokens=96, stop_tokens=()
+    )
     assert out.summary()["acceptance_length"] > 6
 
 

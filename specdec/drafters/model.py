@@ -62,7 +62,6 @@ class ModelDrafter(Drafter):
         if context.max_depth == 0:
             self._asked = None
             return root_only(context.root)
-        self._cached.longest = max(context.host_lengths) - 1
         grown = drive(self.tree.grow(context, coins), self._score)
         self._asked = grown.asked
         return grown.tree
@@ -79,12 +78,19 @@ class ModelDrafter(Drafter):
 
     def _read_root(self) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
-        cache, lengths, tokens = self._cached.cache, self._context.lengths, self._context.tokens
-        count = int((lengths - cache.lengths).max())  # >= 1: the root, an accepted leaf before it, what others drafted
-        cache.lengths.copy_((lengths - count).clamp(min=0))  # who misses less reads its last tokens again: none past its end
-        logits = self._cached.forward(self._cached.pending(tokens, count), chain(len(lengths), count, lengths.device))
+        cache, context, longest = self._cached.cache, self._context, max(self._context.host_lengths)
+        lengths = context.lengths
+        count = int(
+            (lengths - cache.lengths).max()
+        )  # >= 1: the root, an accepted leaf before it, what it did not draft
+        # who misses less reads its last tokens again, so that nobody reads past its end
+        cache.lengths.copy_((lengths - count).clamp(min=0))
+        self._cached.longest = max(longest - count, 0)
+        tokens = self._cached.pending(context.tokens, count)
+        logits = self._cached.forward(tokens, chain(len(tokens), count, tokens.device))
         last = lengths - 1 - cache.lengths
         cache.lengths.copy_(lengths - 1)
+        self._cached.longest = longest - 1
         return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
 
     def _score(self, frontier: Frontier) -> Tensor:

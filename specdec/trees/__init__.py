@@ -6,4 +6,16 @@ from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, 
 from specdec.trees.static import Static
 from specdec.trees.widths import Chain, Widths
 
-__all__ = ["Adaptive", "Chain", "Children", "Dynamic", "Frontier", "Grown", "Growth", "Static", "TreePolicy", "Widths", "draw"]
+__all__ = [
+    "Adaptive",
+    "Chain",
+    "Children",
+    "Dynamic",
+    "Frontier",
+    "Grown",
+    "Growth",
+    "Static",
+    "TreePolicy",
+    "Widths",
+    "draw",
+]

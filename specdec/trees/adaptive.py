@@ -20,8 +20,8 @@ from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec.trees.economy import Economy
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
-_LAGGARDS = 16  # a row with a tenth less time to go counts a fifth
-_USUAL = 8  # steps of one token that the pace of a row begins with
+_LAGGARDS = 8  # a row with a tenth less time to go counts half
+_USUAL = 16  # steps of one token that the pace of a row begins with
 _OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at temperature 1; outcomes correct it
 
 
@@ -29,12 +29,14 @@ _OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at tem
 class Adaptive(TreePolicy):
     """Depth and widths chosen level by level from measured times and acceptance; no draft where none pays.
 
-    Every level continues the most promising nodes so far and gives each the same number of children. Both numbers are
-    chosen before the level is drawn, from what was drawn above it, so it stays lossless. They are chosen for the batch as
-    a whole: a row's text depends on the other rows (in law it does not). Unless `costs` are given they also depend on the
-    clock, and a seed does not repeat a run.
+    Every level continues the most promising of the newest nodes and gives each the same number of children. Both numbers
+    are chosen before the level is drawn, from what was drawn above it and from earlier steps, and nothing drawn is dropped:
+    so it is lossless. They are chosen for the batch as a whole, so that a row's text depends on the other rows, and unless
+    `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
-    A draft that is never accepted costs at most 1 + 0.01 n tokens over n steps: see `specdec.trees.economy.Rate`.
+    Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. What is learned is forgotten at the end of a run;
+    one policy serves one run at a time.
 
     Args:
         nodes: most nodes of a tree, the root included.
@@ -61,10 +63,10 @@ class Adaptive(TreePolicy):
             )
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        law = Law.SAMPLED_THEN_TOP if self.width > 1 else Law.IID
-        return TreeSpec(
-            drawn_laws(law, sampling), self.nodes, self.depth, self.width, by_depth=True, by_row=False
-        )
+        laws = drawn_laws(Law.IID, sampling)
+        if self.width > 1:
+            laws |= drawn_laws(Law.SAMPLED_THEN_TOP, sampling)
+        return TreeSpec(laws, self.nodes, self.depth, self.width, by_depth=True, by_row=False)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
@@ -74,7 +76,8 @@ class Adaptive(TreePolicy):
         assert economy is not None
         economy.begin(min(self.depth, context.max_depth))
         weights = self._weights(context)
-        reach = weights * tree.useful()  # [batch, frontier]: how likely each node of the frontier is to be accepted, weighted
+        # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
+        reach = weights * tree.useful()
         while economy.continues():
             logits = yield tree.frontier()
             families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
@@ -83,8 +86,9 @@ class Adaptive(TreePolicy):
                 break
             law = Law.SAMPLED_THEN_TOP if count > 1 else Law.IID
             drawn = draw(logits, count, law, context.sampling, coins, tree.nodes)
-            chances = (economy.calibration * _chances(logits, drawn.tokens, families[..., :count], context.sampling)).clamp(max=1)
+            chances = _chances(logits, drawn.tokens, families[..., :count], context.sampling)
             exists = tree.add(drawn, families[..., count - 1] * tree.useful())
+            chances = (economy.calibration * chances).clamp(max=1)
             reach = (reach[..., None] * chances).flatten(1) * exists * tree.useful()
             best = reach.topk(min(self.width, reach.shape[1]), -1)
             going = economy.frontier(best.values.sum(0).tolist())
