@@ -14,9 +14,10 @@ import numpy as np
 from specdec.theory import Costs
 
 _FORGET = 0.01  # of what was seen, every step
-_NEWEST = 0.3  # weight of the newest time of a size
+_KEEP = 0.95  # of the weight of a time, every newer one
 _OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
-_SLOPE = 0.05  # of one more node, relative to a single one, while no larger tree has been timed
+_SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
+_DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
 _SPEED = 0.1  # weight of the newest step in the speed
 
 
@@ -45,20 +46,23 @@ class Rate:
 
 
 class Times:
-    """Seconds by size 1, 2, ...: averages of what was timed, straight lines between, never falling."""
+    """Seconds by size 1, 2, ...: a straight line through what was timed, the newest counting most.
+
+    A line, because every step then says something about every size: sizes that are rare are not left with one bad timing.
+    """
 
     def __init__(self, sizes: int):
-        self._seen: dict[int, float] = {}
+        self._moments, self._seconds = np.diag([0.0, _DOUBT]), np.zeros(2)
         self.curve = [0.0] * (sizes + 1)  # [size]; 0 as long as nothing is known
 
     def see(self, size: int, seconds: float) -> None:
-        old = self._seen.get(size, seconds)
-        self._seen[size] = old + _NEWEST * (min(seconds, _OUTLIER * old) - old)
-        sizes = sorted(self._seen)
-        known = np.minimum.accumulate([self._seen[n] for n in reversed(sizes)])[::-1]  # interruptions only add
-        slope = (known[-1] - known[0]) / (sizes[-1] - 1) if len(sizes) > 1 else _SLOPE * known[0]
-        beyond = np.arange(len(self.curve)) - sizes[-1]
-        self.curve = (np.interp(range(len(self.curve)), sizes, known) + slope * beyond.clip(0)).tolist()
+        known = self.curve[size]
+        at = np.array([1 + _SLOPE * (size - 1), size - 1])  # of the line that is expected, and what bends it
+        self._moments = _KEEP * self._moments + np.outer(at, at) + np.diag([0.0, (1 - _KEEP) * _DOUBT])
+        self._seconds = _KEEP * self._seconds + at * (min(seconds, _OUTLIER * known) if known else seconds)
+        one, bend = np.linalg.solve(self._moments, self._seconds)
+        slope = max(_SLOPE * one + bend, 0.0)
+        self.curve = [0.0, *(one + slope * np.arange(len(self.curve) - 1)).tolist()]
 
 
 class Economy:
