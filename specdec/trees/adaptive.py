@@ -16,7 +16,7 @@ from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.theory import Costs
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
 from specdec.trees.economy import Economy
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
@@ -35,7 +35,7 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. What is learned is forgotten at the end of a run;
+    about 2 tokens, and 2 % of the steps: see `specdec.trees.economy.Rate`. What is learned is forgotten at the end of a run;
     one policy serves one run at a time.
 
     Args:
@@ -52,6 +52,7 @@ class Adaptive(TreePolicy):
     _economy: Economy | None = field(default=None, init=False, repr=False)
     _context: Context | None = field(default=None, init=False, repr=False)
     _expected: Tensor | None = field(default=None, init=False, repr=False)
+    _grown: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.nodes < 2 or self.depth < 1 or self.width < 1:
@@ -72,13 +73,18 @@ class Adaptive(TreePolicy):
         if context is not self._context:  # a new run
             self._context, self._begun, self._steps = context, context.lengths.clone(), 0
             self._economy = Economy(self.nodes, self.width, self.costs)
-        economy, tree = self._economy, _Growing(context, self.nodes)
+        economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
+        self._steps += 1
         economy.begin(min(self.depth, context.max_depth))
-        weights = self._weights(context)
+        going = economy.continues()
+        if not going:
+            economy.finish()
+            return Grown(root_only(context.root), torch.full_like(context.root, -1)[:, None])
+        tree, weights = _Growing(context, self.nodes), self._weights(context)
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weights * tree.useful()
-        while economy.continues():
+        while going:
             logits = yield tree.frontier()
             families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
             count = economy.children(*_on_host(reach, families))
@@ -91,29 +97,30 @@ class Adaptive(TreePolicy):
             chances = (economy.calibration * chances).clamp(max=1)
             reach = (reach[..., None] * chances).flatten(1) * exists * tree.useful()
             best = reach.topk(min(self.width, reach.shape[1]), -1)
-            going = economy.frontier(best.values.sum(0).tolist())
-            reach = best.values[:, :going]
-            tree.turn_to(best.indices[:, :going])
+            count = economy.frontier(best.values.sum(0).tolist())
+            reach, going = best.values[:, :count], economy.continues()
+            tree.turn_to(best.indices[:, :count])
         economy.finish()
         self._expected = torch.cat([weights, tree.expected], 1)
         return tree.grown(self.width)
 
     def _weights(self, context: Context) -> Tensor:
         """[batch, 1] float64, together 1: a batch ends with its last row, so rows with most time to go count most."""
-        pace = (context.lengths - self._begun + _USUAL) / (self._steps + _USUAL)  # tokens per step
+        pace = (context.lengths - self._begun + _USUAL) / (self._steps - 1 + _USUAL)  # tokens per step
         left = (context.row_depths + 1) / pace
         weights = (left / left.amax()).double()[:, None] ** _LAGGARDS
-        self._steps += 1
         return weights / weights.sum()
 
     def commit(self, acceptance: Acceptance) -> None:
-        if self._expected is None or self._economy is None:  # nothing was grown
+        if not self._grown or self._economy is None:
             return
+        self._grown = False
+        if self._expected is None:  # nothing was drafted
+            return self._economy.learn([])
         chosen = torch.nn.functional.pad(acceptance.path + 1, (1, 0))  # the weight, and the accepted nodes' families
         rows = torch.cat([self._expected.gather(1, chosen), acceptance.keep[:, None]], 1).tolist()
         rows = [row for row, stopped in zip(rows, acceptance.stopped, strict=True) if not stopped]
         self._economy.learn([(weight, path[: int(keep)]) for weight, *path, keep in rows])
-        self._expected = None
 
 
 def _on_host(reach: Tensor, families: Tensor) -> tuple[float, list[float]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from specdec.theory import Costs
 
+_PRIOR = 2.0  # successes: one or two failures at the start of a run say little
 _FORGET = 0.01  # of what was seen, every step
 _KEEP = 0.95  # of the weight of a time, every newer one
 _OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
@@ -23,18 +24,18 @@ _SPEED = 0.1  # weight of the newest step in the speed
 
 @dataclass
 class Rate:
-    """Successes / trials, begun with one success, and slowly forgotten.
+    """Successes / trials, begun with _PRIOR successes, and slowly forgotten.
 
     So what never succeeds is still tried from time to time, and what that costs is bounded. A trial that pays with a
-    chance of x is made where (1 + 0) / (1 + E) >= x, after E trials in vain: the first ones lose x E < 1 tokens, and as
-    _FORGET * E trials are forgotten per step, so many are made again, and lose _FORGET tokens per step.
+    chance of x is made while _PRIOR / (_PRIOR + E) >= x, after E trials in vain: these lose x E < _PRIOR tokens, and as
+    _FORGET * E trials are forgotten per step, so many are made again, and lose at most _PRIOR * _FORGET tokens per step.
     """
 
     trials: float = 0.0
     successes: float = 0.0
 
     def __call__(self) -> float:
-        return (1 + self.successes) / (1 + self.trials)
+        return (_PRIOR + self.successes) / (_PRIOR + self.trials)
 
     def see(self, successes: float, trials: float) -> None:
         self.successes += successes
