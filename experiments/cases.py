@@ -13,10 +13,12 @@ from specdec import Law, Sampling
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, NoDrafter
 from specdec.rules import Rule, SiblingRejection
 from specdec.testing import TabularTarget, exact_law, target_law
-from specdec.trees import Dynamic
+from specdec.theory import CostCurve, Costs
+from specdec.trees import Adaptive, Dynamic
 
 PROMPT = (0, 1, 0)
 ROUNDING = 1e-12  # of float64 Llamas: logits of one text differ by 1e-15 between batch shapes
+ADAPTIVE = Adaptive(5, 2, 2, Costs(CostCurve((1, 5), (1.0, 1.4)), CostCurve((1, 2), (0.2, 0.2))))  # at given times
 KEYS = (
     "drafter", "tree", "law", "rule", "sampling", "eos", "horizon", "lossless", "mutant", "total_variation",
     "expected_tokens", "paths", "refused",
@@ -101,6 +103,8 @@ def tree_name(tree: Any) -> str:
         return "its own"
     if isinstance(tree, Dynamic):
         return f"dynamic {tree.nodes} nodes"
+    if isinstance(tree, Adaptive):
+        return f"adaptive {tree.nodes} nodes"
     kind = "chain" if max(tree.widths) == 1 else "widths"
     return f"{kind} {len(tree.widths) if kind == 'chain' else '-'.join(map(str, tree.widths))}"
 

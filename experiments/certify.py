@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from experiments.cases import ROUNDING, Case, llama
+from experiments.cases import ADAPTIVE, ROUNDING, Case, llama
 from experiments.mutants import MUTANTS, STOP
 from experiments.results import ROOT, Json, provenance
 from specdec import Law, Sampling
@@ -70,6 +70,17 @@ def cases() -> list[tuple[Case, str | None]]:
     grid += [  # siblings at two depths; two tokens, for paths grow fast
         Case(TabularDrafter(Table(2, seed=3), Widths((2, 2), law)), rule, target=TabularTarget(2, 2), stop_tokens=stop)
         for law, rule, stop in product(SAMPLED, RULES, ((), (1,)))
+    ]
+    grid += [  # what a step drafts depends on the outcomes of those before it: whole runs
+        Case(
+            TabularDrafter(Table(2, seed=3), ADAPTIVE),
+            rule,
+            target=TabularTarget(2, 2),
+            stop_tokens=stop,
+            merge=merge,
+            horizon=4,
+        )
+        for rule, stop, merge in product(RULES, ((), (1,)), (True, False))
     ]
     return [*((case, None) for case in [*grid, *models()]), *((mutant.case, mutant.name) for mutant in MUTANTS)]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from experiments.cases import Case
+from experiments.cases import ADAPTIVE, Case
 from specdec import DraftTree, Law, Sampling, Topology, TreeSpec
 from specdec.coins import Purpose
 from specdec.drafters import Drafter
@@ -36,7 +36,7 @@ from specdec.rules import (
 from specdec.rules.residual import residual
 from specdec.sampling import TargetLaw
 from specdec.testing import Table, TabularDrafter, TabularTarget
-from specdec.trees import Chain, Dynamic, Widths
+from specdec.trees import Chain, Dynamic, Widths, adaptive
 
 STOP = 2
 DRAFT = Table(3, seed=1)
@@ -275,12 +275,32 @@ class OrderedByProbability(TabularDrafter):
 
 
 PAIRS = Widths((2,), Law.WITHOUT_REPLACEMENT)
+
+
+def dropping_what_does_not_pay(self, drawn, expected):
+    """`_Growing.add` that drops the drawn children whose probability is small."""
+    exists = _add(self, drawn, expected)
+    if drawn.draft_probs is not None:
+        parents = torch.arange(drawn.draft_probs.shape[1]).repeat_interleave(
+            exists.shape[1] // drawn.draft_probs.shape[1]
+        )
+        rows = torch.arange(len(exists))[:, None]
+        exists &= drawn.draft_probs[rows, parents, drawn.tokens] > 0.5
+    return exists
+
+
+_add = adaptive._Growing.add
 DRAFTERS = {
     "sampled, then pruned by the drawn token's probability": (DropsUnlikely(DRAFT, Chain(1)), True),
     "sampled, then ranked by the drawn tokens' probability": (OrderedByProbability(DRAFT, PAIRS), True),
     "argmax draft with a softmax law": (ArgmaxWithSoftmax(DRAFT, Chain(1)), True),
     "top-k draft taken for independent samples": (TopTakenForIid(DRAFT, Widths((2,), Law.IID)), True),
     "point node dropped by its sampled descendant": (DropsPointByDescendant(), True),
+    "adaptive: drawn, then dropped as not worth its time": (
+        TabularDrafter(DRAFT, ADAPTIVE),
+        True,
+        (adaptive._Growing, "add", dropping_what_does_not_pay),
+    ),
     "one noise for all steps": (OneNoiseForAllSteps(Table(3, seed=2), Chain(1)), False),
 }
 
@@ -422,7 +442,7 @@ IN_RULES = [Mutant(name, _module_case(rule), tuple(patches)) for name, (rule, *p
 MUTANTS = [
     *(Mutant(name, Case(TabularDrafter(DRAFT, TREES[tree]), rule, **options))
       for name, (rule, tree, options) in RULES.items()),
-    *(Mutant(name, Case(drafter, merge=merge)) for name, (drafter, merge) in DRAFTERS.items()),
+    *(Mutant(name, Case(drafter, merge=merge), tuple(patches)) for name, (drafter, merge, *patches) in DRAFTERS.items()),
     *(Mutant(name, Case(TabularDrafter(DRAFT, Chain(2)), **options), (planted,))
       for name, (options, planted) in LOOP.items()),
     *IN_RULES,

@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 import specdec
 from experiments import calls
@@ -61,7 +62,8 @@ def calibrate(
     target: Any, drafter: Drafter, prompts: list[torch.Tensor], settings: dict[str, Any]
 ) -> list[list[float]]:
     """Acceptance by depth and slot, on prompts that are not timed."""
-    traces = [specdec.generate(target, prompt, drafter, trace="ceiling", **settings).trace for prompt in prompts]
+    bar = tqdm(prompts, desc="calibrating", leave=False)
+    traces = [specdec.generate(target, prompt, drafter, trace="ceiling", **settings).trace for prompt in bar]
     return positional_acceptance(Trace(steps=[step for trace in traces for step in trace.steps]))
 
 

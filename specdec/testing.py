@@ -170,7 +170,8 @@ def _enumerate(
 ) -> Iterable[tuple[Text, bool, Fraction]]:
     """(tokens, ended, probability) of every outcome of one step, or of the whole run."""
     queue: list[list[int]] = [[]]
-    wave = _WAVE if one_step else 1  # over several steps a row's drafts may be deeper for the sake of other rows
+    # over several steps a row's drafts may be deeper for the sake of other rows
+    wave = _WAVE if one_step and (drafter is None or drafter.spec(sampling).by_row) else 1
     while queue:
         scripts, queue = queue[:wave], queue[wave:]
         coins: list[ExactCoins] = []
@@ -275,6 +276,9 @@ class TabularDrafter(Drafter):
             return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
 
         return drive(self.tree.grow(context, coins), score).tree
+
+    def commit(self, acceptance: Acceptance) -> None:
+        self.tree.commit(acceptance)
 
 
 def assert_lossless(

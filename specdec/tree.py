@@ -39,6 +39,7 @@ class TreeSpec:
     by_depth: bool = (
         False  # whether a node exists depends on no token below its depth: `LevelVerification` relies on it
     )
+    by_row: bool = True  # whether a row's tree depends on no other row: `specdec.testing` relies on it
 
 
 @dataclass(frozen=True, eq=False)

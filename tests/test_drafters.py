@@ -42,6 +42,7 @@ DRAFTERS = {
     "widths": lambda: ModelDrafter(tiny(1), Widths((2, 1))),
     "static": lambda: ModelDrafter(tiny(1), Static([-1, 0, 0, 2], Law.WITHOUT_REPLACEMENT)),
     "dynamic": lambda: ModelDrafter(tiny(1), Dynamic(5, 2, 2)),
+    "dynamic, by threshold": lambda: ModelDrafter(tiny(1), Dynamic(5, 2, 2, threshold=0.3)),
     "layer skip": lambda: LayerSkipDrafter(exit_layer=1, tree=Widths((2, 1))),
     "medusa": lambda: MedusaDrafter(heads(), Widths((2, 1))),
     "fallback": lambda: Fallback(SuffixDrafter(threshold=0.5), ModelDrafter(tiny(1), Chain(2))),

@@ -17,6 +17,7 @@ TREES = {
     "without_replacement": Widths((2, 1), Law.WITHOUT_REPLACEMENT),
     "sampled_then_top": Widths((2, 1), Law.SAMPLED_THEN_TOP),
     "dynamic": Dynamic(5, 2, 2),
+    "threshold": Dynamic(5, 2, 2, threshold=0.3),
 }
 SAMPLINGS = {
     "temperature_0.7": Sampling(0.7),

@@ -71,6 +71,7 @@ CONSTRUCTORS = {
     "no children": (lambda: Widths([2, 0]), "at least one child"),
     "law of nothing": (lambda: Widths([2], Law.PADDING), "absent nodes"),
     "empty chain": (lambda: Chain(0), "drafter=None"),
+    "threshold of one": (lambda: Dynamic(threshold=1.0), "below 1"),
     "one node": (lambda: Dynamic(nodes=1), "nodes >= 2"),
     "no n-gram": (lambda: NgramDrafter(max_ngram=0), "must be >= 1"),
     "widths for a tree": (lambda: ModelDrafter(llama(), [4, 2]), "pass a tree policy"),

@@ -35,7 +35,7 @@ class Fallback(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
         most = (max(getattr(s, name) for s in (a, b)) for name in ("nodes", "depth", "width"))
-        return TreeSpec(a.laws | b.laws, *most, by_depth=a.by_depth and b.by_depth)
+        return TreeSpec(a.laws | b.laws, *most, by_depth=a.by_depth and b.by_depth, by_row=a.by_row and b.by_row)
 
     def start(self, target: Target, context: Context) -> None:
         self.first.start(target, context)
@@ -51,8 +51,9 @@ class Fallback(Drafter):
 
     def commit(self, acceptance: Acceptance) -> None:
         # what a drafter did not draft is to it as if nothing had been accepted: it reads those tokens later
-        self.first.commit(replace(acceptance, keep=acceptance.keep.where(self._has, 0)))
-        self.second.commit(replace(acceptance, keep=acceptance.keep.where(~self._has, 0)))
+        for drafter, rows in ((self.first, self._has), (self.second, ~self._has)):
+            path, keep = acceptance.path.where(rows[:, None], 0), acceptance.keep.where(rows, 0)
+            drafter.commit(replace(acceptance, path=path, keep=keep))
 
     def patched(self) -> AbstractContextManager[None]:
         stack = _Both()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
 from specdec.target import ModelTarget, Target
 from specdec.tree import DraftTree, TreeSpec, root_only
@@ -67,6 +67,9 @@ class LayerSkipDrafter(Drafter):
         self._cached.longest = max(context.host_lengths) - 1
         with _passing_through(self._skipped):
             return drive(self.tree.grow(context, coins), self._score).tree
+
+    def commit(self, acceptance: Acceptance) -> None:
+        self.tree.commit(acceptance)
 
     def _score(self, frontier: Frontier) -> Tensor:
         return self._cached.forward(frontier.tokens, frontier.topology)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
 from specdec.target import ModelTarget, Target
 from specdec.tree import DraftTree, TreeSpec, root_only
@@ -137,14 +137,19 @@ class MedusaDrafter(Drafter):
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         if context.max_depth == 0:
             return root_only(context.root)
-        assert context.hidden is not None
-        logits = self.heads(context.hidden, self._lm_head)  # [batch, head, vocab]
+        logits: list[Tensor] = []  # [batch, head, vocab], once they are asked for
 
         def score(frontier: Frontier) -> Tensor:
+            if not logits:
+                assert context.hidden is not None
+                logits.append(self.heads(context.hidden, self._lm_head))
             depth, count = frontier.topology.depth, frontier.tokens.shape[1]
-            return logits[:, depth : depth + 1].expand(-1, count, -1)
+            return logits[0][:, depth : depth + 1].expand(-1, count, -1)
 
         return drive(self.tree.grow(context, coins), score).tree
+
+    def commit(self, acceptance: Acceptance) -> None:
+        self.tree.commit(acceptance)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class ModelDrafter(Drafter):
                 "max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
         nodes = self.spec(context.sampling).nodes
-        self._vocab, self._asked = target.vocab, None
+        self._vocab, self._context, self._asked = target.vocab, context, None
         self._cached.start(len(context.tokens), capacity + nodes)
         self._cached.read(context.tokens, [n - 1 for n in context.host_lengths])
 
@@ -64,13 +64,12 @@ class ModelDrafter(Drafter):
         if context.max_depth == 0:
             self._asked = None
             return root_only(context.root)
-        self._cached.longest = max(context.host_lengths) - 1
-        self._at_root = self._read_root(context)
         grown = drive(self.tree.grow(context, coins), self._score)
         self._asked = grown.asked
         return grown.tree
 
     def commit(self, acceptance: Acceptance) -> None:
+        self.tree.commit(acceptance)
         if self._asked is None:  # nothing was drafted, so nothing is in the cache
             return
         order = self._asked.gather(1, acceptance.path)
@@ -79,20 +78,26 @@ class ModelDrafter(Drafter):
         self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
         self._asked = None
 
-    def _read_root(self, context: Context) -> Tensor:
+    def _read_root(self) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
-        cache = self._cached.cache
-        missing = context.lengths - cache.lengths  # [batch], >= 1: the root, and an accepted leaf before it
-        count = int(missing.max())
-        logits = self._cached.forward(
-            self._cached.pending(context.tokens, count), chain(len(missing), count, missing.device)
-        )
-        cache.lengths.copy_(context.lengths - 1)
-        return logits.gather(1, (missing - 1)[:, None, None].expand(-1, 1, logits.shape[2]))
+        cache, context, longest = self._cached.cache, self._context, max(self._context.host_lengths)
+        lengths = context.lengths
+        count = int(
+            (lengths - cache.lengths).max()
+        )  # >= 1: the root, an accepted leaf before it, what it did not draft
+        # who misses less reads its last tokens again, so that nobody reads past its end
+        cache.lengths.copy_((lengths - count).clamp(min=0))
+        self._cached.longest = max(longest - count, 0)
+        tokens = self._cached.pending(context.tokens, count)
+        logits = self._cached.forward(tokens, chain(len(tokens), count, tokens.device))
+        last = lengths - 1 - cache.lengths
+        cache.lengths.copy_(lengths - 1)
+        self._cached.longest = longest - 1
+        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
 
     def _score(self, frontier: Frontier) -> Tensor:
         if frontier.topology.depth == 0:
-            logits = self._at_root
+            logits = self._read_root()
         else:
             logits = self._cached.forward(frontier.tokens, frontier.topology)
         extra = self._vocab - logits.shape[-1]

@@ -1,8 +1,21 @@
 """Tree policies: who gets how many children, under which law. One policy per file."""
 
+from specdec.trees.adaptive import Adaptive
 from specdec.trees.dynamic import Dynamic
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw
 from specdec.trees.static import Static
 from specdec.trees.widths import Chain, Widths
 
-__all__ = ["Chain", "Children", "Dynamic", "Frontier", "Grown", "Growth", "Static", "TreePolicy", "Widths", "draw"]
+__all__ = [
+    "Adaptive",
+    "Chain",
+    "Children",
+    "Dynamic",
+    "Frontier",
+    "Grown",
+    "Growth",
+    "Static",
+    "TreePolicy",
+    "Widths",
+    "draw",
+]

@@ -1,4 +1,9 @@
-"""Dynamic trees (EAGLE-2, arXiv:2406.16858): a beam per depth by the draft's confidence, then the best nodes of all."""
+"""Dynamic trees (EAGLE-2, arXiv:2406.16858): a beam per depth by the draft's confidence, then the best nodes of all.
+
+With a threshold growth ends where the next node would add too little to the expected acceptance length, as in OPT-Tree
+(arXiv:2406.17276), which bounds what a whole depth adds; here it is what each node adds, so that a row's tree depends on no
+other row.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +30,20 @@ class Dynamic(TreePolicy):
         nodes: size of the tree, the root included.
         depth: longest path.
         width: beam: nodes continued per depth, and children considered for each.
+        threshold: least confidence of a node: what it adds to the expected acceptance length, by the draft's own account.
+            Above 0 trees differ in size from step to step, and the host is asked once per depth whether growth goes on.
     """
 
     nodes: int = 25
     depth: int = 5
     width: int = 4
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.nodes < 2 or self.depth < 1 or self.width < 1:
             raise ValueError(f"{self}: need nodes >= 2, depth >= 1 and width >= 1.")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold}: a confidence, at least 0 and below 1.")
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
@@ -50,9 +60,8 @@ class Dynamic(TreePolicy):
             logp = (logits.double() / (context.sampling.temperature or 1.0)).log_softmax(-1)
             best = logp.topk(min(self.width, logp.shape[-1]), -1)
             score = (score[..., None] + best.values).flatten(1)
-            score = torch.where(
-                context.row_depths[:, None] < depth, -torch.inf, score
-            )  # no row draws beyond its budget
+            beyond = context.row_depths[:, None] < depth  # no row draws beyond its budget
+            score = torch.where(beyond | (score.exp() < self.threshold), -torch.inf, score)
             repeats = best.indices.shape[-1]
             index = found.add(best.indices.flatten(1), score, origin.repeat_interleave(repeats, 1))
             beam = score.topk(min(self.width, score.shape[1]), -1)
@@ -62,9 +71,11 @@ class Dynamic(TreePolicy):
             start = asked.parents.shape[1]
             order = torch.arange(start, start + tokens.shape[1], device=device).expand(batch, -1)
             asked = Topology(torch.cat([asked.parents, parent], 1), depth, self.width)
+            if self.threshold and not bool((score > -torch.inf).any()):
+                break
             if depth < min(self.depth, context.max_depth):
                 found.note_order(origin, order)
-        return found.best(self.nodes - 1, context.root, self.width)
+        return found.best(self.nodes - 1, context.root, self.width, shrinks=self.threshold > 0)
 
 
 class _Candidates:
@@ -88,17 +99,21 @@ class _Candidates:
         """Record when the candidates `index` [batch, n] were asked for."""
         self.asked.scatter_(1, index, order)
 
-    def best(self, count: int, root: Tensor, width: int) -> Grown:
-        """The tree of the `count` most probable candidates."""
-        if self.depths == 0:
-            chosen = self.tokens
-        else:  # stable: among equals the earlier, so that parents come with their children
-            chosen = self.scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(1).values
-        parents = self.parents.gather(1, chosen)
+    def best(self, count: int, root: Tensor, width: int, shrinks: bool) -> Grown:
+        """The tree of the `count` most probable candidates; if it `shrinks`, of no more than are possible in some row."""
+        end = self.tokens.shape[1]
+        # stable: among equals the earlier, so that parents come with their children
+        ranked = self.scores.sort(dim=1, descending=True, stable=True)
+        possible = ranked.values[:, :count] > -torch.inf
+        count = int(possible.sum(1).amax()) if shrinks else min(count, end)
+        chosen = torch.where(possible, ranked.indices[:, : possible.shape[1]], end)[:, :count].sort(1).values
+        exists, index = chosen < end, chosen.clamp(max=max(end - 1, 0))  # the impossible come last
+        parents = self.parents.gather(1, index)
         place = torch.searchsorted(chosen.contiguous(), parents.contiguous()) + 1  # node 0 is the root
-        place = torch.where(parents < 0, 0, place)
+        place = torch.where(exists & (parents >= 0), place, 0)
         root_first = torch.nn.functional.pad
-        tokens = torch.cat([root[:, None], self.tokens.gather(1, chosen)], 1)
+        tokens = torch.cat([root[:, None], self.tokens.gather(1, index)], 1)
         topology = Topology(root_first(place, (1, 0), value=-1), self.depths, width)
-        tree = DraftTree(tokens, topology, torch.zeros_like(tokens, dtype=torch.uint8))
-        return Grown(tree, root_first(self.asked.gather(1, chosen), (1, 0)))
+        laws = root_first(torch.where(exists, Law.POINT, Law.PADDING), (1, 0), value=Law.POINT)
+        tree = DraftTree(tokens, topology, laws.to(torch.uint8))
+        return Grown(tree, root_first(self.asked.gather(1, index), (1, 0)))

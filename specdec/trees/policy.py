@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context
+from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
@@ -46,7 +46,13 @@ class TreePolicy(ABC):
         """A generator: yield a `Frontier`, receive the draft's logits [batch, count, vocab] after its nodes, repeat.
 
         What to draw next may depend on anything drawn before. A sampled node is never dropped or re-ranked, and a
-        POINT node only on what was known before anything below it was sampled. Not deeper than `context.max_depth`.
+        POINT node only on what was known before anything below it was sampled. Not deeper than `context.max_depth`. A tree
+        of the root alone may be returned without asking for anything.
+        """
+
+    def commit(self, acceptance: Acceptance) -> None:  # noqa: B027 - optional
+        """Called by drafters from their own `commit`, for policies that learn from outcomes: what was kept of the last tree,
+        if one was grown since the last call.
         """
 
 

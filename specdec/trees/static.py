@@ -1,6 +1,9 @@
 """Trees of one fixed shape, chosen beforehand from measured acceptance (Medusa, arXiv:2401.10774; Sequoia, arXiv:2402.12374).
 
-`specdec.theory.best_tree` finds the shape for measured acceptance rates and times.
+`specdec.theory.best_tree` finds the shape for measured acceptance rates and times, and `experiments/calibrate_tree.py` does
+it for a pair of models. With children drawn without replacement that is Sequoia: its tree program, sampling and verification
+(its algorithms 1 and 2, `SiblingRejection`), with acceptance by depth and measured times where the paper has one vector and one
+hardware curve.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""The fastest static tree for a pair of models on this machine, as an option for conf/tree.
+
+    python experiments/calibrate_tree.py nodes=24 sampling=temperature law=WITHOUT_REPLACEMENT
+    python experiments/benchmark.py --config-dir outputs 'methods=[autoregressive,chosen]' tree=calibrated
+
+How often each child is accepted is recorded on calibration prompts, forward passes are timed, and `specdec.theory.best_tree`
+finds the shape: Sequoia's program (arXiv:2402.12374) with measured times. Settings are in `conf/calibrate_tree.yaml`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+
+from experiments import calls
+from experiments.inputs import begin
+from experiments.predict import calibrate
+from specdec import Law
+from specdec.drafters import ModelDrafter
+from specdec.theory import best_tree, expected_length, measure_costs, predicted_speed_up
+from specdec.trees import Widths
+
+LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance does not depend on later siblings
+
+
+@hydra.main(config_path="../conf", config_name="calibrate_tree", version_base="1.3")
+def main(config: DictConfig) -> None:
+    if config.law not in LAWS:
+        raise SystemExit(f"law={config.law}: shapes can be compared under {', '.join(LAWS)}.")
+    models, prompts, sampling, log, source = begin("experiments/calibrate_tree.py", config)
+    if models.draft is None:
+        raise SystemExit("target.draft is not set: name the draft model that the tree is for.")
+    target, draft = models.target.to(config.device), models.draft.to(config.device)
+    drafter = ModelDrafter(draft, Widths(config.recorded, Law[config.law]))
+    acceptance = calibrate(target, drafter, prompts, {"sampling": sampling, "max_new_tokens": config.new_tokens})
+    context = sum(map(len, prompts)) // len(prompts) + config.new_tokens // 2
+    costs = measure_costs(
+        target, draft, nodes=sizes(config.nodes), context=context, batch=config.batch, repeats=config.repeats
+    )
+    parents = best_tree(acceptance, costs, config.nodes)
+    length = expected_length(parents, acceptance)
+    found = {"parents": parents, "acceptance_length": length, "speed_up": predicted_speed_up(length, parents, costs)}
+    curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}
+    print(log.write({**source, "prompts": len(prompts), "acceptance": acceptance, "costs": curves, "predicted": found}))
+    if len(parents) == 1:
+        raise SystemExit("No tree is predicted to be faster than decoding without a draft, so none is written.")
+    print("{parents}: predicted acceptance length {acceptance_length:.2f}, speed-up {speed_up:.2f}".format(**found))
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(option(parents, config.law, source, found), "utf-8")
+    print(output)
+
+
+def sizes(nodes: int) -> list[int]:
+    """1, 2, 4, ... and `nodes`: the sizes that are timed."""
+    return [*(2**i for i in range((nodes - 1).bit_length())), nodes]
+
+
+def option(parents: list[int], law: str, source: dict[str, Any], found: dict[str, Any]) -> str:
+    """The file: one constructor call, under comments that say where it comes from."""
+    made = {key: source[key] for key in ("command", "commit", "dirty", "versions", "cpu", "gpu", "date")}
+    made["predicted"] = {key: round(found[key], 3) for key in ("acceptance_length", "speed_up")}
+    comments = "".join(f"# {line}\n" for line in yaml.safe_dump(made, sort_keys=False, width=1000).splitlines())
+    choice = {"_target_": "hydra.utils.get_object", "path": f"specdec.Law.{law}"}
+    call = {"_target_": "specdec.trees.Static", "parents": parents, "law": choice}
+    return comments + yaml.safe_dump(call, sort_keys=False, default_flow_style=None, width=1000)
+
+
+if __name__ == "__main__":
+    calls.run(main)

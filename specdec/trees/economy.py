@@ -1,0 +1,195 @@
+"""What drafting costs and brings, learned during a run: host numbers only, no tensors. `Adaptive` decides by it.
+
+Tokens, reach and outcomes are averages over the rows, weighted by how much the end of the run depends on each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from specdec.theory import Costs
+
+_PRIOR = 2.0  # successes: one or two failures at the start of a run say little
+_FORGET = 0.01  # of what was seen, every step
+_KEEP = 0.95  # of the weight of a time, every newer one
+_OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
+_SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
+_DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
+_SPEED = 0.1  # weight of the newest step in the speed
+
+
+@dataclass
+class Rate:
+    """Successes / trials, begun with _PRIOR successes, and slowly forgotten.
+
+    So what never succeeds is still tried from time to time, and what that costs is bounded. A trial that pays with a
+    chance of x is made while _PRIOR / (_PRIOR + E) >= x, after E trials in vain: these lose x E < _PRIOR tokens, and as
+    _FORGET * E trials are forgotten per step, so many are made again, and lose at most _PRIOR * _FORGET tokens per step.
+    """
+
+    trials: float = 0.0
+    successes: float = 0.0
+
+    def __call__(self) -> float:
+        return (_PRIOR + self.successes) / (_PRIOR + self.trials)
+
+    def see(self, successes: float, trials: float) -> None:
+        self.successes += successes
+        self.trials += trials
+
+    def forget(self) -> None:
+        self.successes *= 1 - _FORGET
+        self.trials *= 1 - _FORGET
+
+
+class Times:
+    """Seconds by size 1, 2, ...: a straight line through what was timed, the newest counting most.
+
+    A line, because every step then says something about every size: sizes that are rare are not left with one bad timing.
+    """
+
+    def __init__(self, sizes: int):
+        self._moments, self._seconds = np.diag([0.0, _DOUBT]), np.zeros(2)
+        self.curve = [0.0] * (sizes + 1)  # [size]; 0 as long as nothing is known
+
+    def see(self, size: int, seconds: float) -> None:
+        known = self.curve[size]
+        at = np.array([1 + _SLOPE * (size - 1), size - 1])  # of the line that is expected, and what bends it
+        self._moments = _KEEP * self._moments + np.outer(at, at) + np.diag([0.0, (1 - _KEEP) * _DOUBT])
+        self._seconds = _KEEP * self._seconds + at * (min(seconds, _OUTLIER * known) if known else seconds)
+        one, bend = np.linalg.solve(self._moments, self._seconds)
+        slope = max(_SLOPE * one + bend, 0.0)
+        self.curve = [0.0, *(one + slope * np.arange(len(self.curve) - 1)).tolist()]
+
+
+class Economy:
+    """The state of one run.
+
+    A step asks `continues` before each level, says how many `children` its nodes and how many nodes its `frontier` has,
+    and then what became of it (`learn`).
+
+    Args:
+        nodes: most nodes of a tree.
+        width: most nodes of a frontier.
+        costs: frozen times; None to time the run.
+    """
+
+    def __init__(self, nodes: int, width: int, costs: Costs | None):
+        self._timed = costs is None
+        self._verify, self._draft = Times(nodes), Times(width)
+        if costs is not None:
+            self._verify.curve = [0.0, *map(costs.verify, range(1, nodes + 1))]
+            self._draft.curve = [0.0, *(costs.draft(n) if costs.draft else 0.0 for n in range(1, width + 1))]
+        self._accepted, self._confidence = Rate(), Rate()
+        self._proven, self._tokens, self._seconds = 0.0, 0.0, 0.0
+
+    def begin(self, limit: int) -> None:
+        """A step that may draft `limit` levels. The first of a timed run drafts nothing, to know what that takes."""
+        known = self._verify.curve[1] > 0
+        self._limit = min(limit, int(2 * (1 + self._proven))) if known else 0  # twice what was accepted lately
+        self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
+        self._gain = self._drafting = self._drafted = 0.0
+        self._start = self._mark = time.perf_counter()
+        speed = self._tokens / self._seconds if self._seconds else 0.0
+        self._speed = max(speed, 1 / self._verify.curve[1]) if known else 0.0  # tokens per second
+
+    @property
+    def calibration(self) -> float:
+        """Acceptance relative to what the draft's confidence says."""
+        return self._accepted()
+
+    @property
+    def room(self) -> int:
+        """How many children each node of the frontier may still have."""
+        return (len(self._verify.curve) - 1 - self._nodes) // self._width
+
+    def continues(self) -> bool:
+        """Whether to ask the draft for one more level."""
+        going = self._level < self._limit and self._ahead(self._reach, self._nodes, self._level) > 0
+        if self._timed:
+            self._mark = time.perf_counter()
+        return going
+
+    def children(self, reach: float, families: Sequence[float]) -> int:
+        """How many children each node of the frontier is to have, maybe 0.
+
+        Args:
+            reach: chances of the frontier's nodes to be accepted, summed over the nodes.
+            families: the same for children 1, 1 and 2, ... of theirs, by the draft's confidence.
+        """
+        if self._timed:
+            elapsed = time.perf_counter() - self._mark
+            self._draft.see(self._width, elapsed)
+            self._drafted += elapsed
+        self._drafting += self._draft.curve[self._width]
+        if reach > 0:
+            self._confidence.see(families[0] / reach, 1)
+
+        def worth(count: int) -> float:
+            gain, nodes = min(self.calibration * families[count - 1], reach), self._nodes + self._width * count
+            return gain + max(self._ahead(gain, nodes, self._level + 1), 0) - self._price(self._nodes, nodes)
+
+        values = [0.0, *map(worth, range(1, len(families) + 1))]
+        count = max(range(len(values)), key=values.__getitem__)
+        if count:
+            self._gain += min(self.calibration * families[count - 1], reach)
+            self._nodes += self._width * count
+            self._level += 1
+        return count
+
+    def frontier(self, reach: Sequence[float]) -> int:
+        """How many of the newest nodes to continue.
+
+        Args:
+            reach: of the most promising, second most promising ... of them of each row.
+        """
+        self._width, each = 1, self.calibration * self._confidence()
+        for count, chance in enumerate(reach[1:], 2):
+            if self._nodes + count >= len(self._verify.curve):
+                break
+            drafting = self._speed * (self._draft.curve[count] - self._draft.curve[count - 1])
+            if chance * each <= drafting + self._price(self._nodes + count - 1, self._nodes + count):
+                break
+            self._width = count
+        self._reach = sum(reach[: self._width])
+        return self._width
+
+    def finish(self) -> None:
+        """The tree is grown."""
+        seconds = self._drafting + self._verify.curve[self._nodes]
+        if seconds:
+            self._tokens += _SPEED * (1 + self._gain - self._tokens)
+            self._seconds += _SPEED * (seconds - self._seconds)
+
+    def learn(self, paths: Sequence[tuple[float, Sequence[float]]]) -> None:
+        """What became of the step.
+
+        Args:
+            paths: of rows that go on, (weight, what confidence expected of the children of each accepted node): 0 where
+                there were none, and nothing at all where another drafter drafted.
+        """
+        if self._timed:
+            self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
+        for rate in (self._accepted, self._confidence):
+            rate.forget()
+        for weight, path in paths:
+            if path:
+                self._accepted.see(weight * (len(path) - 1), weight * sum(path))
+        self._proven = max(0.9 * self._proven, sum(weight * (len(path) - 1) for weight, path in paths if path))
+
+    def _price(self, before: int, after: int) -> float:
+        """Of verifying `after` nodes instead of `before`, in tokens."""
+        return self._speed * (self._verify.curve[after] - self._verify.curve[before])
+
+    def _ahead(self, reach: float, nodes: int, level: int) -> float:
+        """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
+        best = worth = 0.0
+        for _ in range(min(self._limit - level, (len(self._verify.curve) - 1 - nodes) // self._width)):
+            reach *= min(self.calibration * self._confidence(), 1)
+            worth += reach - self._speed * self._draft.curve[self._width] - self._price(nodes, nodes + self._width)
+            best, nodes = max(best, worth), nodes + self._width
+        return best
