@@ -29,7 +29,10 @@ class Rehearsal:
     """Places in the target's own texts from which chains are drafted without decoding.
 
     The context is in the cache as the whole model wrote it, and the drafted nodes attend to it and to each other through
-    the kept layers alone, as they do in `LayerSkipDrafter`.
+    the kept layers alone, as they do in `LayerSkipDrafter`. (Reading whole texts without the layers would not do: a
+    layer kept after one that is left out would find other keys and values, and be judged far too low.) All places weigh
+    the same, whereas decoding stops more often where little is accepted: lengths predicted for uneven texts are too long
+    by some per cent.
 
     Args:
         model: the target.
