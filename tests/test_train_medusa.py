@@ -10,6 +10,7 @@ from specdec.training.medusa import States, acceptance_by_head, medusa_loss
 from specdec.training.self_distillation import continuations
 
 torch.set_num_threads(1)
+SINGLE = 1e-5  # laws are kept in float32
 BATCHING = 1e-12  # float64: logits of one text differ by 1e-15 between batch shapes
 TEXTS = [torch.arange(3, 20), torch.arange(5, 31), torch.tensor([9, 8, 7, 9, 8, 7, 30, 31, 32, 33, 34])]
 HEADS, WINDOW, PROMPT = 3, 2, 4
@@ -33,7 +34,7 @@ def test_laws_are_the_targets_own_of_the_tokens_that_heads_predict():
             found += [(hidden[t], laws[t + 1 : t + 1 + HEADS]) for t in range(start, start + WINDOW)]
     assert len(found) == len(at.hidden) == WINDOW * len(states.starts)
     assert torch.allclose(torch.stack([h for h, _ in found]), at.hidden, rtol=0, atol=BATCHING)
-    assert torch.allclose(torch.stack([law for _, law in found]), at.laws.double(), rtol=0, atol=1e-5)  # kept in float32
+    assert torch.allclose(torch.stack([law for _, law in found]), at.laws.double(), rtol=0, atol=SINGLE)
 
 
 def test_heads_learn_to_be_accepted():
