@@ -47,6 +47,7 @@ def main(config: DictConfig) -> None:
     few = partial(history, windows=64, tokens=24)
     steps = fit(heads, loss, seen.starts, few, config, path, steps=config.steps, seed=config.seed)
     heads.eval().to(torch.bfloat16).save(folder / "heads")
+    heads.to(target.dtype)  # rounded, as they will be loaded
     found = history(windows=len(unseen.starts) // config.window, tokens=64)
     for name, value in found.items():
         print(f"{name}: {value}")
