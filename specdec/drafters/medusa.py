@@ -44,13 +44,17 @@ class MedusaHeads(nn.Module):
     def __len__(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, hidden: Tensor, lm_head: nn.Module) -> Tensor:
-        """[batch, head, vocab] logits for hidden [batch, hidden]; `lm_head` is the target's, used if shared."""
-        x = hidden.to(self.weight.dtype)[None].expand(len(self), -1, -1)  # [head, batch, hidden]
-        for weight, bias in zip(self.weight, self.bias, strict=True):
+    def forward(self, hidden: Tensor, lm_head: nn.Module, count: int | None = None) -> Tensor:
+        """[batch, head, vocab] logits of the first `count` heads, all by default, for hidden [batch, hidden].
+
+        `lm_head` is the target's, used if shared.
+        """
+        count = len(self) if count is None else count
+        x = hidden.to(self.weight.dtype)[None].expand(count, -1, -1)  # [head, batch, hidden]
+        for weight, bias in zip(self.weight[:, :count], self.bias[:, :count], strict=True):
             x = x + nn.functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
         if self.lm_head is not None:
-            return torch.bmm(x, self.lm_head.mT).transpose(0, 1)
+            return torch.bmm(x, self.lm_head[:count].mT).transpose(0, 1)
         return lm_head(x.transpose(0, 1).to(hidden.dtype))
 
     def save(self, folder: str | Path) -> None:
@@ -142,7 +146,8 @@ class MedusaDrafter(Drafter):
         def score(frontier: Frontier) -> Tensor:
             if not logits:
                 assert context.hidden is not None
-                logits.append(self.heads(context.hidden, self._lm_head))
+                deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
+                logits.append(self.heads(context.hidden, self._lm_head, deepest))
             depth, count = frontier.topology.depth, frontier.tokens.shape[1]
             return logits[0][:, depth : depth + 1].expand(-1, count, -1)
 
