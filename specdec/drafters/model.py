@@ -65,7 +65,7 @@ class ModelDrafter(Drafter):
             self._asked = None
             return root_only(context.root)
         grown = drive(self.tree.grow(context, coins), self._score)
-        self._asked = grown.asked
+        self._asked = grown.asked if grown.tree.topology.depth else None
         return grown.tree
 
     def commit(self, acceptance: Acceptance) -> None:

@@ -35,7 +35,7 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 2 % of the steps: see `specdec.trees.economy.Rate`. What is learned is forgotten at the end of a run;
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. What is learned is forgotten at the end of a run;
     one policy serves one run at a time.
 
     Args:

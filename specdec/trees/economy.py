@@ -9,12 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from specdec.theory import Costs
 
 _PRIOR = 2.0  # successes: one or two failures at the start of a run say little
-_FORGET = 0.01  # of what was seen, every step
+_FORGET = 0.005  # of what was seen, every step
 _KEEP = 0.95  # of the weight of a time, every newer one
 _OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
 _SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
@@ -53,17 +51,22 @@ class Times:
     """
 
     def __init__(self, sizes: int):
-        self._moments, self._seconds = np.diag([0.0, _DOUBT]), np.zeros(2)
+        self._count = self._sum = self._square = self._seconds = self._product = 0.0  # moments of (size - 1, seconds)
         self.curve = [0.0] * (sizes + 1)  # [size]; 0 as long as nothing is known
 
     def see(self, size: int, seconds: float) -> None:
-        known = self.curve[size]
-        at = np.array([1 + _SLOPE * (size - 1), size - 1])  # of the line that is expected, and what bends it
-        self._moments = _KEEP * self._moments + np.outer(at, at) + np.diag([0.0, (1 - _KEEP) * _DOUBT])
-        self._seconds = _KEEP * self._seconds + at * (min(seconds, _OUTLIER * known) if known else seconds)
-        one, bend = np.linalg.solve(self._moments, self._seconds)
-        slope = max(_SLOPE * one + bend, 0.0)
-        self.curve = [0.0, *(one + slope * np.arange(len(self.curve) - 1)).tolist()]
+        x, known = size - 1, self.curve[size]
+        seconds = min(seconds, _OUTLIER * known) if known else seconds
+        self._count, self._sum = _KEEP * self._count + 1, _KEEP * self._sum + x
+        self._square, self._product = _KEEP * self._square + x * x, _KEEP * self._product + x * seconds
+        self._seconds = _KEEP * self._seconds + seconds
+        # least squares of seconds = first + slope x, with slope = _SLOPE first as so much evidence that x x sums to _DOUBT
+        a, b, c = self._count + _DOUBT * _SLOPE**2, self._sum - _DOUBT * _SLOPE, self._square + _DOUBT
+        first = (c * self._seconds - b * self._product) / (a * c - b * b)
+        slope = (a * self._product - b * self._seconds) / (a * c - b * b)
+        if slope < 0:
+            first, slope = self._seconds / self._count, 0.0
+        self.curve = [0.0, *(first + slope * i for i in range(len(self.curve) - 1))]
 
 
 class Economy:
