@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import PROMPTS, llama, reference
+from tiny_models import PROMPTS, VOCAB, llama, reference
 
 import specdec
-from specdec import Law, Sampling
-from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
+from specdec import Law, Sampling, TreeSpec
+from specdec.drafters import Drafter, Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
+from specdec.tree import tree_of_points
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
@@ -71,3 +72,29 @@ def test_sampled_text_is_lossless(law, merge):
     drafter = Fallback(NgramDrafter(2, max_ngram=1), TabularDrafter(Table(2, 5), Widths((2,), law)))
     law = exact_law(TabularTarget(2), (0, 0, 1), drafter, merge=merge, **options)
     assert law.total_variation(target_law(TabularTarget(2), (0, 0, 1), **options)) == 0
+
+
+class Uneven(Drafter):
+    """Drafts the target's own text for the first row; for the second a wrong token, and later nothing."""
+
+    def __init__(self, text, until):
+        self.text, self.until = text, until
+
+    def spec(self, sampling):
+        return TreeSpec(frozenset({Law.POINT}), nodes=5, depth=4, width=1)
+
+    def propose(self, context, coins):
+        first, second = context.host_lengths
+        right = self.text[first : first + min(4, context.max_depth)]
+        wrong = [(VOCAB - 1, 0)] if second < self.until and context.max_depth else []
+        return tree_of_points(context.root, [[(token, i) for i, token in enumerate(right)], wrong])
+
+
+def test_the_first_drafter_may_draft_more_than_the_second_ever_does():
+    model, prompts = llama(), [torch.tensor([5]), torch.arange(1, 30)]
+    options = {"max_new_tokens": 40, "stop_tokens": ()}
+    expected = specdec.generate(model, prompts, **options).tokens
+    drafter = Fallback(Uneven([5, *expected[0].tolist()], until=36), ModelDrafter(model, Chain(1)))
+    out = specdec.generate(model, prompts, drafter, **options)
+    assert all(map(torch.equal, out.tokens, expected))
+    assert max(step.nodes for step in out.trace.steps) == 5
