@@ -19,6 +19,7 @@ class Chip(NamedTuple):
     arch: str  # family, the key of `configs`: "sm_80", "sm_90", "sm_100", "gfx942"
     processors: int  # multiprocessors or compute units: how many programs run at once, at one each
     tma: bool  # has the bulk tensor copy engine
+    precision: str = "tf32x3"  # of products of float32 matrices: about that of float32 itself
 
 
 # Processors are those of the A100, H100/H200, B200 and MI300X: launches at hand ask the device, compilation ahead of time
@@ -29,7 +30,7 @@ CHIPS = {
         Chip("sm_80", 108, False),
         Chip("sm_90", 132, True),
         Chip("sm_100", 148, True),
-        Chip("gfx942", 304, False),
+        Chip("gfx942", 304, False, "ieee"),
     )
 }
 
