@@ -11,10 +11,9 @@ def tree_attention(
     query: Tensor,  # [batch, heads, node, head_dim]
     key: Tensor,  # [batch, kv_heads, slot, head_dim]
     value: Tensor,  # [batch, kv_heads, slot, value_dim]
-    ancestors: Tensor,  # [batch, node, word] int32: bit j % 32 of word j // 32 is set when slot lengths[b] + j is seen
+    first: Tensor,  # [batch, node] int32: first slot of the prefix that is seen, 0 unless there is a sliding window
     lengths: Tensor,  # [batch] int32: slots of the prefix
-    first: Tensor
-    | None = None,  # [batch, node] int32: first slot of the prefix that is seen (sliding windows); default 0
+    ancestors: Tensor,  # [batch, node, word] int32: bit j % 32 of word j // 32 is set when slot lengths[b] + j is seen
     scale: float | None = None,  # default head_dim ** -0.5
     softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
     sinks: Tensor | None = None,  # [heads]: a logit that takes part in the softmax and contributes nothing
@@ -27,7 +26,7 @@ def tree_attention(
         [batch, node, heads, value_dim], and the log of what the softmax divides by, [batch, node, heads] in at least float32.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
-    seen = visible(ancestors, lengths, first, key.shape[2])[:, None, None]  # [batch, 1, 1, node, slot]
+    seen = visible(first, lengths, ancestors, key.shape[2])[:, None, None]  # [batch, 1, 1, node, slot]
     unread = ~seen.any(3).transpose(2, 3)  # [batch, 1, slot, 1]
     grouped = query.to(exact).unflatten(1, (key.shape[1], -1))  # [batch, kv_heads, group, node, head_dim]
     scores = torch.einsum("bhgtd,bhsd->bhgts", grouped, key.to(exact).masked_fill(unread, 0))
@@ -43,13 +42,13 @@ def tree_attention(
     return out.flatten(2, 3).to(query.dtype), lse.flatten(1, 2).transpose(1, 2).contiguous()
 
 
-def visible(ancestors: Tensor, lengths: Tensor, first: Tensor | None, slots: int) -> Tensor:
+def visible(first: Tensor, lengths: Tensor, ancestors: Tensor, slots: int) -> Tensor:
     """[batch, node, slot] bool: what the arguments of `tree_attention` of these names say of `slots` slots."""
     slot = torch.arange(slots, device=lengths.device)
     node = (slot - lengths[:, None])[:, None]  # [batch, 1, slot]
     words = (node >> 5).clamp(0, ancestors.shape[2] - 1).expand(-1, ancestors.shape[1], -1)
     bits = (ancestors.gather(2, words) >> (node & 31)) & 1
-    prefix = node < 0 if first is None else (node < 0) & (slot >= first[..., None])
+    prefix = (node < 0) & (slot >= first[..., None])
     return prefix | ((node >= 0) & (node < 32 * ancestors.shape[2]) & (bits > 0))
 
 

@@ -21,6 +21,8 @@ from specdec_kernels.configs import Config, attention_config
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 WORD: tl.constexpr = tl.constexpr(32)
+MAX_SPLITS = 32  # the partial results of 64 nodes x 32 heads x 128 take 1 MB a split
+MERGE_ROWS = 16
 
 
 @triton.jit
@@ -92,10 +94,11 @@ def store(state, out, lse, o_row, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.conste
 
 @triton.jit
 def tree_attention_kernel(
-    q, k, v, p_k, p_v, words, lengths, first, sinks, out, lse, scale, cap, nodes, tree, q_strides, k_strides, v_strides,
+    q, k, v, p_k, p_v, first, lengths, words, sinks, out, lse, scale, cap, nodes, tree,
+    q_strides, k_strides, v_strides, first_strides, length_stride, word_strides,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
+    SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid [row blocks, batch x KV heads, splits]. Writes split i of out [split, batch, node, head, VALUE_DIM] and lse."""
@@ -105,22 +108,19 @@ def tree_attention_kernel(
     m_row = o_m < nodes * GROUPS
     o_m = tl.minimum(o_m, nodes * GROUPS - 1)  # rows there are none of repeat the last one and are not stored
     o_t, o_h = o_m // GROUPS, head * GROUPS + o_m % GROUPS
-    o_node = batch * nodes + o_t
 
     # [BLOCK_M, BLOCK_D]
     o_d = tl.arange(0, BLOCK_D)
     p_q = q + tl.cast(batch, tl.int64) * q_strides[0] + o_h[:, None] * q_strides[1] + o_t[:, None] * q_strides[2]
     b_q = tl.load(p_q + o_d[None, :], mask=(o_d < HEAD_DIM)[None, :], other=0.0)
     b_q = b_q.to(tl.float32) if UPCAST else b_q
-    p_k += tl.cast(batch, tl.int64) * k_strides[0] + head * k_strides[1]
-    p_v += tl.cast(batch, tl.int64) * v_strides[0] + head * v_strides[1]
+    p_k += tl.cast(batch, tl.int64) * k_strides[0] + tl.cast(head, tl.int64) * k_strides[1]
+    p_v += tl.cast(batch, tl.int64) * v_strides[0] + tl.cast(head, tl.int64) * v_strides[1]
 
     # tiles 0 .. prefix - 1 end at `length`, those from `whole` on are seen by every row; `tree` tiles of nodes follow
-    length = tl.load(lengths + batch)
-    if WINDOW:
-        b_first = tl.maximum(tl.load(first + o_node), 0)
-    else:
-        b_first = tl.zeros([BLOCK_M], tl.int32)
+    length = tl.load(lengths + batch * length_stride)
+    b_first = tl.maximum(tl.load(first + batch * first_strides[0] + o_t * first_strides[1]), 0)
+    p_word = words + batch * word_strides[0] + o_t * word_strides[1]
     prefix = tl.cdiv(tl.maximum(length - tl.min(b_first, 0), 0), BLOCK_N)
     whole = prefix - tl.maximum(length - tl.max(b_first, 0), 0) // BLOCK_N
     share = tl.cdiv(prefix + tree, SPLITS)
@@ -140,7 +140,7 @@ def tree_attention_kernel(
         b_v = load_tile(v, p_v, at, origin + i * BLOCK_N, v_strides[2], VALUE_DIM, BLOCK_N, BLOCK_V, TMA, UPCAST)
         state = update(state, scores(b_q, b_k, scale, cap, SOFTCAP, PRECISION), b_v, False, PRECISION)
     for i in tl.range(tl.maximum(start - prefix, 0), stop - prefix, num_stages=1):
-        b_word = tl.load(words + o_node * tree + i)  # [BLOCK_M]
+        b_word = tl.load(p_word + i)  # [BLOCK_M]
         o_n = tl.arange(0, WORD)
         m_n = (tl.reduce_or(b_word, 0) >> o_n & 1) != 0  # what no row sees may hold anything, and 0 x NaN is NaN
         b_k = load_slots(p_k, length + i * WORD, k_strides[2], m_n, HEAD_DIM, WORD, BLOCK_D, UPCAST)
@@ -149,7 +149,7 @@ def tree_attention_kernel(
         b_s = tl.where((b_word[:, None] >> o_n[None, :] & 1) != 0, b_s, -float("inf"))
         state = update(state, b_s, b_v, True, PRECISION)
 
-    o_row = (split * (tl.num_programs(1) // KV_HEADS) * nodes + o_node) * (KV_HEADS * GROUPS) + o_h
+    o_row = ((split * (tl.num_programs(1) // KV_HEADS) + batch) * nodes + o_t) * (KV_HEADS * GROUPS) + o_h
     store(state, out, lse, o_row, m_row, VALUE_DIM, BLOCK_V)
 
 
@@ -176,7 +176,7 @@ def merge_kernel(parts, parts_lse, sinks, out, lse, rows, HEADS: tl.constexpr, D
     store((b_acc, b_m, b_l), out, lse, o_row, m_row, DIM, BLOCK_DIM)
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, lengths: Tensor, first: Tensor | None,
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, lengths: Tensor, ancestors: Tensor,
                    scale: float | None, softcap: float | None, sinks: Tensor | None, splits: int | None = None,
                    config: Config | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch; arguments as `reference.tree_attention`, checked by the op. `splits`, `config`: chosen when not given."""
@@ -202,12 +202,13 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor,
     scale = (head_dim**-0.5 if scale is None else scale) * LOG2E.value
     with on(query):
         tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
-            query, k, v, key, value, ancestors, lengths, first, sinks, parts, parts_lse,
+            query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
             2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
             nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
+            first.stride(), lengths.stride(0), ancestors.stride()[:2],
             KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
-            SPLITS=splits, WINDOW=first is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
+            SPLITS=splits, SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
             TMA=tma, PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
@@ -217,10 +218,6 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor,
                 BLOCK_DIM=block_v, SPLITS=splits, SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out, lse
-
-
-MAX_SPLITS = 32  # the partial results of 64 nodes x 32 heads x 128 take 1 MB a split
-MERGE_ROWS = 16
 
 
 def _fits_tma(x: Tensor) -> bool:
