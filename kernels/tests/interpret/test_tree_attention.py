@@ -38,8 +38,8 @@ def test_any_grouping_of_heads_in_any_dtype(heads, dtype, seed):
     assert_kernel_is_right(Case(7, 150, count, kv_heads, batch=3, dtype=dtype), seed)
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 31, 32, 33, 64])
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 129])
+@pytest.mark.parametrize("nodes", [1, 31, 32, 33])
+@pytest.mark.parametrize("length", [0, 1, 64, 129])
 def test_any_tree_after_any_prefix(nodes, length, seed):
     assert_kernel_is_right(Case(nodes, length, 2, 1, splits=1 + nodes % 2, dtype=torch.float16), seed)
 
@@ -49,13 +49,13 @@ def test_any_size_of_heads(head_dim, value_dim, seed):
     assert_kernel_is_right(Case(5, 90, 2, 1, head_dim, value_dim, dtype=torch.bfloat16, batch=2), seed)
 
 
-@pytest.mark.parametrize("window", [1, 2, 17, 64, 65, 200])
+@pytest.mark.parametrize("window", [1, 17, 65, 200])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_windows_count_positions(window, splits, seed):
     assert_kernel_is_right(Case(13, 140, 2, 2, window=window, splits=splits, batch=3, dtype=torch.float16), seed)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 32])
+@pytest.mark.parametrize("splits", [2, 32])
 def test_splits_merge_with_sinks_and_softcap(splits, seed):
     case = Case(9, 200, 4, 2, softcap=2.0, sinks=True, splits=splits, batch=2)
     assert_kernel_is_right(case, seed)
@@ -71,7 +71,7 @@ def test_the_largest_tree_and_a_long_prefix(case, seed):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("nodes", [3, 20, 70])
+@pytest.mark.parametrize("nodes", [3, 40])
 def test_tiles_through_the_copy_engine(head_dim, nodes, seed, monkeypatch):
     monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4))
     assert_kernel_is_right(Case(nodes, 300, 2, 1, head_dim, dtype=torch.bfloat16, window=150), seed)
@@ -86,11 +86,11 @@ def test_a_node_that_sees_nothing_gets_zeros(splits, seed):
     assert out[:, ::2].ne(0).all() and lse[:, ::2].isfinite().all()
 
 
-WINDOWED = Case(13, 140, 2, 2, window=30, splits=3, batch=3)
+WINDOWED = Case(60, 140, 2, 2, window=40, splits=3)
 FULL = Case(9, 200, 4, 2, softcap=2.0, sinks=True, splits=2, batch=2)
 MUTANTS = {
     "the window one slot short": ("o_n[None, :] >= b_first", "o_n[None, :] > b_first", WINDOWED),
-    "tiles at the window's edge unmasked": ("- tl.max(b_first, 0), 0) // BLOCK_N", "- tl.min(b_first, 0), 0) // BLOCK_N", WINDOWED),
+    "tiles at the window's edge unmasked": ("- tl.max(b_first, 0), 0) //", "- tl.min(b_first, 0), 0) //", WINDOWED),
     "no guard where a row saw nothing yet": ('tl.where(b_m_new == -float("inf"), 0.0, b_m_new)', "b_m_new + 0", WINDOWED),
     "no guard of empty splits": ('tl.where(b_new == -float("inf"), 0.0, b_new)', "b_new + 0", WINDOWED),
     "slots after the tree read": ("(tl.reduce_or(b_word, 0) >> o_n & 1) != 0", "o_n >= 0", FULL),
@@ -99,11 +99,12 @@ MUTANTS = {
     "splits that overlap": ("(split + 1) * share", "(split + 1) * share + 1", FULL),
     "the sink in every split": ("sinks is not None and splits == 1", "sinks is not None", FULL),
     "merged sums not rescaled": ("b_l = b_l * b_decay + b_weight", "b_l = b_l + b_weight", FULL),
-    "half a softcap": ("1 - 2 / (1 +", "1 - 1 / (1 +", FULL),
-    "groups in the wrong order": ("head * GROUPS + o_m % GROUPS", "head * GROUPS + GROUPS - 1 - o_m % GROUPS", FULL),
+    "half a softcap": ("1 - 2 / (1 + tl", "1 - 1 / (1 + tl", FULL),
+    "values of the first head": ("tl.cast(head, tl.int64) * v_strides[1]", "0 * v_strides[1]", FULL),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that some of them make
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_found(name, seed, tmp_path):
     right, wrong, case = MUTANTS[name]

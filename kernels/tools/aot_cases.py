@@ -1,0 +1,71 @@
+"""What the gate compiles: for each op a list of launches. To add an op, add its list to CASES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from specdec_kernels.triton.tree_attention import tree_attention
+
+MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # one warp's tensor core instruction
+WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
+
+
+class Launch(NamedTuple):
+    """One launch of one op on CPU tensors, under the name its budget has."""
+
+    name: str
+    run: Callable[[], object]
+    kernel: str  # the kernel that must have the instructions
+    needs: tuple[Mapping[str, str], ...] = ()  # by arch, prefixes of instructions; archs that are not there need none
+    quick: bool = False  # belongs to the set that is compiled with every change
+
+
+def _attention(nodes, head_dim, value_dim=None, dtype=torch.bfloat16, heads=32, kv_heads=8, softcap=None, sinks=False):
+    value_dim, words = value_dim or head_dim, (nodes + 31) // 32
+    query, key, value = (
+        torch.empty(1, count, h, dim, dtype=dtype).transpose(1, 2)
+        for count, h, dim in ((nodes, heads, head_dim), (8192, kv_heads, head_dim), (8192, kv_heads, value_dim))
+    )
+    bounds = torch.zeros(1, nodes, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    ancestors = torch.zeros(1, nodes, words, dtype=torch.int32)
+    tree_attention(query, key, value, *bounds, ancestors, None, softcap, torch.empty(heads) if sinks else None)
+
+
+def _tree_attention() -> list[Launch]:
+    tma = {"sm_90": "UTMALDG", "sm_100": "UTMALDG"}
+    cases = [
+        Launch(
+            f"tree_attention rows{4 * nodes} head_dim{head_dim}{' softcap sinks' if capped else ''}",
+            partial(_attention, nodes, head_dim, softcap=50.0 if capped else None, sinks=capped),
+            "tree_attention_kernel",
+            (MMA if nodes == 4 else WIDE, tma),
+            quick=(head_dim == 128 and not capped) or (nodes, head_dim, capped) == (16, 256, True),
+        )
+        for head_dim in (64, 128, 256)
+        for nodes in (4, 16, 64)
+        for capped in (False, True)
+    ]
+    cases += [
+        Launch(
+            f"tree_attention rows64 head_dim{dims}",
+            partial(_attention, 16, *dims),
+            "tree_attention_kernel",
+            (WIDE, tma),
+        )
+        for dims in ((80, 80), (192, 128))
+    ]
+    return cases + [
+        Launch(
+            f"tree_attention float32 head_dim{d}",
+            partial(_attention, 4, d, dtype=torch.float32),
+            "tree_attention_kernel",
+        )
+        for d in (64, 128, 256)
+    ]
+
+
+CASES = [*_tree_attention()]
