@@ -91,26 +91,38 @@ def test_compiled_it_is_the_same_on_cpu():
         assert (found - right).abs().max() < SAME
 
 
+def scattered(x):
+    return x.transpose(1, 3).contiguous().transpose(1, 3)
+
+
+BATCH = CASES[0]
 REFUSED = {
-    "heads of 264": (Case(2, 9, head_dim=264), {}, "heads of 264 and 264 torch.float32 are not .* up to 256: use the reference"),
+    "heads of 264": (
+        Case(2, 9, head_dim=264),
+        {},
+        "heads of 264 and 264 torch.float32 are not .* up to 256: use the ref",
+    ),
     "float64": (CASES[1], {}, "torch.float64 are not float16, bfloat16 or float32"),
     "a tree of 257": (Case(257, 9, 1, 1), {}, "257 nodes with words for 288 are more than 256: use biased_attention"),
     "uneven groups": (Case(2, 9, 3, 2), {}, "3 heads cannot share 2 KV heads evenly: repeat"),
-    "scattered heads": (CASES[0], {"query": lambda q: q.transpose(1, 3).contiguous().transpose(1, 3)}, "query has stride 4 .*: call .contiguous"),
-    "long words": (CASES[0], {"ancestors": lambda a: a.long()}, "ancestors is torch.int64, not torch.int32: cast"),
-    "mixed dtypes": (CASES[0], {"value": lambda v: v.half()}, "value is torch.float16, not torch.float32: cast"),
-    "one length too few": (CASES[0], {"lengths": lambda n: n[1:]}, r"lengths is \[2\], not \[3\]"),
-    "flat keys": (CASES[0], {"key": lambda k: k.flatten(2)}, r"key is \[3, 2, 2048\], not \[3, 2, 2048, 64\]"),
-    "tree elsewhere": (CASES[0], {"lengths": lambda n: torch.empty(3, dtype=torch.int32, device="cpu")}, "lengths is on cpu, not on cuda:0: move"),
-}  # fmt: skip
+    "scattered heads": (BATCH, {"query": scattered}, "query has stride 20 in its last axis, not 1: call .contiguous"),
+    "long words": (BATCH, {"ancestors": torch.Tensor.long}, "ancestors is torch.int64, not torch.int32: cast"),
+    "mixed dtypes": (BATCH, {"value": torch.Tensor.half}, "value is torch.float16, not torch.float32: cast"),
+    "one length too few": (BATCH, {"lengths": lambda n: n[1:]}, r"lengths is \[2\], not \[3\]"),
+    "flat keys": (BATCH, {"key": lambda k: k.flatten(2)}, r"key is \[3, 2, 2048\], not \[3, 2, 2048, 64\]"),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_does_not_compute_is_refused_with_the_cure(name):
     case, changes, message = REFUSED[name]
-    real = draw(case, seed=0)
-    with FakeTensorMode():
-        arguments = on_cuda(real)
-        arguments.update({name: change(arguments[name]) for name, change in changes.items()})
-        with pytest.raises(ValueError, match=message):
-            tree_attention(**arguments)
+    arguments = tensors(case)
+    arguments.update({name: change(arguments[name]) for name, change in changes.items()})
+    with FakeTensorMode(), pytest.raises(ValueError, match=message):
+        tree_attention(**on_cuda(arguments))
+
+
+def test_tensors_on_other_devices_are_refused():
+    arguments = tensors()
+    with FakeTensorMode(), pytest.raises(ValueError, match="lengths is on cpu, not on cuda:0: move"):
+        tree_attention(**{**on_cuda(arguments), "lengths": torch.empty(3, dtype=torch.int32)})
