@@ -81,12 +81,13 @@ def flash_then_tree(arguments: Arguments) -> Call:
         grouped = a["query"].unflatten(1, (-1, groups))  # [batch, kv_heads, group, node, head_dim]
         key, value = a["key"], a["value"]
         prefix, prefix_lse = flash(grouped.flatten(2, 3), key[:, :, :length], value[:, :, :length])[:2]
-        scores = (grouped @ key[:, :, None, length:].transpose(3, 4)).float() * scale
+        scores = grouped.float() @ key[:, :, None, length:].transpose(3, 4).float() * scale
         scores = scores.masked_fill(~tree, -torch.inf)
         lse = scores.logsumexp(-1)  # [batch, kv_heads, group, node]
-        own = (scores - lse[..., None]).exp().to(value.dtype) @ value[:, :, None, length:]
-        share = torch.sigmoid(prefix_lse.unflatten(2, (groups, nodes)) - lse)[..., None].to(value.dtype)
-        return (own + share * (prefix.unflatten(2, (groups, nodes)) - own)).flatten(1, 2).transpose(1, 2)
+        own = ((scores - lse[..., None]).exp().to(value.dtype) @ value[:, :, None, length:]).float()
+        share = torch.sigmoid(prefix_lse.unflatten(2, (groups, nodes)) - lse)[..., None]
+        merged = own + share * (prefix.unflatten(2, (groups, nodes)) - own)
+        return merged.to(value.dtype).flatten(1, 2).transpose(1, 2)
 
     return call
 

@@ -43,7 +43,7 @@ def test_a_wrong_rival_is_not_timed(monkeypatch):
 
 def test_floors_are_those_of_the_slowest_resource():
     by_hand = {
-        (64, 1024): 1.4,
+        (64, 1024): 1.44,
         (64, 8192): 11.0,
         (64, 131072): 174,
         (16, 32768): 31,
