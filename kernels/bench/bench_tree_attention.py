@@ -130,7 +130,9 @@ def error(call: Call, arguments: dict[str, Any]) -> float:
     groups = arguments["query"].shape[1] // arguments["key"].shape[1]
     some = {n: x[:1] if torch.is_tensor(x) else x for n, x in arguments.items()}
     some |= {"query": some["query"][:, :groups], "key": some["key"][:, :1], "value": some["value"][:, :1]}
-    exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in some.items()}
+    exact: dict[str, Any] = {
+        n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in some.items()
+    }
     right = reference.tree_attention(**exact)[0]
     return float((call(arguments)[:1, :, :groups].double() - right).norm() / right.norm())
 

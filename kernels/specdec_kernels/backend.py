@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 # Triton's interpreter (TRITON_INTERPRET=1, read when triton is imported) has no bfloat16 arithmetic, `tl.dot` included:
 # kernels take this as the constexpr UPCAST and compute on float32 copies of what they loaded.
-UPCAST: bool = triton.knobs.runtime.interpret
+UPCAST: bool = knobs.runtime.interpret
 
 
 class Chip(NamedTuple):
@@ -39,7 +40,7 @@ def chip() -> Chip:
     """Of the current device; the interpreter passes for an sm_80."""
     if UPCAST:
         return CHIPS["sm_80"]._replace(processors=4)
-    target = triton.runtime.driver.active.get_current_target()
+    target: Any = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         if not str(target.arch).startswith("gfx9"):
             raise ValueError(

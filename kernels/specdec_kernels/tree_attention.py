@@ -63,7 +63,7 @@ def _check(
     }
     if sinks is not None:
         due["sinks"] = (sinks, (heads,), sinks.dtype)
-    wrong = [fault for name, (x, *rest) in due.items() for fault in _faults(name, x, *rest, query.device)]
+    wrong = [fault for name, what in due.items() for fault in _faults(name, query.device, *what)]
     if heads % max(kv_heads, 1):
         wrong.append(f"{heads} heads cannot share {kv_heads} KV heads evenly: repeat the KV heads")
     if max(nodes, 32 * words) > MAX_NODES:
@@ -75,7 +75,7 @@ def _check(
         raise ValueError(f"tree_attention: {'; '.join(wrong)}.")
 
 
-def _faults(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+def _faults(name: str, device: torch.device, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[str]:
     if tuple(x.shape) != shape:
         yield f"{name} is {list(x.shape)}, not {list(shape)}"
     if x.dtype != dtype:

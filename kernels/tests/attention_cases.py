@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,7 +73,9 @@ def draw(case: Case, seed: int, device: str = "cpu") -> dict:
 
 def assert_right(arguments: dict, found: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Output and log-sum-exp are those of the specification in float64."""
-    exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
+    exact: dict[str, Any] = {
+        n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()
+    }
     out, lse = reference.tree_attention(**exact)
     dtype = arguments["query"].dtype
     assert found[0].dtype == dtype and found[0].shape == out.shape and found[1].shape == lse.shape

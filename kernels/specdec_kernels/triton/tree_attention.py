@@ -41,7 +41,8 @@ def load_tile(x, p_x, at, start, stride, DIM: tl.constexpr, BLOCK_N: tl.constexp
               TMA: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """[BLOCK_N, BLOCK_DIM]: the slots from `start` on, all of them there; zeros past DIM."""
     if TMA:
-        return x.load([at[0], at[1], start, 0]).reshape(BLOCK_N, BLOCK_DIM)
+        b_x = x.load([at[0], at[1], start, 0]).reshape(BLOCK_N, BLOCK_DIM)
+        return b_x.to(tl.float32) if UPCAST else b_x
     else:
         return load_slots(p_x, start, stride, tl.full([BLOCK_N], 1, tl.int1), DIM, BLOCK_N, BLOCK_DIM, UPCAST)
 

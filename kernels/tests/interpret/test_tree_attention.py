@@ -1,7 +1,7 @@
 """The Triton kernel computes what the specification says: interpreted, on CPU tensors, with new inputs each run."""
 
-import importlib.util
 import os
+import runpy
 import secrets
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_windows_count_positions(window, splits, seed):
     assert_kernel_is_right(Case(13, 140, 2, 2, window=window, splits=splits, batch=3, dtype=torch.float16), seed)
 
 
-@pytest.mark.parametrize("splits", [2, 32])
+@pytest.mark.parametrize("splits", [2, 8])
 def test_splits_merge_with_sinks_and_softcap(splits, seed):
     case = Case(9, 200, 4, 2, softcap=2.0, sinks=True, splits=splits, batch=2)
     assert_kernel_is_right(case, seed)
@@ -86,8 +86,8 @@ def test_a_node_that_sees_nothing_gets_zeros(splits, seed):
     assert out[:, ::2].ne(0).all() and lse[:, ::2].isfinite().all()
 
 
-WINDOWED = Case(60, 140, 2, 2, window=40, splits=3)
-FULL = Case(9, 200, 4, 2, softcap=2.0, sinks=True, splits=2, batch=2)
+WINDOWED = Case(60, 140, 2, 2, window=40, splits=4)
+FULL = Case(9, 90, 4, 2, softcap=2.0, sinks=True, splits=2, batch=3)
 MUTANTS = {
     "the window one slot short": ("o_n[None, :] >= b_first", "o_n[None, :] > b_first", WINDOWED),
     "tiles at the window's edge unmasked": ("- tl.max(b_first, 0), 0) //", "- tl.min(b_first, 0), 0) //", WINDOWED),
@@ -106,14 +106,12 @@ MUTANTS = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that some of them make
 @pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bugs_are_found(name, seed, tmp_path):
+def test_planted_bugs_are_found(name, tmp_path):
     right, wrong, case = MUTANTS[name]
     source = Path(kernels.__file__).read_text("utf-8")
     assert source.count(right) == 1
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(right, wrong), "utf-8")
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
+    mutant = runpy.run_path(str(path))
     with pytest.raises(AssertionError):
-        assert_kernel_is_right(case, seed, mutant.tree_attention)
+        assert_kernel_is_right(case, 0, mutant["tree_attention"])

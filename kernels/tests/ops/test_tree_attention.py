@@ -1,5 +1,7 @@
 """The op: registered as torch asks, compiled whole, refusing what it does not compute; both forms are one function."""
 
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import Case, draw
@@ -39,9 +41,9 @@ def test_the_op_is_what_it_is_registered_as(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_dense_bias_says_the_same(case):
-    arguments = {n: x.nan_to_num() if torch.is_tensor(x) else x for n, x in tensors(case).items()}
+    arguments: dict[str, Any] = {n: x.nan_to_num() if torch.is_tensor(x) else x for n, x in tensors(case).items()}
     first, lengths, ancestors = (arguments.pop(name) for name in ("first", "lengths", "ancestors"))
-    arguments = {n: x.double() if torch.is_tensor(x) else x for n, x in arguments.items()}
+    arguments |= {n: x.double() for n, x in arguments.items() if torch.is_tensor(x)}
     seen = reference.visible(first, lengths, ancestors, arguments["key"].shape[2])[:, None]
     bias = torch.zeros(seen.shape, dtype=torch.float64).masked_fill_(~seen, -torch.inf)
     out, _ = reference.tree_attention(**arguments, first=first, lengths=lengths, ancestors=ancestors)
