@@ -26,9 +26,11 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of tree nodes over a prefix and their own ancestors: see `specdec_kernels.reference.tree_attention`."""
     _check(query, key, value, first, lengths, ancestors, sinks)
+    from specdec_kernels.backend import on
     from specdec_kernels.triton.tree_attention import tree_attention
 
-    return tree_attention(query, key, value, first, lengths, ancestors, scale, softcap, sinks)
+    with on(query):
+        return tree_attention(query, key, value, first, lengths, ancestors, scale, softcap, sinks)
 
 
 @tree_attention.register_kernel("cpu")

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from specdec_kernels.backend import UPCAST, chip, on
-from specdec_kernels.configs import Config, attention_config
+from specdec_kernels.backend import UPCAST, chip
+from specdec_kernels.configs import attention_config
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -178,15 +178,15 @@ def merge_kernel(parts, parts_lse, sinks, out, lse, rows, HEADS: tl.constexpr, D
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, lengths: Tensor, ancestors: Tensor,
-                   scale: float | None, softcap: float | None, sinks: Tensor | None, splits: int | None = None,
-                   config: Config | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch; arguments as `reference.tree_attention`, checked by the op. `splits`, `config`: chosen when not given."""
+                   scale: float | None, softcap: float | None, sinks: Tensor | None, splits: int | None = None
+                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch on the current device; arguments as `reference.tree_attention`, checked by the op."""
     batch, heads, nodes, head_dim = query.shape
     kv_heads, slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
     groups = heads // kv_heads
     block_d, block_v = (max(64, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
     device = chip()
-    config = config or attention_config(device.arch, max(block_d, block_v), nodes * groups, query.element_size())
+    config = attention_config(device.arch, max(block_d, block_v), nodes * groups, query.element_size())
     programs = triton.cdiv(nodes * groups, config.block_m) * batch * kv_heads
     splits = splits or min(triton.cdiv(device.processors, programs), triton.cdiv(slots, 4 * config.block_n), MAX_SPLITS)
 
@@ -201,23 +201,22 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
         k, v = (TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, config.block_n, block])
                 for x, block in ((key, block_d), (value, block_v)))  # fmt: skip
     scale = (head_dim**-0.5 if scale is None else scale) * LOG2E.value
-    with on(query):
-        tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
-            query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
-            2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
-            nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
-            first.stride(), lengths.stride(0), ancestors.stride()[:2],
-            KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
-            SPLITS=splits, SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
-            TMA=tma, PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
+    tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
+        query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
+        2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
+        nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
+        first.stride(), lengths.stride(0), ancestors.stride()[:2],
+        KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
+        SPLITS=splits, SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
+        TMA=tma, PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    if splits > 1:
+        rows = batch * nodes * heads
+        merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+            parts, parts_lse, sinks, out, lse, rows, HEADS=heads, DIM=value_dim, BLOCK_R=MERGE_ROWS,
+            BLOCK_DIM=block_v, SPLITS=splits, SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        if splits > 1:
-            rows = batch * nodes * heads
-            merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-                parts, parts_lse, sinks, out, lse, rows, HEADS=heads, DIM=value_dim, BLOCK_R=MERGE_ROWS,
-                BLOCK_DIM=block_v, SPLITS=splits, SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
     return out, lse
 
 
