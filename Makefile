@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/ready
 PINS := $(VENV)/constraints.txt
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test lint gpu install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -17,11 +17,15 @@ demo: $(READY) ## the bundled pair of models, methods compared in one table; mak
 
 test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some
 	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(if $(ARGS),,for suite in interpret gate; do $(VENV)/bin/python -m pytest kernels/tests/$$suite || exit; done)
 
 lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
+
+gpu: ## test and time the kernels on the GPU here, with the python3 here: under nine minutes, installs nothing
+	@PYTHON=$(PYTHON) experiments/gpu.sh
 
 install: $(READY) ## only the set-up: .venv with the tested versions
 

@@ -2,7 +2,8 @@
 
 The model asks for a mask once per layer kind and says by a function of positions which pairs that kind may see (causal,
 sliding, chunked). We answer with that pattern evaluated at the positions of the tree nodes, and restricted to the
-committed prefix and each node's own ancestors.
+committed prefix and each node's own ancestors: in the words of `specdec_kernels.tree_attention` where that has a kernel
+for it, else as a dense bias; all layers of the kind share it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from specdec.tree import Topology
-from specdec_kernels.reference.tree_attention import tree_attention
+from specdec_kernels import tree_attention
+from specdec_kernels.reference import tree_attention as reference
+from specdec_kernels.tree_attention import MAX_NODES, supports
 
 NAME = "specdec_tree"  # no "sdpa" or "flex_attention" in it: transformers would apply their support checks
+KERNEL_DEVICES = {"cuda"}
 
 
 @dataclass(eq=False)
@@ -41,6 +45,20 @@ class View:
     def positions(self) -> Tensor:
         """[batch, count] int64: logical positions of the queries."""
         return self.lengths[:, None] + self.topology.depths[:, -self.count :]
+
+    def sight(self, pattern: Callable[..., Tensor]) -> Tensor | None:
+        """[batch, 1, count, 2 + word] int32: the same for the kernel, None for trees and patterns that it does not know.
+
+        Of each query the first slot that it sees, the length of its prefix, and the bits of the nodes that it sees. Models
+        may slice it like any mask.
+        """
+        depths, window = self.topology.depths, _window(pattern)
+        if window is None or depths.shape[1] > MAX_NODES:  # long prompts are read as long chains
+            return None
+        near = depths[:, -self.count :, None] - depths[:, None] < window
+        words = reference.pack(self.topology.ancestors[:, -self.count :] & near)
+        bounds = torch.stack([self.positions - window + 1, self.lengths[:, None].expand(-1, self.count)], 2)
+        return torch.cat([bounds.clamp(min=0).to(torch.int32), words], 2)[:, None]
 
     @cached_property
     def _index(self) -> Tensor:
@@ -72,6 +90,20 @@ class View:
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
+_AND, _SLIDING = and_masks(causal_mask_function).__code__, sliding_window_overlay(0).__code__
+
+
+def _window(pattern: Any) -> int | None:
+    """How many positions, its own included, a query of transformers' causal or sliding pattern sees; None for others."""
+    if pattern is causal_mask_function:
+        return 1 << 30
+    if getattr(pattern, "__code__", None) is _AND:
+        (parts,) = (cell.cell_contents for cell in pattern.__closure__)
+        if len(parts) == 2 and parts[0].__code__ is _SLIDING and parts[1] is causal_mask_function:
+            return parts[0].__closure__[0].cell_contents
+    return None
+
+
 _view: ContextVar[View | None] = ContextVar("specdec_view", default=None)
 _calls: ContextVar[list[int] | None] = ContextVar("specdec_calls", default=None)
 
@@ -89,7 +121,8 @@ def viewing(view: View) -> Iterator[None]:
 def _mask(*, mask_function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, **_: Any) -> Tensor:
     view = _view.get()
     assert view is not None, "the specdec attention is only meant to run inside specdec's forward passes"
-    return view.bias(mask_function, dtype).to(device)
+    sight = view.sight(mask_function) if device.type in KERNEL_DEVICES else None
+    return view.bias(mask_function, dtype).to(device) if sight is None else sight
 
 
 def _attend(
@@ -99,9 +132,13 @@ def _attend(
         calls.append(1)
     if attention_mask is None:
         raise ValueError(f"{type(module).__name__} asked for no attention mask: its attention cannot follow a tree.")
-    return tree_attention(
-        query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
-    ), None
+    options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+    if attention_mask.is_floating_point():
+        return reference.biased_attention(query, key, value, attention_mask, *options), None
+    first, lengths, ancestors = attention_mask[:, 0, :, 0], attention_mask[:, 0, 0, 1], attention_mask[:, 0, :, 2:]
+    fits = supports(query.dtype, query.shape[3], value.shape[3])
+    attend = tree_attention if fits else reference.tree_attention
+    return attend(query, key, value, first, lengths, ancestors, *options)[0], None
 
 
 AttentionInterface.register(NAME, _attend)

@@ -16,6 +16,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+import specdec_kernels
+from specdec_kernels.reference.compact import compact
+
 
 @dataclass(frozen=True)
 class Slab:
@@ -120,13 +123,9 @@ class TreeCache(Cache):
 
         path[:, 0] must be the root, which is where it belongs already.
         """
-        if path.shape[1] > 1:
-            base = self._starts + self.lengths[:, None]
-            source = (base + path[:, 1:]).flatten()
-            target = (base + torch.arange(1, path.shape[1], device=path.device)).flatten()
-            for slab, stack in self._stacks.items():
-                flat = stack.flatten(1, 2)  # [layer, batch * slot, head, dim]
-                flat.index_copy_(1, target.to(slab.device), flat.index_select(1, source.to(slab.device)))
+        for slab, stack in self._stacks.items():
+            move = specdec_kernels.compact if stack.is_cuda else compact
+            move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
         self.lengths += count
 
 

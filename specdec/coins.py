@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec_kernels.reference.inverse_cdf import inverse_cdf
+
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio as a signed 64-bit integer (SplitMix64's increment)
 _BLOCK = 32  # steps tabulated at once, so that hashing costs nothing per step
 
@@ -93,15 +95,6 @@ class RowCoins:
         """`weights` [vocab] normalised in the arithmetic of these coins (float64 here, fractions when enumerating)."""
         weights = weights.astype(np.float64)
         return weights / weights.sum()
-
-
-def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [...] int64 whose CDF under unnormalised `weights` [..., vocab] first exceeds `uniforms` [...]."""
-    # float64: a float32 running sum over a large vocabulary moves thresholds by more than its own rounding
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    total = cdf[..., -1]
-    threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold[..., None], right=True)[..., 0]
 
 
 def _tabulate(seed: int, batch: int, first: int, nodes: int, device: torch.device) -> Tensor:

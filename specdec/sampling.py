@@ -18,6 +18,9 @@ from torch import Tensor
 
 from specdec.coins import RowCoins
 from specdec.tree import DraftTree
+from specdec_kernels import verify
+from specdec_kernels.reference.law import probabilities
+from specdec_kernels.reference.verify import walk
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -97,25 +100,15 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The law [..., vocab] that `logits` [..., vocab] give, processors aside; at least float32."""
-        if self.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
         rows = logits.reshape(-1, logits.shape[-1])
         # on a CPU in blocks that its caches hold: several times faster than one pass after the other over everything
         block = max(_BLOCK // rows.shape[1], 1) if rows.device.type == "cpu" else len(rows)
-        return torch.cat([self._softmax(part) for part in rows.split(block)]).view(logits.shape)
+        return torch.cat([probabilities(part, *self.filters) for part in rows.split(block)]).view(logits.shape)
 
-    def _softmax(self, logits: Tensor) -> Tensor:
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self.temperature != 1:
-            scores = scores / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[..., -1:], -torch.inf)
-        probs = scores.softmax(-1)
-        if self.top_p is not None and self.top_p < 1:
-            probs = _renormalised(probs, probs.float() >= _nucleus_threshold(probs.float(), self.top_p))
-        if self.min_p is not None:
-            probs = _renormalised(probs, probs >= self.min_p * probs.amax(-1, keepdim=True))
-        return probs
+    @property
+    def filters(self) -> tuple[float, int | None, float | None, float | None]:
+        """What `specdec_kernels` is told: temperature, top-k, top-p, min-p."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
 
 class TargetLaw:
@@ -146,6 +139,21 @@ class TargetLaw:
         """[count, vocab]: zeros of the type that laws have."""
         dtype = torch.float64 if self._logits.dtype == torch.float64 else torch.float32
         return self._logits.new_zeros(count, self.vocab, dtype=dtype)
+
+    def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Sibling rejection against this law: (path, accepted, token) of `specdec_kernels.reference.verify`.
+
+        Args:
+            tree: the trees.
+            accept, emit: [batch, node] coins.
+            lenience: the fraction of a child's law that the target's is compared with.
+        """
+        drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
+        if not self._logits.is_cuda or any(self._context.processors):
+            return walk(self.at, *drafted, lenience)
+        path, accepted, token, invalid = verify(self._logits, *drafted, *self._context.sampling.filters, lenience)
+        self._no_law += invalid
+        return path, accepted, token
 
     def row(self, row: int, coins: RowCoins) -> RowLaw:
         """The scalar face of one row."""
@@ -189,38 +197,6 @@ class RowLaw:
     def probs(self, node: int) -> np.ndarray:
         """[vocab]: the target's law after the path to `node`, in the arithmetic of the coins."""
         return self._coins.law(self._law.probabilities(self._row, node))
-
-
-def _renormalised(probs: Tensor, kept: Tensor) -> Tensor:
-    """`probs`, changed in place."""
-    probs *= kept
-    return probs.div_(probs.sum(-1, keepdim=True))
-
-
-def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:
-    """Least probability [row, 1] in the smallest set of largest `probs` [row, vocab] float32 with mass >= top_p.
-
-    Without a sort: the bits of non-negative floats order as the floats do, so the threshold's upper half is found in a
-    histogram of the mass by upper halves, and its lower half among those who share the upper one.
-    """
-    bits = probs.view(torch.int32)  # 30 of them in use: probabilities are at most 1
-    half, buckets = 15, 1 << 15
-
-    def mass(bucket: Tensor) -> Tensor:
-        return probs.new_zeros(len(probs), buckets + 2).scatter_add_(1, bucket.long(), probs)
-
-    def first_crossing(mass: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-        """[row, 1]: the first bucket at which the mass from below exceeds 1 - top_p, and the mass below that bucket."""
-        mass = mass.cumsum(-1, dtype=torch.float64) + below
-        limit = (mass[:, -1:] * (1 - 1e-9)).clamp(max=1 - top_p)  # crossed in spite of rounding
-        crossing = (mass > limit).int().argmax(-1, keepdim=True)
-        return crossing, torch.where(crossing > 0, mass.gather(1, (crossing - 1).clamp(min=0)), below)
-
-    upper, below = first_crossing(mass(bits >> half), probs.new_zeros(len(probs), 1, dtype=torch.float64))
-    start = upper.int() << half
-    inside = (bits - start).clamp_(-1, buckets).add_(1)  # the first and the last bucket are all who do not share it
-    lower, _ = first_crossing(mass(inside)[:, 1:-1], below)
-    return (start + lower.int()).view(torch.float32)
 
 
 def _refuse_stateful(processor: Any) -> None:

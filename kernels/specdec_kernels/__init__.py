@@ -1,4 +1,14 @@
 """The ops specdec runs on: tree attention and what else is worth a kernel.
 
 `specdec_kernels.reference` is the specification, in plain torch: it is importable without triton and runs without a GPU.
+On CUDA devices the ops launch the kernels of `specdec_kernels.triton`.
 """
+
+from specdec_kernels.compact import compact
+from specdec_kernels.law import law
+from specdec_kernels.topk import topk
+from specdec_kernels.tree_attention import tree_attention
+from specdec_kernels.tree_build import tree_build
+from specdec_kernels.verify import verify
+
+__all__ = ["compact", "law", "topk", "tree_attention", "tree_build", "verify"]

@@ -12,14 +12,9 @@ and then down the tree: a child's subtree is verified against the target's law a
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from specdec.coins import Coins, RowCoins
-from specdec.rules.draft_law import Siblings
-from specdec.rules.residual import residual, residual_batch
+from specdec.coins import Coins, Purpose, RowCoins
+from specdec.rules.residual import residual
 from specdec.rules.rule import Decision, Decisions, Rule
-from specdec.rules.top_down import nobody, top_down
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 
@@ -44,18 +39,5 @@ class SiblingRejection(Rule):
                 return Decision(path, coins.pick(path[-1], p))
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
-        return top_down(tree, target_law, coins, self._try_children)
-
-    def _try_children(self, siblings: Siblings, owed: Tensor, coin: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        taken = torch.zeros_like(siblings.index[:, 0])
-        for j in range(siblings.index.shape[1]):
-            child = siblings.child(torch.full_like(taken, j)[:, None])
-            trying = siblings.exists[:, j] & alive
-            ratio = owed.gather(1, child.token) / (self.lenience * child.probability)
-            hit = trying & (coin[:, j] < ratio[:, 0])
-            taken, alive = torch.where(hit, siblings.index[:, j], taken), alive & ~hit
-            if nobody(alive):
-                break
-            _, rest = residual_batch(owed.new_ones(1), owed, child.excess(owed))
-            owed = torch.where((trying & ~hit)[:, None], rest, owed)
-        return taken, owed
+        accept, emit = coins.uniforms(Purpose.ACCEPT), coins.uniforms(Purpose.EMIT)
+        return Decisions(*target_law.verify(tree, accept, emit, self.lenience))

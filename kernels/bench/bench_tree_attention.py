@@ -1,0 +1,141 @@
+"""Times tree attention beside its floor and its rivals on a GPU: experiments/gpu.sh runs it after the tests.
+
+python kernels/bench/bench_tree_attention.py --tests report.xml --seconds 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from baselines import BASELINES, Call
+from floors import RATES, Shape, floor
+
+from specdec_kernels import tree_attention
+from specdec_kernels.reference import tree_attention as reference
+
+LLAMA3, LLAMA2, QWEN25 = ("Llama-3-8B", 32, 8, 128), ("Llama-2-7B", 32, 32, 128), ("Qwen2.5-7B", 28, 4, 128)
+GEMMA2 = ("Gemma-2-9B", 16, 8, 256)
+ROTATED = 200 << 20  # bytes of keys and values that calls go through in turn: several times an L2 cache
+LARGEST = 0.5  # of the free memory that one shape may take
+TOLERANCE = 8e-3  # relative error against float64 in bfloat16, norm over norm: see kernels/tests/attention_cases.py
+
+
+def shapes() -> Iterator[Shape]:
+    """The most telling first: what time does not suffice for is left out and named."""
+    yield from (Shape(*LLAMA3, 64, length, 1) for length in (8192, 1024, 32768, 131072))
+    for model in (LLAMA2, QWEN25):
+        yield Shape(*model, 64, 8192, 1)
+    yield Shape(*GEMMA2, 64, 8192, 1, softcap=50.0)
+    yield Shape(*GEMMA2, 64, 8192, 1, softcap=50.0, window=4096)
+    for batch in (1, 8, 64):
+        for nodes in (16, 1, 256, 64):
+            for length in (8192, 1024, 32768, 131072):
+                if (batch, nodes) != (1, 64):
+                    yield Shape(*LLAMA3, nodes, length, batch)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--tests", required=True, help="JUnit XML of kernels/tests/gpu on this device")
+    options.add_argument("--seconds", type=float, default=300, help="begin no shape after so long")
+    options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
+    chosen = options.parse_args()
+    report.require_green(chosen.tests, "tree_attention")
+    source, began, rows, left = report.provenance(), time.monotonic(), [], []
+    for shape in shapes():
+        buffers = max(4, math.ceil(ROTATED / shape.cache_bytes))
+        fits = buffers * shape.cache_bytes < LARGEST * torch.cuda.mem_get_info()[0]
+        if not fits or time.monotonic() - began > chosen.seconds:
+            left.append(f"{asdict(shape)}: {'time' if fits else 'memory'}")
+            continue
+        rows += time_shape(shape, [inputs(shape, "cuda", seed) for seed in range(buffers)])
+        torch.cuda.empty_cache()
+    date = source["date"][:10].replace("-", "")
+    name = f"kernels_{source['gpu'].removeprefix('NVIDIA ').replace(' ', '_')}_{date}"
+    print(report.write(rows, {**source, "left out": left}, chosen.results, name))
+
+
+def inputs(shape: Shape, device: str, seed: int) -> dict[str, Any]:
+    """The op's arguments: a random tree after a prefix, in the cache's memory layout."""
+    generator = torch.Generator(device).manual_seed(seed)
+    batch, nodes = shape.batch, shape.nodes
+
+    def normal(count: int, heads: int) -> torch.Tensor:
+        made = torch.randn(
+            batch, count, heads, shape.head_dim, generator=generator, device=device, dtype=torch.bfloat16
+        )
+        return made.transpose(1, 2)
+
+    tree = torch.rand(nodes, nodes, generator=generator, device=device).lt(0.2).tril(-1)
+    tree |= torch.eye(nodes, dtype=torch.bool, device=device)
+    first = 0 if shape.window is None else max(shape.length - shape.window, 0)
+    return {
+        "query": normal(nodes, shape.heads),
+        "key": normal(shape.length + nodes, shape.kv_heads),
+        "value": normal(shape.length + nodes, shape.kv_heads),
+        "first": torch.full((batch, nodes), first, dtype=torch.int32, device=device),
+        "lengths": torch.full((batch,), shape.length, dtype=torch.int32, device=device),
+        "ancestors": reference.pack(tree).expand(batch, -1, -1).contiguous(),
+        "softcap": shape.softcap,
+    }
+
+
+def candidates(shape: Shape) -> dict[str, Any]:
+    """What can compute this shape: the op, and rivals where there is neither window nor softcap."""
+    rivals = BASELINES if shape.softcap is None and shape.window is None else {}
+    return {"specdec": lambda arguments: lambda a: tree_attention(**a)[0], **rivals}
+
+
+def time_shape(shape: Shape, buffers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each candidate; one that is wrong or refuses has a reason in place of figures."""
+    rows = []
+    for name, prepare in candidates(shape).items():
+        row = {**asdict(shape), "method": name}
+        try:
+            call = prepare(buffers[0])
+            row["error"] = error(call, buffers[0])
+            if not row["error"] < TOLERANCE:
+                raise RuntimeError(f"wrong: error {row['error']:.1e}, at most {TOLERANCE:.0e} is rounding")
+            row |= figures(shape, report.measure([lambda b=b, call=call: call(b) for b in buffers]))
+        except RuntimeError as refusal:  # rivals refuse shapes, masks and devices by raising; ours must not
+            if name == "specdec":
+                raise
+            row["reason"] = str(refusal).strip().splitlines()[0][:120]
+        rows.append(row)
+        print({k: v for k, v in row.items() if v is not None}, flush=True)
+    return rows
+
+
+def figures(shape: Shape, seconds: float) -> dict[str, Any]:
+    """What a measured time amounts to."""
+    rates = RATES.get(report.gpu())
+    return {
+        "us": seconds * 1e6,
+        "% of floor": 100 * floor(shape, rates) / seconds if rates else None,
+        "GB/s": shape.bytes / seconds / 1e9,
+        "TFLOP/s": shape.flops / seconds / 1e12,
+    }
+
+
+def error(call: Call, arguments: dict[str, Any]) -> float:
+    """Of the first row of the batch and the first KV head's group, relative to float64."""
+    groups = arguments["query"].shape[1] // arguments["key"].shape[1]
+    some = {n: x[:1] if torch.is_tensor(x) else x for n, x in arguments.items()}
+    some |= {"query": some["query"][:, :groups], "key": some["key"][:, :1], "value": some["value"][:, :1]}
+    exact: dict[str, Any] = {
+        n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in some.items()
+    }
+    right = reference.tree_attention(**exact)[0]
+    return float((call(arguments)[:1, :, :groups].double() - right).norm() / right.norm())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What every benchmark of a kernel does: ask whether its tests passed, measure, and write down what produced the figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+REPLAYS = 20
+
+
+def require_green(tests: str, op: str) -> None:
+    """Exit unless the report (JUnit XML) has tests of this op on the device and every one of them passed."""
+    cases = [
+        case for case in ElementTree.parse(tests).iter("testcase") if case.get("classname", "").endswith(f"test_{op}")
+    ]
+    bad = [
+        case.get("name") for case in cases if any(case.find(end) is not None for end in ("failure", "error", "skipped"))
+    ]
+    if not cases or bad:
+        found = f"{len(bad)} of {len(cases)} did not pass: {', '.join(map(str, bad[:5]))}" if cases else "none ran"
+        sys.exit(f"{op}: no timings of a kernel whose tests are not green ({found}). See {tests}.")
+
+
+def measure(calls: Sequence[Callable[[], object]]) -> float:
+    """Seconds of one call: the median replay of a CUDA graph that makes each of `calls` once, after warming up."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(3 + REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times[3:])
+
+
+def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, name: str) -> Path:
+    """NAME.json with everything and NAME.md with the table; returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**notes, "rows": rows}, indent=1) + "\n", "utf-8")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(_cell(row.get(column)) for column in columns) for row in rows]
+    head = [f"- {key}: {value}" for key, value in notes.items()]
+    path.with_suffix(".md").write_text(
+        "\n".join([f"# {name}", "", *head, "", *(f"| {x} |" for x in lines), ""]), "utf-8"
+    )
+    return path
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions, device, clocks and date."""
+    status = _run("git", "status", "--porcelain")
+    return {
+        "commit": _run("git", "rev-parse", "HEAD"),
+        "dirty": bool(status) if status is not None else None,
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("torch", "triton", "transformers")},
+        },
+        "cuda": torch.version.cuda,
+        "gpu": gpu(),
+        "clocks": _run(
+            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader"
+        ),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def gpu() -> str:
+    """The name of the current device."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _run(*command: str) -> str | None:
+    """What a command prints; None where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

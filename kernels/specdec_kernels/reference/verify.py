@@ -1,0 +1,169 @@
+"""Sibling rejection along a tree, with one number in place of a residual law: the walk and the token emitted after it.
+
+Owed at a node is at first the target's law p. Child x, drawn from a law l given its earlier siblings, is accepted with
+probability r(x) / l(x), where r is what is owed, normalised; after a rejection (r - l)+ is owed. With w the weights that the
+children were drawn by, not normalised, what is owed stays, up to its sum S,
+
+    (p(x) - c w(x))+ for all tokens but the siblings, and a number for each of those:
+
+- IID, WITHOUT_REPLACEMENT: l = w / W on the tokens that could be drawn, of weight W in all (for the latter, all but
+  the earlier siblings), and (p - c w)+ / S - w / W is (p - (c + S / W) w) / S where that is positive: c grows by S / W.
+  The token rejected had r < l: nothing is owed there, nor will be while c grows, so that it does not matter that later
+  siblings drawn without replacement cannot be it.
+- POINT: l is certain of x. What is owed at x is struck out, and c stays 0.
+- SAMPLED_THEN_TOP: the first child x is drawn from w outside the others, T, which follow as points. Its rejection takes
+  S / W of w, W being the weight of all but T, from what is owed outside T: c = 1 / W there, while (p - 0 w) stays owed on T.
+  As T are siblings, their numbers are simply not touched. Each of them is then struck out as a point.
+
+So siblings are a handful of numbers, all other tokens are one, c, and a pass over the vocabulary is needed only where
+c grows: for S. No sum is a difference of larger ones: a draft that is nearly certain of its children loses no digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.reference.inverse_cdf import inverse_cdf
+from specdec_kernels.reference.law import probabilities
+
+# of `specdec.Law`
+POINT, IID, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING = range(5)
+
+
+def verify(
+    logits: Tensor,  # [batch, node, vocab] of the target
+    tokens: Tensor,  # [batch, node] int64
+    children: Tensor,  # [batch, node, width] int64: in the order they were drawn, -1 where there is none
+    laws: Tensor,  # [batch, node] uint8: how the children of each node were drawn; PADDING where there is no such node
+    draft_probs: Tensor | None,  # [batch, internal, vocab]: by what weights; None if all children are POINT
+    accept: Tensor,  # [batch, node] float64 in [0, 1): the coin that decides whether a node is accepted
+    emit: Tensor,  # [batch, node] float64 in [0, 1): the coin that picks what is emitted after it
+    depth: int,  # longest path, in edges
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    lenience: float = 1.0,  # children are accepted with probability r / (lenience l)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Accept children from the root downwards.
+
+    Returns:
+        path [batch, depth + 1] int64: accepted nodes from the root; entries past `accepted` are unused.
+        accepted [batch] int64: how many, without the root.
+        token [batch] int64: drawn after the last of them from what is still owed there.
+        invalid [batch] bool: rows in which logits that were read are no law (NaN or +inf, or all -inf).
+    """
+    rows, peaks = torch.arange(len(tokens), device=tokens.device), []
+
+    def law(node: Tensor) -> Tensor:
+        scores = logits[rows, node]
+        peaks.append(scores.amax(-1))
+        return probabilities(scores, temperature, top_k, top_p, min_p)
+
+    path, accepted, token = walk(law, tokens, children, laws, draft_probs, accept, emit, depth, lenience)
+    path = torch.nn.functional.pad(path, (0, depth + 1 - path.shape[1]))
+    return path, accepted, token, ~torch.stack(peaks).isfinite().all(0)
+
+
+def walk(
+    law: Callable[[Tensor], Tensor],  # nodes [batch] int64 -> the target's laws [batch, vocab], which are changed
+    tokens: Tensor,
+    children: Tensor,
+    laws: Tensor,
+    draft_probs: Tensor | None,
+    accept: Tensor,
+    emit: Tensor,
+    depth: int,
+    lenience: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`verify` under laws from anywhere; other arguments and results as there."""
+    node = torch.zeros_like(tokens[:, 0])  # [batch] int64: the deepest accepted node
+    path = [node]
+    rows = torch.arange(len(node), device=node.device)
+    while True:
+        index = children[rows, node]
+        exists = (index > 0) & (laws.gather(1, index.clamp(min=0)) != PADDING)
+        index = torch.where(exists, index, 0)  # [batch, width]
+        weights = None
+        if draft_probs is not None:
+            weights = draft_probs[rows, node.clamp(max=draft_probs.shape[1] - 1)]  # the nodes beyond are leaves
+        owed = _Owed(law(node), weights, tokens.gather(1, index), exists, laws[rows, node])
+        child = owed.try_children(index, accept.gather(1, index), lenience)
+        if len(path) > depth or _nobody(child > 0):
+            break
+        node = torch.where(child > 0, child, node)  # rows that have stopped decide the same once more
+        path.append(node)
+    path = torch.stack(path, 1)
+    accepted = (path[:, 1:] > path[:, :-1]).sum(1)
+    return path, accepted, owed.pick(emit[rows, node])
+
+
+class _Owed:
+    """What the target's law owes at one node of every row: (rest - scale weights)+ off the siblings, `owed` on them."""
+
+    def __init__(self, p: Tensor, weights: Tensor | None, tokens: Tensor, exists: Tensor, law: Tensor):
+        same = (tokens[:, :, None] == tokens[:, None]) & exists[:, None]
+        first = exists & ~same.tril(-1).any(-1)  # [batch, width] bool: no earlier sibling has this token
+        self.tokens, self.exists = tokens, exists  # [batch, width]
+        self.owed = p.gather(1, tokens).where(first, 0)  # [batch, width]
+        self.rest = p.scatter_add_(1, tokens, -self.owed)  # [batch, vocab]: exactly 0 at the siblings
+        self.rest_total = self.rest.sum(1)  # [batch]
+        self.total = self.rest_total + self.owed.sum(1)  # [batch]: S
+        self.weights, self.scale = weights, torch.zeros_like(self.total)  # scale [batch]: c
+        self.own = torch.zeros_like(self.owed)  # [batch, width]: w of the siblings that could have been drawn
+        self.drawable = torch.full_like(self.owed, torch.inf)  # [batch, width]: W
+        self.chance = torch.ones_like(self.owed)  # [batch, width]: l(x) of each child
+        if weights is None:
+            return
+        point = (law == POINT)[:, None] | ((law == SAMPLED_THEN_TOP)[:, None] & (exists.cumsum(1) > 1))
+        own = weights.to(p.dtype).gather(1, tokens)
+        self.weights = weights.to(p.dtype).scatter_add(1, tokens, -own.where(first, 0))
+        self.own = own.where(first & ~point, 0)
+        left = self.own.flip(1).cumsum(1).flip(1)  # of each of them and those after it
+        left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], left, left[:, :1])
+        self.drawable = (self.weights.sum(1, keepdim=True) + left).masked_fill(point, torch.inf)
+        self.chance = torch.where(point, self.chance, own / self.drawable)
+
+    def try_children(self, index: Tensor, coin: Tensor, lenience: float) -> Tensor:
+        """The accepted one of the children `index` [batch, width], or 0: [batch] int64."""
+        taken = index.new_zeros(len(index))
+        for j in range(index.shape[1]):
+            trying = self.exists[:, j] & (taken == 0)
+            hit = trying & (coin[:, j] < self.owed[:, j] / self.total / (lenience * self.chance[:, j]))
+            taken = torch.where(hit, index[:, j], taken)
+            if not _nobody(trying & ~hit):
+                self._reject(j, trying & ~hit)
+        return taken
+
+    def _reject(self, j: int, where: Tensor) -> None:
+        """Take the law of child j off what is owed in the rows `where` [batch] bool."""
+        growth = torch.where(where, self.total / self.drawable[:, j], 0)
+        scale = self.scale + growth
+        owed = (self.owed - growth[:, None] * self.own).clamp_(min=0)
+        owed[:, j] = 0
+        rest_total = self.rest_total if _nobody(growth > 0) else self._rest(scale).sum(1)
+        total = rest_total + owed.sum(1)
+        where = where & (total > 0)  # nothing left over: all of it was accepted up to rounding, and it stays owed
+        self.owed = torch.where(where[:, None], owed, self.owed)
+        self.scale = torch.where(where, scale, self.scale)
+        self.rest_total, self.total = (
+            torch.where(where, new, old) for new, old in ((rest_total, self.rest_total), (total, self.total))
+        )
+
+    def _rest(self, scale: Tensor) -> Tensor:
+        """[batch, vocab]: owed off the siblings at a `scale` [batch]."""
+        if self.weights is None:
+            return self.rest
+        return torch.addcmul(self.rest, self.weights, scale[:, None], value=-1).clamp_(min=0)
+
+    def pick(self, coin: Tensor) -> Tensor:
+        """Tokens [batch] int64 drawn from what is owed."""
+        return inverse_cdf(self._rest(self.scale).scatter_add(1, self.tokens, self.owed), coin)
+
+
+def _nobody(rows: Tensor) -> bool:
+    """Whether no row [batch] bool is True, when that can be asked for nothing: on a CPU. Elsewhere, False."""
+    return rows.device.type == "cpu" and not bool(rows.any())

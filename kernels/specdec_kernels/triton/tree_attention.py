@@ -1,0 +1,225 @@
+"""Tree attention: packed rows, unmasked tiles over the prefix, masked ones where it begins and over the tree.
+
+One program owns BLOCK_M of the node x group rows of one KV head, and one of SPLITS even shares of the tiles its rows see.
+Tiles of BLOCK_N slots end where the tree begins; then come tiles of 32 nodes, the bits of one word. Softmaxes run in base 2.
+Names: b_ holds a block, o_ offsets, p_ pointers, m_ masks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from specdec_kernels.backend import UPCAST, chip
+from specdec_kernels.configs import attention_config
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+WORD: tl.constexpr = tl.constexpr(32)
+MAX_SPLITS = 32  # the partial results of 64 nodes x 32 heads x 128 take 1 MB a split
+MERGE_ROWS = 16
+
+
+@triton.jit
+def load_slots(p_x, start, stride, m_slot, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
+               UPCAST: tl.constexpr):  # fmt: skip
+    """[BLOCK_N, BLOCK_DIM]: the slots from `start` on where m_slot [BLOCK_N]; zeros elsewhere and past DIM."""
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DIM)
+    p_x += tl.cast(start, tl.int64) * stride
+    m_x = m_slot[:, None] & (o_d < DIM)[None, :]
+    b_x = tl.load(p_x + o_n[:, None] * stride + o_d[None, :], mask=m_x, other=0.0)
+    return b_x.to(tl.float32) if UPCAST else b_x
+
+
+@triton.jit
+def load_tile(x, p_x, at, start, stride, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
+              TMA: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """[BLOCK_N, BLOCK_DIM]: the slots from `start` on, all of them there; zeros past DIM."""
+    if TMA:
+        b_x = x.load([at[0], at[1], start, 0]).reshape(BLOCK_N, BLOCK_DIM)
+        return b_x.to(tl.float32) if UPCAST else b_x
+    else:
+        return load_slots(p_x, start, stride, tl.full([BLOCK_N], 1, tl.int1), DIM, BLOCK_N, BLOCK_DIM, UPCAST)
+
+
+@triton.jit
+def scores(b_q, b_k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: times log2(e)."""
+    # [BLOCK_M, BLOCK_D] x [BLOCK_D, BLOCK_N]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    if SOFTCAP:  # tanh(x) = 1 - 2 / (1 + exp(2x)), the constants are in scale and cap
+        b_s = cap * (1 - 2 / (1 + tl.exp2(b_s)))
+    return b_s
+
+
+@triton.jit
+def update(state, b_s, b_v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """The online softmax after scores b_s [BLOCK_M, BLOCK_N] and values b_v [BLOCK_N, BLOCK_V]."""
+    b_acc, b_m, b_l = state
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_max = tl.where(b_m_new == -float("inf"), 0.0, b_m_new) if MASKED else b_m_new  # nothing seen: inf - inf is NaN
+    b_p = tl.exp2(b_s - b_max[:, None])
+    b_decay = tl.exp2(b_m - b_max)
+    # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_V]
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+    return b_acc, b_m_new, b_l * b_decay + tl.sum(b_p, 1)
+
+
+@triton.jit
+def begin(sinks, o_h, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr):
+    """An empty online softmax: accumulator, maximum, sum. A sink is a logit that was seen before everything else."""
+    if SINKS:
+        b_m = tl.load(sinks + o_h).to(tl.float32) * LOG2E
+        b_l = tl.full([ROWS], 1.0, tl.float32)
+    else:
+        b_m = tl.full([ROWS], -float("inf"), tl.float32)
+        b_l = tl.zeros([ROWS], tl.float32)
+    return tl.zeros([ROWS, COLUMNS], tl.float32), b_m, b_l
+
+
+@triton.jit
+def store(state, out, lse, o_row, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Normalise, and write rows o_row of out [row, DIM] and of lse [row] (natural)."""
+    b_acc, b_m, b_l = state
+    o_d = tl.arange(0, BLOCK_DIM)
+    b_sum = tl.where(b_l > 0, b_l, 1.0)
+    p_out = out + o_row.to(tl.int64)[:, None] * DIM + o_d[None, :]
+    tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < DIM)[None, :])
+    tl.store(lse + o_row, (b_m + tl.log2(b_sum)) * LN2, mask=m_row)
+
+
+@triton.jit
+def tree_attention_kernel(
+    q, k, v, p_k, p_v, first, lengths, words, sinks, out, lse, scale, cap, nodes, tree,
+    q_strides, k_strides, v_strides, first_strides, length_stride, word_strides,
+    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid [row blocks, batch x KV heads, splits]. Writes split i of out [split, batch, node, head, VALUE_DIM] and lse."""
+    batch, head, split = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS, tl.program_id(2)
+    at = (batch, head)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_m < nodes * GROUPS
+    o_m = tl.minimum(o_m, nodes * GROUPS - 1)  # rows there are none of repeat the last one and are not stored
+    o_t, o_h = o_m // GROUPS, head * GROUPS + o_m % GROUPS
+
+    # [BLOCK_M, BLOCK_D]
+    o_d = tl.arange(0, BLOCK_D)
+    p_q = q + tl.cast(batch, tl.int64) * q_strides[0] + o_h[:, None] * q_strides[1] + o_t[:, None] * q_strides[2]
+    b_q = tl.load(p_q + o_d[None, :], mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+    b_q = b_q.to(tl.float32) if UPCAST else b_q
+    p_k += tl.cast(batch, tl.int64) * k_strides[0] + tl.cast(head, tl.int64) * k_strides[1]
+    p_v += tl.cast(batch, tl.int64) * v_strides[0] + tl.cast(head, tl.int64) * v_strides[1]
+
+    # tiles 0 .. prefix - 1 end at `length`, those from `whole` on are seen by every row; `tree` tiles of nodes follow
+    length = tl.load(lengths + batch * length_stride)
+    b_first = tl.maximum(tl.load(first + batch * first_strides[0] + o_t * first_strides[1]), 0)
+    p_word = words + batch * word_strides[0] + o_t * word_strides[1]
+    prefix = tl.cdiv(tl.maximum(length - tl.min(b_first, 0), 0), BLOCK_N)
+    whole = prefix - tl.maximum(length - tl.max(b_first, 0), 0) // BLOCK_N
+    share = tl.cdiv(prefix + tree, SPLITS)
+    start, stop = split * share, tl.minimum((split + 1) * share, prefix + tree)
+    origin = length - prefix * BLOCK_N
+
+    state = begin(sinks, o_h, BLOCK_M, BLOCK_V, SINKS)
+    for i in tl.range(start, tl.minimum(stop, whole), num_stages=1):
+        o_n = origin + i * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_k = load_slots(p_k, origin + i * BLOCK_N, k_strides[2], o_n >= 0, HEAD_DIM, BLOCK_N, BLOCK_D, UPCAST)
+        b_v = load_slots(p_v, origin + i * BLOCK_N, v_strides[2], o_n >= 0, VALUE_DIM, BLOCK_N, BLOCK_V, UPCAST)
+        b_s = scores(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+        b_s = tl.where(o_n[None, :] >= b_first[:, None], b_s, -float("inf"))
+        state = update(state, b_s, b_v, True, PRECISION)
+    for i in tl.range(tl.maximum(start, whole), tl.minimum(stop, prefix), num_stages=STAGES):
+        b_k = load_tile(k, p_k, at, origin + i * BLOCK_N, k_strides[2], HEAD_DIM, BLOCK_N, BLOCK_D, TMA, UPCAST)
+        b_v = load_tile(v, p_v, at, origin + i * BLOCK_N, v_strides[2], VALUE_DIM, BLOCK_N, BLOCK_V, TMA, UPCAST)
+        state = update(state, scores(b_q, b_k, scale, cap, SOFTCAP, PRECISION), b_v, False, PRECISION)
+    for i in tl.range(tl.maximum(start - prefix, 0), stop - prefix, num_stages=1):
+        b_word = tl.load(p_word + i)  # [BLOCK_M]
+        o_n = tl.arange(0, WORD)
+        m_n = (tl.reduce_or(b_word, 0) >> o_n & 1) != 0  # what no row sees may hold anything, and 0 x NaN is NaN
+        b_k = load_slots(p_k, length + i * WORD, k_strides[2], m_n, HEAD_DIM, WORD, BLOCK_D, UPCAST)
+        b_v = load_slots(p_v, length + i * WORD, v_strides[2], m_n, VALUE_DIM, WORD, BLOCK_V, UPCAST)
+        b_s = scores(b_q, b_k, scale, cap, SOFTCAP, PRECISION)
+        b_s = tl.where((b_word[:, None] >> o_n[None, :] & 1) != 0, b_s, -float("inf"))
+        state = update(state, b_s, b_v, True, PRECISION)
+
+    o_row = ((split * (tl.num_programs(1) // KV_HEADS) + batch) * nodes + o_t) * (KV_HEADS * GROUPS) + o_h
+    store(state, out, lse, o_row, m_row, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit
+def merge_kernel(parts, parts_lse, sinks, out, lse, rows, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    """Attention over disjoint slots, parts [split, row, DIM] and their log-sum-exps, put together in the order of splits."""
+    o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_d = tl.arange(0, BLOCK_DIM)
+    m_row = o_row < rows
+    b_acc, b_m, b_l = begin(sinks, o_row % HEADS, BLOCK_R, BLOCK_DIM, SINKS)
+    for split in range(SPLITS):
+        o_part = split * rows + o_row
+        b_lse = tl.load(parts_lse + o_part, mask=m_row, other=-float("inf")) * LOG2E
+        # [BLOCK_R, BLOCK_DIM]
+        p_part = parts + o_part.to(tl.int64)[:, None] * DIM + o_d[None, :]
+        b_part = tl.load(p_part, mask=m_row[:, None] & (o_d < DIM)[None, :], other=0.0)
+        b_new = tl.maximum(b_m, b_lse)
+        b_max = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_decay, b_weight = tl.exp2(b_m - b_max), tl.exp2(b_lse - b_max)
+        b_acc = b_acc * b_decay[:, None] + b_part * b_weight[:, None]
+        b_l = b_l * b_decay + b_weight
+        b_m = b_new
+    store((b_acc, b_m, b_l), out, lse, o_row, m_row, DIM, BLOCK_DIM)
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, lengths: Tensor, ancestors: Tensor,
+                   scale: float | None, softcap: float | None, sinks: Tensor | None, splits: int | None = None
+                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch on the current device; arguments as `reference.tree_attention`, checked by the op."""
+    batch, heads, nodes, head_dim = query.shape
+    kv_heads, slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    groups = heads // kv_heads
+    block_d, block_v = (max(64, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
+    device = chip()
+    config = attention_config(device.arch, max(block_d, block_v), nodes * groups, query.element_size())
+    programs = triton.cdiv(nodes * groups, config.block_m) * batch * kv_heads
+    splits = splits or min(triton.cdiv(device.processors, programs), triton.cdiv(slots, 4 * config.block_n), MAX_SPLITS)
+
+    out = query.new_empty(batch, nodes, heads, value_dim)
+    lse = query.new_empty(batch, nodes, heads, dtype=torch.float32)
+    parts, parts_lse = out, lse
+    if splits > 1:
+        parts, parts_lse = (lse.new_empty(splits, *whole.shape) for whole in (out, lse))
+    tma = device.tma and all(_fits_tma(x) for x in (key, value))
+    k, v = key, value
+    if tma:
+        k, v = (TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, config.block_n, block])
+                for x, block in ((key, block_d), (value, block_v)))  # fmt: skip
+    scale = (head_dim**-0.5 if scale is None else scale) * LOG2E.value
+    tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
+        query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
+        2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
+        nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
+        first.stride(), lengths.stride(0), ancestors.stride()[:2],
+        KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
+        SPLITS=splits, SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
+        TMA=tma, PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    if splits > 1:
+        rows = batch * nodes * heads
+        merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+            parts, parts_lse, sinks, out, lse, rows, HEADS=heads, DIM=value_dim, BLOCK_R=MERGE_ROWS,
+            BLOCK_DIM=block_v, SPLITS=splits, SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, lse
+
+
+def _fits_tma(x: Tensor) -> bool:
+    """The copy engine takes addresses and strides in units of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])

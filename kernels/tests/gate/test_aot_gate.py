@@ -1,0 +1,43 @@
+"""Every kernel compiles within its budget for GPUs that are not here, and the gate finds planted defects."""
+
+import json
+
+import aot_gate
+import pytest
+from aot_cases import CASES
+
+from specdec_kernels import configs
+
+PLAIN = next(launch for launch in CASES if launch.name == "tree_attention rows64 head_dim128")
+
+
+@pytest.mark.parametrize("arch", aot_gate.QUICK)
+def test_kernels_are_within_their_budgets(arch):
+    budgets = json.loads(aot_gate.BUDGETS.read_text("utf-8"))["kernels"]
+    measured, faults = aot_gate.gate((arch,), [launch for launch in CASES if launch.quick], budgets)
+    assert measured and not faults, "\n".join(faults)
+
+
+PLANTED = {
+    "too many stages": (configs.Config(64, 128, 4, 5), "bytes of shared memory, sm_90 has"),
+    "too few warps": (configs.Config(128, 128, 4, 2), "spill instructions, its budget is 0"),
+    "no warp groups": (configs.Config(16, 64, 4, 2), "no HGMMA instruction"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defects_fail(name, monkeypatch):
+    config, message = PLANTED[name]
+    monkeypatch.setitem(configs.ATTENTION, ("sm_90", 128, 64), config)
+    _, faults = aot_gate.gate(("sm_90",), [PLAIN], {})
+    assert any(message in fault for fault in faults), faults
+
+
+def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
+    from specdec_kernels.triton import tree_attention
+
+    monkeypatch.setattr(tree_attention, "_fits_tma", lambda x: False)
+    _, faults = aot_gate.gate(("sm_90",), [PLAIN], {})
+    assert faults == [
+        f"sm_90 {PLAIN.name} tree_attention_kernel: no UTMALDG instruction: it does not use the unit it is meant for"
+    ]

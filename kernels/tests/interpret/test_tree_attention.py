@@ -1,0 +1,117 @@
+"""The Triton kernel computes what the specification says: interpreted, on CPU tensors, with new inputs each run."""
+
+import os
+import runpy
+import secrets
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import Case, assert_right, draw
+
+from specdec_kernels.backend import CHIPS
+from specdec_kernels.triton import tree_attention as kernels
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed():
+    """Printed when a test fails; SEED=... runs it again."""
+    seed = int(os.environ.get("SEED", secrets.randbits(32)))
+    print(f"SEED={seed}")
+    return seed
+
+
+def assert_kernel_is_right(case, seed, launch=kernels.tree_attention):
+    arguments = draw(case, seed)
+    assert_right(arguments, launch(**arguments, splits=case.splits))
+
+
+HEADS = {"multi_head": (3, 3), "grouped": (6, 2), "multi_query": (5, 1)}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_any_grouping_of_heads_in_any_dtype(heads, dtype, seed):
+    count, kv_heads = HEADS[heads]
+    assert_kernel_is_right(Case(7, 150, count, kv_heads, batch=3, dtype=dtype), seed)
+
+
+@pytest.mark.parametrize("nodes", [1, 31, 32, 33])
+@pytest.mark.parametrize("length", [0, 1, 64, 129])
+def test_any_tree_after_any_prefix(nodes, length, seed):
+    assert_kernel_is_right(Case(nodes, length, 2, 1, splits=1 + nodes % 2, dtype=torch.float16), seed)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 8), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_any_size_of_heads(head_dim, value_dim, seed):
+    assert_kernel_is_right(Case(5, 90, 2, 1, head_dim, value_dim, dtype=torch.bfloat16, batch=2), seed)
+
+
+@pytest.mark.parametrize("window", [1, 17, 65, 200])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_windows_count_positions(window, splits, seed):
+    assert_kernel_is_right(Case(13, 140, 2, 2, window=window, splits=splits, batch=3, dtype=torch.float16), seed)
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+def test_splits_merge_with_sinks_and_softcap(splits, seed):
+    case = Case(9, 200, 4, 2, softcap=2.0, sinks=True, splits=splits, batch=2)
+    assert_kernel_is_right(case, seed)
+
+
+def test_queries_may_be_the_last_nodes_of_a_tree(seed):
+    assert_kernel_is_right(Case(5, 70, earlier=50, window=20, batch=2), seed)
+
+
+@pytest.mark.parametrize("case", [Case(256, 20, 1, 1), Case(3, 4000, 1, 1, dtype=torch.bfloat16)], ids=str)
+def test_the_largest_tree_and_a_long_prefix(case, seed):
+    assert_kernel_is_right(case, seed)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("nodes", [3, 40])
+def test_tiles_through_the_copy_engine(head_dim, nodes, seed, monkeypatch):
+    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4))
+    assert_kernel_is_right(Case(nodes, 300, 2, 1, head_dim, dtype=torch.bfloat16, window=150), seed)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_node_that_sees_nothing_gets_zeros(splits, seed):
+    arguments = draw(Case(3, 40, 2, 1), seed)
+    arguments["ancestors"][:, 1], arguments["first"][:, 1] = 0, 40
+    out, lse = kernels.tree_attention(**arguments, splits=splits)
+    assert out[:, 1].eq(0).all() and lse[:, 1].eq(-torch.inf).all()
+    assert out[:, ::2].ne(0).all() and lse[:, ::2].isfinite().all()
+
+
+WINDOWED = Case(60, 140, 2, 2, window=40, splits=4)
+FULL = Case(9, 90, 4, 2, softcap=2.0, sinks=True, splits=2, batch=3)
+MUTANTS = {
+    "the window one slot short": ("o_n[None, :] >= b_first", "o_n[None, :] > b_first", WINDOWED),
+    "tiles at the window's edge unmasked": ("- tl.max(b_first, 0), 0) //", "- tl.min(b_first, 0), 0) //", WINDOWED),
+    "no guard where a row saw nothing yet": ('tl.where(b_m_new == -float("inf"), 0.0, b_m_new)', "b_m_new + 0", WINDOWED),
+    "no guard of empty splits": ('tl.where(b_new == -float("inf"), 0.0, b_new)', "b_new + 0", WINDOWED),
+    "slots after the tree read": ("(tl.reduce_or(b_word, 0) >> o_n & 1) != 0", "o_n >= 0", FULL),
+    "slots before the text read": ("o_n >= 0, VALUE_DIM", "o_n >= -1000, VALUE_DIM", FULL),
+    "children seen for nodes": ("b_word[:, None] >> o_n[None, :]", "b_word[:, None] >> (o_n[None, :] ^ 1)", FULL),
+    "splits that overlap": ("(split + 1) * share", "(split + 1) * share + 1", FULL),
+    "the sink in every split": ("sinks is not None and splits == 1", "sinks is not None", FULL),
+    "merged sums not rescaled": ("b_l = b_l * b_decay + b_weight", "b_l = b_l + b_weight", FULL),
+    "half a softcap": ("1 - 2 / (1 + tl", "1 - 1 / (1 + tl", FULL),
+    "values of the first head": ("tl.cast(head, tl.int64) * v_strides[1]", "0 * v_strides[1]", FULL),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the NaN that some of them make
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_found(name, tmp_path):
+    right, wrong, case = MUTANTS[name]
+    source = Path(kernels.__file__).read_text("utf-8")
+    assert source.count(right) == 1
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(right, wrong), "utf-8")
+    mutant = runpy.run_path(str(path))
+    with pytest.raises(AssertionError):
+        assert_kernel_is_right(case, 0, mutant["tree_attention"])

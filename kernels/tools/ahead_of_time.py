@@ -1,0 +1,121 @@
+"""Compiles what a launcher launches for a GPU that is not there, and reads what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program may use
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_GCN = re.compile(r"^\s+([a-z][a-z0-9_]+)", re.MULTILINE)
+
+
+class Compiled(NamedTuple):
+    """One kernel as a chip would run it."""
+
+    kernel: str
+    registers: int  # a thread
+    spills: int  # loads and stores of spilled registers
+    stack: int  # bytes a thread
+    shared: int  # bytes a program
+    instructions: Counter[str]
+
+
+class _Absent(DriverBase):
+    """Stands for the driver of a GPU that is not there: launchers run as they are, on CPU tensors, and only compile."""
+
+    _ids: dict[str, int] = {}  # noqa: RUF012  compiled kernels are cached by device number: one for each target
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self._ids.setdefault(str(self.target), len(self._ids))
+
+    def set_current_device(self, device): ...
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_capability(self, device=None):
+        return divmod(self.target.arch, 10) if isinstance(self.target.arch, int) else (9, 4)
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+    def get_empty_cache_for_benchmark(self):
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def compiling(arch: str) -> Iterator[list[Compiled]]:
+    """Launches inside compile for `arch` and do not run; collects the kernels."""
+    compiled, launch = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(_read(self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(_Absent(TARGETS[arch]))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+        driver._active = None
+
+
+def _read(name: str, kernel: Any) -> Compiled:
+    shared = kernel.metadata.shared
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        vgpr, spills, stack = (
+            int(re.search(rf"\.{field}:\s+(\d+)", text)[1])  # type: ignore[index]
+            for field in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        )
+        return Compiled(name, vgpr, spills, stack, shared, Counter(_GCN.findall(text)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        instructions = Counter(_SASS.findall(_run("nvdisasm", "-c", file.name)))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    return Compiled(name, registers, instructions["LDL"] + instructions["STL"], stack, shared, instructions)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

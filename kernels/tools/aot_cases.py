@@ -1,0 +1,118 @@
+"""What the gate compiles: for each op a list of launches. To add an op, add its list to CASES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from specdec_kernels.triton.compact import compact
+from specdec_kernels.triton.law import law
+from specdec_kernels.triton.topk import topk
+from specdec_kernels.triton.tree_attention import tree_attention
+from specdec_kernels.triton.tree_build import tree_build
+from specdec_kernels.triton.verify import verify
+
+VOCAB = 128256  # of Llama 3
+Filters = tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
+
+MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # one warp's tensor core instruction
+WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
+
+
+class Launch(NamedTuple):
+    """One launch of one op on CPU tensors, under the name its budget has."""
+
+    name: str
+    run: Callable[[], object]
+    kernel: str  # the kernel that must have the instructions
+    needs: tuple[Mapping[str, str], ...] = ()  # by arch, prefixes of instructions; archs that are not there need none
+    quick: bool = False  # belongs to the set that is compiled with every change
+
+
+def _attention(nodes, head_dim, value_dim=None, dtype=torch.bfloat16, heads=32, kv_heads=8, softcap=None, sinks=False):
+    value_dim, words = value_dim or head_dim, (nodes + 31) // 32
+    query, key, value = (
+        torch.empty(1, count, h, dim, dtype=dtype).transpose(1, 2)
+        for count, h, dim in ((nodes, heads, head_dim), (8192, kv_heads, head_dim), (8192, kv_heads, value_dim))
+    )
+    bounds = torch.zeros(1, nodes, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    ancestors = torch.zeros(1, nodes, words, dtype=torch.int32)
+    tree_attention(query, key, value, *bounds, ancestors, None, softcap, torch.empty(heads) if sinks else None)
+
+
+def _tree_attention() -> list[Launch]:
+    tma = {"sm_90": "UTMALDG", "sm_100": "UTMALDG"}
+    cases = [
+        Launch(
+            f"tree_attention rows{4 * nodes} head_dim{head_dim}{' softcap sinks' if capped else ''}",
+            partial(_attention, nodes, head_dim, softcap=50.0 if capped else None, sinks=capped),
+            "tree_attention_kernel",
+            (MMA if nodes == 4 else WIDE, tma),
+            quick=(head_dim == 128 and not capped) or (nodes, head_dim, capped) == (16, 256, True),
+        )
+        for head_dim in (64, 128, 256)
+        for nodes in (4, 16, 64)
+        for capped in (False, True)
+    ]
+    cases += [
+        Launch(
+            f"tree_attention rows64 head_dim{dims}",
+            partial(_attention, 16, *dims),
+            "tree_attention_kernel",
+            (WIDE, tma),
+        )
+        for dims in ((80, 80), (192, 128))
+    ]
+    return cases + [
+        Launch(
+            f"tree_attention float32 head_dim{d}",
+            partial(_attention, 4, d, dtype=torch.float32),
+            "tree_attention_kernel",
+        )
+        for d in (64, 128, 256)
+    ]
+
+
+def _verify(dtype: torch.dtype, draft: bool, width: int, filters: Filters) -> None:
+    integers, coins = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.float64)
+    children, laws = torch.zeros(2, 8, width, dtype=torch.int64), integers.to(torch.uint8)
+    draft_probs = torch.empty(2, 3, VOCAB) if draft else None
+    verify(
+        torch.empty(2, 8, VOCAB, dtype=dtype),
+        integers,
+        children,
+        laws,
+        draft_probs,
+        coins,
+        coins,
+        3,
+        *filters,
+        lenience=1.0,
+    )
+
+
+def _verification() -> list[Launch]:
+    plain, greedy, filtered = (1.0, None, None, None), (0.0, None, None, None), (0.7, 50, 0.9, 0.1)
+    rows, tree, count = (
+        torch.empty(4, VOCAB, dtype=torch.bfloat16),
+        torch.zeros(2, 64, dtype=torch.int64),
+        torch.zeros(2).long(),
+    )
+    stack = torch.empty(64, 2, 128, 8, 128, dtype=torch.bfloat16)
+    return [
+        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_walk_kernel", quick=True),
+        Launch("verify width16", partial(_verify, torch.bfloat16, True, 16, plain), "_walk_kernel"),
+        Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_walk_kernel", quick=True),
+        Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_walk_kernel"),
+        Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_walk_kernel"),
+        Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", quick=True),
+        Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
+        Launch("topk", partial(topk, rows, 8, 1.0), "_block_kernel", quick=True),
+        Launch("tree_build", partial(tree_build, tree, 8), "_tree_build_kernel", quick=True),
+    ]
+
+
+CASES = [*_tree_attention(), *_verification()]
