@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.strategies import booleans, integers
+from random_trees import SAMPLED, differing, random_trees
 
 from experiments.mutants import example
 from specdec import Coins, DraftTree, Law, Sampling, Topology, TreeSpec
@@ -33,7 +34,6 @@ CASES = int(os.environ.get("SPECDEC_CONFORMANCE_CASES", "25"))  # batches per ru
 FLOAT32 = 1e-5  # how far a float32 threshold may be from the float64 one: a few roundings of a sum over the vocabulary
 LOSSLESS = [SiblingRejection(), BlockVerification(), TraversalVerification(), KSeq(), LevelVerification(rounds=1)]
 LOSSY = [LenientRejection(), TypicalAcceptance()]
-SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
 TREES = [
     Chain(4),
     Widths((1, 1, 1), Law.WITHOUT_REPLACEMENT),
@@ -69,14 +69,6 @@ class Batch:
         self.sampling, self.processors = sampling, [()] * rows
 
 
-def differing(fast, slow) -> torch.Tensor:
-    """[batch] bool: rows in which two decisions differ."""
-    depth = min(fast.path.shape[1], slow.path.shape[1])
-    kept = torch.arange(depth) <= slow.accepted[:, None]
-    elsewhere = ((fast.path[:, :depth] != slow.path[:, :depth]) & kept).any(1)
-    return (fast.accepted != slow.accepted) | (fast.token != slow.token) | elsewhere
-
-
 # --- fast path = specification
 
 
@@ -99,53 +91,11 @@ def test_the_fast_path_equals_the_specification_on_drafted_trees(rule, tree, sam
         assert not differing(fast, slow).any()
 
 
-def random_trees(rule, rows: int, vocab: int, seed: int, single: bool = False) -> tuple[DraftTree, torch.Tensor]:
-    """Ragged trees of every law that the rule admits, with padding and zeros in all laws; the target's logits."""
-    rng = np.random.default_rng(seed)
-    nodes, width = int(rng.integers(2, 11)), 1 if single or isinstance(rule, BlockVerification) else 3
+def trees_for(rule, rows: int, vocab: int, seed: int, single: bool = False) -> tuple[DraftTree, torch.Tensor]:
+    """Random trees that the rule admits."""
+    width = 1 if single or isinstance(rule, BlockVerification) else 3
     laws = [Law.IID] if isinstance(rule, KSeq) and width > 1 else [Law.POINT, *SAMPLED]
-    parents, tokens = np.full((rows, nodes), -1), rng.integers(0, vocab, (rows, nodes))
-    kinds, probs = np.full((rows, nodes), Law.PADDING), rng.dirichlet([0.3] * vocab, (rows, nodes)) + 1e-4
-    probs *= rng.uniform(0.5, 2, (rows, nodes, 1))  # drafts need not be normalised
-    probs[rng.random(probs.shape) < 0.4] = 0
-    probs[:, :, : width + 1] += 0.01  # enough tokens for all siblings
-    depth = 0
-    for b in range(rows):
-        kinds[b, : rng.integers(1, nodes + 1)] = Law.POINT
-        depths = [0] * nodes
-        for i in range(1, nodes):
-            free = [v for v in range(i) if (parents[b, :i] == v).sum() < width]
-            parents[b, i] = rng.choice(free)
-            depths[i] = depths[parents[b, i]] + 1
-            if kinds[b, parents[b, i]] == Law.PADDING or rng.random() < 0.1:
-                kinds[b, i] = Law.PADDING
-        depth = max(depth, *depths)
-        for v in range(nodes):
-            children = np.flatnonzero(parents[b] == v)
-            children = children[kinds[b, children] != Law.PADDING]
-            if kinds[b, v] != Law.PADDING:  # a leaf too: its children may have been struck out by a budget
-                kinds[b, v] = rng.choice(laws)
-            if len(children):
-                tokens[b, children] = drawn(rng, Law(kinds[b, v]), probs[b, v], len(children))
-    logits = np.log(probs + 1e-3) + rng.normal(0, 1, probs.shape)
-    logits[rng.random(logits.shape) < 0.3] = -np.inf
-    logits[..., 0] = 0
-    topology = Topology(torch.from_numpy(parents), depth, width)
-    laws_ = torch.from_numpy(kinds).to(torch.uint8)
-    return DraftTree(torch.from_numpy(tokens), topology, laws_, torch.from_numpy(probs)), torch.from_numpy(logits)
-
-
-def drawn(rng, law: Law, weights: np.ndarray, count: int) -> np.ndarray:
-    weights = weights / weights.sum()
-    if law == Law.IID:
-        return rng.choice(len(weights), count, p=weights)
-    if law == Law.WITHOUT_REPLACEMENT:
-        return rng.choice(len(weights), count, replace=False, p=weights)
-    if law == Law.POINT:
-        return rng.choice(len(weights), count, replace=False)
-    top = np.argsort(-weights)[: count - 1]
-    rest = np.where(np.isin(np.arange(len(weights)), top), 0, weights)
-    return np.array([rng.choice(len(weights), p=rest / rest.sum()), *top])
+    return random_trees(rows, vocab, seed, width, laws)
 
 
 class Shifted(Coins):
@@ -159,7 +109,7 @@ class Shifted(Coins):
 
 def compare(rule, rows: int, vocab: int, seed: int, single: bool) -> None:
     """Decide random trees by the specification and by the fast path, in float64 and in float32."""
-    tree, logits = random_trees(rule, rows, vocab, seed, single)
+    tree, logits = trees_for(rule, rows, vocab, seed, single)
     context, coins = Batch(rows, vocab, Sampling(1.0), seed), Shifted(seed, rows, 16)
     slow = Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins)
     fast = rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
@@ -212,7 +162,7 @@ class NotingLaw(TargetLaw):
 def test_a_nan_at_a_node_that_the_specification_does_not_visit_is_no_error(rule):
     unseen = 0
     for seed in range(8):
-        tree, logits = random_trees(rule, 16, 6, seed)
+        tree, logits = trees_for(rule, 16, 6, seed)
         context, coins = Batch(16, 6, Sampling(1.0), seed), Coins(seed, 16, 16)
         noting = NotingLaw(logits, tree, context)
         slow = Rule.decide_batch(rule, tree, noting, coins)
@@ -227,7 +177,7 @@ def test_a_nan_at_a_node_that_the_specification_does_not_visit_is_no_error(rule)
 @pytest.mark.parametrize("rule", LOSSLESS + LOSSY, ids=name_of)
 def test_the_fast_path_never_asks_the_device(rule):
     """Meta tensors have no values: whatever would wait for one (item, tolist, bool, nonzero) raises."""
-    tree, logits = random_trees(rule, 4, 7, seed=1)
+    tree, logits = trees_for(rule, 4, 7, seed=1)
     context = Batch(4, 7, Sampling(1.0), 1)
     topology = Topology(tree.topology.parents.to("meta"), tree.topology.depth, tree.topology.width)
     assert tree.draft_probs is not None
@@ -333,7 +283,7 @@ def test_block_verification_accepts_as_much_as_in_the_papers_example():
 def test_rules_for_trees_are_block_verification_on_chains(tree_rule, law):
     block_rule = BlockVerification()
     for seed in range(20):
-        tree, logits = random_trees(block_rule, 16, 6, seed)
+        tree, logits = trees_for(block_rule, 16, 6, seed)
         kinds = torch.where((tree.laws == Law.PADDING) | (tree.laws == Law.POINT), tree.laws, law).to(torch.uint8)
         tree = replace(tree, laws=kinds)
         context, coins = Batch(16, 6, Sampling(1.0), seed), Coins(seed, 16, 16)

@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 import torch
 
+from specdec_kernels.triton.compact import compact
+from specdec_kernels.triton.law import law
+from specdec_kernels.triton.topk import topk
 from specdec_kernels.triton.tree_attention import tree_attention
+from specdec_kernels.triton.tree_build import tree_build
+from specdec_kernels.triton.verify import verify
+
+VOCAB = 128256  # of Llama 3
+Filters = tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
 
 MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # one warp's tensor core instruction
 WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
@@ -68,4 +76,43 @@ def _tree_attention() -> list[Launch]:
     ]
 
 
-CASES = [*_tree_attention()]
+def _verify(dtype: torch.dtype, draft: bool, width: int, filters: Filters) -> None:
+    integers, coins = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.float64)
+    children, laws = torch.zeros(2, 8, width, dtype=torch.int64), integers.to(torch.uint8)
+    draft_probs = torch.empty(2, 3, VOCAB) if draft else None
+    verify(
+        torch.empty(2, 8, VOCAB, dtype=dtype),
+        integers,
+        children,
+        laws,
+        draft_probs,
+        coins,
+        coins,
+        3,
+        *filters,
+        lenience=1.0,
+    )
+
+
+def _verification() -> list[Launch]:
+    plain, greedy, filtered = (1.0, None, None, None), (0.0, None, None, None), (0.7, 50, 0.9, 0.1)
+    rows, tree, count = (
+        torch.empty(4, VOCAB, dtype=torch.bfloat16),
+        torch.zeros(2, 64, dtype=torch.int64),
+        torch.zeros(2).long(),
+    )
+    stack = torch.empty(64, 2, 128, 8, 128, dtype=torch.bfloat16)
+    return [
+        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_walk_kernel", quick=True),
+        Launch("verify width16", partial(_verify, torch.bfloat16, True, 16, plain), "_walk_kernel"),
+        Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_walk_kernel", quick=True),
+        Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_walk_kernel"),
+        Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_walk_kernel"),
+        Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", quick=True),
+        Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
+        Launch("topk", partial(topk, rows, 8, 1.0), "_block_kernel", quick=True),
+        Launch("tree_build", partial(tree_build, tree, 8), "_tree_build_kernel", quick=True),
+    ]
+
+
+CASES = [*_tree_attention(), *_verification()]

@@ -1,0 +1,84 @@
+"""The ops of verification and of trees: what torch is promised about them, and what specdec calls on CUDA devices."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from random_trees import random_trees
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import specdec_kernels
+from specdec import DraftTree, Law, Sampling, Topology
+from specdec.sampling import TargetLaw
+from specdec_kernels.reference.verify import IID, PADDING, POINT, SAMPLED_THEN_TOP, WITHOUT_REPLACEMENT
+
+
+def cases() -> dict[str, tuple]:
+    tree, logits = random_trees(2, 7, 0)
+    drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs
+    coins = torch.rand(2, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stack, rows = torch.randn(2, 2, 9, 2, 4), torch.tensor([2, 3])
+    return {
+        "law": (logits[0], 0.7, 3, 0.9, 0.1),
+        "verify": (logits, *drafted, *coins, tree.topology.depth, 1.0),
+        "compact": (stack, torch.tensor([[0, 2, 3], [0, 1, 5]]), rows, rows),
+        "topk": (logits[0], 3),
+        "tree_build": (tree.topology.parents, tree.topology.depth),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_ops_keep_their_promises_to_torch(name):
+    torch.library.opcheck(getattr(torch.ops.specdec, name).default, cases()[name])
+
+
+@pytest.mark.parametrize("name", cases())
+def test_ops_compile_into_one_graph_for_devices_that_are_not_there(name):
+    op, devices = getattr(specdec_kernels, name), []
+
+    def backend(graph, example_inputs):
+        devices.append({x.device.type for x in example_inputs if isinstance(x, torch.Tensor)})
+        return graph.forward
+
+    torch.compiler.reset()
+    with FakeTensorMode():
+        on_cuda = [torch.empty_like(x, device="cuda") if isinstance(x, torch.Tensor) else x for x in cases()[name]]
+        out = torch.compile(op, fullgraph=True, backend=backend)(*on_cuda)
+    assert devices == [{"cuda"}]
+    for fake, real in zip(tree_leaves(out), tree_leaves(op(*cases()[name])), strict=True):
+        assert real is None or (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_laws_have_the_numbers_that_specdec_gives_them():
+    names = Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP, Law.PADDING
+    assert names == (POINT, IID, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING)
+
+
+class Called(TorchDispatchMode):
+    """Notes the ops of specdec that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "specdec":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_cuda_devices_sibling_rejection_is_one_op():
+    with FakeTensorMode(), Called() as seen:
+        tokens, children = (torch.zeros(2, 4, *more, dtype=torch.int64, device="cuda") for more in ((), (2,)))
+        topology = Topology(tokens, 2, 2)
+        vars(topology)["children"] = children  # computing it takes indexing, which fake CUDA tensors refuse
+        tree = DraftTree(tokens, topology, tokens.to(torch.uint8), torch.zeros(2, 1, 7, device="cuda"))
+        context: Any = SimpleNamespace(sampling=Sampling(1.0), processors=[()] * 2)
+        coins = torch.zeros(2, 4, dtype=torch.float64, device="cuda")
+        law = TargetLaw(torch.zeros(2, 4, 7, device="cuda"), tree, context)
+        path, accepted, token = law.verify(tree, coins, coins, 1.0)
+        assert [path.shape, accepted.shape, token.shape] == [(2, 3), (2,), (2,)]
+    assert seen.names == ["verify.default"]
