@@ -77,9 +77,9 @@ def test_trees_of_points_and_the_root_alone_need_no_draft():
     tree, logits = random_trees(3, 9, 1, laws=[Law.POINT])
     case = arguments(replace(tree, draft_probs=None), logits, *coins(3, 1))
     assert not differing(kernel.verify(*case), reference.verify(*case)).any()
-    alone: Any = logits[:, :1], tree.tokens[:, :1], tree.tokens.new_empty(3, 1, 0), tree.laws[:, :1], None, *coins(3, 2)
-    case = (*alone, 0, *PLAIN, 1.0)
-    assert not differing(kernel.verify(*case), reference.verify(*case)).any()
+    alone = logits[:, :1], tree.tokens[:, :1], tree.tokens.new_empty(3, 1, 0), tree.laws[:, :1], None, *coins(3, 2)
+    root: Any = (*alone, 0, *PLAIN, 1.0)
+    assert not differing(kernel.verify(*root), reference.verify(*root)).any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
