@@ -54,10 +54,9 @@ class LayerSkipDrafter(Drafter):
             raise ValueError(
                 f"{self}: the target has layers 0 to {len(layers) - 1}; skip at least one of them and keep at least one."
             )
-        sharing = getattr(target.cached.model.config.get_text_config(), "num_kv_shared_layers", 0) or 0
-        if sharing and (needed := sorted(skipped - {*range(len(layers) - sharing, len(layers))})):
+        if needed := sorted(skipped - {*skippable(target.cached.model)}):
             raise ValueError(
-                f"The last {sharing} layers use the keys and values of earlier ones, so that {needed} cannot be skipped."
+                f"Later layers use the keys and values of layers {needed}, which therefore cannot be skipped."
             )
         self._skipped = [layers[i] for i in sorted(skipped)]
 
@@ -65,7 +64,7 @@ class LayerSkipDrafter(Drafter):
         if context.max_depth == 0:
             return root_only(context.root)
         self._cached.longest = max(context.host_lengths) - 1
-        with _passing_through(self._skipped):
+        with passing_through(self._skipped):
             return drive(self.tree.grow(context, coins), self._score).tree
 
     def _score(self, frontier: Frontier) -> Tensor:
@@ -79,8 +78,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(lists)
 
 
+def skippable(model: PreTrainedModel) -> range:
+    """Indices of the layers whose keys and values no other layer uses."""
+    count = len(decoder_layers(model))
+    sharing = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) or 0
+    return range(count - sharing if sharing else 0, count)
+
+
 @contextlib.contextmanager
-def _passing_through(layers: Sequence[nn.Module]) -> Iterator[None]:
+def passing_through(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, these layers hand their input on unchanged."""
     found = [vars(layer).get("forward") for layer in layers]
     for layer in layers:

@@ -1,0 +1,191 @@
+"""Which layers a target should leave out when it drafts for itself (`LayerSkipDrafter`): a search by predicted speed-up.
+
+Draft & Verify (Zhang et al., arXiv:2309.08168, section 3.3) decodes with every set that it tries. Here one forward pass of the
+layers that are kept, over what the target wrote after many places of its own texts, gives a set's acceptance by depth.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.drafters.layer_skip import decoder_layers, passing_through, skippable
+from specdec.sampling import Sampling
+from specdec.target import CachedModel
+from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
+from specdec.tree import chain
+
+Skip = frozenset[int]  # indices of the layers left out
+
+
+class Rehearsal:
+    """Places in the target's own texts from which chains are drafted without decoding.
+
+    The context is in the cache as the whole model wrote it, and the drafted nodes attend to it and to each other through
+    the kept layers alone, as they do in `LayerSkipDrafter`.
+
+    Args:
+        model: the target.
+        texts: 1-D int64, written by the target under `sampling` at least from the last `depth` tokens on.
+        depth: length of the chains: the last `depth` tokens of every text are what they should have drafted.
+        sampling: as it will be when decoding.
+    """
+
+    def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], depth: int, sampling: Sampling):
+        self._cached, self._sampling = CachedModel(model), sampling
+        self.layers = decoder_layers(model)
+        lengths = torch.tensor([len(text) for text in texts])
+        if int(lengths.min()) < depth + 2:
+            raise ValueError(f"A text has {int(lengths.min())} tokens: chains of {depth} need {depth + 2} or more.")
+        tokens = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(self._cached.device)
+        path = (lengths[:, None] - depth - 1 + torch.arange(depth + 1)).to(tokens.device)
+        self._path = tokens.gather(1, path)  # [text, depth + 1]: the root and what followed it
+        with torch.inference_mode(), self._cached.patch:
+            self._cached.start(len(tokens), tokens.shape[1])
+            self._cached.read(tokens, (lengths - depth - 1).tolist())
+        self._target = self._laws(frozenset())
+
+    def reach(self, skip: Skip) -> list[float]:
+        """[depth]: the chance that a drafted chain is accepted up to each depth, by sibling rejection, without bias.
+
+        Chains are drafted, but texts are the target's. So a path counts min(1, q / p) for each of its tokens, and E over
+        paths of the target of the product of these, times sum min(p, q) at its end, is the chance to be accepted
+        that far. Greedy laws are one-hot: there it is the share of the texts whose tokens are drafted.
+        """
+        draft, token = self._laws(skip), self._path[:, 1:, None]
+        ratio = (draft.gather(2, token) / self._target.gather(2, token))[..., 0].clamp(max=1)
+        before = torch.cat([torch.ones_like(ratio[:, :1]), ratio.cumprod(1)[:, :-1]], 1)
+        return (before * torch.minimum(draft, self._target).sum(-1)).mean(0).tolist()
+
+    def _laws(self, skip: Skip) -> Tensor:
+        """[text, depth, vocab]: laws after the root and the nodes but the last, drafted without these layers."""
+        nodes = self._path[:, :-1]
+        with torch.inference_mode(), self._cached.patch, passing_through([self.layers[i] for i in sorted(skip)]):
+            logits = self._cached.forward(nodes, chain(*nodes.shape, nodes.device))
+            return self._sampling.probabilities(logits)
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Seconds of the target's forward pass, and of drafting one token with some of its layers, which cost alike."""
+
+    verify: CostCurve
+    outside: float  # embedding, final norm, LM head
+    layer: float  # each
+
+    def keeping(self, layers: int) -> Costs:
+        """What steps cost that draft with so many layers."""
+        return Costs(self.verify, CostCurve((1,), (self.draft(layers),)))
+
+    def draft(self, layers: int) -> float:
+        """Seconds of drafting one token with so many layers."""
+        return self.outside + layers * self.layer
+
+    def least_skipped(self, budget: float, layers: int, most: int) -> int:
+        """How many of the target's `layers`, of at most `most`, to leave out for a token to cost `budget` target passes."""
+        for count in range(1, most + 1):
+            if self.draft(layers - count) <= budget * self.verify(1):
+                return count
+        least = self.draft(layers - most) / self.verify(1)
+        raise ValueError(
+            f"budget={budget}: with {most} of {layers} layers left out, the most there can be, drafting a token costs "
+            f"{least:.2f} of a pass of the target; allow more."
+        )
+
+
+def measure_layer_costs(model: PreTrainedModel, nodes: int, context: int, repeats: int = 15) -> LayerCosts:
+    """From passes through all layers and through as few as can be kept; `nodes`, `context` as in `measure_costs`."""
+    layers, free = decoder_layers(model), skippable(model)
+    sizes = range(1, nodes + 1)
+    whole = measure_costs(model, nodes=sizes, context=context, repeats=repeats).verify
+    with passing_through([layers[i] for i in free[1:]]):
+        few = measure_costs(model, nodes=(1,), context=context, repeats=repeats).verify
+    layer = (whole(1) - few(1)) / (len(free) - 1)
+    return LayerCosts(whole, whole(1) - len(layers) * layer, layer)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A set of layers that was tried."""
+
+    skip: Skip
+    reach: Sequence[float]  # [depth], as from `Rehearsal.reach`
+    length: int  # of the chain that is predicted to be fastest, 1 or more
+    speed_up: float  # predicted
+
+    @property
+    def acceptance_length(self) -> float:
+        """Predicted, of that chain."""
+        return 1 + sum(self.reach[: self.length])
+
+
+def predict(skip: Skip, reach: Sequence[float], costs: Costs) -> Trial:
+    """The best chain for this set, at these costs."""
+    speed = {n: predicted_speed_up(1 + sum(reach[:n]), range(-1, n), costs) for n in range(1, len(reach) + 1)}
+    length = max(speed, key=speed.__getitem__)
+    return Trial(skip, reach, length, speed[length])
+
+
+Attempt = Generator[Trial, None, Trial]
+
+
+def search(
+    trial: Callable[[Skip], Trial], layers: Sequence[int], least: int, most: int, seed: int = 0
+) -> Iterator[Trial]:
+    """Yields every set it tries, once each, until no single change improves the best: stop it whenever time is up.
+
+    First every early exit. Then layers are left out one by one, always the one that costs the least acceptance, up to
+    `most`. What a layer costs grows as others go, so that it is measured again only when it comes up for removal (the lazy
+    greedy of Minoux, 1978). Last, single layers of the fastest set are exchanged, added and removed in random order.
+
+    Args:
+        trial: measures a set.
+        layers: those that may be left out.
+        least, most: how many of them have to, and may.
+        seed: of the order of exchanges.
+    """
+    tried: dict[Skip, Trial] = {}
+
+    def attempt(skip: Skip) -> Attempt:
+        if skip not in tried:
+            tried[skip] = trial(skip)
+            yield tried[skip]
+        return tried[skip]
+
+    for count in range(least, most + 1):
+        yield from attempt(frozenset(layers[len(layers) - count :]))
+    yield from _eliminate(attempt, layers, most)
+    best, rng = max((t for t in tried.values() if len(t.skip) >= least), key=lambda t: t.speed_up), random.Random(seed)
+    while best is not None:
+        neighbours, best_so_far, best = _neighbours(best.skip, layers, least, most), best, None
+        rng.shuffle(neighbours)
+        for skip in neighbours:
+            found = yield from attempt(skip)
+            if found.speed_up > best_so_far.speed_up:
+                best = found
+                break
+
+
+def _eliminate(attempt: Callable[[Skip], Attempt], layers: Sequence[int], most: int) -> Generator[Trial, None, None]:
+    left, skip = [(-float("inf"), layer) for layer in layers], frozenset()
+    heapify(left)
+    while len(skip) < most:
+        _, layer = heappop(left)
+        found = yield from attempt(skip | {layer})
+        if not left or -sum(found.reach) <= left[0][0]:
+            skip |= {layer}
+        else:
+            heappush(left, (-sum(found.reach), layer))
+
+
+def _neighbours(skip: Skip, layers: Sequence[int], least: int, most: int) -> list[Skip]:
+    kept = [layer for layer in layers if layer not in skip]
+    removed, added = [skip - {i} for i in sorted(skip)], [skip | {j} for j in kept]
+    exchanged = [skip - {i} | {j} for i in sorted(skip) for j in kept]
+    return [s for s in (*removed, *added, *exchanged) if least <= len(s) <= most]
