@@ -51,7 +51,7 @@ class Json:
 
 @dataclass(frozen=True)
 class Wandb:
-    """One Weights & Biases run: the figures as its summary, everything else as its configuration."""
+    """One Weights & Biases run: the figures as its summary, the history as its curves, everything else as its configuration."""
 
     project: str
     mode: Literal["offline", "online", "disabled"] = "offline"
@@ -62,8 +62,11 @@ class Wandb:
         import wandb
 
         Path(self.dir).mkdir(parents=True, exist_ok=True)
-        config = {key: value for key, value in result.items() if key != "figures"}
+        config = {key: value for key, value in result.items() if key not in ("figures", "history")}
         with wandb.init(project=self.project, mode=self.mode, dir=self.dir, config=config) as run:
+            for name, rows in result.get("history", {}).items():
+                for row in rows:
+                    run.log({f"{name}/{key}": value for key, value in row.items()})
             run.summary.update(result["figures"])
             return run.url or run.dir
 

@@ -9,91 +9,52 @@ published checkpoints. Settings are in `conf/train_medusa.yaml`.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
-import transformers
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import specdec
 from experiments import calls
+from experiments.inputs import begin
+from experiments.training import fit, own_texts
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.training.medusa import acceptance_by_head, medusa_loss, places
-from specdec.training.self_distillation import continuations
 
 
 @hydra.main(config_path="../conf", config_name="train_medusa", version_base="1.3")
 def main(config: DictConfig) -> None:
-    calls.check(OmegaConf.to_container(config))
-    torch.set_num_threads(config.threads)
-    transformers.utils.logging.disable_progress_bar()
-    models, folder = instantiate(config.target), Path(config.folder)
-    models.target.to(config.device)
+    setting, folder = begin("experiments/train_medusa.py", config), Path(config.folder)
+    target, end = setting.models.target.to(config.device), setting.models.tokenizer.eos_token_id or 0
     folder.mkdir(parents=True, exist_ok=True)
-    texts = own_texts(models, config, folder / "texts.pt")
-    held_out, training = texts[: config.held_out], texts[config.held_out :]
-    heads = train(models.target, training, held_out, config, folder / "checkpoint.pt")
+    texts = own_texts(setting, config, folder / "texts.pt")
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=end)
+    held_out, training = padded[: config.held_out], padded[config.held_out :]
+    heads = train(target, training, held_out, config, folder / "checkpoint.pt")
     heads.save(folder / "heads")
-    rates = by_head(models.target, heads, held_out)
-    print(f"acceptance rate by head at temperature 1: {' '.join(f'{rate:.3f}' for rate in rates)}")
-    print(f"acceptance length on held-out prompts: {tau(models.target, heads, held_out, config.prompt_length):.2f}")
+    found = {
+        "acceptance_rate_by_head": by_head(target, heads, held_out),  # at temperature 1
+        "acceptance_length": tau(target, heads, held_out, config.prompt_length),
+    }
+    print(f"acceptance rate by head: {' '.join(f'{rate:.3f}' for rate in found['acceptance_rate_by_head'])}")
+    print(f"acceptance length on held-out prompts, greedy: {found['acceptance_length']:.2f}")
     print(folder / "heads")
-
-
-def own_texts(models: Any, config: DictConfig, path: Path) -> Tensor:
-    """[text, length] int64: prompts continued by the target; kept in `path` batch by batch."""
-    done: list[Tensor] = torch.load(path, weights_only=True) if path.exists() else []
-    prompts = instantiate(config.task)
-    ids = [torch.tensor(models.tokenizer(text)["input_ids"][: config.prompt_length]) for text in prompts]
-    ids = [row for row in ids if len(row) == config.prompt_length][len(done) :]
-    length = config.prompt_length + config.new_tokens
-    options = {"new_tokens": config.new_tokens, "batch": config.texts_at_once, "seed": len(done)}
-    with tqdm(total=len(ids) + len(done), initial=len(done), desc="the target's texts") as bar:
-        for batch in continuations(models.target, ids, **options):
-            bar.update(len(batch))
-            end = models.tokenizer.eos_token_id or 0
-            done += [torch.nn.functional.pad(row, (0, length - len(row)), value=end) for row in batch]
-            torch.save(done, path)
-    return torch.stack(done)
+    print(setting.log.write({**setting.source, "figures": found}))
 
 
 def train(target: PreTrainedModel, texts: Tensor, held_out: Tensor, config: DictConfig, path: Path) -> MedusaHeads:
     """The heads after `config.steps` steps; the newest checkpoint is kept in `path`."""
     heads = MedusaHeads(config.heads, config.blocks, target.config.get_text_config().hidden_size).to(target.device)
-    optimizer, lm_head = torch.optim.AdamW(heads.parameters(), lr=config.lr, weight_decay=0), lm_head_of(target)
-    first = _resume(path, heads, optimizer)
-    with tqdm(range(first, config.steps), initial=first, total=config.steps, desc="heads") as bar:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-            generator = torch.Generator().manual_seed(step)
-            batch = texts[torch.randint(len(texts), (config.texts_per_step,), generator=generator)]
-            loss = medusa_loss(heads, lm_head, places(target, batch.to(target.device), len(heads)), config.decay)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
-                rates = by_head(target, heads, held_out[:8])
-                bar.set_postfix_str(f"loss {loss.item():.3f}, rates {' '.join(f'{rate:.2f}' for rate in rates)}")
-                torch.save({"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
+    lm_head = lm_head_of(target)
+
+    def loss(batch: Tensor) -> Tensor:
+        return medusa_loss(heads, lm_head, places(target, batch.to(target.device), len(heads)), config.decay)
+
+    fit(heads, loss, texts, lambda: {"rates": by_head(target, heads, held_out[:8])}, config, path, steps=config.steps)
     return heads.eval()
-
-
-def _resume(path: Path, heads: MedusaHeads, optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on from."""
-    if not path.exists():
-        return 0
-    saved = torch.load(path, weights_only=True)
-    heads.load_state_dict(saved["heads"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
 
 
 def lm_head_of(target: PreTrainedModel) -> torch.nn.Module:

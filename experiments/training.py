@@ -1,0 +1,88 @@
+"""What training a drafter is, whatever is trained: the target's own texts, and steps that may be stopped at any time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.inputs import Setting
+from specdec.training.self_distillation import continuations
+
+
+def own_texts(setting: Setting, config: DictConfig, path: Path) -> list[Tensor]:
+    """Beginnings of the prompts, all of one length, with what the target makes of them; kept in `path` batch by batch."""
+    done: list[Tensor] = torch.load(path, weights_only=True) if path.exists() else []
+    prompts = [ids[: config.prompt_length] for ids in setting.prompts if len(ids) >= config.prompt_length]
+    options = {"sampling": setting.sampling, "new_tokens": config.new_tokens, "batch": config.texts_at_once}
+    with tqdm(total=len(prompts), initial=len(done), desc="the target's texts") as bar:
+        for batch in continuations(setting.models.target, prompts[len(done) :], seed=len(done), **options):
+            bar.update(len(batch))
+            done += batch
+            _save(done, path)
+    return done
+
+
+def fit(
+    module: torch.nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    texts: Tensor,
+    evaluate: Callable[[], dict[str, Any]],
+    config: DictConfig,
+    path: Path,
+    *,
+    steps: int,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Train `module` in place; returns the loss and what `evaluate` said, every `config.report_every` steps.
+
+    All that is random is a function of seed and step, so a run that was stopped goes on from its newest checkpoint, in
+    `path`, as if it had not been.
+
+    Args:
+        loss: of a batch, some rows of `texts`.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=0)
+    first, history = _resume(path, module, optimizer)
+    with tqdm(range(first, steps), initial=first, total=steps, desc=path.stem) as bar:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            generator = torch.Generator().manual_seed(1_000_000 * seed + step)
+            value = loss(texts[torch.randint(len(texts), (config.texts_per_step,), generator=generator)])
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            if (step + 1) % config.report_every == 0 or step + 1 == steps:
+                history.append({"step": step + 1, "loss": value.item(), **evaluate()})
+                bar.set_postfix_str(", ".join(f"{name} {_short(found)}" for name, found in history[-1].items()))
+                states = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+                _save({**states, "step": step + 1, "history": history}, path)
+    return history
+
+
+def _resume(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+    """The step to go on from, and what was reported before it."""
+    if not path.exists():
+        return 0, []
+    saved = torch.load(path, weights_only=True)
+    module.load_state_dict(saved["module"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["history"]
+
+
+def _save(state: Any, path: Path) -> None:
+    """At no time is there half a file at `path`."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def _short(found: Any) -> str:
+    return " ".join(f"{x:.2f}" for x in found) if isinstance(found, list) else f"{found:.3f}".removesuffix(".000")

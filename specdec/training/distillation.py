@@ -1,0 +1,93 @@
+"""Losses that fit a draft model to a target, on text that the target wrote.
+
+All take the same three tensors and return a scalar to minimise, in nats or tokens a place:
+
+    target_law: [batch, place, vocab] log-probabilities of the target after each place of a text (fixed)
+    draft_law: [batch, place, vocab] the draft's, at the same temperature: what the gradient is for
+    tokens: [batch, place] int64: the token that came next; negative where the target wrote none (prompt, padding)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy(target_law: Tensor | None, draft_law: Tensor, tokens: Tensor) -> Tensor:
+    """Of the tokens that were drawn; the target's law is not looked at."""
+    return -_mean(_at_tokens(draft_law, tokens), tokens)
+
+
+def kl(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
+    """Forward KL(target || draft), as in DistillSpec (arXiv:2310.08461)."""
+    return _mean((target_law.exp() * (target_law - draft_law)).sum(-1), tokens)
+
+
+def lk(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
+    """-log sum min(p, q): the negative log of the rate at which a single draft is accepted."""
+    return -_mean(torch.minimum(target_law, draft_law).exp().sum(-1).log(), tokens)
+
+
+def expected_tau(target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: int = 4, block: bool = False) -> Tensor:
+    """The negative expected acceptance length of a chain, over all places where one can start.
+
+    Args:
+        depth: drafted tokens.
+        block: verified by block verification; otherwise by token-level rejection.
+    """
+    drafted = tokens[:, : tokens.shape[1] - depth + 1] >= 0
+    accepted = acceptance_by_depth(target_law, draft_law, tokens, depth, block)
+    return -1 - accepted.sum(-1)[drafted].mean()
+
+
+def acceptance_by_depth(
+    target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: int, block: bool = False
+) -> Tensor:
+    """[batch, start, depth]: at each start, unbiased estimates of the chance that 1, 2, ... drafted tokens are accepted.
+
+    Let a text x be drafted, q_j and p_j be the two laws' probabilities of x_j after x_1 .. x_j-1, Q_i and P_i their
+    products up to i. A lossless verifier of chains accepts i tokens with probability E_{x ~ Q} reach_i(x), where
+    reach_0 = 1 and
+
+    - token-level rejection has reach_i = reach_i-1 min(1, p_i / q_i): every token must be accepted by itself;
+    - block verification has reach_i = min(1, reach_i-1 p_i / q_i) (`specdec.theory.chain_optimum`).
+
+    The text at hand was drawn from P, not Q: E_{x ~ Q} reach_i = E_{x ~ P} w_i with w_i = reach_i Q_i / P_i (where P_i = 0,
+    reach_i is 0 too). Multiply the recursions by Q_i / P_i, and with R_i = Q_i / P_i they become
+
+    - token level: w_i = w_i-1 min(1, q_i / p_i);
+    - block: w_i = min(R_i, w_i-1), the least likelihood ratio on the way, R_0 = 1 included.
+
+    Both are w_i = min(r_i-1 q_i / p_i, w_i-1), with r = w at token level and r = R for blocks. Given x_1 .. x_i-1 the
+    expectation over x_i ~ p_i needs no sample: sum over x of min(r_i-1 q_i(x), w_i-1 p_i(x)), which is what is returned.
+    (The product of the overlaps sum min(p, q) along a text of the target's is something else: accepted tokens are
+    distributed as min(p, q), normalised, not as p.) As P does not depend on the draft, the gradient of this estimate
+    is an unbiased estimate of the gradient.
+
+    A chain that outlives its text (tokens < 0) accepts nothing more.
+    """
+    starts = tokens.shape[1] - depth + 1
+    if starts < 1:
+        raise ValueError(f"Texts of {tokens.shape[1]} places have no room for a chain of {depth}; use longer ones.")
+    log_ratio = _at_tokens(draft_law, tokens) - _at_tokens(target_law, tokens)
+    weight = ratio = torch.zeros_like(log_ratio[:, :starts])  # [batch, start]: log w, log r
+    chances = []
+    for d in range(depth):
+        here = slice(d, d + starts)
+        both = torch.minimum(ratio[..., None] + draft_law[:, here], weight[..., None] + target_law[:, here])
+        chances.append(both.exp().sum(-1) * (tokens[:, here] >= 0))
+        ratio = ratio + log_ratio[:, here]
+        weight = torch.minimum(ratio, weight)
+        if not block:
+            ratio = weight
+    return torch.stack(chances, -1)
+
+
+def _at_tokens(law: Tensor, tokens: Tensor) -> Tensor:
+    """[batch, place]: the log-probability of each token; what stands where there is none is not used."""
+    return law.gather(2, tokens.clamp(min=0)[..., None])[..., 0]
+
+
+def _mean(values: Tensor, tokens: Tensor) -> Tensor:
+    """Over the places [batch, place] where the target wrote a token."""
+    return values[tokens >= 0].mean()
