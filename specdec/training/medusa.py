@@ -1,52 +1,107 @@
-"""Fitting Medusa heads to a frozen target: Medusa-1 (Cai et al., arXiv:2401.10774, section 2.2.1)."""
+"""Fitting Medusa heads to a frozen target: Medusa-1 (Cai et al., arXiv:2401.10774, section 2.2.1).
+
+Deviations: heads learn to be accepted, where the paper has them predict tokens (`distillation.lk` for cross-entropy), and
+from states that are computed once, at small windows of texts in random order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.medusa import MedusaHeads
+from specdec.training.distillation import lk
+
+_TEXTS = 16  # read by the target at once
+_ROUNDING = 0.05  # relative to the largest logit: bfloat16 keeps 8 bits
 
 
 @dataclass(frozen=True)
 class Places:
-    """Places in texts at which heads are trained or tried; head i is to predict labels[:, i]."""
+    """Places in texts at which heads are trained or tried."""
 
-    hidden: Tensor  # [place, hidden]: the target's states
-    labels: Tensor  # [place, head] int64: the tokens from the second after the state on; the next one is the LM head's
-    laws: Tensor | None  # [place, head, vocab]: the target's law of each label, given the text before it
-
-
-def places(model: PreTrainedModel, text: Tensor, heads: int, *, laws: bool = False) -> Places:
-    """All places of a batch of texts [batch, length] int64 that are followed by `heads` + 1 tokens."""
-    with torch.inference_mode():
-        hidden = model.base_model(input_ids=text, use_cache=False).last_hidden_state
-        targets = model(input_ids=text, use_cache=False).logits.softmax(-1) if laws else None
-    count = text.shape[1] - heads - 1
-
-    def ahead(values: Tensor, first: int) -> Tensor:
-        """values [batch, length, ...] -> [batch * count, head, ...]: those `first`, `first` + 1, ... places ahead."""
-        return torch.stack([values[:, first + i : first + i + count] for i in range(heads)], 2).flatten(0, 1)
-
-    # clone: inference tensors may not be saved for a backward pass
-    return Places(
-        hidden[:, :count].flatten(0, 1).clone(), ahead(text, 2), None if targets is None else ahead(targets, 1).clone()
-    )
+    hidden: Tensor  # [place, hidden]: the target's states; head i is to predict the token i + 2 places after
+    laws: Tensor  # [place, head, vocab]: the target's log-laws of these tokens, given all of the text before them
 
 
-def medusa_loss(heads: MedusaHeads, lm_head: nn.Module, at: Places, decay: float = 0.8) -> Tensor:
-    """Sum over heads of decay**(i + 1) times the cross-entropy of head i, in nats."""
-    logits = heads(at.hidden, lm_head)
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), at.labels.flatten(), reduction="none")
-    weights = decay ** torch.arange(1, len(heads) + 1, device=losses.device)
-    return (losses.view(-1, len(heads)).mean(0) * weights).sum()
+class States:
+    """The target's states over texts of its own, computed once.
+
+    Args:
+        model: the target.
+        texts: 1-D int64, prompts included.
+        prompt_length: of all of them: what the target did not write is left out.
+        heads: to be trained.
+        window: places used together, whose laws overlap and so cost little.
+    """
+
+    def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], prompt_length: int, heads: int, window: int):
+        head = model.get_output_embeddings()
+        assert head is not None
+        self.lm_head, self.heads, self.window = head.requires_grad_(False), heads, window
+        _check_lm_head(model, texts[0][None])
+        parts: list[Tensor] = []
+        for start in range(0, len(texts), _TEXTS):
+            rows = texts[start : start + _TEXTS]
+            ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(model.device)
+            with torch.no_grad():
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            parts += [states[prompt_length - 1 : len(row) - 1] for states, row in zip(hidden, rows, strict=True)]
+        self.hidden = torch.cat(parts)  # [state, hidden]
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
+        starts = [
+            torch.arange(end - len(part), end - window - heads + 1) for end, part in zip(ends, parts, strict=True)
+        ]
+        self.starts = torch.cat(starts)  # [window] int64: where windows may begin that lie within one text
+        if not len(self.starts):
+            raise ValueError(
+                f"No text has the {window + heads} places after its prompt that windows of {window} and {heads} heads "
+                "need; let the target write more."
+            )
+
+    def places(self, starts: Tensor) -> Places:
+        """Those of the windows that begin at `starts` [n] int64."""
+        hidden = self.hidden[(starts[:, None] + torch.arange(self.window + self.heads)).to(self.hidden.device)]
+        with torch.no_grad():
+            laws = self.lm_head(hidden[:, 1:]).float().log_softmax(-1)
+        ahead = torch.stack([laws[:, i : i + self.window] for i in range(self.heads)], 2)
+        return Places(hidden[:, : self.window].flatten(0, 1), ahead.flatten(0, 1))
 
 
-@torch.inference_mode()
-def acceptance_by_head(heads: MedusaHeads, lm_head: nn.Module, at: Places) -> Tensor:
+def medusa_loss(heads: MedusaHeads, states: States, starts: Tensor) -> Tensor:
+    """Mean over places and heads of the negative log of the acceptance rate.
+
+    The paper weights later heads less. They share no weights, so that under Adam, which sees no scale, this does nothing.
+    """
+    at = states.places(starts)
+    everywhere = torch.zeros(at.laws.shape[:2], dtype=torch.int64, device=at.laws.device)
+    return lk(at.laws, heads(at.hidden, states.lm_head).float().log_softmax(-1), everywhere)
+
+
+@torch.no_grad()
+def acceptance_by_head(heads: MedusaHeads, states: States, starts: Tensor) -> list[float]:
     """[head]: mean overlap sum min(p, q), the acceptance rate at temperature 1 of one draft after an accepted parent."""
-    assert at.laws is not None, "places(..., laws=True) keeps what is needed"
-    return torch.minimum(heads(at.hidden, lm_head).softmax(-1), at.laws).sum(-1).mean(0)
+    parts = []
+    for some in starts.split(_TEXTS):
+        at = states.places(some)
+        drafted = heads(at.hidden, states.lm_head).float().log_softmax(-1)
+        parts.append(torch.minimum(drafted, at.laws).exp().sum(-1))
+    return torch.cat(parts).mean(0).tolist()
+
+
+@torch.no_grad()
+def _check_lm_head(model: PreTrainedModel, ids: Tensor) -> None:
+    """Laws are computed from states by the LM head alone, which some models do not do."""
+    ids, head = ids.to(model.device), model.get_output_embeddings()
+    assert head is not None
+    logits = model(input_ids=ids, use_cache=False).logits
+    alone = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if (alone - logits).abs().max() > _ROUNDING * logits.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} does more to its last states than its LM head does (it scales or caps its logits), "
+            "which training of Medusa heads does not know of; train them for another target."
+        )
