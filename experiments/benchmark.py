@@ -38,10 +38,15 @@ def main(config: DictConfig) -> None:
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
-    """The methods by name, with the draft model in place of `${models.draft}`: it is loaded once for all of them."""
-    if models.draft is None and "${models.draft}" in str(OmegaConf.to_container(config)):
-        raise SystemExit("target.draft is not set, and a method drafts with it: name one, or leave the method out.")
-    loaded = {"draft": None if models.draft is None else models.draft.to(config.device)}
+    """The methods by name, with what is loaded once for all of them in place of `${models.draft}` and `${models.heads}`."""
+    loaded = {"draft": models.draft, "heads": models.heads}
+    for name, module in loaded.items():
+        if module is not None:
+            module.to(config.device)
+        elif f"${{models.{name}}}" in str(OmegaConf.to_container(config)):
+            raise SystemExit(
+                f"target.{name} is not set, and a method drafts with it: name one, or leave the method out."
+            )
     models.target.to(config.device)
     with flag_override(config, ["struct", "allow_objects"], [False, True]):
         config.models = loaded

@@ -21,7 +21,7 @@ def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.d
     """The demo pair with its target enlarged."""
     pair = specdec.demo.load(dtype)
     assert isinstance(pair.target, LlamaForCausalLM)
-    return Models(enlarge(pair.target, layers, intermediate_size, noise), pair.draft, pair.tokenizer)
+    return Models(enlarge(pair.target, layers, intermediate_size, noise), pair.draft, pair.tokenizer, pair.heads)
 
 
 def enlarge(model: LlamaForCausalLM, layers: int, intermediate_size: int, noise: float = 0.0) -> LlamaForCausalLM:

@@ -18,6 +18,7 @@ import specdec
 from experiments import calls
 from experiments.results import provenance
 from specdec import Sampling
+from specdec.drafters import MedusaHeads
 
 
 class Setting(NamedTuple):
@@ -44,17 +45,25 @@ def begin(script: str, config: DictConfig) -> Setting:
 
 
 class Models(NamedTuple):
-    """Models in eval mode that share one tokenizer; `specdec.demo.Demo` has the same fields."""
+    """Models in eval mode that share one tokenizer, and heads for the target; `specdec.demo.Demo` has the same fields."""
 
     target: PreTrainedModel
     draft: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
+    heads: MedusaHeads | None
 
 
-def load(target: str, tokenizer: str, draft: str | None = None, dtype: torch.dtype = torch.float32) -> Models:
-    """Models by their names on the hub, or from local folders."""
+def load(
+    target: str,
+    tokenizer: str,
+    draft: str | None = None,
+    heads: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Models:
+    """Models by their names on the hub, or from local folders; Medusa heads from a folder."""
     drafting = _model(draft, dtype) if draft is not None else None
-    return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer))
+    medusa = MedusaHeads.load(heads).to(dtype) if heads is not None else None
+    return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
 
 
 def demo_prompts(tasks: Sequence[str], per_task: int) -> list[str]:

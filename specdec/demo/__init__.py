@@ -16,7 +16,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from specdec.drafters import MedusaHeads
+
 FOLDER = Path(__file__).parent
+FILES = (
+    "target/model.safetensors",
+    "draft/model.safetensors",
+    "heads/medusa_lm_head.safetensors",
+    "tokenizer/tokenizer.json",
+    "prompts.jsonl",
+)
 
 
 class Prompt(NamedTuple):
@@ -34,21 +43,23 @@ class Demo(NamedTuple):
     draft: PreTrainedModel  # 1 layer, distilled from the target
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
+    heads: MedusaHeads  # 4, trained for the target
 
 
 def load(dtype: torch.dtype = torch.float32) -> Demo:
     """The pair, its tokenizer and its prompts, from the package's folder; `FileNotFoundError` without weights."""
-    for name in ("target/model.safetensors", "draft/model.safetensors", "tokenizer/tokenizer.json", "prompts.jsonl"):
+    for name in FILES:
         if not (FOLDER / name).exists():
             raise FileNotFoundError(
-                f"{FOLDER / name} is missing: reinstall the package, or train the pair with "
-                "`python experiments/train_demo.py` (about 85 minutes on one CPU core)"
+                f"{FOLDER / name} is missing: reinstall the package, or train the pair with `python "
+                "experiments/train_demo.py` and the heads with `python experiments/train_medusa.py` (two hours on one CPU core)"
             )
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
     rows = map(json.loads, (FOLDER / "prompts.jsonl").read_text("utf-8").splitlines())
     prompts = [Prompt(row["id"], row["task"], row["prompt"]) for row in rows]
     with _without_progress_bars():
-        return Demo(_model("target", dtype), _model("draft", dtype), tokenizer, prompts)
+        heads = MedusaHeads.load(FOLDER / "heads").to(dtype)
+        return Demo(_model("target", dtype), _model("draft", dtype), tokenizer, prompts, heads)
 
 
 @contextmanager

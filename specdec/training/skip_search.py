@@ -19,6 +19,7 @@ from specdec.drafters.layer_skip import decoder_layers, passing_through, skippab
 from specdec.sampling import Sampling
 from specdec.target import CachedModel
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
+from specdec.training.distillation import acceptance_by_depth
 from specdec.tree import chain
 
 Skip = frozenset[int]  # indices of the layers left out
@@ -54,21 +55,17 @@ class Rehearsal:
     def reach(self, skip: Skip) -> list[float]:
         """[depth]: the chance that a drafted chain is accepted up to each depth, by sibling rejection, without bias.
 
-        Chains are drafted, but texts are the target's. So a path counts min(1, q / p) for each of its tokens, and E over
-        paths of the target of the product of these, times sum min(p, q) at its end, is the chance to be accepted
-        that far. Greedy laws are one-hot: there it is the share of the texts whose tokens are drafted.
+        Greedy laws are one-hot: there it is the share of the texts whose tokens are drafted.
         """
-        draft, token = self._laws(skip), self._path[:, 1:, None]
-        ratio = (draft.gather(2, token) / self._target.gather(2, token))[..., 0].clamp(max=1)
-        before = torch.cat([torch.ones_like(ratio[:, :1]), ratio.cumprod(1)[:, :-1]], 1)
-        return (before * torch.minimum(draft, self._target).sum(-1)).mean(0).tolist()
+        written = self._path[:, 1:]
+        return acceptance_by_depth(self._target, self._laws(skip), written, written.shape[1]).mean((0, 1)).tolist()
 
     def _laws(self, skip: Skip) -> Tensor:
-        """[text, depth, vocab]: laws after the root and the nodes but the last, drafted without these layers."""
+        """[text, depth, vocab]: log-laws after the root and the nodes but the last, without these layers."""
         nodes = self._path[:, :-1]
         with torch.inference_mode(), self._cached.patch, passing_through([self.layers[i] for i in sorted(skip)]):
             logits = self._cached.forward(nodes, chain(*nodes.shape, nodes.device))
-            return self._sampling.probabilities(logits)
+            return self._sampling.probabilities(logits).log()
 
 
 @dataclass(frozen=True)
