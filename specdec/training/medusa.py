@@ -53,14 +53,13 @@ class States:
             parts += [states[prompt_length - 1 : len(row) - 1] for states, row in zip(hidden, rows, strict=True)]
         self.hidden = torch.cat(parts)  # [state, hidden]
         ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
-        starts = [
-            torch.arange(end - len(part), end - window - heads + 1) for end, part in zip(ends, parts, strict=True)
-        ]
+        span, begins = window + heads, [0, *ends]
+        starts = [torch.arange(a, max(a, b - span + 1)) for a, b in zip(begins, ends, strict=False)]
         self.starts = torch.cat(starts)  # [window] int64: where windows may begin that lie within one text
         if not len(self.starts):
             raise ValueError(
-                f"No text has the {window + heads} places after its prompt that windows of {window} and {heads} heads "
-                "need; let the target write more."
+                f"No text has the {span} places after its prompt that windows of {window} and {heads} heads need; let the "
+                "target write more."
             )
 
     def places(self, starts: Tensor) -> Places:
