@@ -35,6 +35,18 @@ from specdec.training.self_distillation import continuations
 from specdec.training.skip_search import LayerCosts, Rehearsal, Skip, Trial, measure_layer_costs, predict, search
 from specdec.trees import Chain
 
+MEASURED = [
+    "target",
+    "sampling",
+    "task",
+    "depth",
+    "roots",
+    "new_tokens",
+    "dtype",
+    "device",
+    "threads",
+]  # what it depends on
+
 
 @hydra.main(config_path="../conf", config_name="search_skip", version_base="1.3")
 def main(config: DictConfig) -> None:
@@ -42,7 +54,8 @@ def main(config: DictConfig) -> None:
     target = setting.models.target.to(config.device)
     folder, layers, free = Path(config.folder), len(decoder_layers(target)), skippable(target)
     most = min(len(free), layers - 1)
-    known = Known(folder / f"{config.name}.checkpoint.json", OmegaConf.to_container(config))
+    options: Any = OmegaConf.to_container(config, resolve=True)
+    known = Known(folder / "measured.json", {key: options[key] for key in MEASURED})
     rehearsal = Rehearsal(target, texts(setting, config), config.depth, setting.sampling)
     costs = known.costs(partial(measure_layer_costs, target, config.depth + 1, config.new_tokens))
     least = costs.least_skipped(config.budget, layers, most)
@@ -74,9 +87,7 @@ class Known:
         if path.exists():
             self.saved = json.loads(path.read_text("utf-8"))
             if self.saved["settings"] != settings:
-                raise SystemExit(
-                    f"{path} is of a search with other settings: choose another folder or name, or delete it."
-                )
+                raise SystemExit(f"{path} is of a search with other settings: choose another folder, or delete it.")
 
     def costs(self, measure: Callable[[], LayerCosts]) -> LayerCosts:
         if self.saved["costs"] is None:
