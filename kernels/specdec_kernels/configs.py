@@ -42,7 +42,6 @@ ATTENTION = {
     ("sm_100", 128, 128): Config(128, 64, 8, 3),
     ("sm_100", 256, 16): Config(16, 32, 4, 3),
     ("sm_100", 256, 64): Config(64, 32, 8, 2),
-    ("sm_100", 256, 128): Config(128, 32, 8, 2),
     ("gfx942", 64, 16): Config(16, 64, 4, 2),
     ("gfx942", 64, 64): Config(64, 64, 4, 2),
     ("gfx942", 64, 128): Config(128, 32, 8, 2),
@@ -50,7 +49,7 @@ ATTENTION = {
     ("gfx942", 128, 64): Config(64, 64, 4, 2),
     ("gfx942", 128, 128): Config(128, 32, 8, 2),
     ("gfx942", 256, 16): Config(16, 32, 4, 2),
-    ("gfx942", 256, 64): Config(64, 32, 8, 2),
+    ("gfx942", 256, 64): Config(64, 16, 8, 2),
 }
 
 # For float32, every product of which takes three of the tensor cores: exactness for tests and small models, not speed.

@@ -22,7 +22,7 @@ LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 WORD: tl.constexpr = tl.constexpr(32)
 MAX_SPLITS = 32  # the partial results of 64 nodes x 32 heads x 128 take 1 MB a split
-MERGE_ROWS = 16
+MERGE_ROWS = 8
 
 
 @triton.jit
