@@ -29,5 +29,16 @@ def compact(stack: Tensor, path: Tensor, lengths: Tensor, count: Tensor) -> None
     rows = triton.next_power_of_2(steps)
     block = max(min(8192 // rows, triton.next_power_of_2(size)), 16)
     _compact_kernel[(layers, batch, triton.cdiv(size, block))](
-        stack, path.contiguous(), lengths, count, batch, slots, steps, size, STEPS=rows, BLOCK=block, num_warps=4
+        stack,
+        path.contiguous(),
+        lengths,
+        count,
+        batch,
+        slots,
+        steps,
+        size,
+        STEPS=rows,
+        BLOCK=block,
+        num_warps=4,
+        enable_fp_fusion=True,
     )

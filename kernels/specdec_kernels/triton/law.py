@@ -132,6 +132,6 @@ def law(
     _law_kernel[(rows,)](
         logits.contiguous(), *out, vocab, temperature, top_k or 0, spared, below, drop,
         TOP_K=top_k is not None and top_k < vocab, TOP_P=spared > 0, SHIFT=_SHIFT[logits.dtype],
-        BLOCK=min(4096, triton.next_power_of_2(vocab)), WIDE=logits.dtype == torch.float64, num_warps=16,
+        BLOCK=min(4096, triton.next_power_of_2(vocab)), WIDE=logits.dtype == torch.float64, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -67,10 +67,10 @@ def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)  # of what is returned: the arithmetic is that of float32
     out = logits.new_empty((rows, k), dtype=dtype), logits.new_empty((rows, k), dtype=torch.int64)
     _block_kernel[(rows, blocks)](
-        logits.contiguous(), best, peak, total, vocab, k, temperature, BLOCK=block, num_warps=8
+        logits.contiguous(), best, peak, total, vocab, k, temperature, BLOCK=block, num_warps=8, enable_fp_fusion=True
     )
     _merge_kernel[(rows,)](
         best, peak, total, *out, blocks, k, temperature,
-        BLOCKS=triton.next_power_of_2(blocks), MANY=triton.next_power_of_2(blocks * k), num_warps=4,
+        BLOCKS=triton.next_power_of_2(blocks), MANY=triton.next_power_of_2(blocks * k), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -36,6 +36,6 @@ def tree_build(parents: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     out = parents.new_empty((batch, nodes, words), dtype=torch.int32), parents.new_empty((batch, nodes))
     _tree_build_kernel[(batch, triton.cdiv(nodes, block))](
         parents.contiguous(), *out, nodes, words, depth,
-        WORDS=triton.next_power_of_2(words), BLOCK=block, num_warps=2,
+        WORDS=triton.next_power_of_2(words), BLOCK=block, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     return out

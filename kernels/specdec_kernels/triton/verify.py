@@ -220,13 +220,25 @@ def verify(
         logits, row_law, best, tokens.contiguous(), children.contiguous(), laws.contiguous(), draft, weight,
         accept, path, accepted, node, *end, invalid,
         *shape[:2], width, depth, vocab, accept.stride(0), temperature, lenience,
-        **flags, BLOCK=max(block // 4, 16), num_warps=16,
+        **flags, BLOCK=max(block // 4, 16), num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     _mass_kernel[(batch, blocks)](
-        logits, row_law, best, draft, node, *end, mass, *shape, temperature, **flags, BLOCK=block, num_warps=8
+        logits,
+        row_law,
+        best,
+        draft,
+        node,
+        *end,
+        mass,
+        *shape,
+        temperature,
+        **flags,
+        BLOCK=block,
+        num_warps=8,
+        enable_fp_fusion=True,
     )
     _pick_kernel[(batch,)](
         logits, row_law, best, draft, node, *end, mass, emit, emitted, *shape, blocks, emit.stride(0), temperature,
-        **flags, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), num_warps=8,
+        **flags, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return path, accepted, emitted, invalid
