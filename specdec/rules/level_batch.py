@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specdec.rules.draft_law import Siblings
-from specdec.rules.top_down import nobody
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree, Law
+from specdec_kernels.reference.verify import nobody
 
 BOUNDS = 4  # passes over what those who are tried together may take: k of them are exact for the first k
 
@@ -24,11 +24,8 @@ class Levels:
 
     def __init__(self, tree: DraftTree, target_law: TargetLaw, rounds: int):
         self.tree, topology = tree, tree.topology
-        self.exists, self.parents, self.depths = (
-            tree.laws != Law.PADDING,
-            topology.parents.clamp(min=0),
-            topology.depths,
-        )
+        self.exists = tree.laws != Law.PADDING
+        self.parents, self.depths = topology.parents.clamp(min=0), topology.depths
         self.index = torch.arange(tree.tokens.shape[1], device=self.parents.device)
         self._take_turns()
         child = self.exists & (topology.parents >= 0)
@@ -108,9 +105,8 @@ class _Wave:
         self.turns = order.argsort(1)[rows, nodes]  # the children of the likeliest parents come first
         self.unmet = state.flow.new_ones(len(state.flow), 1)  # chance that all tries so far fail, given the tokens
         child = Siblings(state.tree, state.parents[rows, nodes], rows).child(state.slot[rows, nodes][:, None])
-        self.weights = child.dense(
-            state.owed[:1].expand(len(rows), -1)
-        )  # [member, vocab]: law x chance of having failed
+        # [member, vocab]: law x chance of having failed
+        self.weights = child.dense(state.owed[:1].expand(len(rows), -1))
         self.paired, self.mate = state.paired[rows, nodes], members.place[rows, state.mate[rows, nodes]]
         self.pairs = bool(len(rows)) and not nobody(self.paired)
         if self.pairs:  # the law of a second is that of the first, before tokens are looked at
@@ -167,9 +163,8 @@ class _Members:
         pick = where if where.device.type == "cpu" else slice(None)
         self.rows, self.nodes, self.holds = rows[pick].flatten(), nodes[pick].flatten(), where[pick].flatten()
         index = torch.arange(len(self.rows), device=where.device)
-        self.place = torch.zeros_like(rows).index_put_(
-            (self.rows, self.nodes), index
-        )  # [batch, node]: of each in the list
+        # [batch, node]: the place of each in the list
+        self.place = torch.zeros_like(rows).index_put_((self.rows, self.nodes), index)
 
 
 def _in_turn(rows: Tensor, turns: Tensor, chance: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The way from the root downwards that rules share which decide one node after the other, for every row at once."""
+"""The way from the root downwards for rules that decide one node after the other, for every row at once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from specdec.rules.draft_law import Siblings
 from specdec.rules.rule import Decisions
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree
+from specdec_kernels.reference.verify import nobody
 
 # (siblings, target law [batch, vocab], coins of the siblings [batch, width], rows still on their way [batch] bool)
 # -> (accepted child, 0 where there is none [batch] int64; law owed where there is none [batch, vocab])
 TryChildren = Callable[[Siblings, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def nobody(rows: Tensor) -> bool:
-    """Whether no row [batch] bool is True, when that can be asked for nothing: on a CPU. Elsewhere, False."""
-    return rows.device.type == "cpu" and not bool(rows.any())
 
 
 def top_down(tree: DraftTree, target_law: TargetLaw, coins: Coins, try_children: TryChildren) -> Decisions:

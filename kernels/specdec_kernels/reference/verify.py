@@ -92,7 +92,7 @@ def walk(
             weights = draft_probs[rows, node.clamp(max=draft_probs.shape[1] - 1)]  # the nodes beyond are leaves
         owed = _Owed(law(node), weights, tokens.gather(1, index), exists, laws[rows, node])
         child = owed.try_children(index, accept.gather(1, index), lenience)
-        if len(path) > depth or _nobody(child > 0):
+        if len(path) > depth or nobody(child > 0):
             break
         node = torch.where(child > 0, child, node)  # rows that have stopped decide the same once more
         path.append(node)
@@ -134,7 +134,7 @@ class _Owed:
             trying = self.exists[:, j] & (taken == 0)
             hit = trying & (coin[:, j] < self.owed[:, j] / self.total / (lenience * self.chance[:, j]))
             taken = torch.where(hit, index[:, j], taken)
-            if not _nobody(trying & ~hit):
+            if not nobody(trying & ~hit):
                 self._reject(j, trying & ~hit)
         return taken
 
@@ -144,7 +144,7 @@ class _Owed:
         scale = self.scale + growth
         owed = (self.owed - growth[:, None] * self.own).clamp_(min=0)
         owed[:, j] = 0
-        rest_total = self.rest_total if _nobody(growth > 0) else self._rest(scale).sum(1)
+        rest_total = self.rest_total if nobody(growth > 0) else self._rest(scale).sum(1)
         total = rest_total + owed.sum(1)
         where = where & (total > 0)  # nothing left over: all of it was accepted up to rounding, and it stays owed
         self.owed = torch.where(where[:, None], owed, self.owed)
@@ -164,6 +164,6 @@ class _Owed:
         return inverse_cdf(self._rest(self.scale).scatter_add(1, self.tokens, self.owed), coin)
 
 
-def _nobody(rows: Tensor) -> bool:
+def nobody(rows: Tensor) -> bool:
     """Whether no row [batch] bool is True, when that can be asked for nothing: on a CPU. Elsewhere, False."""
     return rows.device.type == "cpu" and not bool(rows.any())
