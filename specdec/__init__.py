@@ -3,6 +3,7 @@
 from specdec import demo, drafters, rules, testing, theory, trees
 from specdec.coins import Coins
 from specdec.generate import Generation, generate, stream
+from specdec.graphs import Graphs
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
@@ -12,6 +13,7 @@ __all__ = [
     "Coins",
     "DraftTree",
     "Generation",
+    "Graphs",
     "Law",
     "Sampling",
     "Topology",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,32 +103,24 @@ def _window(pattern: Any) -> int | None:
     return None
 
 
-_view: ContextVar[View | None] = ContextVar("specdec_view", default=None)
-_calls: ContextVar[list[int] | None] = ContextVar("specdec_calls", default=None)
-
-
-@contextlib.contextmanager
-def viewing(view: View) -> Iterator[None]:
-    """Forward passes inside attend as `view` says."""
-    token = _view.set(view)
-    try:
-        yield
-    finally:
-        _view.reset(token)
-
-
-def _mask(*, mask_function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, **_: Any) -> Tensor:
-    view = _view.get()
-    assert view is not None, "the specdec attention is only meant to run inside specdec's forward passes"
+def _mask(
+    *, mask_function: Callable[..., Tensor], q_offset: Any, device: torch.device, dtype: torch.dtype, **_: Any
+) -> Tensor:
+    """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`."""
+    view: View = q_offset
     sight = view.sight(mask_function) if device.type in KERNEL_DEVICES else None
     return view.bias(mask_function, dtype).to(device) if sight is None else sight
+
+
+class _Counter:
+    calls: list[int] | None = None  # not a context variable: those cannot be compiled
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    if (calls := _calls.get()) is not None:
-        calls.append(1)
+    if _Counter.calls is not None:
+        _Counter.calls.append(1)
     if attention_mask is None:
         raise ValueError(f"{type(module).__name__} asked for no attention mask: its attention cannot follow a tree.")
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
@@ -148,12 +139,11 @@ AttentionMaskInterface.register(NAME, _mask)
 @contextlib.contextmanager
 def counting_calls() -> Iterator[list[int]]:
     """Collects one entry per layer that went through tree attention."""
-    calls: list[int] = []
-    token = _calls.set(calls)
+    _Counter.calls = calls = []
     try:
         yield calls
     finally:
-        _calls.reset(token)
+        _Counter.calls = None
 
 
 class Patch:

@@ -17,6 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specdec_kernels
+from specdec.attention import View
 from specdec_kernels.reference.compact import compact
 
 
@@ -30,8 +31,20 @@ class Slab:
     device: torch.device
 
 
+class RecordingCache(Cache):
+    """Keeps nothing and notes the shapes of its layers: used once per model to learn them."""
+
+    def __init__(self, layers: int, view: View):
+        self.records = [RecordingLayer() for _ in range(layers)]
+        super().__init__(layers=list(self.records))
+        self._view = view
+
+    def get_query_offset(self, layer_idx: int = 0) -> View:
+        return self._view
+
+
 class RecordingLayer(CacheLayerMixin):
-    """Keeps what it is given and notes its shape: used once per model to learn its layers."""
+    """A layer of it."""
 
     is_sliding = False
 
@@ -69,13 +82,13 @@ class TreeLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write [batch, head, node, dim] states to the slots of this forward pass; return all that is attended to."""
-        slots, end = self._cache.write_slots, self._cache.end
+        slots, end = self._cache.write_slots, self._cache.view.slots
         for flat, states in zip(self._flat, (key_states, value_states), strict=True):
             flat.index_copy_(0, slots.to(flat.device), states.transpose(1, 2).flatten(0, 1))
         return self._keys[:, :end].transpose(1, 2), self._values[:, :end].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.end, 0
+        return self._cache.view.slots, 0
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given; nothing may be derived from a batch-wide length
@@ -95,13 +108,13 @@ class TreeCache(Cache):
     """
 
     def __init__(self, layout: list[tuple[Slab, Slab] | None], batch: int, capacity: int, device: torch.device):
-        self.capacity, self.end = capacity, 0
+        self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
         self.write_slots = self.lengths
         self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
         slabs = [slab for pair in layout if pair for slab in pair]
-        self._stacks = {  # zeros: a slot that was never written has weight 0, and 0 times garbage could be NaN
-            slab: torch.zeros(
+        self._stacks = {
+            slab: torch.empty(
                 slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device
             )
             for slab in dict.fromkeys(slabs)
@@ -112,11 +125,22 @@ class TreeCache(Cache):
         ]
         super().__init__(layers=layers)
 
-    def open(self, first: int, count: int, end: int) -> None:
-        """Direct the next forward pass to nodes first .. first + count - 1 of the scratch, attending to slots < end."""
-        nodes = torch.arange(first, first + count, device=self.lengths.device)
+    def open(self, view: View) -> None:
+        """Direct the next forward pass to the slots of the view's queries, attending to what they see."""
+        last = view.topology.parents.shape[1]
+        nodes = torch.arange(last - view.count, last, device=self.lengths.device)
         self.write_slots = (self._starts + self.lengths[:, None] + nodes).flatten()
-        self.end = end
+        self.view = view
+
+    def clear(self) -> None:
+        """Forget every row."""
+        self.lengths.zero_()
+        for stack in self._stacks.values():
+            stack.zero_()  # a slot that is not seen has weight 0, and 0 times garbage could be NaN
+
+    def get_query_offset(self, layer_idx: int = 0) -> View:
+        """What transformers hands on to the function that makes masks."""
+        return self.view
 
     def keep(self, path: Tensor, count: Tensor) -> None:
         """Commit the first count[b] nodes of path[b]: path [batch, n] int64 node indices, count [batch] int64 <= n.

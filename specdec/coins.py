@@ -41,17 +41,26 @@ class Coins:
 
     def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu"):
         self.batch, self.nodes, self.device = batch, nodes, torch.device(device)
-        self.step = 0
+        self._current = torch.empty(len(Purpose), batch, nodes, dtype=torch.float64, device=self.device)
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Begin again, at step 0, with another seed."""
         self._seed = (seed + 2**63) % 2**64 - 2**63
-        self._table = torch.empty(0)
         self._first = -_BLOCK
+        self.turn_to(0)
+
+    def turn_to(self, step: int) -> None:
+        """Show the coins of another step, in the same place: what reads them may have been captured in a graph."""
+        self.step = step
+        if not self._first <= step < self._first + _BLOCK:
+            self._first = step - step % _BLOCK
+            self._table = _tabulate(self._seed, self.batch, self._first, self.nodes, self.device)
+        self._current.copy_(self._table[step - self._first])
 
     def uniforms(self, purpose: Purpose) -> Tensor:
         """This step's coins of one purpose: [batch, node] float64 in [0, 1)."""
-        if not self._first <= self.step < self._first + _BLOCK:
-            self._first = self.step - self.step % _BLOCK
-            self._table = _tabulate(self._seed, self.batch, self._first, self.nodes, self.device)
-        return self._table[self.step - self._first, purpose]
+        return self._current[purpose]
 
     def picks(self, nodes: range, weights: Tensor) -> Tensor:
         """Draw the tokens of some nodes, each with its own coin.

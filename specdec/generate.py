@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.clock import Clock
 from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
 from specdec.drafters.nothing import NoDrafter
-from specdec.inputs import Prompts, as_int, as_prompts, as_stop_tokens, as_target, check_kind
+from specdec.engine import Engine
+from specdec.inputs import Prompts, as_engine, as_int, as_prompts, as_stop_tokens, as_target, check_kind
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
 from specdec.target import Target
@@ -49,6 +52,7 @@ def generate(
     tokenizer: Any = None,
     seed: int = 0,
     trace: Literal["summary", "ceiling"] = "summary",
+    engine: Engine | Literal["eager", "graph", "compile"] = "eager",
 ) -> Generation:
     """Continue the prompts; with a lossless rule, exactly as the target by itself would.
 
@@ -69,12 +73,16 @@ def generate(
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
             `divergence`. That takes long: do not time such runs.
+        engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
+            too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
 
     Raises:
         ValueError: bad input, an unsupported model, a rule that is not lossless for the drafter's trees, or logits
             that are no distribution; the message names the cure.
     """
-    run = Decoding(target, prompts, drafter, rule, sampling, max_new_tokens, stop_tokens, tokenizer, seed, trace)
+    run = Decoding(
+        target, prompts, drafter, rule, sampling, max_new_tokens, stop_tokens, tokenizer, seed, trace, engine
+    )
     while not run.finished:
         run.step()
     return run.generation()
@@ -89,9 +97,8 @@ def stream(
     `generate` returns. Between the yields the model is as it was found.
     """
     defaults = {"rule": SiblingRejection(), "sampling": Sampling(), "max_new_tokens": 128, "stop_tokens": None}
-    run = Decoding(
-        target, prompts, drafter, **{**defaults, "tokenizer": None, "seed": 0, "trace": "summary", **options}
-    )
+    defaults |= {"tokenizer": None, "seed": 0, "trace": "summary", "engine": "eager"}
+    run = Decoding(target, prompts, drafter, **{**defaults, **options})
     while not run.finished:
         yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
 
@@ -111,71 +118,76 @@ class Decoding:
         tokenizer: Any,
         seed: int,
         trace: str,
+        engine: Engine | str = "eager",
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
     ):
         began = time.perf_counter()
         if trace not in ("summary", "ceiling"):
             raise ValueError(f"trace={trace!r}: must be 'summary' or 'ceiling'.")
-        self.ceiling = trace == "ceiling"
-        self.target, self.drafter, self.rule = as_target(target), NoDrafter() if drafter is None else drafter, rule
+        self.engine, self.ceiling = as_engine(engine), trace == "ceiling"
+        self.drafter, self.rule, self.tokenizer = NoDrafter() if drafter is None else drafter, rule, tokenizer
         for name, part, kind in (
             ("drafter", self.drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)
         ):  # fmt: skip
             check_kind(name, part, kind)
         max_new_tokens, seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
-        self.tokenizer = tokenizer
-        rows = as_prompts(prompts, tokenizer, self.target, max_new_tokens)
-        sampling, processors = sampling.bind(self.target.model, rows, max_new_tokens)
+        found = as_target(target)
+        rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
+        sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
         self.spec = self.drafter.spec(sampling)
         rule.check(self.spec)
-        device = self.target.device
         config = sampling.generation_config
-        eos = self.target.stop_tokens if config is None else config.eos_token_id
-        stop = as_stop_tokens(stop_tokens, eos, self.target.vocab)
-        self.stop_tokens = torch.tensor(stop, dtype=torch.int64, device=device)
-        self.coins = (coins or (lambda batch, nodes: Coins(seed, batch, nodes, device)))(len(rows), self.spec.nodes)
-        self.context = _context(rows, max_new_tokens, self.spec.nodes, self.target, sampling, processors, tokenizer)
+        eos = found.stop_tokens if config is None else config.eos_token_id
+        stop = as_stop_tokens(stop_tokens, eos, found.vocab)
+        batch, nodes = len(rows), self.spec.nodes
+        longest = max(map(len, rows)) + max_new_tokens
+        capacity = self.engine.rounded(longest) + nodes  # slots per row
+
+        def buffers() -> tuple[Target, Context, Coins, Tensor]:
+            context = Context.empty(batch, capacity, found.vocab, found.device)
+            flips = coins(batch, nodes) if coins else Coins(seed, batch, nodes, found.device)
+            return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
+
+        signature = (target, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
+        self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
+        fixed = self.engine.fixed and self.drafter.capturable
+        self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed)
+        self.context.row_depths.fill_(max_new_tokens - 1)
+        self.coins.reseed(seed)
         self.emitted: list[list[int]] = [[] for _ in rows]
-        self.budget = torch.full((len(rows),), max_new_tokens, device=device)  # [batch] int64: 0 for rows that ended
-        self.least, self.finished = max_new_tokens, False  # least: smallest budget of the rows still running
+        self._look_ahead([max_new_tokens] * batch)
+        self._ticket = object()
         for part in (self.target, self.drafter):
-            object.__setattr__(part, "run", self.context)
+            object.__setattr__(part, "run", self._ticket)
         with torch.inference_mode(), self._patched():
-            self.target.start(self.context, self.context.tokens.shape[1], self.drafter.uses_hidden)
+            self.target.start(self.context, capacity, self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)
         self.trace = Trace(prefill_seconds=time.perf_counter() - began)
 
     def step(self) -> Acceptance:
-        """One round for every row: propose, score, decide, commit."""
+        """One round for every row: propose, score, decide, follow."""
         for part in (self.target, self.drafter):
-            if part.run is not self.context:
+            if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
-        clock = [time.perf_counter()]
+        run, clock = partial(self.engine.run, self.context.longest), Clock(self.target.device)
+        on_host = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
         with torch.inference_mode(), self._patched():
-            tree = self._propose()
-            clock.append(time.perf_counter())
-            logits = self.target.score(tree, self.context)
-            clock.append(time.perf_counter())
-            if logits.shape != (*tree.tokens.shape, self.target.vocab):
-                due = [*tree.tokens.shape, self.target.vocab]
-                raise ValueError(
-                    f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}."
-                )
-            law = TargetLaw(logits, tree, self.context)
-            decisions = self.rule(tree, law, self.coins)
-            laws = laws_on_path(law, decisions) if self.ceiling else None  # now: processors read the text so far
-            acceptance, tried = self._accept(tree, law, decisions)
-            self.target.commit(acceptance)
-            decided = time.perf_counter()
-            self.drafter.commit(acceptance)
-            clock.append(time.perf_counter())
-        self.coins.step += 1
-        draft = clock[1] - clock[0] + clock[3] - decided
-        emitted = [len(row) for row in acceptance.emitted]
-        seconds = draft, clock[2] - clock[1], decided - clock[2]
-        visited = None if laws is None else visits(tree, laws, acceptance, tried, self.coins, self.rule)
-        step = Step(tree.tokens.shape[1], emitted, acceptance.accepted, tried, *seconds, visited)
+            tree = run(self._propose, on_host)
+            clock.mark()
+            logits = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
+            clock.mark()
+            acceptance = run(self._decide, self._why_not_captured(), tree, logits)
+            acceptance.report.forget()
+            clock.mark()
+            run(self._follow, on_host, acceptance)
+            clock.mark()
+        self._record(acceptance.report)
+        draft, verify, decide, follow = clock.seconds()
+        report, rows = acceptance.report, [len(row) for row in acceptance.emitted]
+        visited = visits(tree, self._laws, acceptance, self.coins, self.rule) if self.ceiling else None
+        step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, draft + follow, verify, decide, visited)
         self.trace.steps.append(step)
+        self.coins.turn_to(self.coins.step + 1)
         return acceptance
 
     def generation(self) -> Generation:
@@ -197,48 +209,84 @@ class Decoding:
         context = self.context
         tree = self.drafter.propose(context, self.coins)
         tree.check(self.spec, len(context.lengths), context.max_depth, context.vocab)
-        if self.least > tree.topology.depth:
+        if self.engine.fixed:
+            tree = tree.padded(self.spec)
+        if self._least > tree.topology.depth:
             return tree
         beyond = tree.topology.depths > context.row_depths[:, None].clamp(min=0)
         return replace(tree, laws=torch.where(beyond, Law.PADDING, tree.laws))
 
-    def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> tuple[Acceptance, list[int]]:
-        """Cut the decisions at stop tokens and budgets and append what is left to the text: the step's only host copy."""
+    def _score(self, tree: DraftTree) -> Tensor:
+        """The target's logits [batch, node, vocab]."""
+        logits = self.target.score(tree, self.context)
+        if logits.shape != (*tree.tokens.shape, self.target.vocab):
+            due = [*tree.tokens.shape, self.target.vocab]
+            raise ValueError(f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}.")
+        return logits
+
+    def _decide(self, tree: DraftTree, logits: Tensor) -> Acceptance:
+        """What is accepted, and appended to the text."""
+        law = TargetLaw(logits, tree, self.context)
+        decisions = self.rule(tree, law, self.coins)
+        if self.ceiling:
+            self._laws = laws_on_path(law, decisions)  # now: processors read the text so far
+        acceptance = self._accept(tree, law, decisions)
+        self.target.commit(acceptance)
+        return acceptance
+
+    def _follow(self, acceptance: Acceptance) -> None:
+        self.drafter.commit(acceptance)
+
+    def _why_not_captured(self) -> str | None:
+        """What in `_decide` is for the host."""
+        if self.ceiling:
+            return "trace='ceiling' looks at every law"
+        if any(self.context.processors):
+            return "logits processors depend on the text"
+        return None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
+
+    def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> Acceptance:
+        """Cut the decisions at stop tokens and budgets and append what is left to the text."""
         context, path, accepted = self.context, decisions.path, decisions.accepted[:, None]
-        root, place = context.root, torch.arange(path.shape[1], device=path.device)
+        root, place, budget = context.root, torch.arange(path.shape[1], device=path.device), context.row_depths + 1
         new = (
             tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])
         )  # [batch, depth + 1]
         ends = torch.isin(new, self.stop_tokens) & (place <= accepted)
         first_end = torch.where(ends, place, path.shape[1]).amin(1)
-        running = self.budget > 0
-        count = torch.minimum(torch.minimum(decisions.accepted, first_end) + 1, self.budget)  # [batch]: 0 where ended
-        self.budget = torch.where(first_end < count, 0, self.budget - count)
-        context.tokens.scatter_(1, context.lengths[:, None] + place, new)
-        context.lengths += count
+        running = budget > 0
+        count = torch.minimum(torch.minimum(decisions.accepted, first_end) + 1, budget)  # [batch]: 0 where ended
+        left = torch.where(first_end < count, 0, budget - count)
         columns = [
             count,
             decisions.accepted,
             _has_children(tree, path.gather(1, accepted)),
-            self.budget,
+            left,
             law.invalid() & running,
             tree.invalid(root) & running,
         ]
-        *news, counts, taken, more, left, no_law, no_draft = torch.cat([new, torch.stack(columns, 1)], 1).T.tolist()
-        if any(no_law):
-            raise ValueError(_NO_LAW.format(rows=[b for b, bad in enumerate(no_law) if bad]))
-        if any(no_draft):
-            raise ValueError(_NO_DRAFT.format(rows=[b for b, bad in enumerate(no_draft) if bad]))
-        emitted = [list(row[:n]) for row, n in zip(zip(*news, strict=True), counts, strict=True)]
-        for text, tokens in zip(self.emitted, emitted, strict=True):
+        context.tokens.scatter_(1, context.lengths[:, None] + place, new)
+        context.lengths += count
+        context.row_depths.copy_(left - 1)
+        return Acceptance(path, count, Report(torch.cat([new, torch.stack(columns, 1)], 1)))
+
+    def _record(self, report: Report) -> None:
+        """Read what the step gave: the only time that it waits for the device."""
+        for rows, message in zip(report.invalid, (_NO_LAW, _NO_DRAFT), strict=True):
+            if rows:
+                raise ValueError(message.format(rows=rows))
+        for text, tokens in zip(self.emitted, report.emitted, strict=True):
             text.extend(tokens)
-        context.host_lengths = [length + n for length, n in zip(context.host_lengths, counts, strict=True)]
-        context.max_depth, context.row_depths = min(self.spec.depth, max(left) - 1), self.budget - 1
-        self.least = min((n for n in left if n), default=0)
+        lengths = zip(self.context.host_lengths, report.emitted, strict=True)
+        self.context.host_lengths = [length + len(tokens) for length, tokens in lengths]
+        self._look_ahead(report.left)
+
+    def _look_ahead(self, left: list[int]) -> None:
+        """Adapt to the `left` tokens that each row may still emit."""
+        fixed, deepest = self.context.fixed, self.spec.depth
         self.finished = not any(left)
-        kept = [min(a, n) for a, n in zip(taken, counts, strict=True)]
-        tried = [min(a + m, n) for a, m, n in zip(taken, more, counts, strict=True)]
-        return Acceptance(path, count, emitted, kept, [not n for n in left]), tried
+        self._least = 0 if fixed else min((n for n in left if n), default=0)  # smallest budget of the running rows
+        self.context.max_depth = deepest if fixed else min(deepest, max(left) - 1)
 
 
 _NO_LAW = (
@@ -256,23 +304,3 @@ _INTERRUPTED = "{part} has begun another text since this one's last step; give e
 def _has_children(tree: DraftTree, node: Tensor) -> Tensor:
     """[batch] int64: 1 where the row drafted children of `node` [batch, 1]."""
     return ((tree.topology.parents == node) & (tree.laws != Law.PADDING)).any(1).long()
-
-
-def _context(rows, max_new_tokens, nodes, target, sampling, processors, tokenizer) -> Context:
-    lengths = [len(row) for row in rows]
-    longest = max(lengths) + max_new_tokens
-    tokens = torch.zeros((len(rows), longest + nodes), dtype=torch.int64)
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = row
-    return Context(
-        tokens=tokens.to(target.device),
-        lengths=torch.tensor(lengths, device=target.device),
-        host_lengths=lengths,
-        max_length=longest,
-        max_depth=max_new_tokens - 1,
-        row_depths=torch.full((len(rows),), max_new_tokens - 1, device=target.device),
-        sampling=sampling,
-        processors=processors,
-        vocab=target.vocab,
-        tokenizer=tokenizer,
-    )

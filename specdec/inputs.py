@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from specdec.engine import Engine
+from specdec.graphs import Graphs
 from specdec.target import ModelTarget, Target
 
 Prompts = Tensor | str | Sequence[Tensor] | Sequence[str]
@@ -46,6 +49,16 @@ def as_target(target: PreTrainedModel | Target) -> Target:
     if isinstance(target, PreTrainedModel):
         return ModelTarget(target)
     raise ValueError(f"target is a {type(target).__name__}; pass a transformers PreTrainedModel (or a specdec Target).")
+
+
+def as_engine(engine: Engine | str) -> Engine:
+    """The engine itself, or a new one of that name."""
+    if isinstance(engine, Engine):
+        return engine
+    made = {"eager": Engine, "graph": Graphs, "compile": partial(Graphs, compile=True)}
+    if engine not in made:
+        raise ValueError(f"engine={engine!r}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
+    return made[engine]()
 
 
 def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens: int) -> list[Tensor]:

@@ -6,15 +6,15 @@ key-value layers, and a small tree scored in one forward pass gives the logits o
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from specdec.attention import NAME, Patch, View, counting_calls, viewing
-from specdec.cache import RecordingLayer, Slab
+from specdec.attention import NAME, Patch, View, counting_calls
+from specdec.cache import RecordingCache, Slab
 from specdec.tree import Topology
 
 Layout = list[tuple[Slab, Slab] | None]
@@ -84,17 +84,17 @@ def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layo
     device = embedding(model).device
     topology = Topology(torch.tensor([[-1, 0, 0]], device=device), depth=1, width=2)
     view = View(torch.zeros(1, dtype=torch.int64, device=device), topology, count=3, slots=3)
-    records: list[Any] = [RecordingLayer() for _ in range(layers)]
-    with Patch(model), viewing(view), counting_calls() as calls:
+    cache = RecordingCache(layers, view)
+    with Patch(model), counting_calls() as calls:
         logits = model(
             input_ids=_tokens(model, *_PROBE),
             position_ids=view.positions,
-            past_key_values=Cache(layers=records),
+            past_key_values=cache,
             use_cache=True,
         ).logits[0]
     if not calls:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
-    layout: Layout = [(r.slabs[0], r.slabs[1]) if r.is_initialized else None for r in records]
+    layout: Layout = [(r.slabs[0], r.slabs[1]) if r.is_initialized else None for r in cache.records]
     if not any(layout):
         raise UnsupportedModel(model, "it does not write its keys and values to the cache it is given")
     return logits, layout

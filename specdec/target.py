@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.attention import Patch, View, viewing
+from specdec.attention import Patch, View
 from specdec.cache import TreeCache
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.support import context_length_of, embedding, layout_of
@@ -31,7 +31,8 @@ class Target(ABC):
     device: torch.device = torch.device("cpu")
     stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
-    run: Context | None = None  # the batch it scores; set by the loop
+    run: object = None  # which run it scores for; set by the loop
+    capturable: bool = False  # True if `score` and `commit` do the same to the device every step: see `specdec.graphs`
 
     @abstractmethod
     def start(self, context: Context, capacity: int, hidden: bool) -> None:
@@ -66,11 +67,14 @@ class CachedModel:
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length = context_length_of(model)
         self.device = embedding(model).device
+        self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
 
     def start(self, batch: int, capacity: int) -> None:
-        """Begin with empty rows."""
-        self.cache = TreeCache(self.layout, batch, capacity, self.device)
+        """Begin with empty rows; in the cache of the last run if it has that size."""
+        if (len(self.cache.lengths), self.cache.capacity) != (batch, capacity):
+            self.cache = TreeCache(self.layout, batch, capacity, self.device)
+        self.cache.clear()
         self.longest = 0  # host bound on cache.lengths
 
     def forward(self, tokens: Tensor, topology: Topology, logits_to_keep: int | None = None) -> Tensor:
@@ -85,20 +89,18 @@ class CachedModel:
             [batch, count, vocab] logits.
         """
         count, nodes = tokens.shape[1], topology.parents.shape[1]
-        end = self.longest + nodes
-        self.cache.open(nodes - count, count, end)
-        view = View(self.cache.lengths, topology, count, end)
+        view = View(self.cache.lengths, topology, count, min(self.longest + nodes, self.cache.capacity))
+        self.cache.open(view)
         positions = view.positions
         if self.context_length is not None:  # nodes past the budget of their row are never used: keep them in range
             positions = positions.clamp(max=self.context_length - 1)
-        with viewing(view):
-            return self.model(
-                input_ids=tokens.clamp(max=self.vocab - 1),  # the other model of a pair may have a longer vocabulary
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=count if logits_to_keep is None else logits_to_keep,
-            ).logits
+        return self.model(
+            input_ids=tokens.clamp(max=self.vocab - 1),  # the other model of a pair may have a longer vocabulary
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=count if logits_to_keep is None else logits_to_keep,
+        ).logits
 
     def read(self, tokens: Tensor, lengths: list[int]) -> None:
         """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""
@@ -132,6 +134,8 @@ class CachedModel:
 class ModelTarget(Target):
     """A Hugging Face causal LM as target."""
 
+    capturable = True
+
     def __init__(self, model: PreTrainedModel):
         self.cached = CachedModel(model)
         self.model, self.vocab, self.device = model, self.cached.vocab, self.cached.device
@@ -153,11 +157,13 @@ class ModelTarget(Target):
             if hidden:  # the token before the root by itself, for the state it leaves
                 self.cached.forward(self.cached.pending(context.tokens, 1), chain(len(context.tokens), 1, self.device))
                 assert self.cached.hidden is not None
-                context.hidden = self.cached.hidden[:, 0]
+                if context.hidden is None:
+                    context.hidden = torch.empty_like(self.cached.hidden[:, 0])
+                context.hidden.copy_(self.cached.hidden[:, 0])
                 self.cached.cache.lengths.copy_(context.lengths - 1)
 
     def score(self, tree: DraftTree, context: Context) -> Tensor:
-        self.cached.longest = max(context.host_lengths) - 1
+        self.cached.longest = context.longest - 1
         return self.cached.forward(tree.tokens, tree.topology)
 
     def commit(self, acceptance: Acceptance) -> None:
@@ -166,4 +172,5 @@ class ModelTarget(Target):
             last = (acceptance.keep - 1).clamp(min=0)[:, None]
             node = acceptance.path.gather(1, last)
             rows = torch.arange(len(node), device=node.device)
-            self._context.hidden = self.cached.hidden[rows, node[:, 0]]
+            assert self._context.hidden is not None
+            self._context.hidden.copy_(self.cached.hidden[rows, node[:, 0]])

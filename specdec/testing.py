@@ -53,6 +53,9 @@ class ExactCoins(Coins):
         self._place = [0] * len(scripts)
         self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
 
+    def turn_to(self, step: int) -> None:
+        self.step = step  # there is nothing to show
+
     def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
         """The outcome of one coin, by inverse CDF of `weights` in index order."""
         key = (row, self.step, purpose, node)
@@ -181,7 +184,9 @@ def _enumerate(
             return coins[0]
 
         prompts = [torch.tensor(prompt)] * len(scripts)
-        run = Decoding(target, prompts, drafter, rule, sampling, budget, stop_tokens, None, 0, "summary", build)
+        run = Decoding(
+            target, prompts, drafter, rule, sampling, budget, stop_tokens, None, 0, "summary", "eager", build
+        )
         acceptance = run.step()
         while not (one_step or run.finished):
             coins[0].ended = acceptance.stopped

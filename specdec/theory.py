@@ -412,12 +412,10 @@ def laws_on_path(target_law: TargetLaw, decisions: Decisions) -> list[Tensor]:
     return [target_law.at(nodes) for nodes in path.T]
 
 
-def visits(
-    tree: DraftTree, laws: list[Tensor], acceptance: Acceptance, tried: list[int], coins: Coins, rule: Rule
-) -> list[list[Visit]]:
-    """For every row, the first tried[row] nodes of its path, given the `laws_on_path`."""
+def visits(tree: DraftTree, laws: list[Tensor], acceptance: Acceptance, coins: Coins, rule: Rule) -> list[list[Visit]]:
+    """For every row, the nodes of its path that were put to the test, given the `laws_on_path`."""
     found = []
-    for b, count in enumerate(tried):
+    for b, count in enumerate(acceptance.report.tried):
         row, path, accepted = tree.row(b, coins.row(b)), acceptance.path[b].tolist(), acceptance.accepted[b]
         steps = ((path[d], path[d + 1] if d < accepted else None, laws[d][b]) for d in range(count))
         found.append([_visit(row, node, child, p.double().numpy(force=True), rule) for node, child, p in steps])

@@ -58,9 +58,8 @@ class Topology:
     @cached_property
     def ancestors(self) -> Tensor:
         """[batch, node, node] bool: entry (i, j) is True when j is i or an ancestor of i."""
-        nodes = self.parents.shape[1]
-        reach = torch.eye(nodes, device=self.parents.device).expand(len(self.parents), -1, -1).clone()
-        reach[:, 1:] += torch.nn.functional.one_hot(self.parents[:, 1:], nodes)
+        index = torch.arange(self.parents.shape[1], device=self.parents.device)
+        reach = ((self.parents[..., None] == index) | (index[:, None] == index)).float()
         for _ in range(max(self.depth - 1, 0).bit_length()):  # repeated squaring of (identity + parent)
             reach = (reach @ reach).clamp_(max=1)
         return reach > 0
@@ -138,6 +137,18 @@ class DraftTree:
             raise ValueError(
                 f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Context.max_depth)."
             )
+
+    def padded(self, spec: TreeSpec) -> DraftTree:
+        """The same with absent nodes: of one of a few sizes, and of the depth and width of `spec`."""
+        nodes, pad = self.tokens.shape[1], torch.nn.functional.pad
+        size = min(1 << (nodes - 1).bit_length(), spec.nodes)
+        if (size, spec.depth, spec.width) == (nodes, self.topology.depth, self.topology.width):
+            return self
+        parents, probs = pad(self.topology.parents, (0, size - nodes)), self.draft_probs
+        topology = Topology(parents, spec.depth, spec.width)
+        laws = pad(self.laws, (0, size - nodes), value=Law.PADDING)
+        probs = None if probs is None else pad(probs, (0, 0, 0, size - probs.shape[1]))
+        return DraftTree(pad(self.tokens, (0, size - nodes)), topology, laws, probs)
 
     def invalid(self, root: Tensor) -> Tensor:
         """[batch] bool: rows whose root is not `root` [batch], or whose tokens cannot have been drawn as the laws say."""

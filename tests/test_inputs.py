@@ -180,6 +180,7 @@ def test_trees_that_are_none(case):
 def test_trees_that_are_larger_than_promised():
     drafter = Edited(lambda tree: tree)
     drafter.spec = Edited(None, length=2).spec
+    drafter.propose = lambda context, coins: drafter.inner.propose(replace(context, max_depth=3), coins)
     with pytest.raises(ValueError, match=r"nodes 4, at most 3.*depth 3, at most 2"):
         specdec.generate(llama(), PROMPTS, drafter, max_new_tokens=8)
 

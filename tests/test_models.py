@@ -14,7 +14,7 @@ from specdec import DraftTree, Law, Sampling
 from specdec.attention import View
 from specdec.cache import TreeCache
 from specdec.drafters import ModelDrafter
-from specdec.drafters.drafter import Acceptance, Context
+from specdec.drafters.drafter import Acceptance, Context, Report
 from specdec.support import UnsupportedModel
 from specdec.target import ModelTarget
 from specdec.tree import Topology
@@ -94,7 +94,7 @@ class Walk:
                 count = {"accept all": len(leaf), "reject all": 1}.get(fate) or self.random.randint(1, len(leaf))
                 path[row, :count], keep[row] = torch.tensor(leaf[:count]), count
                 text += [*tree.tokens[row, leaf[1:count]].tolist(), self.random.randrange(VOCAB)]
-        self.target.commit(Acceptance(path, keep, [], [], []))
+        self.target.commit(Acceptance(path, keep, Report(path)))
         self._write_context()
 
     def _write_context(self):

@@ -328,10 +328,11 @@ def test_coins_are_uniform_and_a_function_of_their_key_alone():
     coins, other = Coins(3, 4, 16), Coins(3, 2, 5)
     values = []
     for step in range(100):
-        coins.step = other.step = step
+        coins.turn_to(step)
+        other.turn_to(step)
         for purpose in range(3):
             assert torch.equal(coins.uniforms(purpose)[:2, :5], other.uniforms(purpose))
-            values.append(coins.uniforms(purpose).flatten())
+            values.append(coins.uniforms(purpose).flatten().clone())
     values = torch.cat(values)
     assert values.unique().numel() == values.numel()
     assert abs(float(values.mean()) - 0.5) < 0.01  # 19,200 uniforms: the mean's standard deviation is 0.002

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from specdec.coins import Coins
+from specdec.engine import Engine
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec
 
@@ -31,14 +35,99 @@ class Context:
     processors: list[tuple[Any, ...]]  # each row's logits processors
     vocab: int  # size of the target's vocabulary
     tokenizer: Any = None
+    engine: Engine = field(default_factory=Engine)
+    fixed: bool = (
+        False  # whether `propose` is to do the same in all steps with the same `longest`, whatever the host knows
+    )
     hidden: Tensor | None = (
         None  # [batch, hidden]: if `uses_hidden`, the target's last state before the root (running rows)
     )
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, vocab: int, device: torch.device) -> Context:
+        """Buffers for texts of at most `capacity` tokens."""
+        lengths, row_depths = torch.zeros((2, batch), dtype=torch.int64, device=device)
+        tokens = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
+        return cls(tokens, lengths, [0] * batch, capacity, 0, row_depths, Sampling(), [()] * batch, vocab)
+
+    def begin(
+        self,
+        rows: Sequence[Tensor],
+        max_length: int,
+        sampling: Sampling,
+        processors: list[tuple[Any, ...]],
+        tokenizer: Any,
+        engine: Engine,
+        fixed: bool,
+    ) -> None:
+        """Write the prompts, 1-D int64 tensors, and note the settings of a run."""
+        self.host_lengths, self.max_length = [len(row) for row in rows], max_length
+        self.sampling, self.processors, self.tokenizer = sampling, processors, tokenizer
+        self.engine, self.fixed = engine, fixed
+        self.tokens.zero_()
+        for b, row in enumerate(rows):
+            self.tokens[b, : len(row)] = row
+        self.lengths.copy_(torch.tensor(self.host_lengths))
 
     @property
     def root(self) -> Tensor:
         """[batch] int64: the last committed tokens."""
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
+
+    @property
+    def longest(self) -> int:
+        """A bound on `lengths` that the host knows."""
+        return self.engine.rounded(max(self.host_lengths))
+
+
+class Report:
+    """What the host is told of a step: read from the device when it is first asked for, once.
+
+    Args:
+        columns: [batch, depth + 7] int64: new tokens, how many of them count, drafted tokens accepted by the rule, whether
+            there were children after those, what is left of the budget, whether a visited law or the draft was invalid.
+    """
+
+    def __init__(self, columns: Tensor):
+        self.columns = columns
+
+    def forget(self) -> None:
+        """Read anew: the columns have been written to."""
+        vars(self).pop("_lists", None)
+
+    @cached_property
+    def _lists(self) -> tuple[list[list[int]], list[list[int]]]:
+        *news, counts, taken, more, left, no_law, no_draft = self.columns.T.tolist()
+        return news, [counts, taken, more, left, no_law, no_draft]
+
+    @property
+    def emitted(self) -> list[list[int]]:
+        """Each row's new tokens."""
+        news, (counts, *_) = self._lists
+        return [list(row[:n]) for row, n in zip(zip(*news, strict=True), counts, strict=True)]
+
+    @property
+    def accepted(self) -> list[int]:
+        """How many of those were drafted."""
+        _, (counts, taken, *_) = self._lists
+        return [min(a, n) for a, n in zip(taken, counts, strict=True)]
+
+    @property
+    def tried(self) -> list[int]:
+        """Deepest drafted depth of each row that was put to the test: accepted, or accepted + 1."""
+        _, (counts, taken, more, *_) = self._lists
+        return [min(a + m, n) for a, m, n in zip(taken, more, counts, strict=True)]
+
+    @property
+    def left(self) -> list[int]:
+        """Tokens that each row may still emit: 0 when it has ended."""
+        return self._lists[1][3]
+
+    @property
+    def invalid(self) -> tuple[list[int], list[int]]:
+        """Rows in which the target gave no law, and rows in which the draft cannot be right."""
+        *_, no_law, no_draft = self._lists[1]
+        return [b for b, bad in enumerate(no_law) if bad], [b for b, bad in enumerate(no_draft) if bad]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +136,22 @@ class Acceptance:
 
     path: Tensor  # [batch, <= depth + 1] int64: accepted nodes, the root first; entries past `keep` are unused
     keep: Tensor  # [batch] int64: how many of them, from the root on, the text now contains; 0 for rows that had ended
-    emitted: list[list[int]]  # each row's new tokens
-    accepted: list[int]  # how many of those were drafted
-    stopped: list[bool]  # rows that ended, now or earlier
+    report: Report
+
+    @property
+    def emitted(self) -> list[list[int]]:
+        """Each row's new tokens. This and what follows waits for the device."""
+        return self.report.emitted
+
+    @property
+    def accepted(self) -> list[int]:
+        """How many of those were drafted."""
+        return self.report.accepted
+
+    @property
+    def stopped(self) -> list[bool]:
+        """Rows that ended, now or earlier."""
+        return [not n for n in self.report.left]
 
 
 class Drafter(ABC):
@@ -60,7 +162,10 @@ class Drafter(ABC):
     """
 
     uses_hidden: bool = False  # True to have `context.hidden` filled
-    run: Context | None = None  # the batch it drafts for; set by the loop
+    capturable: bool = (
+        False  # True if `propose` and `commit` do the same to the device every step: see `specdec.graphs`
+    )
+    run: object = None  # which run it drafts for; set by the loop
 
     @abstractmethod
     def spec(self, sampling: Sampling) -> TreeSpec:

@@ -41,6 +41,10 @@ class LayerSkipDrafter(Drafter):
     def __repr__(self) -> str:
         return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"
 
+    @property
+    def capturable(self) -> bool:
+        return self.tree.capturable
+
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.tree.spec(sampling)
 
@@ -63,7 +67,7 @@ class LayerSkipDrafter(Drafter):
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         if context.max_depth == 0:
             return root_only(context.root)
-        self._cached.longest = max(context.host_lengths) - 1
+        self._cached.longest = context.longest - 1
         with passing_through(self._skipped):
             return drive(self.tree.grow(context, coins), self._score).tree
 

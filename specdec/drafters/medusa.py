@@ -119,6 +119,10 @@ class MedusaDrafter(Drafter):
     def __repr__(self) -> str:
         return f"MedusaDrafter({len(self.heads)} heads, {self.tree})"
 
+    @property
+    def capturable(self) -> bool:
+        return self.tree.capturable
+
     def spec(self, sampling: Sampling) -> TreeSpec:
         spec = self.tree.spec(sampling)
         if spec.depth > len(self.heads):

@@ -18,6 +18,8 @@ from specdec.tree import DraftTree, TreeSpec, chain, root_only
 from specdec.trees.policy import Frontier, TreePolicy, drive
 from specdec.trees.widths import Chain
 
+_AFTER_OWN_DRAFT = 2  # tokens it may not have read of a text that went on as it drafted: an accepted leaf, and the root
+
 
 class ModelDrafter(Drafter):
     """Drafts with a Hugging Face causal LM.
@@ -40,6 +42,10 @@ class ModelDrafter(Drafter):
 
     def __repr__(self) -> str:
         return f"ModelDrafter({type(self.model).__name__}, {self.tree})"
+
+    @property
+    def capturable(self) -> bool:
+        return self.tree.capturable
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.tree.spec(sampling)
@@ -80,11 +86,14 @@ class ModelDrafter(Drafter):
 
     def _read_root(self) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
-        cache, context, longest = self._cached.cache, self._context, max(self._context.host_lengths)
-        lengths = context.lengths
-        count = int(
-            (lengths - cache.lengths).max()
-        )  # >= 1: the root, an accepted leaf before it, what it did not draft
+        cache, context, longest, lengths = (
+            self._cached.cache,
+            self._context,
+            self._context.longest,
+            self._context.lengths,
+        )
+        # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
+        count = _AFTER_OWN_DRAFT if context.fixed else int((lengths - cache.lengths).max())
         # who misses less reads its last tokens again, so that nobody reads past its end
         cache.lengths.copy_((lengths - count).clamp(min=0))
         self._cached.longest = max(longest - count, 0)

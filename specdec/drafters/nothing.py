@@ -9,6 +9,8 @@ from specdec.tree import DraftTree, Law, TreeSpec, root_only
 class NoDrafter(Drafter):
     """The baseline (`drafter=None`)."""
 
+    capturable = True
+
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), nodes=1, depth=0, width=0, by_depth=True)
 

@@ -50,6 +50,9 @@ class Rule(ABC):
     code that makes the same decisions on the same coins.
     """
 
+    capturable: ClassVar[bool] = (
+        False  # True if `decide_batch` reads nothing back from the device: see `specdec.graphs`
+    )
     lossless: ClassVar[bool]  # True when the emitted text has exactly the target's law for every tree `check` admits
 
     def check(self, spec: TreeSpec) -> None:  # noqa: B027 - optional: most rules accept every tree

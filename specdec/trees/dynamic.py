@@ -45,6 +45,10 @@ class Dynamic(TreePolicy):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold={self.threshold}: a confidence, at least 0 and below 1.")
 
+    @property
+    def capturable(self) -> bool:
+        return self.threshold == 0
+
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
 

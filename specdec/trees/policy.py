@@ -37,6 +37,8 @@ Growth = Generator[Frontier, Tensor, Grown]
 class TreePolicy(ABC):
     """Decides the shape of draft trees; drafters that can score any node grow them with it."""
 
+    capturable: bool = False  # True if `grow` does the same to the device every step: see `specdec.graphs`
+
     @abstractmethod
     def spec(self, sampling: Sampling) -> TreeSpec:
         """What trees this policy may grow under this sampling."""

@@ -36,6 +36,8 @@ class Static(TreePolicy):
     parents: Sequence[int]
     law: Law = Law.POINT
 
+    capturable = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", tuple(self.parents))
         object.__setattr__(self, "law", drawable(self.law))

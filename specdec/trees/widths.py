@@ -30,6 +30,8 @@ class Widths(TreePolicy):
     widths: Sequence[int]
     law: Law = Law.SAMPLED_THEN_TOP
 
+    capturable = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "law", drawable(self.law))

@@ -1,0 +1,39 @@
+"""How the stages of a step are run: here as they stand; `specdec.graphs` captures and replays them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Engine:
+    """Runs every stage as it stands."""
+
+    fixed = False  # whether the shapes of a stage have to be the same in all steps
+    compiled = False  # whether forward passes are to be compiled
+
+    def rounded(self, length: int) -> int:
+        """A length of text that the stages are told in place of this one, and not less."""
+        return length
+
+    def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """A run begins on this device; returns its buffers.
+
+        Args:
+            signature: what buffers and stages depend on.
+            make: makes the buffers.
+        """
+        return make()
+
+    def run(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
+        """The result of a stage.
+
+        Args:
+            longest: `Context.longest`.
+            stage: a method of the run.
+            reason: why it cannot be captured; None if it can.
+            args: results of stages before it.
+        """
+        return stage(*args)

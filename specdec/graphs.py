@@ -1,0 +1,187 @@
+"""Steps as CUDA graphs: every stage is captured once per shape and then replayed.
+
+A replay repeats what a stage did to the device when it was captured, in the same memory, and runs no Python. A stage may
+therefore be captured if what it does depends on nothing that the host knows but what stands in its key (shapes, and
+`Context.longest`), if it reads nothing back, and if whatever outlives the step is updated in place. The loop is written that
+way; drafters, tree policies, rules and targets say of themselves whether they are (`capturable`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from specdec.drafters.drafter import Acceptance, Report
+from specdec.engine import Engine
+from specdec.tree import DraftTree, Topology
+
+_BLOCK = 256  # tokens: texts whose lengths fall in one block share graphs, and attend to as many slots too many at most
+
+
+class Graph(Protocol):
+    """A captured stage."""
+
+    outputs: Any  # of the stage; every replay fills the same tensors
+
+    def replay(self) -> None: ...
+
+
+class Graphs(Engine):
+    """Static buffers, and one CUDA graph per stage and shape. On other devices the same code runs uncaptured.
+
+    >>> engine = specdec.Graphs()
+    >>> specdec.generate(target, prompts, drafter, engine=engine)  # the second step of every shape is captured
+    >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
+
+    Graphs and buffers are kept until a run of another kind begins (other models, drafter, rule, sampling, batch size, or
+    texts of more blocks), or the engine is dropped.
+
+    Args:
+        compile: compile the forward passes of transformers models too (torch.compile, once per shape and process).
+        capture: how a stage is captured; by default as a CUDA graph where there is CUDA, else not at all.
+    """
+
+    fixed = True
+
+    def __init__(self, *, compile: bool = False, capture: Callable[[Callable[[], Any]], Graph] | None = None):
+        self.compiled, self._capture = compile, capture
+        self._made_for: Any = None
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
+    def rounded(self, length: int) -> int:
+        return -(-length // _BLOCK) * _BLOCK
+
+    def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if (device, signature) != self._made_for:
+            self._made_for, self._buffers = (device, signature), make()
+            self._warm: set[Hashable] = set()
+            self._held: dict[Hashable, tuple[Any, ...]] = {}  # what stages are captured with
+            self._graphs: dict[Hashable, Graph] = {}
+            self._reasons: dict[str, str] = {}  # of stages that cannot be captured
+            self._how = self._capture
+            if self._how is None and device.type == "cuda":
+                self._how = partial(CudaGraph, torch.cuda.graph_pool_handle())
+        return self._buffers
+
+    def run(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
+        name = stage.__name__.strip("_")
+        if reason is not None:
+            self._leave_out(name, reason)
+        if name in self._reasons:
+            return stage(*args)
+        key = (name, longest, *map(_shape, args))
+        if key not in self._warm:  # what happens once (kernels are compiled, constants made) is not to be captured
+            self._warm.add(key)
+            return self._watched(name, stage, args)
+        held = self._hold(key, args)
+        if self._how is None:
+            return stage(*held)
+        if key not in self._graphs:
+            self._graphs[key] = self._how(lambda: stage(*held))
+        self._graphs[key].replay()
+        return self._graphs[key].outputs
+
+    def _watched(self, name: str, stage: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._how is None:
+            return stage(*args)
+        with HostReads() as host:
+            result = stage(*args)
+        if host.reads:
+            self._leave_out(name, f"it waits for the device ({', '.join(sorted(host.reads))})")
+        return result
+
+    def _hold(self, key: Hashable, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`args` in the memory that the stage is captured with: where they are, if they were captured themselves."""
+        if key not in self._held:
+            made = {id(graph.outputs) for graph in self._graphs.values()}
+            self._held[key] = tuple(
+                arg if id(arg) in made else _with(arg, [t.clone() for t in _tensors(arg)]) for arg in args
+            )
+        held = self._held[key]
+        for to, arg in zip(held, args, strict=True):
+            if to is not arg:
+                for target, source in zip(_tensors(to), _tensors(arg), strict=True):
+                    target.copy_(source)
+        return held
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        if name not in self._reasons:
+            self._reasons[name] = reason
+            warnings.warn(
+                f"engine: the stage {name!r} runs step by step, the others as graphs: {reason}.", stacklevel=2
+            )
+
+
+class CudaGraph:
+    """A stage captured on the current device."""
+
+    def __init__(self, pool: Any, stage: Callable[[], Any]):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.outputs = stage()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class HostReads(TorchDispatchMode):
+    """Notes in `reads` what the host waited for the device for, or handed to it: none of that can be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
+        waits = _WAITING.intersection(func.tags) or func.overloadpacket in _MORE
+        if func.overloadpacket == torch.ops.aten.index:  # by a mask it waits, by numbers it does not
+            waits = any(t.dtype == torch.bool for t in tree_leaves(args[1]) if isinstance(t, Tensor))
+        if waits or len({t.device.type for t in tensors}) > 1:
+            self.reads.add(str(func))
+        return out
+
+
+# the host has to know a value, or a shape
+_WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_MORE = {torch.ops.aten.is_nonzero, torch.ops.aten.nonzero_numpy}  # that do not say so
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """What a result of a stage consists of."""
+    match value:
+        case DraftTree():
+            probs = [] if value.draft_probs is None else [value.draft_probs]
+            return [value.tokens, value.topology.parents, value.laws, *probs]
+        case Acceptance():
+            return [value.path, value.keep, value.report.columns]
+    return [value]
+
+
+def _with(value: Any, tensors: list[Tensor]) -> Any:
+    """The same made of other tensors."""
+    match value:
+        case DraftTree():
+            tokens, parents, laws, *probs = tensors
+            shape = value.topology
+            return DraftTree(tokens, Topology(parents, shape.depth, shape.width), laws, *probs)
+        case Acceptance():
+            return Acceptance(tensors[0], tensors[1], Report(tensors[2]))
+    return tensors[0]
+
+
+def _shape(value: Any) -> Hashable:
+    """What a captured stage depends on besides the numbers in `_tensors`."""
+    shapes = tuple((tuple(t.shape), t.dtype) for t in _tensors(value))
+    return (shapes, value.topology.depth, value.topology.width) if isinstance(value, DraftTree) else shapes
