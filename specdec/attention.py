@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
+import specdec_kernels
 from specdec.tree import Topology
 from specdec_kernels import tree_attention
 from specdec_kernels.reference import tree_attention as reference
 from specdec_kernels.tree_attention import MAX_NODES, supports
 
 NAME = "specdec_tree"  # no "sdpa" or "flex_attention" in it: transformers would apply their support checks
-KERNEL_DEVICES = {"cuda"}
 
 
 @dataclass(eq=False)
@@ -108,7 +108,7 @@ def _mask(
 ) -> Tensor:
     """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`."""
     view: View = q_offset
-    sight = view.sight(mask_function) if device.type in KERNEL_DEVICES else None
+    sight = view.sight(mask_function) if device.type in specdec_kernels.DEVICES else None
     return view.bias(mask_function, dtype).to(device) if sight is None else sight
 
 

@@ -148,7 +148,7 @@ class TreeCache(Cache):
         path[:, 0] must be the root, which is where it belongs already.
         """
         for slab, stack in self._stacks.items():
-            move = specdec_kernels.compact if stack.is_cuda else compact
+            move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
         self.lengths += count
 

@@ -9,12 +9,14 @@ way; drafters, tree policies, rules and targets say of themselves whether they a
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,7 +39,7 @@ class Graphs(Engine):
     """Static buffers, and one CUDA graph per stage and shape. On other devices the same code runs uncaptured.
 
     >>> engine = specdec.Graphs()
-    >>> specdec.generate(target, prompts, drafter, engine=engine)  # the second step of every shape is captured
+    >>> specdec.generate(target, prompts, drafter, engine=engine)  # the third step of every shape is captured
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
     Graphs and buffers are kept until a run of another kind begins (other models, drafter, rule, sampling, batch size, or
@@ -65,7 +67,7 @@ class Graphs(Engine):
     def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if (device, signature) != self._made_for:
             self._made_for, self._buffers = (device, signature), make()
-            self._warm: set[Hashable] = set()
+            self._times: Counter[Hashable] = Counter()  # that stages were run
             self._held: dict[Hashable, tuple[Any, ...]] = {}  # what stages are captured with
             self._graphs: dict[Hashable, Graph] = {}
             self._reasons: dict[str, str] = {}  # of stages that cannot be captured
@@ -81,8 +83,10 @@ class Graphs(Engine):
         if name in self._reasons:
             return stage(*args)
         key = (name, longest, *map(_shape, args))
-        if key not in self._warm:  # what happens once (kernels are compiled, constants made) is not to be captured
-            self._warm.add(key)
+        self._times[key] += 1
+        if self._times[key] == 1:  # what happens once (kernels are compiled, constants made) is not to be captured
+            return stage(*args)
+        if self._times[key] == 2:
             return self._watched(name, stage, args)
         held = self._hold(key, args)
         if self._how is None:
@@ -135,21 +139,48 @@ class CudaGraph:
         self._graph.replay()
 
 
-class HostReads(TorchDispatchMode):
-    """Notes in `reads` what the host waited for the device for, or handed to it: none of that can be captured."""
+class HostReads(TorchFunctionMode):
+    """Notes in `reads` for what the device waits for the host, or the host for it: none of that can be captured."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: set[str] = set()
+        self._below = _Waits(self.reads)
+
+    def __enter__(self) -> HostReads:
+        self._below.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._below.__exit__(*exception)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indexed = func in (Tensor.__getitem__, Tensor.__setitem__) and _by_list(args[1])
+        if indexed or func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            self.reads.add("a tensor made from Python numbers")
+        return func(*args, **(kwargs or {}))
+
+
+def _by_list(index: Any) -> bool:
+    return isinstance(index, list) or (isinstance(index, tuple) and any(isinstance(i, (list, tuple)) for i in index))
+
+
+class _Waits(TorchDispatchMode):
+    def __init__(self, reads: set[str]):
+        super().__init__()
+        self._reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
         waits = _WAITING.intersection(func.tags) or func.overloadpacket in _MORE
         if func.overloadpacket == torch.ops.aten.index:  # by a mask it waits, by numbers it does not
             waits = any(t.dtype == torch.bool for t in tree_leaves(args[1]) if isinstance(t, Tensor))
-        if waits or len({t.device.type for t in tensors}) > 1:
-            self.reads.add(str(func))
+        if waits:
+            self._reads.add(str(func))
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
+        if len({t.device.type for t in tensors}) > 1:
+            self._reads.add(str(func))
         return out
 
 

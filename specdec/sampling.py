@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import specdec_kernels
 from specdec.coins import RowCoins
 from specdec.tree import DraftTree
-from specdec_kernels import verify
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import walk
 
@@ -149,9 +149,10 @@ class TargetLaw:
             lenience: the fraction of a child's law that the target's is compared with.
         """
         drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
-        if not self._logits.is_cuda or any(self._context.processors):
+        if self._logits.device.type not in specdec_kernels.DEVICES or any(self._context.processors):
             return walk(self.at, *drafted, lenience)
-        path, accepted, token, invalid = verify(self._logits, *drafted, *self._context.sampling.filters, lenience)
+        kernel, filters = specdec_kernels.verify, self._context.sampling.filters
+        path, accepted, token, invalid = kernel(self._logits, *drafted, *filters, lenience)
         self._no_law += invalid
         return path, accepted, token
 

@@ -9,7 +9,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from specdec import attention
+import specdec_kernels
 from specdec.attention import View
 from specdec.tree import Topology, chain
 from specdec_kernels.reference import tree_attention as reference
@@ -27,7 +27,7 @@ def told(monkeypatch):
         answers.append(sight(view, pattern))
         return answers[-1]
 
-    monkeypatch.setattr(attention, "KERNEL_DEVICES", {"cpu"})
+    monkeypatch.setattr(specdec_kernels, "DEVICES", {"cpu"})
     monkeypatch.setattr(View, "sight", note)
     return answers
 

@@ -1,9 +1,12 @@
 """Captured steps are the same steps: proved with a stand-in for CUDA graphs that replays operations on any device."""
 
+import contextlib
+import copy
 import warnings
 
 import pytest
 import torch
+from test_models import MODELS
 from tiny_models import PROMPTS, llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,10 +23,12 @@ from specdec.drafters import (
     NgramDrafter,
     SuffixDrafter,
 )
+from specdec.generate import Decoding
+from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
 from specdec.trees import Chain, Dynamic, Static, Widths
 
-OPTIONS = {"max_new_tokens": 24, "stop_tokens": (7,), "seed": 3}
+OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
 
 
 class Tape:
@@ -174,6 +179,72 @@ def test_a_model_that_waits_for_its_device_is_run_step_by_step():
         found = specdec.generate(model, PROMPTS, ModelDrafter(DRAFT, Chain(3)), engine=engine, **OPTIONS).tokens
     assert all(map(torch.equal, found, texts(ModelDrafter(DRAFT, Chain(3)), "eager")))
     assert engine.captured == 3
+
+
+def on_meta(run):
+    """A run like this one, on a device that has no numbers to wait for."""
+
+    def moved(tensor, memo):
+        return memo.setdefault(id(tensor), tensor.detach().to("meta"))
+
+    kinds, table = (torch.Tensor, torch.nn.Parameter), copy._deepcopy_dispatch
+    found = [kind.__deepcopy__ for kind in kinds]
+    table[torch.device] = lambda device, memo: torch.device("meta")
+    try:
+        for kind in kinds:
+            kind.__deepcopy__ = moved
+        return copy.deepcopy(run)
+    finally:
+        del table[torch.device]
+        for kind, method in zip(kinds, found, strict=True):
+            kind.__deepcopy__ = method
+
+
+def reads_of(target, drafter, sampling=SAMPLINGS["nucleus"], rule=SiblingRejection()):
+    """What the host and a device with kernels wait for each other for in the stages of a step."""
+    run = Decoding(target, PROMPTS, drafter, rule, sampling, 24, (7,), None, 3, "summary", specdec.Graphs())
+    run.step()
+    run = on_meta(run)
+    host = HostReads()
+    try:
+        with torch.inference_mode(), run._patched():
+            for watched in (contextlib.nullcontext(), host):  # constants are made in the first step
+                with watched:
+                    tree = run._propose()
+                    run._follow(run._decide(tree, run._score(tree)))
+    except RuntimeError as error:  # of a device that is asked for a number
+        assert "meta tensor" in str(error)
+        return {str(error)}
+    return host.reads
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if name not in ON_HOST])
+def test_nothing_waits_for_the_host(name, sampling, monkeypatch):
+    monkeypatch.setattr(specdec_kernels, "DEVICES", {"meta"})
+    assert not reads_of(TARGET, DRAFTERS[name](), SAMPLINGS[sampling])
+
+
+# of the models: GPT-2 looks for padding in every input, Gemma 3n's sparse layers ask for a number
+WAITING = {"gpt2": "item() cannot be called", "gemma3n_shared_layers": "is_nonzero"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_do_not_wait_for_the_host(name, monkeypatch):
+    monkeypatch.setattr(specdec_kernels, "DEVICES", {"meta"})
+    found = reads_of(MODELS[name](torch.bfloat16), None)
+    assert WAITING[name] in str(found) if name in WAITING else not found
+
+
+def test_what_waits_is_found(monkeypatch):
+    monkeypatch.setattr(specdec_kernels, "DEVICES", {"meta"})
+
+    class Listed(Chain):
+        def grow(self, context, coins):
+            context.tokens[:, [0, 1]]
+            return super().grow(context, coins)
+
+    assert reads_of(TARGET, ModelDrafter(DRAFT, Listed(2))) == {"a tensor made from Python numbers"}
 
 
 def test_engines_that_there_are_not():

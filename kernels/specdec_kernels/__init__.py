@@ -11,4 +11,6 @@ from specdec_kernels.tree_attention import tree_attention
 from specdec_kernels.tree_build import tree_build
 from specdec_kernels.verify import verify
 
-__all__ = ["compact", "law", "topk", "tree_attention", "tree_build", "verify"]
+DEVICES = {"cuda"}  # types of devices that there are kernels for
+
+__all__ = ["DEVICES", "compact", "law", "topk", "tree_attention", "tree_build", "verify"]

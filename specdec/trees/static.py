@@ -58,22 +58,22 @@ class Static(TreePolicy):
         batch, device = len(context.tokens), context.tokens.device
         shapes, asked = _shapes(tuple(self.parents), len(plan), batch, device)
         whole = shapes[-1]
-        nodes = whole.parents.shape[1]
-        tokens = torch.zeros((batch, nodes), dtype=torch.int64, device=device)
+        tokens = torch.zeros_like(whole.parents)
         tokens[:, 0] = context.root
-        laws = torch.zeros((batch, nodes), dtype=torch.uint8, device=device)
-        exists = torch.ones((batch, nodes), dtype=torch.bool, device=device)
-        probs: list[tuple[Sequence[int], Tensor]] = []
+        laws = torch.zeros_like(tokens, dtype=torch.uint8)
+        exists = torch.ones_like(tokens, dtype=torch.bool)
+        probs: list[tuple[tuple[int, ...], Tensor]] = []
         for level, shape in zip(plan, shapes, strict=False):
-            members = [node for group in level for node in group.nodes]
-            logits = yield Frontier(tokens[:, members], shape)
+            members = tuple(node for group in level for node in group.nodes)
+            logits = yield Frontier(tokens[:, _index(members, device)], shape)
             for group in level:
                 part, logits = logits[:, : len(group.nodes)], logits[:, len(group.nodes) :]
                 drawn = draw(part, group.width, self.law, context.sampling, coins, group.first)
                 end = group.first + drawn.tokens.shape[1]
                 tokens[:, group.first : end] = drawn.tokens
-                laws[:, group.nodes] = drawn.laws
-                above = exists[:, group.nodes].repeat_interleave(group.width, 1)
+                nodes = _index(group.nodes, device)
+                laws[:, nodes] = drawn.laws
+                above = exists[:, nodes].repeat_interleave(group.width, 1)
                 exists[:, group.first : end] = above if drawn.exists is None else above & drawn.exists
                 if drawn.draft_probs is not None:
                     probs.append((group.nodes, drawn.draft_probs))
@@ -125,12 +125,18 @@ def _shapes(parents: tuple[int, ...], depth: int, batch: int, device: torch.devi
     return shapes, torch.tensor(order, device=device).expand(batch, -1)
 
 
-def _by_node(probs: list[tuple[Sequence[int], Tensor]]) -> Tensor | None:
+@lru_cache(maxsize=256)
+def _index(nodes: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device once and for all: indexing by a list waits for a copy."""
+    return torch.tensor(nodes, device=device)
+
+
+def _by_node(probs: list[tuple[tuple[int, ...], Tensor]]) -> Tensor | None:
     """[batch, node, vocab] up to the last node with children; zeros at leaves before it."""
     if not probs:
         return None
     batch, _, vocab = probs[0][1].shape
     table = probs[0][1].new_zeros((batch, 1 + max(max(nodes) for nodes, _ in probs), vocab))
     for nodes, law in probs:
-        table[:, nodes] = law
+        table[:, _index(nodes, table.device)] = law
     return table
