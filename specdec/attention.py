@@ -45,6 +45,10 @@ class View:
         """[batch, count] int64: logical positions of the queries."""
         return self.lengths[:, None] + self.topology.depths[:, -self.count :]
 
+    def prepare(self) -> None:
+        """Have computed what masks are made of: `cached_property` itself cannot be compiled."""
+        _ = self.positions, self._allowed, self._slot_positions, self.topology.ancestors, self.topology.depths
+
     def sight(self, pattern: Callable[..., Tensor]) -> Tensor | None:
         """[batch, 1, count, 2 + word] int32: the same for the kernel, None for trees and patterns that it does not know.
 

@@ -74,18 +74,20 @@ class TreeLayer(CacheLayerMixin):
     def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
         super().__init__()
         self._cache: TreeCache = cache
-        self._keys, self._values = keys, values
-        self._flat = [t.flatten(0, 1) for t in (keys, values)]  # [batch * slot, head, dim]
+        # [batch * slot, head, dim]; nothing else that shares their memory: compiled code would have to expect overlaps
+        self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write [batch, head, node, dim] states to the slots of this forward pass; return all that is attended to."""
+        return self._written(self._keys, key_states), self._written(self._values, value_states)
+
+    def _written(self, flat: Tensor, states: Tensor) -> Tensor:
         slots, end = self._cache.write_slots, self._cache.view.slots
-        for flat, states in zip(self._flat, (key_states, value_states), strict=True):
-            flat.index_copy_(0, slots.to(flat.device), states.transpose(1, 2).flatten(0, 1))
-        return self._keys[:, :end].transpose(1, 2), self._values[:, :end].transpose(1, 2)
+        flat.index_copy_(0, slots.to(flat.device), states.transpose(1, 2).flatten(0, 1))
+        return flat.unflatten(0, (-1, self._cache.capacity))[:, :end].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.view.slots, 0

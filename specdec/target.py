@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from specdec.attention import Patch, View
 from specdec.cache import TreeCache
+from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.support import context_length_of, embedding, layout_of
 from specdec.tree import DraftTree, Topology, chain
@@ -68,6 +69,7 @@ class CachedModel:
         self.context_length = context_length_of(model)
         self.device = embedding(model).device
         self.cache = TreeCache(self.layout, 0, 0, self.device)
+        self.compiled: Compiled | None = None
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
 
     def start(self, batch: int, capacity: int) -> None:
@@ -75,6 +77,7 @@ class CachedModel:
         if (len(self.cache.lengths), self.cache.capacity) != (batch, capacity):
             self.cache = TreeCache(self.layout, batch, capacity, self.device)
         self.cache.clear()
+        self.compiled = None
         self.longest = 0  # host bound on cache.lengths
 
     def forward(self, tokens: Tensor, topology: Topology, logits_to_keep: int | None = None) -> Tensor:
@@ -94,13 +97,20 @@ class CachedModel:
         positions = view.positions
         if self.context_length is not None:  # nodes past the budget of their row are never used: keep them in range
             positions = positions.clamp(max=self.context_length - 1)
+        tokens = tokens.clamp(max=self.vocab - 1)  # the other model of a pair may have a longer vocabulary
+        if self.compiled is None:
+            return self._logits(tokens, positions, self.cache, logits_to_keep or count)
+        view.prepare()
+        return self.compiled((*tokens.shape, view.slots), tokens, positions, self.cache, count)
+
+    def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
         return self.model(
-            input_ids=tokens.clamp(max=self.vocab - 1),  # the other model of a pair may have a longer vocabulary
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=count if logits_to_keep is None else logits_to_keep,
+            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
         ).logits
+
+    def compile(self) -> None:
+        """Compile the forward passes that follow: those of steps, whose shapes recur."""
+        self.compiled = Compiled(self._logits, type(self.model).__name__)
 
     def read(self, tokens: Tensor, lengths: list[int]) -> None:
         """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""
@@ -161,6 +171,8 @@ class ModelTarget(Target):
                     context.hidden = torch.empty_like(self.cached.hidden[:, 0])
                 context.hidden.copy_(self.cached.hidden[:, 0])
                 self.cached.cache.lengths.copy_(context.lengths - 1)
+        if context.engine.compiled:
+            self.cached.compile()
 
     def score(self, tree: DraftTree, context: Context) -> Tensor:
         self.cached.longest = context.longest - 1

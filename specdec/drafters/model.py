@@ -65,6 +65,8 @@ class ModelDrafter(Drafter):
         self._vocab, self._context, self._asked = target.vocab, context, None
         self._cached.start(len(context.tokens), capacity + nodes)
         self._cached.read(context.tokens, [n - 1 for n in context.host_lengths])
+        if context.engine.compiled:
+            self._cached.compile()
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         if context.max_depth == 0:

@@ -1,0 +1,51 @@
+"""Compiled forward passes give the same text, and are compiled once per shape. Code generation is left out: it takes long."""
+
+import functools
+
+import pytest
+import torch
+from tiny_models import GATE, PROMPTS, llama
+from torch._dynamo.utils import counters
+
+import specdec
+from specdec import Sampling
+from specdec.drafters import LayerSkipDrafter, ModelDrafter
+from specdec.trees import Chain, Dynamic
+
+torch.set_num_threads(1)
+OPTIONS = {"max_new_tokens": 12, "stop_tokens": ()}
+
+
+@pytest.fixture(autouse=True)
+def captured_only(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_sliding"])
+def test_compiled_models_give_the_same_text(name):
+    model = GATE[name]()
+    for drafter in (ModelDrafter(model, Chain(2)), LayerSkipDrafter(skip=[1], tree=Chain(2))):
+        expected, found = (
+            specdec.generate(model, PROMPTS, drafter, engine=engine, **OPTIONS) for engine in ("eager", "compile")
+        )
+        assert all(map(torch.equal, found.tokens, expected.tokens)), drafter
+
+
+def test_other_trees_texts_and_seeds_are_not_compiled_again():
+    model, draft = llama(), llama(1, num_hidden_layers=1)
+    engine, drafter = specdec.Graphs(compile=True), ModelDrafter(draft, Dynamic(8, 3, 2))
+    compiled, before = [], counters["stats"]["unique_graphs"]
+    for seed, prompts in ((0, PROMPTS), (1, [p.flip(0) for p in PROMPTS]), (2, [p + 1 for p in PROMPTS])):
+        options = {**OPTIONS, "sampling": Sampling(1.0), "seed": seed}
+        specdec.generate(model, prompts, drafter, engine=engine, **options)
+        compiled.append(counters["stats"]["unique_graphs"] - before)
+    assert compiled == [4] * 3  # the tree, and three levels of the draft
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_stands():
+    model = llama()
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: print(float(args[0].sum()), end=""))
+    with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be compiled and runs as it stands: "):
+        found = specdec.generate(model, PROMPTS, engine="compile", **OPTIONS)
+    assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
