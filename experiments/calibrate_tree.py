@@ -31,7 +31,7 @@ LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance 
 def main(config: DictConfig) -> None:
     if config.law not in LAWS:
         raise SystemExit(f"law={config.law}: shapes can be compared under {', '.join(LAWS)}.")
-    models, prompts, sampling, log, source = begin("experiments/calibrate_tree.py", config)
+    models, prompts, _, sampling, log, source = begin("experiments/calibrate_tree.py", config)
     if models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model that the tree is for.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)
