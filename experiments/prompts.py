@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import specdec
 
@@ -36,13 +36,11 @@ def read(
         chat: whether turns are messages of the tokenizer's chat template.
     """
     lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    rows = map(json.loads, lines) if path.endswith(".jsonl") else ({"prompt": line} for line in lines)
-    name = Path(path).stem
-    return _chosen(
-        (Prompt(row.get("task", name), row["turns"] if "turns" in row else [row["prompt"]], chat) for row in rows),
-        tasks,
-        per_task,
+    rows: Iterable[dict[str, Any]] = (
+        map(json.loads, lines) if path.endswith(".jsonl") else ({"prompt": line} for line in lines)
     )
+    said = ((row.get("task", Path(path).stem), row["turns"] if "turns" in row else [row["prompt"]]) for row in rows)
+    return _chosen((Prompt(task, turns, chat) for task, turns in said), tasks, per_task)
 
 
 def dataset(
@@ -50,16 +48,14 @@ def dataset(
 ) -> list[Prompt]:
     """The first prompts of a data set: each one text, or a list of turns, of this column."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[import-not-found] - optional
     except ImportError:
         raise SystemExit("task=dataset needs the package datasets: pip install datasets.") from None
     rows = load_dataset(name, subset, split=split)
     if column not in rows.column_names:
         raise SystemExit(f"task.column={column}: {name} has the columns {', '.join(rows.column_names)}.")
-    said = (row[column] for row in rows)
-    return _chosen(
-        (Prompt(name, [turns] if isinstance(turns, str) else list(turns), chat) for turns in said), None, per_task
-    )
+    said = ([turns] if isinstance(turns, str) else list(turns) for turns in rows[column])
+    return _chosen((Prompt(name, turns, chat) for turns in said), None, per_task)
 
 
 def _chosen(prompts: Iterable[Prompt], tasks: Sequence[str] | None, per_task: int | None) -> list[Prompt]:

@@ -9,11 +9,19 @@ import numpy as np
 from experiments.measure import AGAIN, Round, Run
 from specdec.trace import Trace
 
-HEADER = [
-    "method", "tokens/s (95 % CI)", "speed-up (95 % CI)", "acceptance length", "acceptance rate by depth",
-    "share of ceiling", "divergence", "loop's own time", "= transformers",
-]  # fmt: skip
-MARKED = "~: its interval meets that of the noise floor, or 1, so these runs cannot tell it from no difference."
+COLUMNS = {
+    "tokens_per_second": "tokens/s (95 % CI)",
+    "speed_up": "speed-up (95 % CI)",
+    "acceptance_length": "acceptance length",
+    "acceptance_rate": "acceptance rate by depth",
+    "ceiling_share": "share of ceiling",
+    "divergence": "divergence",
+    "loop_share": "loop's own time",
+    "identical": "= transformers",
+}
+MARKED = (
+    "~: these runs cannot tell it from no difference, as its interval meets the noise floor's or 1, or it has none."
+)
 
 
 def figures(
@@ -36,7 +44,10 @@ def figures(
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """The figures as markdown, by task too if there are several; a dash where a figure is not known."""
-    tables = [markdown([HEADER, *([name, *_cells(row)] for name, row in figures.items())]), floor(figures)]
+    tables = [
+        markdown([["method", *COLUMNS.values()], *([name, *cells(row, *COLUMNS)] for name, row in figures.items())]),
+        floor(figures),
+    ]
     tasks = list(next(iter(figures.values())).get("tasks", {}))
     if len(tasks) > 1:
         head = ["speed-up (95 % CI), acceptance length", *tasks]
@@ -80,6 +91,21 @@ def median(values: np.ndarray) -> dict[str, float | None]:
     return {"median": float(np.median(values)), "low": float(low), "high": float(high), "n": values.size}
 
 
+def cells(row: dict[str, Any], *columns: str) -> list[str]:
+    """These figures of a method as text; a dash where a figure is not known."""
+    texts = {
+        "tokens_per_second": interval(row["tokens_per_second"], digits=0),
+        "speed_up": interval(row["speed_up"], digits=2),
+        "acceptance_length": f"{row['acceptance_length']:.2f}",
+        "acceptance_rate": " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
+        "ceiling_share": "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
+        "divergence": "-" if row["divergence"] is None else f"{row['divergence']:.3g}",
+        "loop_share": f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
+        "identical": "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
+    }
+    return [texts[column] for column in columns]
+
+
 def interval(found: dict[str, Any], digits: int) -> str:
     """Median and interval as text, behind ~ if it is of a difference that is not resolved."""
     mark = "" if found.get("resolved", True) else "~ "
@@ -112,19 +138,6 @@ def _pooled(runs: list[list[Run]]) -> dict[str, Any]:
         "identical": None if runs[0][0].identical is None else sum(run.identical or 0 for run in runs[0]),
         "prompts": sum(run.prompts for run in runs[0]),
     }
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        interval(row["tokens_per_second"], digits=0),
-        interval(row["speed_up"], digits=2),
-        f"{row['acceptance_length']:.2f}",
-        " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
-        "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
-        "-" if row["divergence"] is None else f"{row['divergence']:.3g}",
-        f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
-        "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
-    ]
 
 
 def _brief(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.measure import AGAIN, Refused
-from experiments.report import MARKED, interval, markdown
+from experiments.report import MARKED, cells, interval, markdown
 from experiments.results import Json
 
 PARTS = ("drafter", "tree", "rule")  # groups that are measured only as parts of methods
@@ -32,8 +32,10 @@ SHOWN = ("target", *PARTS, "sampling", "task")
 def job(config: DictConfig, compare: Callable[..., tuple[Any, dict[str, Any]]]) -> str:
     """Run one job of a sweep unless it is done; returns what it came to."""
     path = Path(HydraConfig.get().sweep.dir) / f"{identity(config)}.json"
+    given = {key.split(".")[0] for key, _ in settings(HydraConfig.get().overrides.task)}
+    idle = "".join(f"; no method takes a {part}" for part in unused(config) if part in given)
     if path.exists() and "failed" not in (known := json.loads(path.read_text("utf-8"))):
-        return f"known, {_outcome(known)}"
+        return f"known, {_outcome(known)}{idle}"
     result: dict[str, Any] = {"settings": shown(config)}
     if "path" in config.log:
         config.log.path = str(path.with_suffix(Path(config.log.path).suffix))
@@ -46,7 +48,7 @@ def job(config: DictConfig, compare: Callable[..., tuple[Any, dict[str, Any]]]) 
     except (Exception, SystemExit) as error:
         result |= {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     Json(str(path)).write(result)
-    return _outcome(result)
+    return _outcome(result) + idle
 
 
 def identity(config: DictConfig) -> str:
@@ -124,19 +126,18 @@ def table(results: list[dict[str, Any]]) -> str:
         for result in sorted(results, key=lambda result: [result["settings"].get(key, "") for key in varied])
         for row in _rows(result)
     ]
-    head = [*varied, "method", "speed-up (95 % CI)", "noise floor", "acceptance length", "= transformers"]
+    head = [*varied, "method", "speed-up (95 % CI)", "noise floor", "divergence", "acceptance length", "= transformers"]
     return f"{' '.join(shared)}; commit {', '.join(commits)}\n\n{markdown([head, *rows])}\n\n{MARKED}"
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
     if "figures" not in result:
-        return [["-", _outcome(result).replace("\n", " ").replace("|", "\\|"), "-", "-", "-"]]
+        return [["-", _outcome(result).replace("\n", " ").replace("|", "\\|"), "-", "-", "-", "-"]]
     noise = interval(result["figures"][AGAIN]["speed_up"], digits=2)
     return [
-        [name, interval(row["speed_up"], digits=2), noise, f"{row['acceptance_length']:.2f}",
-         "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}"]
+        [name, interval(row["speed_up"], digits=2), noise, *cells(row, "divergence", "acceptance_length", "identical")]
         for name, row in _methods(result).items()
-    ]  # fmt: skip
+    ]
 
 
 def _methods(result: dict[str, Any]) -> dict[str, Any]:
