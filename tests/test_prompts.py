@@ -17,7 +17,7 @@ PAIR = specdec.demo.load()
 ROWS = [
     {"id": 1, "task": "qa", "turns": ["What?"]},
     {"id": 2, "task": "math", "turns": ["1 + 1", "And why?"]},
-    {"id": 3, "task": "qa", "turns": ["Who?"]},
+    {"question_id": 3, "category": "qa", "turns": ["Who?"]},
     {"id": 4, "prompt": "def f("},
 ]
 TEMPLATE = (
