@@ -59,7 +59,7 @@ def test_sweep_preset_runs(run, preset):
 
 def test_every_experiment_preset_runs(run):
     names = [file.stem for file in EXPERIMENTS if "benchmark.py" in file.read_text()]
-    out, ended = run("-m", f"experiment={','.join(names)}", *TINY)
+    out, ended = run("-m", f"experiment={','.join(names)}", "target=demo", *TINY)
     assert ended is None
     assert f"[{len(names)}/{len(names)}] experiment={names[-1]}: " in out
     assert not [done for done in results(Path("outputs/sweep")) if "figures" not in done]
