@@ -41,8 +41,8 @@ def job(config: DictConfig, compare: Callable[..., tuple[Any, dict[str, Any]]]) 
         config.log.path = str(path.with_suffix(Path(config.log.path).suffix))
     try:
         log, found = compare(config, list)  # where a single run keeps whole rounds at Ctrl-C, a job begins anew
+        log.write({**result, **found})
         result |= found
-        log.write(result)
     except Refused as error:
         result["refused"] = str(error)
     except (Exception, SystemExit) as error:
@@ -83,7 +83,7 @@ def shown(config: DictConfig) -> dict[str, str]:
     """What tells jobs apart: the choice of every group, and what else the command line says."""
     hydra = HydraConfig.get()
     found = {group: hydra.runtime.choices[group] for group in SHOWN} | dict(settings(hydra.overrides.task))
-    without = {"sweep", "experiment", "log", *unused(config)}
+    without = {"sweep", "log", *unused(config)}
     return {key: value for key, value in found.items() if key.split(".")[0] not in without}
 
 
@@ -120,14 +120,15 @@ def table(results: list[dict[str, Any]]) -> str:
     values = {key: [result["settings"].get(key, "-") for result in results] for key in keys}
     varied = [key for key in keys if len(set(values[key])) > 1]
     shared = [f"{key}={values[key][0]}" for key in keys if key not in varied]
-    commits = sorted({result["commit"] or "unknown" for result in results if "commit" in result})
+    measured = [result for result in results if "figures" in result]
+    made = sorted({f"commit {result['commit']} on {result['gpu'] or result['cpu']}" for result in measured})
     rows = [
         [*(result["settings"].get(key, "-") for key in varied), *row]
         for result in sorted(results, key=lambda result: [result["settings"].get(key, "") for key in varied])
         for row in _rows(result)
     ]
     head = [*varied, "method", "speed-up (95 % CI)", "noise floor", "divergence", "acceptance length", "= transformers"]
-    return f"{' '.join(shared)}; commit {', '.join(commits)}\n\n{markdown([head, *rows])}\n\n{MARKED}"
+    return f"{'; '.join([' '.join(shared), *made])}\n\n{markdown([head, *rows])}\n\n{MARKED}"
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:

@@ -156,9 +156,10 @@ def test_table_shows_what_differs_once_and_why_there_is_no_figure():
     row |= {"acceptance_rate": [], "ceiling_share": None, "divergence": 0.1, "loop_share": 0.0, "identical": None}
     noise = {"speed_up": {"median": 1.0, "low": 0.9, "high": 1.1, "n": 4}}
     shared = {"target": "demo", "rule": "sibling"}
-    done = {"settings": {**shared, "tree": "b"}, "commit": "0123", "figures": {"first": row, "mine": row, AGAIN: noise}}
+    source = {"commit": "0123", "cpu": "a CPU", "gpu": None}
+    done = {"settings": {**shared, "tree": "b"}, **source, "figures": {"first": row, "mine": row, AGAIN: noise}}
     text = table([done, {"settings": {**shared, "tree": "a"}, "refused": "no | why"}])
-    assert text.startswith("target=demo rule=sibling; commit 0123\n\n| tree | method |")
+    assert text.startswith("target=demo rule=sibling; commit 0123 on a CPU\n\n| tree | method |")
     assert "| b | mine | 1.50 (1.40-1.60) | 1.00 (0.90-1.10) | 0.1 | 2.00 | - |" in text
     assert "| a | - | refused: no \\| why |" in text
 
