@@ -5,6 +5,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/ready
 PINS := $(VENV)/constraints.txt
+DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
 .PHONY: help demo test lint gpu install clean
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ help: ## list these targets
 	@awk -F ' ## ' '/^[a-z]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-9s%s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## the bundled pair of models, methods compared in one table; make demo ARGS=--help lists the settings
-	@$(VENV)/bin/python experiments/benchmark.py $(ARGS)
+	@$(VENV)/bin/python experiments/benchmark.py $(or $(ARGS),$(DEMO))
 
 test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some
 	@$(VENV)/bin/python -m pytest $(ARGS)

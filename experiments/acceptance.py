@@ -31,7 +31,7 @@ HEADER = ["tree", "law", "rule", "lossless", "tokens per forward (95 % CI)", "ov
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    models, prompts, sampling, log, source = begin("experiments/acceptance.py", config)
+    models, prompts, _, sampling, log, source = begin("experiments/acceptance.py", config)
     target, draft = models.target.to(config.device), models.draft.to(config.device)
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     found: dict[tuple[str, str, str], np.ndarray] = {}

@@ -1,40 +1,59 @@
-"""Decoding methods compared on the same prompts, interleaved, in one table.
+"""Decoding methods compared on the same prompts, interleaved, in one table; or a sweep of such comparisons.
 
-    python experiments/benchmark.py sampling=temperature sampling.temperature=0.8 batch=8
+    python experiments/benchmark.py drafter=medusa tree=dynamic sampling=temperature batch=8
+    python experiments/benchmark.py -m drafter=model,medusa,ngram tree=chain,dynamic sampling.temperature=0,1
 
 Settings and their defaults are in `conf/benchmark.yaml`; --help lists the choices of every group. Speed-ups are over the
-first method. Ctrl-C ends early with the table of the rounds that are complete.
+first method. Ctrl-C ends early with the table of the rounds that are complete. A sweep goes on where it was stopped: see
+`experiments/sweep.py`.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, flag_override
 
-from experiments import calls
+from experiments import calls, sweep
 from experiments.inputs import begin
-from experiments.measure import against_ceilings, rounds, uninterrupted
+from experiments.measure import Refused, Round, against_ceilings, rounds, uninterrupted
 from experiments.report import figures, speed, table
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
-def main(config: DictConfig) -> None:
-    models, ids, sampling, log, source = begin("experiments/benchmark.py", config)
+def main(config: DictConfig) -> str | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.job(config, compare)
+    log, result = compare(config, uninterrupted)
+    print(f"{title(config)}: {result['prompts']} prompts x {config.new_tokens} tokens x {result['rounds']} rounds\n")
+    print(table(result["figures"]), end="\n\n")
+    for note in result["notes"]:
+        print(note, end="\n\n")
+    print(log.write(result))
+
+
+def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]) -> tuple[Any, dict[str, Any]]:
+    """The log, and what to write there."""
+    models, ids, tasks, sampling, log, source = begin("experiments/benchmark.py", config)
     methods = with_models(config, models)
-    batches = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
+    starts = range(0, len(ids), config.batch)
+    batches = [ids[i : i + config.batch] for i in starts]
+    of = [" and ".join(dict.fromkeys(tasks[i : i + config.batch])) for i in starts]
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    finished = uninterrupted(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
+    finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
     whole = config.ceilings and len(finished) == config.repeats
-    found = figures(finished, against_ceilings(models.target, methods, batches, **settings) if whole else None)
-    print(f"{title(config)}: {len(ids)} prompts x {config.new_tokens} tokens x {len(finished)} rounds\n")
-    print(table(found), end="\n\n")
+    ceilings = against_ceilings(models.target, methods, batches, **settings) if whole else None
+    found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
-    result = {"prompts": len(ids), "rounds": len(finished), "figures": found, "tokens_per_second": runs}
-    print(log.write({**source, **result}))
+    counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config)}
+    return log, {**source, **counts, "figures": found, "tokens_per_second": runs}
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
@@ -43,14 +62,31 @@ def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
     for name, module in loaded.items():
         if module is not None:
             module.to(config.device)
-        elif f"${{models.{name}}}" in str(OmegaConf.to_container(config)):
+        elif f"${{models.{name}}}" in sweep.used(config):
             raise SystemExit(
                 f"target.{name} is not set, and a method drafts with it: name one, or leave the method out."
             )
     models.target.to(config.device)
-    with flag_override(config, ["struct", "allow_objects"], [False, True]):
-        config.models = loaded
-        return dict(instantiate(config.methods))
+    whole = copy.deepcopy(config)  # hydra resolves in place
+    with flag_override(whole, ["struct", "allow_objects"], [False, True]):
+        whole.models = loaded
+        try:
+            return dict(instantiate(whole.methods))
+        except InstantiationException as error:
+            if isinstance(error.__cause__, ValueError):
+                raise Refused(str(error.__cause__)) from error
+            raise
+
+
+def notes(config: DictConfig) -> list[str]:
+    """What was asked for and is no part of what was measured."""
+    drafter, without = HydraConfig.get().runtime.choices["drafter"], sweep.unused(config)
+    return [
+        f"{key}={value} changes nothing: no method takes a {key.partition('.')[0]} (drafter={drafter}, methods="
+        f"[{','.join(config.methods)}])."
+        for key, value in sweep.settings(HydraConfig.get().overrides.task)
+        if key.partition(".")[0] in without
+    ]
 
 
 def title(config: DictConfig) -> str:
@@ -58,8 +94,10 @@ def title(config: DictConfig) -> str:
     fields = {key: value for key, value in config.sampling.items() if key != "_target_" and value is not None}
     law = ", ".join(f"{key} {value}" for key, value in fields.items())
     where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
-    choice = HydraConfig.get().runtime.choices["target"]
-    return f"{config.target.get('target', f'{choice} pair')}, {where}, batch {config.batch}, {law}"
+    choices = HydraConfig.get().runtime.choices
+    parts = ", ".join(f"{part} {choices[part]}" for part in sweep.PARTS if part not in sweep.unused(config))
+    model = config.target.get("target", f"{choices['target']} pair")
+    return f"{model}, {where}, batch {config.batch}, {law}; {parts}"
 
 
 if __name__ == "__main__":

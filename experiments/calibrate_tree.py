@@ -1,7 +1,7 @@
 """The fastest static tree for a pair of models on this machine, as an option for conf/tree.
 
     python experiments/calibrate_tree.py nodes=24 sampling=temperature law=WITHOUT_REPLACEMENT
-    python experiments/benchmark.py --config-dir outputs 'methods=[autoregressive,chosen]' tree=calibrated
+    python experiments/benchmark.py --config-dir outputs tree=calibrated
 
 How often each child is accepted is recorded on calibration prompts, forward passes are timed, and `specdec.theory.best_tree`
 finds the shape: Sequoia's program (arXiv:2402.12374) with measured times. Settings are in `conf/calibrate_tree.yaml`.
@@ -31,7 +31,7 @@ LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance 
 def main(config: DictConfig) -> None:
     if config.law not in LAWS:
         raise SystemExit(f"law={config.law}: shapes can be compared under {', '.join(LAWS)}.")
-    models, prompts, sampling, log, source = begin("experiments/calibrate_tree.py", config)
+    models, prompts, _, sampling, log, source = begin("experiments/calibrate_tree.py", config)
     if models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model that the tree is for.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)

@@ -30,6 +30,8 @@ def run(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise hydra prints errors itself, and it knows no constructors
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted; the same command goes on where a sweep stopped.") from None
     except (HydraException, OmegaConfBaseException) as error:
         cause: Any = error.__cause__
         node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)

@@ -27,6 +27,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from experiments.prompts import Prompt
+
 END = "<|endoftext|>"
 LICENCES = {
     "python": "PSF-2.0",
@@ -209,7 +211,8 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def beginnings(count: int, characters: int, one_in: int = 1) -> list[str]:
+def beginnings(count: int, characters: int, one_in: int = 1) -> list[Prompt]:
     """The first characters of `count` documents that the demo models were trained on, one in `one_in` of those."""
     long = (d.text for d in documents() if not d.held_out and len(d.text) >= characters)
-    return [text[:characters] for text in islice((t for t in long if int(_digest(t)[:8], 16) % one_in == 0), count)]
+    some = islice((text for text in long if int(_digest(text)[:8], 16) % one_in == 0), count)
+    return [Prompt("corpus", [text[:characters]]) for text in some]

@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
     target = setting.models.target.to(config.device).requires_grad_(False)
     texts = torch.nn.utils.rnn.pad_sequence(own_texts(setting, config, folder / "texts.pt"), True, NO_TOKEN)
     held_out, training = texts[: config.held_out], texts[config.held_out :]
-    prompts = [torch.tensor(setting.models.tokenizer(text)["input_ids"]) for text in instantiate(config.measured)]
+    prompts = [torch.tensor(setting.models.tokenizer(p.turns[0])["input_ids"]) for p in instantiate(config.measured)]
     untrained = beginning(setting, config, 0)
     measured = partial(measure, target, held_out=held_out, prompts=prompts, config=config)
     history = {"before": [by_depth(target, untrained, held_out[:16], config)]}

@@ -1,10 +1,8 @@
-"""What an experiment decodes: models by name, and prompts."""
+"""What an experiment decodes: models by name, and prompts turn by turn."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import specdec
 from experiments import calls
+from experiments.prompts import Prompt
 from experiments.results import provenance
 from specdec import Sampling
 from specdec.drafters import MedusaHeads
@@ -26,6 +25,7 @@ class Setting(NamedTuple):
 
     models: Any  # `Models`, or the demo pair
     prompts: list[torch.Tensor]  # 1-D int64
+    tasks: list[str]  # of each prompt
     sampling: Sampling
     log: Any  # with `write`, see `experiments.results`
     source: dict[str, Any]  # provenance, as it was when the experiment began
@@ -39,9 +39,10 @@ def begin(script: str, config: DictConfig) -> Setting:
     torch.set_num_threads(config.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    log, sampling, texts, models = (instantiate(config[group]) for group in ("log", "sampling", "task", "target"))
-    ids = [torch.tensor(models.tokenizer(text)["input_ids"]) for text in texts]
-    return Setting(models, ids, sampling, log, source)
+    log, sampling, prompts, models = (instantiate(config[group]) for group in ("log", "sampling", "task", "target"))
+    models.target.to(config.device)
+    ids, tasks = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
+    return Setting(models, ids, tasks, sampling, log, source)
 
 
 class Models(NamedTuple):
@@ -66,21 +67,31 @@ def load(
     return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
 
 
-def demo_prompts(tasks: Sequence[str], per_task: int) -> list[str]:
-    """The first prompts of each of these tasks of the demo pair."""
-    rows = list(map(json.loads, (specdec.demo.FOLDER / "prompts.jsonl").read_text("utf-8").splitlines()))
-    known = {row["task"] for row in rows}
-    if unknown := set(tasks) - known:
-        raise SystemExit(f"task.tasks: there are no demo prompts for {sorted(unknown)}; choose from {sorted(known)}.")
-    return [prompt for task in tasks for prompt in [r["prompt"] for r in rows if r["task"] == task][:per_task]]
+def in_turns(
+    prompts: list[Prompt], models: Any, sampling: Sampling, new_tokens: int
+) -> Iterator[tuple[torch.Tensor, str]]:
+    """Every turn of every prompt as token ids, with its task.
+
+    What comes before a later turn are the earlier ones and the target's own answers, the same for every method, so that
+    methods stay paired. Turns are prompts of their own: nothing is left in a cache for the next one.
+    """
+    for prompt in prompts:
+        said: list[str] = []
+        for turn in prompt.turns:
+            if said:
+                options = {"sampling": sampling, "max_new_tokens": new_tokens, "tokenizer": models.tokenizer}
+                said += specdec.generate(models.target, _ids(models.tokenizer, said, prompt.chat), **options).text or []
+            said.append(turn)
+            yield _ids(models.tokenizer, said, prompt.chat), prompt.task
 
 
-def read_prompts(path: str, limit: int | None = None) -> list[str]:
-    """The first `limit` prompts of a file: `.jsonl` has objects with a "prompt", any other file one prompt a line."""
-    lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()][:limit]
-    if not lines:
-        raise SystemExit(f"task.path={path}, task.limit={limit}: there is no prompt in it.")
-    return [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
+def _ids(tokenizer: Any, said: list[str], chat: bool) -> torch.Tensor:
+    """Token ids of a conversation in which the user spoke first and last."""
+    if not chat:
+        return torch.tensor(tokenizer("\n\n".join(said))["input_ids"])
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
 
 
 def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:

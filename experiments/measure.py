@@ -17,7 +17,12 @@ from experiments import baseline
 from specdec import Generation, Sampling
 from specdec.trace import Trace
 
+AGAIN = "the first again"
 Method = Callable[..., Generation]  # specdec.generate, or anything that takes and returns the same, with its options
+
+
+class Refused(SystemExit):
+    """What the library says to a combination that it does not decode with, and the cure."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,31 @@ def rounds(
     sampling: Sampling,
     max_new_tokens: int,
 ) -> Iterator[Round]:
-    """Yields each round when it is complete. Greedy texts are compared with transformers', each prompt by itself."""
+    """Yields each round when it is complete; what a method cannot do, it says before the first.
+
+    The first method runs again at the end of every batch, as `AGAIN`: by how much a method differs from itself is the noise
+    floor of this machine. Greedy texts are compared with transformers', each prompt by itself.
+
+    Raises:
+        Refused: a method cannot decode these prompts.
+    """
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
-    for method in methods.values():  # what is done once per model (probes, buffers) is not measured
-        method(target, batches[0], **{**options, "max_new_tokens": min(8, max_new_tokens)})
-    greedy = sampling.temperature == 0
+    for name, method in methods.items():  # what is done once per model (probes, buffers) is not measured
+        try:
+            method(target, batches[0], **{**options, "max_new_tokens": min(8, max_new_tokens)})
+        except ValueError as error:
+            raise Refused(f"{name}: {error}") from error
+    return _rounds(target, {**methods, AGAIN: next(iter(methods.values()))}, batches, repeats, options)
+
+
+def _rounds(
+    target: PreTrainedModel,
+    methods: dict[str, Method],
+    batches: list[list[Tensor]],
+    repeats: int,
+    options: dict[str, Any],
+) -> Iterator[Round]:
+    greedy = options["sampling"].temperature == 0
     texts = [[baseline.generate(target, [p], **options).tokens[0] for p in batch if greedy] for batch in batches]
     with tqdm(total=repeats * len(batches) * len(methods), desc="decoding", leave=False) as bar:
         for seed in range(repeats):

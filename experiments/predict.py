@@ -22,7 +22,7 @@ import specdec
 from experiments import calls
 from experiments.inputs import begin
 from experiments.measure import rounds, uninterrupted
-from experiments.report import figures
+from experiments.report import figures, floor, interval, markdown
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.theory import Costs, expected_length, measure_costs, positional_acceptance, predicted_speed_up
 from specdec.trace import Trace
@@ -35,7 +35,7 @@ HEADER = ["tree", "nodes", "acceptance length: predicted", "measured", "speed-up
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    models, ids, sampling, log, source = begin("experiments/predict.py", config)
+    models, ids, _, sampling, log, source = begin("experiments/predict.py", config)
     if models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)
@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
     batches = [ids[1::2][i : i + config.batch] for i in range(0, len(ids[1::2]), config.batch)]
     finished = uninterrupted(rounds(target, methods, batches, repeats=config.repeats, **settings))
     measured = figures(finished)
-    print(table(predicted, measured), end="\n\n")
+    print(table(predicted, measured), floor(measured), sep="\n\n", end="\n\n")
     curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}
     found = {"prompts": len(ids), "rounds": len(finished), "costs": curves, "predicted": predicted, "figures": measured}
     print(log.write({**source, **found}))
@@ -84,16 +84,15 @@ def parents_of(widths: Sequence[int]) -> list[int]:
 
 def table(predicted: dict[str, dict], measured: dict[str, dict]) -> str:
     """Predicted and measured, as a markdown table; the error is that of the predicted speed-up, relative to the measured."""
-    rows = [HEADER, ["---"] * len(HEADER)]
+    rows = [HEADER]
     for name, guess in predicted.items():
         found = measured[name]
         speed = found["speed_up"]
-        interval = "" if speed["n"] == 1 else f" ({speed['low']:.2f}-{speed['high']:.2f})"
         lengths = [f"{row['acceptance_length']:.2f}" for row in (guess, found)]
         error = guess["speed_up"] / speed["median"] - 1
-        rows.append([name, str(guess["nodes"]), *lengths, f"{guess['speed_up']:.2f}", f"{speed['median']:.2f}{interval}",
+        rows.append([name, str(guess["nodes"]), *lengths, f"{guess['speed_up']:.2f}", interval(speed, digits=2),
                      f"{error:+.0%}", f"{found['loop_share']:.0%}"])  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From runs to figures, and from figures to one table."""
+"""From runs to figures, and from figures to tables."""
 
 from __future__ import annotations
 
@@ -6,37 +6,71 @@ from typing import Any
 
 import numpy as np
 
-from experiments.measure import Round, Run
+from experiments.measure import AGAIN, Round, Run
 from specdec.trace import Trace
 
-HEADER = [
-    "method", "tokens/s (95 % CI)", "speed-up (95 % CI)", "acceptance length", "acceptance rate by depth",
-    "share of ceiling", "divergence", "loop's own time", "= transformers",
-]  # fmt: skip
+COLUMNS = {
+    "tokens_per_second": "tokens/s (95 % CI)",
+    "speed_up": "speed-up (95 % CI)",
+    "acceptance_length": "acceptance length",
+    "acceptance_rate": "acceptance rate by depth",
+    "ceiling_share": "share of ceiling",
+    "divergence": "divergence",
+    "loop_share": "loop's own time",
+    "identical": "= transformers",
+}
+MARKED = (
+    "~: these runs cannot tell it from no difference, as its interval meets the noise floor's or 1, or it has none."
+)
 
 
-def figures(rounds: list[Round], ceilings: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
-    """The figures of every method; speed-ups are over the first one, paired by round and batch."""
+def figures(
+    rounds: list[Round], ceilings: dict[str, dict[str, Any]] | None = None, tasks: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The figures of every method; speed-ups are over the first one, paired by round and batch.
+
+    Args:
+        tasks: of each batch, for figures by task.
+    """
     unknown = {"ceiling_share": None, "divergence": None}
-    by_method = {name: [done[name] for done in rounds] for name in rounds[0]}
-    speeds = {name: speed(runs) for name, runs in by_method.items()}
-    base = next(iter(speeds.values()))
-    return {
-        name: {
-            "tokens_per_second": median(mine),
-            "speed_up": median(mine / base),
-            **unknown,
-            **(ceilings or {}).get(name, {}),
-            **_pooled(by_method[name]),
-        }
-        for name, mine in speeds.items()
-    }
+    found = {name: {**row, **unknown, **(ceilings or {}).get(name, {})} for name, row in _compared(rounds).items()}
+    for task in dict.fromkeys(tasks or ()):
+        its = [i for i, of in enumerate(tasks or ()) if of == task]
+        part = [{name: [runs[i] for i in its] for name, runs in done.items()} for done in rounds]
+        for name, row in _compared(part).items():
+            found[name].setdefault("tasks", {})[task] = row
+    return found
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as a markdown table; a dash where a figure is not known."""
-    rows = [HEADER, ["---"] * len(HEADER), *([name, *_cells(row)] for name, row in figures.items())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """The figures as markdown, by task too if there are several; a dash where a figure is not known."""
+    tables = [
+        markdown([["method", *COLUMNS.values()], *([name, *cells(row, *COLUMNS)] for name, row in figures.items())]),
+        floor(figures),
+    ]
+    tasks = list(next(iter(figures.values())).get("tasks", {}))
+    if len(tasks) > 1:
+        head = ["speed-up (95 % CI), acceptance length", *tasks]
+        tables.append(markdown([head, *([name, *map(_brief, row["tasks"].values())] for name, row in figures.items())]))
+    return "\n\n".join(tables)
+
+
+def floor(figures: dict[str, dict[str, Any]]) -> str:
+    """How far apart two runs of one method are on this machine."""
+    noise = interval(figures[AGAIN]["speed_up"], digits=2)
+    return f"Noise floor: {next(iter(figures))} against itself, {noise}. {MARKED}"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is its header."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def resolved(ratio: dict[str, Any], noise: dict[str, Any]) -> bool:
+    """Whether a ratio differs from 1 by more than chance and this machine's noise: no interval, no difference."""
+    if ratio["n"] == 1:
+        return False
+    return ratio["low"] > max(1, noise["high"]) or ratio["high"] < min(1, noise["low"])
 
 
 def speed(runs: list[list[Run]]) -> np.ndarray:
@@ -57,6 +91,43 @@ def median(values: np.ndarray) -> dict[str, float | None]:
     return {"median": float(np.median(values)), "low": float(low), "high": float(high), "n": values.size}
 
 
+def cells(row: dict[str, Any], *columns: str) -> list[str]:
+    """These figures of a method as text; a dash where a figure is not known."""
+    texts = {
+        "tokens_per_second": interval(row["tokens_per_second"], digits=0),
+        "speed_up": interval(row["speed_up"], digits=2),
+        "acceptance_length": f"{row['acceptance_length']:.2f}",
+        "acceptance_rate": " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
+        "ceiling_share": "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
+        "divergence": "-" if row["divergence"] is None else f"{row['divergence']:.3g}",
+        "loop_share": f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
+        "identical": "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
+    }
+    return [texts[column] for column in columns]
+
+
+def interval(found: dict[str, Any], digits: int) -> str:
+    """Median and interval as text, behind ~ if it is of a difference that is not resolved."""
+    mark = "" if found.get("resolved", True) else "~ "
+    middle = f"{mark}{found['median']:.{digits}f}"
+    return middle if found["n"] == 1 else f"{middle} ({found['low']:.{digits}f}-{found['high']:.{digits}f})"
+
+
+def _compared(rounds: list[Round]) -> dict[str, dict[str, Any]]:
+    by_method = {name: [done[name] for done in rounds] for name in rounds[0]}
+    speeds = {name: speed(runs) for name, runs in by_method.items()}
+    first, base = next(iter(speeds.items()))
+    ratios = {name: median(mine / base) for name, mine in speeds.items()}
+    compared = {
+        name: ratio if name in (first, AGAIN) else {**ratio, "resolved": resolved(ratio, ratios[AGAIN])}
+        for name, ratio in ratios.items()
+    }
+    return {
+        name: {"tokens_per_second": median(speeds[name]), "speed_up": compared[name], **_pooled(runs)}
+        for name, runs in by_method.items()
+    }
+
+
 def _pooled(runs: list[list[Run]]) -> dict[str, Any]:
     """What is counted over all steps of all runs; texts are compared in the first round, as the others repeat it."""
     summary = Trace(steps=[step for row in runs for run in row for step in run.trace.steps]).summary()
@@ -69,19 +140,5 @@ def _pooled(runs: list[list[Run]]) -> dict[str, Any]:
     }
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        _interval(row["tokens_per_second"], digits=0),
-        _interval(row["speed_up"], digits=2),
-        f"{row['acceptance_length']:.2f}",
-        " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
-        "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
-        "-" if row["divergence"] is None else f"{row['divergence']:.3g}",
-        f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
-        "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
-    ]
-
-
-def _interval(found: dict[str, Any], digits: int) -> str:
-    median = f"{found['median']:.{digits}f}"
-    return median if found["n"] == 1 else f"{median} ({found['low']:.{digits}f}-{found['high']:.{digits}f})"
+def _brief(row: dict[str, Any]) -> str:
+    return f"{interval(row['speed_up'], digits=2)}, {row['acceptance_length']:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 import re
@@ -43,15 +44,51 @@ class Json:
     path: str
 
     def write(self, result: dict[str, Any]) -> str:
-        """Returns where it is."""
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(self.path).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        """Returns where it is. At no time is there half a file."""
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        part.replace(path)
         return self.path
 
 
 @dataclass(frozen=True)
+class Csv:
+    """One CSV file: a row for every entry of the figures, with the command, commit and date that it comes from."""
+
+    path: str
+
+    def write(self, result: dict[str, Any]) -> str:
+        """Returns where it is."""
+        source = {key: result[key] for key in ("command", "commit", "date")}
+        figures = result["figures"]
+        named = figures.items() if isinstance(figures, dict) else enumerate(figures)
+        rows = [{"name": name, **_flat(row), **source} for name, row in named]
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        return self.path
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Nothing is kept."""
+
+    def write(self, result: dict[str, Any]) -> str:
+        """Returns that."""
+        return "The result is not kept (log=none)."
+
+
+@dataclass(frozen=True)
 class Wandb:
-    """One Weights & Biases run: the figures as its summary, the history as its curves, everything else as its configuration."""
+    """One Weights & Biases run.
+
+    The figures are its summary, acceptance by depth and the history its curves, the whole result is an artifact, and
+    everything else is its configuration.
+    """
 
     project: str
     mode: Literal["offline", "online", "disabled"] = "offline"
@@ -67,8 +104,33 @@ class Wandb:
             for name, rows in result.get("history", {}).items():
                 for row in rows:
                     run.log({f"{name}/{key}": value for key, value in row.items()})
-            run.summary.update(result["figures"])
+            run.define_metric("depth")
+            run.define_metric("acceptance_rate/*", step_metric="depth")
+            for row in acceptance_by_depth(result["figures"]):
+                run.log(row)
+            run.summary.update({"figures": result["figures"]})
+            artifact = wandb.Artifact("result", "result")
+            with artifact.new_file("result.json", encoding="utf-8") as file:
+                json.dump(result, file, indent=1)
+            run.log_artifact(artifact)
             return run.url or run.dir
+
+
+def acceptance_by_depth(figures: Any) -> list[dict[str, float]]:
+    """For each depth, the acceptance rate of every method that drafts so deep."""
+    named = figures.items() if isinstance(figures, dict) else ()
+    rates = {name: row.get("acceptance_rate", []) for name, row in named if isinstance(row, dict)}
+    return [
+        {"depth": depth + 1, **{f"acceptance_rate/{name}": of[depth] for name, of in rates.items() if depth < len(of)}}
+        for depth in range(max(map(len, rates.values()), default=0))
+    ]
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """`{"speed_up": {"low": 1}}` as `{"speed_up.low": 1}`; lists stay in one cell."""
+    if not isinstance(value, dict):
+        return {key or "value": value}
+    return {name: v for k, child in value.items() for name, v in _flat(child, f"{key}.{k}" if key else str(k)).items()}
 
 
 def _without_folders(text: str) -> str:

@@ -2,7 +2,7 @@
 
     python experiments/search_skip.py                                   # the demo target: minutes on one CPU core
     python experiments/search_skip.py target=hub target.target=NAME task=file task.path=FILE budget=0.5
-    python experiments/benchmark.py --config-dir outputs/skip 'methods=[autoregressive,chosen]' drafter=found
+    python experiments/benchmark.py --config-dir outputs/skip drafter=found
 
 Every second prompt is for the search; the others are decoded with what was found and with the best early exit. Settings are
 in `conf/search_skip.yaml`.

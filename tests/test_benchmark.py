@@ -1,5 +1,6 @@
 """The benchmark as a user runs it, and the figures it computes."""
 
+import csv
 import json
 import platform
 import re
@@ -13,9 +14,9 @@ import torch
 
 import specdec
 from experiments import baseline
-from experiments.measure import Run, uninterrupted
-from experiments.report import figures, median, table
-from experiments.results import provenance
+from experiments.measure import AGAIN, Run, uninterrupted
+from experiments.report import figures, median, resolved, table
+from experiments.results import Csv, Nothing, Wandb, acceptance_by_depth, provenance
 from specdec.trace import Step, Trace
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "benchmark.py"
@@ -57,8 +58,8 @@ def test_result_is_the_only_file_written(done):
 def test_every_method_writes_what_transformers_writes(done):
     process, _ = done
     found = result(done)[1]["figures"]
-    assert list(found) == METHODS
-    assert {name: row["identical"] for name, row in found.items()} == dict.fromkeys(METHODS, 2)
+    assert list(found) == [*METHODS, AGAIN]
+    assert {name: row["identical"] for name, row in found.items()} == dict.fromkeys(found, 2)
     assert table(found) in process.stdout
 
 
@@ -160,11 +161,88 @@ def run(tokens: int, seconds: float) -> Run:
 
 
 def test_figures_of_known_runs():
-    slow = {"slow": [run(1, 1.0), run(1, 2.0)], "fast": [run(3, 1.0), run(1, 0.5)]}
-    found = figures([slow, slow])["fast"]
+    slow = [run(1, 1.0), run(1, 2.0)]
+    found = figures([{"slow": slow, "fast": [run(3, 1.0), run(1, 0.5)], AGAIN: slow}] * 2)["fast"]
     assert found["speed_up"]["median"] == 3.5  # 3 tokens in the time of 1, and 1 token in a quarter of the time
     assert (found["speed_up"]["low"], found["speed_up"]["high"]) == (3.0, 4.0)
     assert found["acceptance_length"] == 2.0
     assert found["acceptance_rate"] == [0.5, 1.0, 0.0]
     assert found["loop_share"] == 0.25
     assert (found["identical"], found["prompts"]) == (2, 2)
+
+
+def ratio(low: float, high: float, n: int = 9) -> dict:
+    return {"median": (low + high) / 2, "low": low, "high": high, "n": n}
+
+
+@pytest.mark.parametrize(
+    "found, noise, differs",
+    [
+        (ratio(1.1, 1.3), ratio(0.95, 1.05), True),
+        (ratio(0.7, 0.9), ratio(0.95, 1.05), True),
+        (ratio(0.98, 1.3), ratio(0.95, 1.05), False),
+        (ratio(1.04, 1.3), ratio(0.95, 1.05), False),
+        (ratio(1.01, 1.03), ratio(1.04, 1.06), False),  # the machine's bias is larger than what was found
+        ({"median": 3.0, "low": None, "high": None, "n": 1}, {"median": 1.0, "low": None, "high": None, "n": 1}, False),
+    ],
+)
+def test_difference_is_resolved_beyond_one_and_beyond_the_noise_floor(found, noise, differs):
+    assert resolved(found, noise) == differs
+
+
+def by_task() -> dict:
+    """Two batches of one task, on which the second method is twice as fast, and two of another, on which it is not."""
+    slow, fast = [run(1, 1.0)] * 4, [run(2, 1.0)] * 2 + [run(1, 1.0)] * 2
+    return figures([{"slow": slow, "fast": fast, AGAIN: slow}] * 3, tasks=["code", "code", "prose", "prose"])
+
+
+def test_figures_by_task_are_those_of_its_batches():
+    found = by_task()["fast"]
+    assert found["acceptance_length"] == 1.5
+    assert {task: row["speed_up"]["median"] for task, row in found["tasks"].items()} == {"code": 2.0, "prose": 1.0}
+    assert {task: row["speed_up"]["resolved"] for task, row in found["tasks"].items()} == {"code": True, "prose": False}
+    assert {task: row["prompts"] for task, row in found["tasks"].items()} == {"code": 2, "prose": 2}
+
+
+def test_table_marks_what_is_not_resolved_and_states_the_noise_floor():
+    text = table(by_task())
+    assert "| fast | 2.00 (2.00-2.00), 2.00 | ~ 1.00 (1.00-1.00), 1.00 |" in text
+    assert "Noise floor: slow against itself, 1.00 (1.00-1.00). ~: " in text
+
+
+def test_csv_has_a_row_for_every_method(tmp_path):
+    source = {"command": "python x.py", "commit": "0123", "date": "today"}
+    path = Csv(str(tmp_path / "new" / "found.csv")).write({**source, "figures": by_task()})
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["slow", "fast", AGAIN]
+    assert rows[1]["speed_up.median"] == "1.5" and rows[1]["tasks.code.acceptance_length"] == "2.0"
+    assert {row["commit"] for row in rows} == {"0123"}
+
+
+def test_log_none_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "not kept" in Nothing().write({"figures": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_acceptance_curve_has_every_depth_of_every_method():
+    rows = acceptance_by_depth({"none": {"acceptance_rate": []}, "short": {"acceptance_rate": [0.5]},
+                                "long": {"acceptance_rate": [0.7, 0.6]}})  # fmt: skip
+    assert rows == [
+        {"depth": 1, "acceptance_rate/short": 0.5, "acceptance_rate/long": 0.7},
+        {"depth": 2, "acceptance_rate/long": 0.6},
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # of wandb's own
+def test_wandb_run_has_configuration_summary_curve_and_artifact(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Wandb("specdec", "offline", str(tmp_path)).write({"command": "python x.py", "figures": by_task()})
+    wandb.teardown()  # its process writes the file, when it finds the time
+    [file] = tmp_path.rglob("*.wandb")
+    kept = file.read_bytes()
+    for part in (b"python x.py", b"speed_up", b"acceptance_rate/fast", b"result.json"):
+        assert part in kept, part

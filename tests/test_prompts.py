@@ -1,0 +1,112 @@
+"""Prompt sets: files, data sets and turns."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import specdec
+from experiments.inputs import in_turns
+from experiments.prompts import Prompt, dataset, demo, read
+from specdec import Sampling
+
+torch.set_num_threads(1)
+PAIR = specdec.demo.load()
+ROWS = [
+    {"id": 1, "task": "qa", "turns": ["What?"]},
+    {"id": 2, "task": "math", "turns": ["1 + 1", "And why?"]},
+    {"question_id": 3, "category": "qa", "turns": ["Who?"]},
+    {"id": 4, "prompt": "def f("},
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)) + "\n", "utf-8")
+    return str(path)
+
+
+def test_jsonl_has_turns_or_a_prompt_and_tasks_in_their_order(file):
+    assert read(file) == [
+        Prompt("qa", ["What?"]),
+        Prompt("qa", ["Who?"]),
+        Prompt("math", ["1 + 1", "And why?"]),
+        Prompt("some", ["def f("]),
+    ]
+    assert read(file, tasks=["math", "qa"], per_task=1) == [
+        Prompt("math", ["1 + 1", "And why?"]),
+        Prompt("qa", ["What?"]),
+    ]
+
+
+def test_plain_file_has_a_prompt_a_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\n\ntwo\n", "utf-8")
+    assert read(str(path)) == [Prompt("lines", ["one"]), Prompt("lines", ["two"])]
+
+
+def test_task_that_is_not_there_is_told_with_those_that_are(file):
+    with pytest.raises(SystemExit, match=r"no prompts for \['poetry'\]; choose from \['math', 'qa', 'some'\]"):
+        read(file, tasks=["poetry"])
+    with pytest.raises(SystemExit, match="There is no prompt"):
+        read(file, per_task=0)
+
+
+def test_demo_prompts_are_held_out_texts_by_task():
+    found = demo(["prose", "tests"], 2)
+    assert [p.task for p in found] == ["prose", "prose", "tests", "tests"]
+    assert [p.turns for p in found[:2]] == [[p.text] for p in PAIR.prompts if p.task == "prose"][:2]
+
+
+class Table(dict):
+    """What `datasets.load_dataset` returns, as far as it is used."""
+
+    @property
+    def column_names(self):
+        return list(self)
+
+
+def test_data_set_gives_texts_or_turns_of_one_column(monkeypatch):
+    asked = []
+    module = ModuleType("datasets")
+    module.load_dataset = lambda *a, **k: asked.append((a, k)) or Table(prompt=["a", "b"], talk=[["c", "d"], ["e"]])
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert dataset("org/set", "test", "prompt", per_task=1) == [Prompt("org/set", ["a"])]
+    assert dataset("org/set", "train", "talk", "sub", chat=True)[0] == Prompt("org/set", ["c", "d"], True)
+    assert asked == [(("org/set", None), {"split": "test"}), (("org/set", "sub"), {"split": "train"})]
+    with pytest.raises(SystemExit, match="has the columns prompt, talk"):
+        dataset("org/set", "test", "text")
+
+
+def test_data_set_without_the_package_names_the_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        dataset("org/set", "test", "prompt")
+
+
+def turns(*prompts: Prompt) -> list[tuple[str, str]]:
+    return [(PAIR.tokenizer.decode(ids), task) for ids, task in in_turns(list(prompts), PAIR, Sampling(), 8)]
+
+
+def test_later_turn_holds_the_earlier_one_and_the_targets_own_answer():
+    first = PAIR.prompts[0].text
+    answer = specdec.generate(PAIR.target, first, max_new_tokens=8, tokenizer=PAIR.tokenizer).text[0]
+    assert turns(Prompt("a", [first, "Go on."]), Prompt("b", ["x = 1"])) == [
+        (first, "a"),
+        (f"{first}\n\n{answer}\n\nGo on.", "a"),
+        ("x = 1", "b"),
+    ]
+
+
+def test_chat_turns_are_messages_of_the_template(monkeypatch):
+    monkeypatch.setattr(PAIR.tokenizer, "chat_template", TEMPLATE)
+    (first, _), (second, _) = turns(Prompt("a", ["Hello", "Again"], chat=True))
+    assert first == "<user>Hello<assistant>"
+    assert second.startswith(first) and second.endswith("<user>Again<assistant>")
