@@ -1,8 +1,9 @@
 """A model made larger without changing what it computes: real acceptance at the cost ratio of a large model.
 
-The new layers add exactly nothing to the residual stream (their output projections are zero) and the new MLP units are
-not read, but all of them are computed. This is no better a model, and its figures say nothing about quality; they say
-what decoding costs when the target is that large and agrees with its draft as the small one did.
+The new layers add exactly nothing to the residual stream (their output projections are zero), the new MLP units and heads
+are not read, and the new entries of the state are zero, but all of them are computed. This is no better a model, and its
+figures say nothing about quality; they say what decoding costs when the target is that large and agrees with its draft as the
+small one did.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import specdec
-from experiments.inputs import Models
+from experiments.models import Models
 
 
 def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Models:
@@ -24,28 +25,37 @@ def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.d
     return Models(enlarge(pair.target, layers, intermediate_size, noise), pair.draft, pair.tokenizer, pair.heads)
 
 
-def enlarge(model: LlamaForCausalLM, layers: int, intermediate_size: int, noise: float = 0.0) -> LlamaForCausalLM:
-    """A Llama with `layers` layers and wider MLPs whose logits are those of `model`.
+def enlarge(
+    model: LlamaForCausalLM, layers: int, intermediate_size: int, noise: float = 0.0, hidden_size: int | None = None
+) -> LlamaForCausalLM:
+    """A Llama with more layers, wider MLPs and a larger hidden state whose logits are those of `model`.
 
     Args:
         model: at most as large.
         layers: number of layers; the new ones come last.
         intermediate_size: width of every MLP.
         noise: standard deviation of what would be zero, to keep predictions from being identical.
+        hidden_size: of the state, zero from the old size on; as many more heads. As it was by default.
     """
-    config = copy.deepcopy(model.config)
-    if layers < config.num_hidden_layers or intermediate_size < config.intermediate_size:
+    old, config = model.config, copy.deepcopy(model.config)
+    growth, rest = divmod(hidden_size or old.hidden_size, old.hidden_size)
+    if layers < old.num_hidden_layers or intermediate_size < old.intermediate_size or growth < 1 or rest:
         raise ValueError(
-            f"layers={layers}, intermediate_size={intermediate_size}: the model already has "
-            f"{config.num_hidden_layers} layers of {config.intermediate_size}; it can only grow."
+            f"layers={layers}, intermediate_size={intermediate_size}, hidden_size={hidden_size}: the model already has "
+            f"{old.num_hidden_layers} layers of {old.intermediate_size} and a state of {old.hidden_size}; it can only grow, "
+            "the state by a whole factor."
         )
     config.num_hidden_layers, config.intermediate_size = layers, intermediate_size
-    with torch.random.fork_rng(devices=[]):
+    config.hidden_size = growth * old.hidden_size
+    config.num_attention_heads, config.num_key_value_heads = (
+        growth * int(n or 0) for n in (old.num_attention_heads, old.num_key_value_heads)
+    )
+    config.rms_norm_eps = old.rms_norm_eps / growth  # the mean square is over so many more entries, all zero
+    with torch.random.fork_rng(devices=[]), model.device:
         torch.manual_seed(0)
-        large = LlamaForCausalLM(config).eval()
-        large.to(dtype=model.dtype)  # type: ignore[call-arg] - torch's own signature is overloaded
+        large = LlamaForCausalLM._from_config(config, dtype=model.dtype).eval()
         _make_silent(large, noise)
-    _copy_into(large, model)
+    _copy_into(large, model, growth)
     large.generation_config = copy.deepcopy(model.generation_config)
     return large
 
@@ -58,8 +68,10 @@ def _make_silent(model: Any, noise: float) -> None:
 
 
 @torch.no_grad()
-def _copy_into(large: LlamaForCausalLM, small: LlamaForCausalLM) -> None:
+def _copy_into(large: LlamaForCausalLM, small: LlamaForCausalLM, growth: int) -> None:
     """Each weight of the small model becomes the leading block of the large one's."""
     weights = large.state_dict()
+    weights["model.embed_tokens.weight"].zero_()  # nothing else writes to the state's new entries
     for name, weight in small.state_dict().items():
-        weights[name][tuple(slice(n) for n in weight.shape)] = weight
+        scale = growth**-0.5 if name.endswith("norm.weight") else 1  # undoes the larger mean
+        weights[name][tuple(slice(n) for n in weight.shape)] = weight * scale

@@ -1,4 +1,4 @@
-"""What an experiment decodes: models by name, and prompts turn by turn."""
+"""What an experiment begins with: its settings made, and its prompts turn by turn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
 from experiments import calls
 from experiments.prompts import Prompt
 from experiments.results import provenance
 from specdec import Sampling
-from specdec.drafters import MedusaHeads
 
 
 class Setting(NamedTuple):
@@ -45,28 +43,6 @@ def begin(script: str, config: DictConfig) -> Setting:
     return Setting(models, ids, tasks, sampling, log, source)
 
 
-class Models(NamedTuple):
-    """Models in eval mode that share one tokenizer, and heads for the target; `specdec.demo.Demo` has the same fields."""
-
-    target: PreTrainedModel
-    draft: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
-    heads: MedusaHeads | None
-
-
-def load(
-    target: str,
-    tokenizer: str,
-    draft: str | None = None,
-    heads: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Models:
-    """Models by their names on the hub, or from local folders; Medusa heads from a folder."""
-    drafting = _model(draft, dtype) if draft is not None else None
-    medusa = MedusaHeads.load(heads).to(dtype) if heads is not None else None
-    return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
-
-
 def in_turns(
     prompts: list[Prompt], models: Any, sampling: Sampling, new_tokens: int
 ) -> Iterator[tuple[torch.Tensor, str]]:
@@ -92,7 +68,3 @@ def _ids(tokenizer: Any, said: list[str], chat: bool) -> torch.Tensor:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
-
-
-def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()

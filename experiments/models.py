@@ -1,0 +1,36 @@
+"""What an experiment decodes with: models by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.drafters import MedusaHeads
+
+
+class Models(NamedTuple):
+    """Models in eval mode that share one tokenizer, and heads for the target; `specdec.demo.Demo` has the same fields."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    heads: MedusaHeads | None
+
+
+def load(
+    target: str,
+    tokenizer: str,
+    draft: str | None = None,
+    heads: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Models:
+    """Models by their names on the hub, or from local folders; Medusa heads from a folder."""
+    drafting = _model(draft, dtype) if draft is not None else None
+    medusa = MedusaHeads.load(heads).to(dtype) if heads is not None else None
+    return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
+
+
+def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
