@@ -1,5 +1,6 @@
 """Traces with laws: a recorded step is decided again exactly, from memory and from a file."""
 
+import warnings
 from contextlib import suppress
 from itertools import product
 
@@ -76,7 +77,7 @@ def test_other_coins_decide_otherwise():
 
     class Other(rules.SiblingRejection):
         def decide_batch(self, tree, target_law, coins):
-            coins.step += 1
+            coins.turn_to(coins.step + 1)
             return super().decide_batch(tree, target_law, coins)
 
     found = recorded().trace
@@ -112,6 +113,14 @@ def test_another_file_is_refused(tmp_path):
 def test_recording_changes_no_text(level):
     plain, out = recorded(level="summary"), recorded(level=level)
     assert all(map(torch.equal, plain.tokens, out.tokens)) and counts(plain.trace) == counts(out.trace)
+
+
+def test_runs_by_graphs_can_be_recorded():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some stages run step by step
+        found = recorded(engine="graph")
+    assert all(map(torch.equal, found.tokens, recorded().tokens))
+    assert same_decisions(trace.replay(found.trace, RULES["SiblingRejection"]), found.trace)
 
 
 def test_decisions_are_those_that_became_text():
