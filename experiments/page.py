@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.report import HEADER, table
+from experiments import report
+from experiments.report import COLUMNS, cells
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #2f7de1; --faint: #8889; }
@@ -76,10 +77,15 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
     """All figures in one table."""
     if not results:
         return "No file has figures of methods.\n"
-    lines = [f"| result | {' | '.join(HEADER)} |", f"| {' | '.join(['---'] * (len(HEADER) + 1))} |"]
-    for name, content in results.items():
-        lines += [f"| {name.removesuffix('.json')} {row}" for row in table(content["figures"]).splitlines()[2:]]
-    return "\n".join(lines) + "\n"
+    lines = [
+        [name.removesuffix(".json"), *row] for name, content in results.items() for row in _table(content["figures"])
+    ]
+    return report.markdown([["result", "method", *COLUMNS.values()], *lines]) + "\n"
+
+
+def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The cells of the report, method by method."""
+    return [[name, *cells(row, *COLUMNS)] for name, row in figures.items()]
 
 
 def page(results: dict[str, dict[str, Any]], others: list[str]) -> str:
@@ -111,10 +117,8 @@ def _section(name: str, content: dict[str, Any]) -> str:
 
 
 def _html_table(figures: dict[str, dict[str, Any]]) -> str:
-    """The markdown table of the report, as HTML: the same cells."""
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table(figures).splitlines())
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in _table(figures))
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in ("method", *COLUMNS.values()))
     return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 

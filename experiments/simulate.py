@@ -26,7 +26,7 @@ import specdec
 from experiments import calls
 from experiments.inputs import begin
 from experiments.measure import rounds, uninterrupted
-from experiments.report import figures, median
+from experiments.report import figures, floor, interval, markdown, median
 from specdec import rules
 from specdec.drafters import ModelDrafter
 from specdec.record import Packed, Record
@@ -76,7 +76,7 @@ def main(config: DictConfig) -> None:
     finished = uninterrupted(rounds(target, methods, [[p] for p in ids], repeats=config.repeats, **settings))
     measured = figures(finished)
     lines = compare(simulated, measured)
-    print(table(runs, simulated, measured, lines), end="\n\n")
+    print(table(runs, simulated, measured, lines), floor(measured), sep="\n\n", end="\n\n")
     curves = {name: vars(curve) for name, curve in vars(costs).items()}
     found = {"prompts": len(ids), "rounds": len(finished), "seconds": took, "costs": curves, "simulated": simulated}
     errors = {key: max((line[key] for line in lines.values()), key=abs) for key in ("acceptance_length", "speed_up")}
@@ -217,16 +217,14 @@ def compare(simulated: dict[str, dict], measured: dict[str, dict]) -> dict[str, 
 
 def table(runs: dict[str, Any], simulated: dict[str, dict], measured: dict[str, dict], errors: dict[str, dict]) -> str:
     """Simulated and measured, as a markdown table."""
-    rows = [HEADER, ["---"] * len(HEADER)]
+    rows = [HEADER]
     for name, guess in simulated.items():
         (shape, rule), found, error = runs[name], measured[name], errors[name]
-        speed = found["speed_up"]
-        interval = "" if speed["n"] == 1 else f" ({speed['low']:.2f}-{speed['high']:.2f})"
         lengths = [f"{row['acceptance_length']:.2f}" for row in (guess, found)]
         cells = [label(shape, "SiblingRejection"), rule, str(guess["nodes"]), *lengths]
         cells += [f"{error['acceptance_length']:+.1%}", f"{guess['speed_up']['median']:.2f}"]
-        rows.append([*cells, f"{speed['median']:.2f}{interval}", f"{error['speed_up']:+.1%}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([*cells, interval(found["speed_up"], digits=2), f"{error['speed_up']:+.1%}"])
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.page import chart, markdown, page, read
-from experiments.report import table
+from experiments.report import COLUMNS, cells
 
 RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results"
 
@@ -53,7 +53,7 @@ def test_page_has_the_cells_of_the_report(folder):
     results, others = read(folder)
     body = page(results, others)
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body.split('id="b.json"')[1])]
-    expected = [line.strip("| ").split(" | ") for line in table(results["b.json"]["figures"]).splitlines()[2:]]
+    expected = [[name, *cells(row, *COLUMNS)] for name, row in results["b.json"]["figures"].items()]
     expected[1][0] = "&lt;i&gt;&amp;"
     assert rows[1:3] == expected
     assert "python run.py &#x27;x=&lt;b&gt;&#x27;" in body and "<b>" not in body and "<i>" not in body
