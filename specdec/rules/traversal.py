@@ -101,7 +101,7 @@ class _Walk:
         order = torch.where(exists, place, len(index) ** 2)[:, 1:].argsort(1) + 1  # siblings together, padding last
         parent = torch.where(exists, parents, -1).gather(1, order)  # [batch, node - 1], -1 where nothing exists
         turn = torch.nn.functional.pad(parent, (1, 1), value=-2).diff() != 0  # between two steps: the parent changes
-        slots = elder.sum(-1).gather(1, order)
+        slots = torch.where(exists, elder.sum(-1), 0).gather(1, order)
         columns = (order, parent.clamp(min=0), slots, parent >= 0, turn[:, :-1], turn[:, 1:])
         self.steps = [_Step(*(column[:, k : k + 1] for column in columns)) for k in range(len(index) - 1)]
 
