@@ -19,11 +19,12 @@ from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
 from specdec.drafters.nothing import NoDrafter
 from specdec.engine import Engine
 from specdec.inputs import Prompts, as_engine, as_int, as_prompts, as_stop_tokens, as_target, check_kind
+from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
 from specdec.target import Target
-from specdec.theory import laws_on_path, visits
-from specdec.trace import Step, Trace
+from specdec.theory import visits
+from specdec.trace import LEVELS, Step, Trace
 from specdec.tree import DraftTree, Law
 
 
@@ -51,7 +52,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    trace: Literal["summary", "ceiling"] = "summary",
+    trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
 ) -> Generation:
     """Continue the prompts; with a lossless rule, exactly as the target by itself would.
@@ -72,7 +73,8 @@ def generate(
         seed: every random decision is a function of (seed, index of the prompt, step).
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
-            `divergence`. That takes long: do not time such runs.
+            `divergence`; "laws" the trees and both models' laws, for `specdec.trace.replay` (large: see
+            `specdec.record`). Both take long: do not time such runs.
         engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
             too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
 
@@ -122,15 +124,15 @@ class Decoding:
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
     ):
         began = time.perf_counter()
-        if trace not in ("summary", "ceiling"):
-            raise ValueError(f"trace={trace!r}: must be 'summary' or 'ceiling'.")
-        self.engine, self.ceiling = as_engine(engine), trace == "ceiling"
+        if trace not in LEVELS:
+            raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
+        self.engine, self.level = as_engine(engine), trace
         self.drafter, self.rule, self.tokenizer = NoDrafter() if drafter is None else drafter, rule, tokenizer
         for name, part, kind in (
             ("drafter", self.drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)
         ):  # fmt: skip
             check_kind(name, part, kind)
-        max_new_tokens, seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
+        max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
         found = as_target(target)
         rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
         sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
@@ -145,7 +147,7 @@ class Decoding:
 
         def buffers() -> tuple[Target, Context, Coins, Tensor]:
             context = Context.empty(batch, capacity, found.vocab, found.device)
-            flips = coins(batch, nodes) if coins else Coins(seed, batch, nodes, found.device)
+            flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
             return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
 
         signature = (target, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
@@ -153,7 +155,7 @@ class Decoding:
         fixed = self.engine.fixed and self.drafter.capturable
         self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed)
         self.context.row_depths.fill_(max_new_tokens - 1)
-        self.coins.reseed(seed)
+        self.coins.reseed(self.seed)
         self.emitted: list[list[int]] = [[] for _ in rows]
         self._look_ahead([max_new_tokens] * batch)
         self._ticket = object()
@@ -184,8 +186,12 @@ class Decoding:
         self._record(acceptance.report)
         draft, verify, decide, follow = clock.seconds()
         report, rows = acceptance.report, [len(row) for row in acceptance.emitted]
-        visited = visits(tree, self._laws, acceptance, self.coins, self.rule) if self.ceiling else None
-        step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, draft + follow, verify, decide, visited)
+        seen = {
+            "summary": lambda: {},
+            "ceiling": lambda: {"visits": visits(self._noted, report.accepted, report.tried, self.rule)},
+            "laws": lambda: {"record": self._noted},
+        }[self.level]()
+        step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, draft + follow, verify, decide, **seen)
         self.trace.steps.append(step)
         self.coins.turn_to(self.coins.step + 1)
         return acceptance
@@ -228,47 +234,39 @@ class Decoding:
         """What is accepted, and appended to the text."""
         law = TargetLaw(logits, tree, self.context)
         decisions = self.rule(tree, law, self.coins)
-        if self.ceiling:
-            self._laws = laws_on_path(law, decisions)  # now: processors read the text so far
+        if self.level != "summary":
+            self._noted = self._note(logits, tree, decisions)  # now: processors read the text so far
         acceptance = self._accept(tree, law, decisions)
         self.target.commit(acceptance)
         return acceptance
+
+    def _note(self, logits: Tensor, tree: DraftTree, decisions: Decisions) -> Record:
+        law = TargetLaw(logits, tree, self.context)  # one of its own: what no rule visits need not be a law
+        run = {"seed": self.seed, "step": self.coins.step, "spec": self.spec, "stop_tokens": self.stop_tokens}
+        return Record.of(tree, law, decisions, **run, budget=self.context.row_depths + 1)
 
     def _follow(self, acceptance: Acceptance) -> None:
         self.drafter.commit(acceptance)
 
     def _why_not_captured(self) -> str | None:
         """What in `_decide` is for the host."""
-        if self.ceiling:
-            return "trace='ceiling' looks at every law"
+        if self.level != "summary":
+            return f"trace={self.level!r} looks at every law"
         if any(self.context.processors):
             return "logits processors depend on the text"
         return None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
 
     def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> Acceptance:
         """Cut the decisions at stop tokens and budgets and append what is left to the text."""
-        context, path, accepted = self.context, decisions.path, decisions.accepted[:, None]
-        root, place, budget = context.root, torch.arange(path.shape[1], device=path.device), context.row_depths + 1
-        new = (
-            tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])
-        )  # [batch, depth + 1]
-        ends = torch.isin(new, self.stop_tokens) & (place <= accepted)
-        first_end = torch.where(ends, place, path.shape[1]).amin(1)
-        running = budget > 0
-        count = torch.minimum(torch.minimum(decisions.accepted, first_end) + 1, budget)  # [batch]: 0 where ended
-        left = torch.where(first_end < count, 0, budget - count)
-        columns = [
-            count,
-            decisions.accepted,
-            _has_children(tree, path.gather(1, accepted)),
-            left,
-            law.invalid() & running,
-            tree.invalid(root) & running,
-        ]
-        context.tokens.scatter_(1, context.lengths[:, None] + place, new)
-        context.lengths += count
-        context.row_depths.copy_(left - 1)
-        return Acceptance(path, count, Report(torch.cat([new, torch.stack(columns, 1)], 1)))
+        context, root, budget = self.context, self.context.root, self.context.row_depths + 1
+        running, cut = budget > 0, decisions.cut(tree, self.stop_tokens, budget)
+        place = torch.arange(cut.tokens.shape[1], device=cut.tokens.device)
+        context.tokens.scatter_(1, context.lengths[:, None] + place, cut.tokens)
+        context.lengths += cut.count
+        context.row_depths.copy_(cut.left - 1)
+        invalid = law.invalid() & running, tree.invalid(root) & running
+        columns = torch.stack([cut.count, cut.accepted, cut.tried, cut.left, *invalid], 1)
+        return Acceptance(decisions.path, cut.count, Report(torch.cat([cut.tokens, columns], 1)))
 
     def _record(self, report: Report) -> None:
         """Read what the step gave: the only time that it waits for the device."""
@@ -299,8 +297,3 @@ _NO_DRAFT = (
     "in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 does not)."
 )
 _INTERRUPTED = "{part} has begun another text since this one's last step; give each interleaved stream its own."
-
-
-def _has_children(tree: DraftTree, node: Tensor) -> Tensor:
-    """[batch] int64: 1 where the row drafted children of `node` [batch, 1]."""
-    return ((tree.topology.parents == node) & (tree.laws != Law.PADDING)).any(1).long()

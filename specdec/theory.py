@@ -14,17 +14,14 @@ from itertools import permutations, product
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.coins import Coins
 from specdec.divergence import divergence
-from specdec.drafters.drafter import Acceptance
-from specdec.rules.rule import Decisions, Rule
-from specdec.sampling import TargetLaw
+from specdec.record import Record
+from specdec.rules.rule import Rule
 from specdec.target import CachedModel
 from specdec.trace import Trace, Visit
-from specdec.tree import DraftTree, Law, RowTree, chain
+from specdec.tree import Law, RowTree, chain
 
 TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
 
@@ -405,20 +402,14 @@ def _longest(acceptance: Sequence[Sequence[float]], nodes: int) -> list[list[int
     return [grow([-1], 0, 0, count) for count in range(nodes)]
 
 
-def laws_on_path(target_law: TargetLaw, decisions: Decisions) -> list[Tensor]:
-    """The target's laws [batch, vocab] after the nodes of the decided paths, from the root down."""
-    place = torch.arange(decisions.path.shape[1], device=decisions.path.device)
-    path = torch.where(place <= decisions.accepted[:, None], decisions.path, 0)  # past the end: the root's law again
-    return [target_law.at(nodes) for nodes in path.T]
-
-
-def visits(tree: DraftTree, laws: list[Tensor], acceptance: Acceptance, coins: Coins, rule: Rule) -> list[list[Visit]]:
-    """For every row, the nodes of its path that were put to the test, given the `laws_on_path`."""
+def visits(record: Record, accepted: list[int], tried: list[int], rule: Rule) -> list[list[Visit]]:
+    """For every row, the first tried[row] nodes of the path that was decided on, of which it accepted[row] drafted tokens."""
+    tree, law, coins, paths = record.tree(), record.law(), record.coins(), record.decisions.path.tolist()
     found = []
-    for b, count in enumerate(acceptance.report.tried):
-        row, path, accepted = tree.row(b, coins.row(b)), acceptance.path[b].tolist(), acceptance.accepted[b]
-        steps = ((path[d], path[d + 1] if d < accepted else None, laws[d][b]) for d in range(count))
-        found.append([_visit(row, node, child, p.double().numpy(force=True), rule) for node, child, p in steps])
+    for b, (path, kept, count) in enumerate(zip(paths, accepted, tried, strict=True)):
+        row = tree.row(b, coins.row(b))
+        steps = ((path[d], path[d + 1] if d < kept else None) for d in range(count))
+        found.append([_visit(row, node, child, law.probabilities(b, node), rule) for node, child in steps])
     return found
 
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specdec.record import Record
+from specdec.rules.rule import Rule
+
+LEVELS = ("summary", "ceiling", "laws")  # what can be recorded
 
 
 class Visit(NamedTuple):
@@ -26,7 +37,8 @@ class Step:
     draft_seconds: float
     verify_seconds: float
     other_seconds: float
-    visits: list[list[Visit]] | None = None  # the `tried` nodes of every row, from the root down, if they were recorded
+    visits: list[list[Visit]] | None = None  # the `tried` nodes of every row, from the root down, if trace="ceiling"
+    record: Record | None = None  # what was decided on, if trace="laws"
 
 
 @dataclass
@@ -35,6 +47,18 @@ class Trace:
 
     prefill_seconds: float = 0.0
     steps: list[Step] = field(default_factory=list)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to one safetensors file, for `load`."""
+        tensors: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        for i, step in enumerate(self.steps):
+            rows.append({**asdict(replace(step, record=None)), "record": None})
+            if step.record is not None:
+                parts, rows[-1]["record"] = step.record.to_file()
+                tensors |= {f"{i}.{name}": part.clone() for name, part in parts.items()}  # files share nothing
+        about = {"prefill_seconds": self.prefill_seconds, "steps": rows}
+        save_file(tensors, path, metadata={_FORMAT: json.dumps(about)})
 
     def summary(self) -> dict[str, Any]:
         """The metrics of the run.
@@ -91,3 +115,57 @@ class Trace:
         accepted = [n for s in self.steps for n in s.accepted]
         depths = range(1, max(tried, default=0) + 1)
         return [sum(a >= d for a in accepted) / sum(t >= d for t in tried) for d in depths]
+
+
+_FORMAT = "specdec trace 1"
+
+
+def load(path: str | PathLike[str]) -> Trace:
+    """The trace that `Trace.save` wrote."""
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+        if about is None:
+            raise ValueError(
+                f"{path}: not a file that Trace.save of this version wrote ({_FORMAT!r}); record the run again."
+            )
+        parts: list[dict[str, Tensor]] = [{} for _ in about["steps"]]
+        for name in file.keys():  # noqa: SIM118 - it has no other way to list them
+            i, _, part = name.partition(".")
+            parts[int(i)][part] = file.get_tensor(name)
+    return Trace(about["prefill_seconds"], [_step(row, own) for row, own in zip(about["steps"], parts, strict=True)])
+
+
+def _step(row: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
+    visits, record = row["visits"], row["record"]
+    made = {
+        "visits": None if visits is None else [[Visit(*visit) for visit in own] for own in visits],
+        "record": None if record is None else Record.from_file(tensors, record),
+    }
+    return Step(**{**row, **made})
+
+
+def replay(trace: Trace, rule: Rule) -> Trace:
+    """What another rule would have decided at every recorded step: the same trees, laws and coins, from the same text.
+
+    The steps say what it would have emitted there (`Step.record.decisions`: before stop tokens and budgets), and the
+    summary how many tokens at a time; times are 0, as nothing was run. Each step begins where the recorded run stood,
+    not where the rule itself would stand by then. With the rule that was recorded, on a CPU, decisions are the recorded ones;
+    on a GPU kernels decide, which may differ where a coin lies within rounding of a threshold.
+
+    Args:
+        trace: recorded with trace="laws".
+        rule: one that the drafter's trees admit, or ValueError.
+    """
+    return Trace(steps=[_decided_by(rule, step) for step in trace.steps])
+
+
+def _decided_by(rule: Rule, step: Step) -> Step:
+    record = step.record
+    if record is None:
+        raise ValueError('There are no laws in this trace: record the run with trace="laws".')
+    rule.check(record.spec)
+    tree = record.tree()
+    decisions = rule(tree, record.law(), record.coins())
+    cut = decisions.cut(tree, record.stop_tokens, record.budget)
+    counts = (cut.count.tolist(), cut.accepted.tolist(), cut.tried.tolist())
+    return Step(step.nodes, *counts, 0.0, 0.0, 0.0, record=replace(record, decisions=decisions))

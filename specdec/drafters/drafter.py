@@ -84,8 +84,8 @@ class Report:
     """What the host is told of a step: read from the device when it is first asked for, once.
 
     Args:
-        columns: [batch, depth + 7] int64: new tokens, how many of them count, drafted tokens accepted by the rule, whether
-            there were children after those, what is left of the budget, whether a visited law or the draft was invalid.
+        columns: [batch, depth + 7] int64: the tokens, count, accepted, tried and left of `Cut`, whether a visited law was
+            invalid, whether the draft was.
     """
 
     def __init__(self, columns: Tensor):
@@ -97,8 +97,8 @@ class Report:
 
     @cached_property
     def _lists(self) -> tuple[list[list[int]], list[list[int]]]:
-        *news, counts, taken, more, left, no_law, no_draft = self.columns.T.tolist()
-        return news, [counts, taken, more, left, no_law, no_draft]
+        *news, counts, accepted, tried, left, no_law, no_draft = self.columns.T.tolist()
+        return news, [counts, accepted, tried, left, no_law, no_draft]
 
     @property
     def emitted(self) -> list[list[int]]:
@@ -109,14 +109,12 @@ class Report:
     @property
     def accepted(self) -> list[int]:
         """How many of those were drafted."""
-        _, (counts, taken, *_) = self._lists
-        return [min(a, n) for a, n in zip(taken, counts, strict=True)]
+        return self._lists[1][1]
 
     @property
     def tried(self) -> list[int]:
         """Deepest drafted depth of each row that was put to the test: accepted, or accepted + 1."""
-        _, (counts, taken, more, *_) = self._lists
-        return [min(a + m, n) for a, m, n in zip(taken, more, counts, strict=True)]
+        return self._lists[1][2]
 
     @property
     def left(self) -> list[int]:

@@ -1,0 +1,136 @@
+"""What a step was decided on: all that another rule needs to decide it again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.rules.rule import Decisions
+from specdec.sampling import TargetLaw
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec_kernels.reference.verify import walk
+
+
+class Packed(NamedTuple):
+    """A tensor, exactly: every entry, or the nonzero ones with their places where that takes less."""
+
+    shape: tuple[int, ...]
+    values: Tensor
+    where: Tensor | None  # of the values, in the flattened tensor: int32 while that suffices
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Packed:
+        """On the CPU, and no view of anything."""
+        flat = tensor.flatten()
+        places = flat.nonzero()[:, 0]
+        places = places.to(torch.int32 if len(flat) < 2**31 else torch.int64)
+        sparse = len(places) * (places.itemsize + flat.itemsize) < len(flat) * flat.itemsize
+        return cls(tuple(tensor.shape), *map(_kept, (flat[places], places) if sparse else (flat, None)))
+
+    def tensor(self) -> Tensor:
+        if self.where is None:
+            return self.values.view(self.shape)
+        return self.values.new_zeros(prod(self.shape)).index_put_((self.where.long(),), self.values).view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One step of a run, by itself: records of several runs can be put into one trace.
+
+    Laws are kept as the rule saw them, the target's at every node: 4 bytes x vocab x nodes for every row and step (twice
+    that with sampled draft laws at every node), or 8 bytes for each possible token under top-k, top-p and greedy decoding.
+    """
+
+    seed: int
+    step: int  # with the seed and the row: the coins
+    spec: TreeSpec  # what the drafter promised
+    stop_tokens: Tensor  # [n] int64
+    budget: Tensor  # [batch] int64: tokens that each row may still have emitted; 0 for rows that had ended
+    bare: DraftTree  # without `draft_probs`
+    draft: Packed | None  # those
+    target: Packed  # [batch, node, vocab]: the target's laws
+    decisions: Decisions  # before they are cut at stop tokens and budgets
+
+    @classmethod
+    def of(cls, tree: DraftTree, law: TargetLaw, decisions: Decisions, **run: Any) -> Record:
+        """Copies on the CPU; `run` is the rest: seed, step, spec, stop_tokens, budget."""
+        parents, laws = _kept(tree.topology.parents), _kept(tree.laws)
+        bare = DraftTree(_kept(tree.tokens), Topology(parents, tree.topology.depth, tree.topology.width), laws)
+        rows, nodes = (torch.ones_like(tree.tokens).cumsum(axis) - 1 for axis in (0, 1))
+        target = law.at(nodes.flatten(), rows.flatten()).view(*nodes.shape, law.vocab)
+        draft = None if tree.draft_probs is None else Packed.of(tree.draft_probs)
+        decided = Decisions(*map(_kept, (decisions.path, decisions.accepted, decisions.token)))
+        run = {name: _kept(part) if isinstance(part, Tensor) else part for name, part in run.items()}
+        return cls(bare=bare, draft=draft, target=Packed.of(target), decisions=decided, **run)
+
+    def tree(self) -> DraftTree:
+        """The trees that were proposed."""
+        return replace(self.bare, draft_probs=None if self.draft is None else self.draft.tensor())
+
+    def law(self) -> TargetLaw:
+        """The target's law, as a rule asks for it."""
+        return _Recorded(self.target.tensor())
+
+    def coins(self) -> Coins:
+        """The coins of this step."""
+        coins = Coins(self.seed, *self.bare.tokens.shape)
+        coins.turn_to(self.step)
+        return coins
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors by name, and all the rest as JSON can hold it."""
+        topology, packed = self.bare.topology, {"draft": self.draft, "target": self.target}
+        tensors = {
+            "tokens": self.bare.tokens,
+            "parents": topology.parents,
+            "laws": self.bare.laws,
+            **vars(self.decisions),
+        }
+        tensors |= {"stop_tokens": self.stop_tokens, "budget": self.budget}
+        tensors |= {f"{name}.values": part.values for name, part in packed.items() if part is not None}
+        tensors |= {f"{name}.where": part.where for name, part in packed.items() if part and part.where is not None}
+        spec = {**asdict(self.spec), "laws": sorted(map(int, self.spec.laws))}
+        rest = {"seed": self.seed, "step": self.step, "spec": spec, "depth": topology.depth, "width": topology.width}
+        return tensors, {**rest, "shapes": {name: part.shape for name, part in packed.items() if part is not None}}
+
+    @classmethod
+    def from_file(cls, tensors: dict[str, Tensor], rest: dict[str, Any]) -> Record:
+        """The inverse of `to_file`."""
+        spec = TreeSpec(**{**rest["spec"], "laws": frozenset(map(Law, rest["spec"]["laws"]))})
+        topology = Topology(tensors["parents"], rest["depth"], rest["width"])
+        packed = {
+            name: Packed(tuple(shape), tensors[f"{name}.values"], tensors.get(f"{name}.where"))
+            for name, shape in rest["shapes"].items()
+        }
+        return cls(
+            rest["seed"], rest["step"], spec, tensors["stop_tokens"], tensors["budget"],
+            DraftTree(tensors["tokens"], topology, tensors["laws"]), packed.get("draft"), packed["target"],
+            Decisions(tensors["path"], tensors["accepted"], tensors["token"]),
+        )  # fmt: skip
+
+
+class _Recorded(TargetLaw):
+    """Laws [batch, node, vocab] that are known already."""
+
+    def __init__(self, laws: Tensor):
+        self._logits, self._rows, self.vocab = laws, torch.arange(len(laws)), laws.shape[-1]
+
+    def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self._logits[self._rows if rows is None else rows, nodes]
+
+    def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
+        drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
+        return walk(self.at, *drafted, lenience)
+
+    def probabilities(self, row: int, node: int):
+        return self._logits[row, node].double().numpy()
+
+
+def _kept(tensor: Tensor | None) -> Any:
+    """A copy on the CPU that nothing writes to."""
+    return None if tensor is None else tensor.cpu().clone(memory_format=torch.contiguous_format)
