@@ -1,6 +1,6 @@
 """specdec: speculative decoding whose output distribution is proved, on any unmodified Hugging Face causal LM."""
 
-from specdec import demo, drafters, rules, testing, theory, trees
+from specdec import demo, display, drafters, rules, testing, theory, trace, trees
 from specdec.coins import Coins
 from specdec.generate import Generation, generate, stream
 from specdec.graphs import Graphs
@@ -19,11 +19,13 @@ __all__ = [
     "Topology",
     "TreeSpec",
     "demo",
+    "display",
     "drafters",
     "generate",
     "rules",
     "stream",
     "testing",
     "theory",
+    "trace",
     "trees",
 ]

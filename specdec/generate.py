@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec import display
 from specdec.clock import Clock
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
@@ -35,10 +36,15 @@ class Generation:
     tokens: list[Tensor]  # one 1-D int64 CPU tensor per prompt: the new tokens only
     text: list[str] | None  # the same as text, when a tokenizer was given
     trace: Trace = field(repr=False)
+    tokenizer: Any = field(default=None, repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Metrics of the run; see `specdec.trace.Trace.summary`."""
         return self.trace.summary()
+
+    def _repr_html_(self) -> str:
+        """In a notebook, the text coloured by who wrote it: see `specdec.display.text`."""
+        return display.text(self)._repr_html_()
 
 
 def generate(
@@ -186,12 +192,10 @@ class Decoding:
         self._record(acceptance.report)
         draft, verify, decide, follow = clock.seconds()
         report, rows = acceptance.report, [len(row) for row in acceptance.emitted]
-        seen = {
-            "summary": lambda: {},
-            "ceiling": lambda: {"visits": visits(self._noted, report.accepted, report.tried, self.rule)},
-            "laws": lambda: {"record": self._noted},
-        }[self.level]()
-        step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, draft + follow, verify, decide, **seen)
+        visited = visits(self._noted, report.accepted, report.tried, self.rule) if self.level == "ceiling" else None
+        record = self._noted if self.level == "laws" else None
+        seconds = draft + follow, verify, decide
+        step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, *seconds, visited, record)
         self.trace.steps.append(step)
         self.coins.turn_to(self.coins.step + 1)
         return acceptance
@@ -200,9 +204,8 @@ class Decoding:
         """Everything emitted so far."""
         tokens = [torch.tensor(row, dtype=torch.int64) for row in self.emitted]
         decode = self.tokenizer.decode if self.tokenizer is not None else None
-        return Generation(
-            tokens, decode and [decode(row, skip_special_tokens=True) for row in self.emitted], self.trace
-        )
+        texts = decode and [decode(row, skip_special_tokens=True) for row in self.emitted]
+        return Generation(tokens, texts, self.trace, self.tokenizer)
 
     def _patched(self) -> ExitStack:
         stack = ExitStack()

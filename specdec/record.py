@@ -78,7 +78,8 @@ class Record:
 
     def coins(self) -> Coins:
         """The coins of this step."""
-        coins = Coins(self.seed, *self.bare.tokens.shape)
+        batch, nodes = self.bare.tokens.shape
+        coins = Coins(self.seed, batch, nodes)
         coins.turn_to(self.step)
         return coins
 

@@ -348,15 +348,19 @@ def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: 
     return acceptance_length * costs.step([-1]) / costs.step(parents)
 
 
-def best_chain_length(rates: Sequence[float], costs: Costs) -> int:
-    """The number of drafted tokens with the largest predicted speed-up; 0: drafting does not pay.
+def chain_speed_ups(rates: Sequence[float], costs: Costs) -> list[float]:
+    """The predicted speed-ups of chains of 0, 1, ... drafted tokens.
 
     Args:
         rates: acceptance rate by depth, as in `Trace.summary`. No longer chain is considered.
     """
     chains = [list(range(-1, length)) for length in range(len(rates) + 1)]
-    speeds = [predicted_speed_up(expected_length(c, [[rate] for rate in rates]), c, costs) for c in chains]
-    return int(np.argmax(speeds))
+    return [predicted_speed_up(expected_length(c, [[rate] for rate in rates]), c, costs) for c in chains]
+
+
+def best_chain_length(rates: Sequence[float], costs: Costs) -> int:
+    """The number of drafted tokens with the largest of the `chain_speed_ups`; 0: drafting does not pay."""
+    return int(np.argmax(chain_speed_ups(rates, costs)))
 
 
 def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 32) -> list[int]:

@@ -1,0 +1,64 @@
+"""Coloured text, for terminals and for notebooks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from html import escape
+from typing import NamedTuple
+
+DEPTHS = 6  # drafted tokens that are deeper have the last shade
+
+
+class Style(NamedTuple):
+    """How a piece of text is set off."""
+
+    ansi: str  # parameters of the escape sequence
+    css: str  # translucent backgrounds, so that the text keeps the colour of its page, light or dark
+
+
+PLAIN = Style("", "")
+RECOVERED = Style("30;48;5;215", "background:rgba(230,120,0,.45);border-bottom:2px dotted")
+BONUS = Style("30;48;5;120", "background:rgba(0,160,60,.40);border-bottom:2px solid")
+PATH = Style("1;32", "font-weight:bold;background:rgba(0,160,60,.25)")
+FAINT = Style("2", "opacity:.65")
+DRAFTED = [
+    Style(f"30;48;5;{colour}", f"background:rgba(30,110,240,{0.15 + 0.09 * depth:.2f})")
+    for depth, colour in zip(range(1, DEPTHS + 1), (195, 159, 153, 117, 111, 75), strict=True)
+]
+
+
+class Span(NamedTuple):
+    text: str
+    style: Style = PLAIN
+    title: str = ""  # what a notebook says when the mouse is on it
+
+
+@dataclass(frozen=True, repr=False)
+class Picture:
+    """Text in pieces: `print` it in a terminal, without colours if NO_COLOR is set; a notebook shows it by itself."""
+
+    spans: list[Span]
+
+    def __str__(self) -> str:
+        if os.environ.get("NO_COLOR"):
+            return "".join(span.text for span in self.spans)
+        return "".join(map(_ansi, self.spans))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space:pre-wrap;line-height:1.6">{"".join(map(_html, self.spans))}</pre>'
+
+
+def _ansi(span: Span) -> str:
+    if span.style.ansi == "":
+        return span.text
+    lines = span.text.split("\n")  # colours end with the line, or they would run on to the edge of the terminal
+    return "\n".join(f"\x1b[{span.style.ansi}m{line}\x1b[0m" if line else "" for line in lines)
+
+
+def _html(span: Span) -> str:
+    attributes = {"style": span.style.css, "title": span.title}
+    given = "".join(f' {name}="{escape(value)}"' for name, value in attributes.items() if value)
+    return f"<span{given}>{escape(span.text)}</span>" if given else escape(span.text)

@@ -1,0 +1,83 @@
+"""Plots of traces, by name. Each takes matplotlib axes to draw on, and makes some if there are none; returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specdec.theory import Costs, chain_speed_ups
+from specdec.trace import Trace
+
+_PARTS = ("draft_seconds", "verify_seconds", "other_seconds")
+
+
+def acceptance_by_depth(traces: Mapping[str, Trace], axes: Any = None) -> Any:
+    """How often the drafted token at each depth was accepted, where the one above it was."""
+    axes = _axes(axes)
+    for name, trace in traces.items():
+        rates = trace.summary()["acceptance_rate"]
+        axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
+    axes.set(xlabel="depth", ylabel="acceptance rate", ylim=(0, 1.05))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return axes
+
+
+def speed_up_by_length(
+    rates: Sequence[float], costs: Costs, measured: Mapping[int, Mapping[str, float]] | None = None, axes: Any = None
+) -> Any:
+    """The predicted speed-up of chains of 0, 1, ... drafted tokens, and the measured ones beside it.
+
+    Args:
+        rates: acceptance rate by depth, as in `Trace.summary`.
+        costs: what forward passes take: `specdec.theory.measure_costs`.
+        measured: {length: {"median": ..., "low": ..., "high": ...}}; without an interval, the median alone.
+    """
+    axes = _axes(axes)
+    predicted = chain_speed_ups(rates, costs)
+    axes.plot(range(len(predicted)), predicted, label="predicted")
+    for i, (length, found) in enumerate(sorted((measured or {}).items())):
+        spread = [[found["median"] - found["low"]], [found["high"] - found["median"]]] if "low" in found else None
+        label = "_measured" if i else "measured"  # one entry in the legend
+        axes.errorbar([length], [found["median"]], yerr=spread, fmt="o", color="C1", capsize=3, label=label)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set(xlabel="draft length", ylabel="speed-up")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return axes
+
+
+def time_per_step(traces: Mapping[str, Trace], axes: Any = None) -> Any:
+    """Milliseconds of a step: drafting, the target's forward pass, all the rest."""
+    axes, names = _axes(axes), list(traces)
+    summaries = [trace.summary() for trace in traces.values()]
+    below = [0.0] * len(names)
+    for part in _PARTS:
+        times = [1e3 * found[part] / max(found["target_forwards"], 1) for found in summaries]
+        axes.bar(names, times, bottom=below, label=part.removesuffix("_seconds"))
+        below = [a + b for a, b in zip(below, times, strict=True)]
+    axes.set(ylabel="ms per step")
+    axes.legend()
+    return axes
+
+
+def ceiling_shares(traces: Mapping[str, Trace], axes: Any = None) -> Any:
+    """Drafted tokens accepted, as a share of the most that a rule deciding node by node could accept."""
+    shares = {name: trace.summary().get("ceiling_share") for name, trace in traces.items()}
+    if unknown := [name for name, share in shares.items() if share is None]:
+        raise ValueError(f'{unknown}: ceilings are not known; record with trace="ceiling", and with a drafter.')
+    axes = _axes(axes)
+    axes.bar(list(shares), list(shares.values()))
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set(ylabel="share of the ceiling")
+    return axes
+
+
+def _axes(axes: Any) -> Any:
+    if axes is not None:
+        return axes
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Plots are drawn by matplotlib: pip install 'specdec[pictures]'") from error
+    return plt.subplots(layout="constrained")[1]

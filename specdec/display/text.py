@@ -1,0 +1,80 @@
+"""Generated text coloured by who wrote each token, as the trace has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from specdec.display.picture import BONUS, DEPTHS, DRAFTED, PLAIN, RECOVERED, Picture, Span, Style
+from specdec.trace import Trace
+
+if TYPE_CHECKING:
+    from specdec.generate import Generation
+
+
+class Author(NamedTuple):
+    """Who wrote a token.
+
+    "drafted": the drafter, at this depth, and the rule accepted it. "recovered": the target, after the rule accepted no
+    child of the last accepted node. "bonus": the target, after it accepted a whole path. "alone": the target, as nothing was
+    drafted.
+    """
+
+    kind: Literal["drafted", "recovered", "bonus", "alone"]
+    depth: int  # in the tree: 1 for a child of the root
+    step: int  # of the trace
+
+
+def authors(trace: Trace, row: int) -> list[Author]:
+    """Of every token of one prompt's text."""
+    found = []
+    for i, step in enumerate(trace.steps):
+        emitted, accepted, tried = step.emitted[row], step.accepted[row], step.tried[row]
+        found += [Author("drafted", depth, i) for depth in range(1, accepted + 1)]
+        if emitted > accepted:
+            kind = "recovered" if tried > accepted else "bonus" if accepted else "alone"
+            found.append(Author(kind, accepted + 1, i))
+    return found
+
+
+def text(generation: Generation) -> Picture:
+    """The text of every prompt: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer."""
+    spans = [*_legend(), Span("\n")]
+    for row, tokens in enumerate(generation.tokens):
+        wrote = authors(generation.trace, row)
+        steps = len({author.step for author in wrote})
+        spans.append(Span(f"\nprompt {row}: {len(wrote)} tokens in {steps} steps\n"))
+        shown = zip(pieces(tokens.tolist(), generation.tokenizer), wrote, strict=True)
+        spans += [Span(piece, _style(author), _title(author)) for piece, author in shown]
+        spans.append(Span("\n"))
+    return Picture(spans)
+
+
+def pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the text; a character of several tokens stands with the last of them."""
+    if tokenizer is None:
+        return [f"{token} " for token in tokens]
+    found, shown = [], ""
+    for end in range(1, len(tokens) + 1):
+        whole = tokenizer.decode(tokens[:end])
+        if whole.endswith("\ufffd") and end < len(tokens):
+            whole = shown  # not a character yet
+        found.append(whole[len(shown) :])
+        shown = whole
+    return found
+
+
+def _legend() -> list[Span]:
+    depths = [Span(f" {depth} ", DRAFTED[depth - 1]) for depth in range(1, DEPTHS + 1)]
+    last = [Span(" recovered ", RECOVERED), Span(" "), Span(" bonus ", BONUS)]
+    return [Span("accepted draft, by depth "), *depths, Span(" "), *last]
+
+
+def _style(author: Author) -> Style:
+    others = {"recovered": RECOVERED, "bonus": BONUS, "alone": PLAIN}
+    return others.get(author.kind) or DRAFTED[min(author.depth, DEPTHS) - 1]
+
+
+def _title(author: Author) -> str:
+    depth = f" at depth {author.depth}" if author.kind == "drafted" else ""
+    return f"{author.kind}{depth}, step {author.step}"

@@ -1,0 +1,63 @@
+"""The draft tree of one step, with the probabilities of its tokens and the path that was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from specdec.display.picture import FAINT, PATH, PLAIN, Picture, Span
+from specdec.record import Record
+from specdec.trace import Step
+from specdec.tree import Law, RowTree
+
+
+def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
+    """One line per node: its token, how probable it was as a draft (q) and to the target (p), given what stands above it.
+
+    q is the chance of the token under the law it was drawn from, after its elder siblings; "top" if it was not drawn but
+    chosen. The path that the rule accepted is set off, and what it emitted after it comes last.
+
+    Args:
+        step: of a trace recorded with trace="laws".
+        row: which prompt.
+        tokenizer: for text; token ids otherwise.
+    """
+    record = step.record
+    if record is None:
+        raise ValueError('There is no tree in this step: record the run with trace="laws".')
+    if not step.emitted[row]:
+        raise ValueError(f"Prompt {row} had ended before this step; choose an earlier step, or another prompt.")
+    decided, drafted = record.decisions, record.tree().row(row, record.coins().row(row))
+    path = decided.path[row, : step.accepted[row] + 1].tolist()
+    spans = [Span(_name(drafted.tokens[0], tokenizer), PATH), Span("\n")]
+    for head, node, facts in _lines(record, drafted, row, 0, ""):
+        on_path = node in path
+        spans += [Span(head, FAINT), Span(_name(drafted.tokens[node], tokenizer), PATH if on_path else PLAIN)]
+        spans += [Span(f"  {facts}{'  accepted' if on_path else ''}", FAINT), Span("\n")]
+    if step.emitted[row] == step.accepted[row]:
+        return Picture([*spans, Span("the text ends with an accepted token\n")])
+    token, last = int(decided.token[row]), path[-1]
+    kind = "recovered" if step.tried[row] > step.accepted[row] else "bonus" if step.accepted[row] else "alone"
+    after = (
+        f" after {_name(drafted.tokens[last], tokenizer)}  p {record.law().probabilities(row, last)[token]:.3f}  {kind}"
+    )
+    return Picture([*spans, Span("emitted "), Span(_name(token, tokenizer), PATH), Span(f"{after}\n")])
+
+
+def _lines(record: Record, drafted: RowTree, row: int, node: int, margin: str) -> Iterator[tuple[str, int, str]]:
+    """(what stands before it, node, probabilities) of everything below a node."""
+    p = record.law().probabilities(row, node)
+    draws, law = list(drafted.draws(node, len(p))), Law(drafted.laws[node])
+    for slot, (child, q) in enumerate(draws):
+        token, last = drafted.tokens[child], slot == len(draws) - 1
+        chosen = law == Law.POINT or (law == Law.SAMPLED_THEN_TOP and slot > 0)
+        yield (
+            f"{margin}{'└─ ' if last else '├─ '}",
+            child,
+            f"q {'top' if chosen else f'{q[token]:.3f}'}  p {p[token]:.3f}",
+        )
+        yield from _lines(record, drafted, row, child, f"{margin}{'   ' if last else '│  '}")
+
+
+def _name(token: int, tokenizer: Any) -> str:
+    return repr(tokenizer.decode([token])) if tokenizer is not None else str(token)
