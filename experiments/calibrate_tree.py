@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 import yaml
 from omegaconf import DictConfig
+from tqdm import tqdm
 
+import specdec
 from experiments import calls
 from experiments.inputs import begin
-from experiments.predict import calibrate
 from specdec import Law
-from specdec.drafters import ModelDrafter
-from specdec.theory import best_tree, expected_length, measure_costs, predicted_speed_up
+from specdec.drafters import Drafter, ModelDrafter
+from specdec.theory import best_tree, expected_length, measure_costs, positional_acceptance, predicted_speed_up
+from specdec.trace import Trace
 from specdec.trees import Widths
 
 LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance does not depend on later siblings
@@ -53,6 +56,15 @@ def main(config: DictConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(option(parents, config.law, source, found), "utf-8")
     print(output)
+
+
+def calibrate(
+    target: Any, drafter: Drafter, prompts: list[torch.Tensor], settings: dict[str, Any]
+) -> list[list[float]]:
+    """Acceptance by depth and slot."""
+    bar = tqdm(prompts, desc="calibrating", leave=False)
+    traces = [specdec.generate(target, prompt, drafter, trace="ceiling", **settings).trace for prompt in bar]
+    return positional_acceptance(Trace(steps=[step for trace in traces for step in trace.steps]))
 
 
 def sizes(nodes: int) -> list[int]:

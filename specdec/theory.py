@@ -281,6 +281,7 @@ class Costs:
 
     verify: CostCurve  # the target's forward pass, by nodes of the tree
     draft: CostCurve | None = None  # the draft model's, by nodes of a level; None if drafting is free
+    other: CostCurve | None = None  # the loop's own time, by nodes of the tree; None if it is not counted
 
     def step(self, parents: Sequence[int]) -> float:
         """Draft the tree level by level (each level with children is one forward pass), verify it at once."""
@@ -290,7 +291,8 @@ class Costs:
         for node in set(parents[1:]):
             levels[depth[node]] = levels.get(depth[node], 0) + 1
         drafting = sum(map(self.draft, levels.values())) if self.draft is not None else 0.0
-        return drafting + self.verify(len(parents))
+        own = self.other(len(parents)) if self.other is not None else 0.0
+        return drafting + self.verify(len(parents)) + own
 
 
 def measure_costs(
