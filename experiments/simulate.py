@@ -60,7 +60,7 @@ def main(config: DictConfig) -> None:
         raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    cases = {(shape, "SiblingRejection") for shape in SHAPES} | set(OTHERS)
+    cases: set[tuple[tuple[int, ...], str]] = {(shape, "SiblingRejection") for shape in SHAPES} | set(OTHERS)
     runs = {
         label(*case): case for case in sorted(cases, key=lambda case: (case[1] != "SiblingRejection", nodes(case[0])))
     }
