@@ -87,7 +87,7 @@ def test_where_the_top_is_all_there_is_nothing_is_drawn():
 @pytest.mark.parametrize("rule", ["SiblingRejection", "TraversalVerification"])
 @pytest.mark.parametrize("widths", [(1, 1, 1), (2, 1), (3, 2)], ids=str)
 def test_a_greedy_simulation_is_the_run(widths, rule):
-    target, draft, rule = TabularTarget(5, 3), Table(5, 5), getattr(rules, rule)()
+    target, draft, rule = TabularTarget(5, 3), Table(5, 6), getattr(rules, rule)()
     found = []
     for prompt in torch.arange(16).remainder(5).view(-1, 2):
         options = {"max_new_tokens": 12, "stop_tokens": (4,)}
