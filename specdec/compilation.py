@@ -31,13 +31,12 @@ class Compiled:
         if shape in self._shapes:
             return self._call(*args)
         self._shapes.add(shape)
-        sizes = " x ".join(map(str, shape))
+        what = f"compiling {self._name}, {' x '.join(map(str, shape))}"
         try:
-            with (
-                torch._dynamo.config.patch(recompile_limit=_SHAPES),
-                tqdm(total=1, desc=f"compiling {self._name} ({sizes})"),
-            ):
-                return self._call(*args)
+            with torch._dynamo.config.patch(recompile_limit=_SHAPES), tqdm(total=1, desc=what, leave=False) as bar:
+                result = self._call(*args)
+                bar.update()
+                return result
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"engine: {self._name} cannot be compiled and runs as it stands: {reason}", stacklevel=2)

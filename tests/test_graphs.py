@@ -102,7 +102,7 @@ DRAFTERS = {
     "suffixes, then a model": lambda: Fallback(SuffixDrafter(), ModelDrafter(DRAFT, Chain(3))),
 }
 ON_HOST = ["n-grams", "suffixes", "suffixes, then a model"]
-SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(1.0), "nucleus": Sampling(0.8, top_p=0.9)}
+SAMPLINGS = {"greedy": Sampling(), "nucleus": Sampling(0.8, top_p=0.9)}
 
 
 def texts(drafter, engine, prompts=PROMPTS, **options):
