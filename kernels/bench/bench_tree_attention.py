@@ -1,6 +1,6 @@
 """Times tree attention beside its floor and its rivals on a GPU: experiments/gpu.sh runs it after the tests.
 
-python kernels/bench/bench_tree_attention.py --tests report.xml --seconds 300
+python kernels/bench/bench_tree_attention.py --tests outputs/gpu_tests --seconds 300
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import report
 import torch
 from baselines import BASELINES, Call
-from floors import RATES, Shape, floor
+from floors import Shape
 
 from specdec_kernels import tree_attention
 from specdec_kernels.reference import tree_attention as reference
@@ -44,7 +44,7 @@ def shapes() -> Iterator[Shape]:
 
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("--tests", required=True, help="JUnit XML of kernels/tests/gpu on this device")
+    options.add_argument("--tests", type=Path, required=True, help="folder of JUnit XML of kernels/tests/gpu")
     options.add_argument("--seconds", type=float, default=300, help="begin no shape after so long")
     options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
     chosen = options.parse_args()
@@ -58,9 +58,7 @@ def main() -> None:
             continue
         rows += time_shape(shape, [inputs(shape, "cuda", seed) for seed in range(buffers)])
         torch.cuda.empty_cache()
-    date = source["date"][:10].replace("-", "")
-    name = f"kernels_{source['gpu'].removeprefix('NVIDIA ').replace(' ', '_')}_{date}"
-    print(report.write(rows, {**source, "left out": left}, chosen.results, name))
+    print(report.write(rows, {**source, "left out": left}, chosen.results, "tree_attention"))
 
 
 def inputs(shape: Shape, device: str, seed: int) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def time_shape(shape: Shape, buffers: list[dict[str, Any]]) -> list[dict[str, An
             row["error"] = error(call, buffers[0])
             if not row["error"] < TOLERANCE:
                 raise RuntimeError(f"wrong: error {row['error']:.1e}, at most {TOLERANCE:.0e} is rounding")
-            row |= figures(shape, report.measure([lambda b=b, call=call: call(b) for b in buffers]))
+            row |= report.figures(shape, report.measure([lambda b=b, call=call: call(b) for b in buffers]))
         except RuntimeError as refusal:  # rivals refuse shapes, masks and devices by raising; ours must not
             if name == "specdec":
                 raise
@@ -112,17 +110,6 @@ def time_shape(shape: Shape, buffers: list[dict[str, Any]]) -> list[dict[str, An
         rows.append(row)
         print({k: v for k, v in row.items() if v is not None}, flush=True)
     return rows
-
-
-def figures(shape: Shape, seconds: float) -> dict[str, Any]:
-    """What a measured time amounts to."""
-    rates = RATES.get(report.gpu())
-    return {
-        "us": seconds * 1e6,
-        "% of floor": 100 * floor(shape, rates) / seconds if rates else None,
-        "GB/s": shape.bytes / seconds / 1e9,
-        "TFLOP/s": shape.flops / seconds / 1e12,
-    }
 
 
 def error(call: Call, arguments: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""The least time a chip needs for tree attention: what must be read, multiplied and exponentiated, at measured rates."""
+"""The least time a chip needs for an op: what must be moved, multiplied and exponentiated, at measured rates."""
 
 from __future__ import annotations
 
@@ -46,6 +46,62 @@ class Shape:
         return self.batch * self.nodes * self.heads * self.seen
 
 
+@dataclass(frozen=True)
+class Laws:
+    """One call of `law` or `verify` on 16-bit logits of trees in which every node has `width` children, as far as they go."""
+
+    op: str
+    sampling: str  # a name in `verification.SAMPLINGS`
+    children: str  # name of the law that they were drawn from
+    batch: int
+    nodes: int = 64
+    vocab: int = 128256  # of Llama 3
+    width: int = 4
+    flops = 0
+
+    @property
+    def internal(self) -> int:
+        """Nodes that have children."""
+        return (self.nodes - 2) // self.width + 1
+
+    @property
+    def depth(self) -> int:
+        """Longest path, in edges."""
+        depth, node = 0, self.nodes - 1
+        while node > 0:
+            depth, node = depth + 1, (node - 1) // self.width
+        return depth
+
+    @property
+    def bytes(self) -> int:
+        """Logits of all nodes, and float32 laws of all drawn children: which nodes are visited shows when it is too late."""
+        drafted = self.op == "verify" and self.children != "POINT"
+        return self.batch * self.vocab * (2 * self.nodes + drafted * 4 * self.internal)
+
+    @property
+    def exponentials(self) -> int:
+        """Of the softmax."""
+        return 0 if self.sampling == "greedy" else self.batch * self.nodes * self.vocab
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """One call of `compact` on a 16-bit cache of `layers` keys and as many values; every row keeps `kept` nodes."""
+
+    op: str
+    batch: int
+    layers: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    kept: int = 8  # the root among them, which is in its place already
+    flops = exponentials = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return 2 * 2 * 2 * self.layers * self.batch * (self.kept - 1) * self.kv_heads * self.head_dim
+
+
 class Rates(NamedTuple):
     """What a chip does in a second at best."""
 
@@ -58,7 +114,7 @@ class Rates(NamedTuple):
 RATES = {"NVIDIA H200": Rates(4.3e12, 790e12, 4.2e12)}
 
 
-def floor(shape: Shape, rates: Rates) -> float:
+def floor(shape: Shape | Laws | Compaction, rates: Rates) -> float:
     """Seconds: the slowest of the three, were everything else free and the three overlapped."""
     pairs = ((shape.bytes, rates.bytes), (shape.flops, rates.flops), (shape.exponentials, rates.exponentials))
     return max(amount / rate for amount, rate in pairs)

@@ -11,29 +11,41 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from floors import RATES, Compaction, Laws, Shape, floor
 
 ROOT = Path(__file__).resolve().parents[2]
 REPLAYS = 20
 
 
-def require_green(tests: str, op: str) -> None:
-    """Exit unless the report (JUnit XML) has tests of this op on the device and every one of them passed."""
-    cases = [
-        case for case in ElementTree.parse(tests).iter("testcase") if case.get("classname", "").endswith(f"test_{op}")
-    ]
+class Timing(NamedTuple):
+    """Of one call."""
+
+    seconds: float  # median
+    spread: float  # between the first and the last decile, relative to the median
+
+
+def require_green(tests: Path, *ops: str) -> None:
+    """Exit unless there is a report OP.xml (JUnit's) of tests of each op on the device and every one of them passed."""
+    for op in ops:
+        if fault := _fault(tests / f"{op}.xml"):
+            sys.exit(f"{op}: no timings of a kernel whose tests are not green ({fault}). See {tests}.")
+
+
+def _fault(tests: Path) -> str | None:
+    cases = list(ElementTree.parse(tests).iter("testcase")) if tests.exists() else []
     bad = [
         case.get("name") for case in cases if any(case.find(end) is not None for end in ("failure", "error", "skipped"))
     ]
-    if not cases or bad:
-        found = f"{len(bad)} of {len(cases)} did not pass: {', '.join(map(str, bad[:5]))}" if cases else "none ran"
-        sys.exit(f"{op}: no timings of a kernel whose tests are not green ({found}). See {tests}.")
+    if not cases:
+        return "none ran"
+    return f"{len(bad)} of {len(cases)} did not pass: {', '.join(map(str, bad[:5]))}" if bad else None
 
 
-def measure(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of one call: the median replay of a CUDA graph that makes each of `calls` once, after warming up."""
+def measure(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Of one call, by replays of a CUDA graph that makes each of `calls` once, after warming up."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -49,11 +61,27 @@ def measure(calls: Sequence[Callable[[], object]]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times[3:])
+    median, deciles = statistics.median(times[3:]), statistics.quantiles(times[3:], n=10)
+    return Timing(median, (deciles[-1] - deciles[0]) / median)
 
 
-def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, name: str) -> Path:
-    """NAME.json with everything and NAME.md with the table; returns the first."""
+def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
+    """What a measured time amounts to."""
+    rates, seconds = RATES.get(gpu()), timing.seconds
+    return {
+        "us": seconds * 1e6,
+        "spread %": 100 * timing.spread,
+        "floor us": floor(shape, rates) * 1e6 if rates else None,
+        "% of floor": 100 * floor(shape, rates) / seconds if rates else None,
+        "GB/s": shape.bytes / seconds / 1e9,
+        "TFLOP/s": shape.flops / seconds / 1e12 if shape.flops else None,
+    }
+
+
+def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, bench: str) -> Path:
+    """kernels_GPU_DATE_BENCH.json with everything and .md with the table; returns the first."""
+    chip, date = notes["gpu"].removeprefix("NVIDIA ").replace(" ", "_").lower(), notes["date"][:10].replace("-", "")
+    name = f"kernels_{chip}_{date}_{bench}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**notes, "rows": rows}, indent=1) + "\n", "utf-8")

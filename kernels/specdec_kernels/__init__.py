@@ -6,11 +6,9 @@ On CUDA devices the ops launch the kernels of `specdec_kernels.triton`.
 
 from specdec_kernels.compact import compact
 from specdec_kernels.law import law
-from specdec_kernels.topk import topk
 from specdec_kernels.tree_attention import tree_attention
-from specdec_kernels.tree_build import tree_build
 from specdec_kernels.verify import verify
 
 DEVICES = {"cuda"}  # types of devices that there are kernels for
 
-__all__ = ["DEVICES", "compact", "law", "topk", "tree_attention", "tree_build", "verify"]
+__all__ = ["DEVICES", "compact", "law", "tree_attention", "verify"]

@@ -10,9 +10,7 @@ import torch
 
 from specdec_kernels.triton.compact import compact
 from specdec_kernels.triton.law import law
-from specdec_kernels.triton.topk import topk
 from specdec_kernels.triton.tree_attention import tree_attention
-from specdec_kernels.triton.tree_build import tree_build
 from specdec_kernels.triton.verify import verify
 
 VOCAB = 128256  # of Llama 3
@@ -20,6 +18,7 @@ Filters = tuple[float, int | None, float | None, float | None]  # temperature, t
 
 MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # one warp's tensor core instruction
 WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
+PREFETCH = {"sm_80": "LDGSTS", "sm_90": "LDGSTS", "sm_100": "LDGSTS"}  # what is read next is on its way already
 
 
 class Launch(NamedTuple):
@@ -103,15 +102,13 @@ def _verification() -> list[Launch]:
     )
     stack = torch.empty(64, 2, 128, 8, 128, dtype=torch.bfloat16)
     return [
-        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_walk_kernel", quick=True),
+        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_walk_kernel", (PREFETCH,), quick=True),
         Launch("verify width16", partial(_verify, torch.bfloat16, True, 16, plain), "_walk_kernel"),
         Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_walk_kernel", quick=True),
         Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_walk_kernel"),
         Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_walk_kernel"),
-        Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", quick=True),
+        Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", (PREFETCH,), quick=True),
         Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
-        Launch("topk", partial(topk, rows, 8, 1.0), "_block_kernel", quick=True),
-        Launch("tree_build", partial(tree_build, tree, 8), "_tree_build_kernel", quick=True),
     ]
 
 

@@ -1,7 +1,8 @@
 """Row statistics of the law: the threshold is found by bisection on the order of the logits, which are never sorted.
 
-One program per row. A row of 128k logits stays in the L2 cache from pass to pass; without filters there are two passes.
-16-bit logits take at most 16 passes per filter, and top-p, which looks at likely tokens only, about 8.
+One program per row, which asks for logits two tiles ahead of its arithmetic. A row of 128k logits stays in the L2 cache from
+pass to pass; without filters there are two passes. 16-bit logits take at most 16 passes per filter, and top-p, which looks at
+likely tokens only, about 8.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _weight(
 ):  # fmt: skip
     """Of the tokens up to a key: their exponentials, or their number."""
     b_sum = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=3):
         o_v, b_x = _load(p_x, start, vocab, BLOCK, WIDE)  # [BLOCK]
         b_e = exponential(b_x, peak, cut, temperature).to(tl.float64) if MASS else tl.where(o_v < vocab, 1.0, 0.0)
         b_sum += tl.where(_key(b_x, SHIFT, WIDE) <= key, b_e, 0.0)
@@ -88,7 +89,7 @@ def _law_kernel(
     dtype = tl.float64 if WIDE else tl.float32
     b_peak = tl.full([BLOCK], -float("inf"), dtype)
     b_best = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=3):
         o_v, b_x = _load(p_x, start, vocab, BLOCK, WIDE)  # [BLOCK]
         b_best = tl.where(b_x > b_peak, o_v, b_best)
         b_peak = tl.where(b_x > b_peak, b_x, b_peak)
@@ -108,7 +109,7 @@ def _law_kernel(
         cut = tl.maximum(cut, _value(key, SHIFT, WIDE))
     cut = tl.maximum(cut, peak + drop)
     b_total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=3):
         o_v, b_x = _load(p_x, start, vocab, BLOCK, WIDE)  # [BLOCK]
         b_total += exponential(b_x, peak, cut, temperature).to(tl.float64)
     tl.store(p_law + i_row * 3, peak.to(tl.float64))

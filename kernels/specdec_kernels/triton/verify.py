@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec_kernels.backend import chip
 from specdec_kernels.reference.verify import PADDING, POINT, SAMPLED_THEN_TOP, WITHOUT_REPLACEMENT
 from specdec_kernels.triton.law import exponential, law
 
@@ -50,6 +51,7 @@ def _walk_kernel(
     p_path, p_accepted, p_node, p_scale, p_token, p_owed, p_invalid,
     nodes, internal, width, depth, vocab, coins, temperature, lenience,
     GREEDY: tl.constexpr, DRAFT: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     o_w = tl.arange(0, WIDTH)
@@ -105,7 +107,7 @@ def _walk_kernel(
                     if DRAFT:  # noqa: SIM102  the first is decided when compiled
                         if growth > 0:
                             b_rest = tl.zeros([BLOCK], tl.float64)
-                            for start in range(0, vocab, BLOCK):
+                            for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
                                 b_rest += _owed(
                                     p_row, p_weights, p_stats, best, start + tl.arange(0, BLOCK), vocab, b_token,
                                     b_own * 0, scale + growth, temperature, GREEDY, DRAFT, WIDE,
@@ -216,11 +218,12 @@ def verify(
         GREEDY=temperature == 0, DRAFT=draft_probs is not None, WIDE=logits.dtype == torch.float64, WIDTH=slots
     )
     shape, temperature = (nodes, draft.shape[1], vocab), temperature or 1.0
+    stages = 1 if chip().arch == "gfx942" else 4  # what is on its way takes registers there, and all are taken
     _walk_kernel[(batch,)](
         logits, row_law, best, tokens.contiguous(), children.contiguous(), laws.contiguous(), draft, weight,
         accept, path, accepted, node, *end, invalid,
         *shape[:2], width, depth, vocab, accept.stride(0), temperature, lenience,
-        **flags, BLOCK=max(block // 4, 16), num_warps=16, enable_fp_fusion=True,
+        **flags, BLOCK=max(block // 4, 16), STAGES=stages, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     _mass_kernel[(batch, blocks)](
         logits,

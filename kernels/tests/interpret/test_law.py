@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from verification_cases import FILTERS, law_logits
 
 from specdec_kernels.reference.law import law as reference
 from specdec_kernels.triton.law import law
@@ -12,22 +13,12 @@ TOTAL = {
     torch.float32: 2e-7,
     torch.bfloat16: 2e-7,
 }  # relative: roundings of exp, summed in float64
-FILTERS = [(0.0, None, None, None), (1.0, None, None, 0.1), (0.5, 5, None, None), (0.75, 20, 0.8, 0.05)]
-
-
-def logits(vocab: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows with ties everywhere, ties at the top, and tokens that cannot occur."""
-    x = torch.randn(3, vocab, generator=torch.Generator().manual_seed(0)) * 3
-    x[0] = x[0].round()
-    x[1, 7] = x[1].max()
-    x[2, : vocab // 3] = -torch.inf
-    return x.to(dtype)
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernel_keeps_exactly_the_tokens_of_the_specification(dtype, filters):
-    x = logits(70, dtype)
+    x = law_logits(70, dtype)
     (got, best), (due, first) = law(x, *filters), reference(x, *filters)
     kept = [(x.double() >= row[:, 1:2]) & x.isfinite() for row in (got, due)]
     assert torch.equal(*kept)
@@ -37,7 +28,7 @@ def test_the_kernel_keeps_exactly_the_tokens_of_the_specification(dtype, filters
 
 
 def test_rows_of_several_blocks_in_float64():
-    x = logits(4100, torch.float64)
+    x = law_logits(4100, torch.float64)
     (got, best), (due, first) = law(x, 0.75, None, None, 0.05), reference(x, 0.75, None, None, 0.05)
     assert torch.equal((x >= got[:, 1:2]), (x >= due[:, 1:2]))
     assert torch.equal(best, first)

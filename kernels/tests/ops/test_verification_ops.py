@@ -1,4 +1,4 @@
-"""The ops of verification and of trees: what torch is promised about them, and what specdec calls on CUDA devices."""
+"""The ops of verification and compaction: what torch is promised about them, and what specdec calls on CUDA devices."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +25,6 @@ def cases() -> dict[str, tuple]:
         "law": (logits[0], 0.7, 3, 0.9, 0.1),
         "verify": (logits, *drafted, *coins, tree.topology.depth, 1.0),
         "compact": (stack, torch.tensor([[0, 2, 3], [0, 1, 5]]), rows, rows),
-        "topk": (logits[0], 3),
-        "tree_build": (tree.topology.parents, tree.topology.depth),
     }
 
 
