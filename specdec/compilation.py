@@ -7,10 +7,14 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import fx
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from tqdm import tqdm
 
 _SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
+_aten = torch.ops.aten
 
 
 class Compiled:
@@ -35,6 +39,7 @@ class Compiled:
         try:
             with (
                 torch._dynamo.config.patch(recompile_limit=_SHAPES),
+                inductor.patch(post_grad_custom_pre_pass=_WeightsFirst()),
                 tqdm(total=1, desc=f"compiling {self._name} ({sizes})"),
             ):
                 return self._call(*args)
@@ -43,3 +48,37 @@ class Compiled:
             warnings.warn(f"engine: {self._name} cannot be compiled and runs as it stands: {reason}", stacklevel=2)
             self._call = self._run
             return self._run(*args)
+
+
+class _WeightsFirst(CustomGraphPass):
+    """x @ W.T as (W @ x.T).T on a CPU: MKL then reads W as it lies, in up to a third less time for 5 to 16 tokens.
+
+    A single token is multiplied as a vector, which is as fast as W can be read.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=_aten.mm.default):
+            operands: Any = node.args
+            x, weight = operands[0], _untransposed(operands[1])
+            if weight is None or x.meta["val"].shape[0] == 1 or x.meta["val"].device.type != "cpu":
+                continue
+            with graph.inserting_before(node):
+                columns = _call(graph, _aten.permute.default, x, [1, 0])
+                result = _call(graph, _aten.permute.default, _call(graph, _aten.mm.default, weight, columns), [1, 0])
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+def _untransposed(node: Any) -> fx.Node | None:
+    """W if the node is W.T and W an input of the graph."""
+    return node.args[0] if node.target is _aten.permute.default and node.args[0].op == "placeholder" else None
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """The node of an operation, with a stand-in of its result as passes expect it."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
+    return node
