@@ -53,7 +53,7 @@ def main(config: DictConfig) -> None:
     text = table(found) + "\n\n" + note(config, found, len(ids), len(finished))
     print(text, end="\n\n")
     print(log.write({**source, "prompts": len(ids), "rounds": len(finished), **found}))
-    Path(config.log.path).with_suffix(".md").write_text(text + "\n", "utf-8")
+    Path(config.table).write_text(text + "\n", "utf-8")
 
 
 def present(

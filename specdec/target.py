@@ -69,8 +69,7 @@ class CachedModel:
         self.context_length = context_length_of(model)
         self.device = embedding(model).device
         self.cache = TreeCache(self.layout, 0, 0, self.device)
-        self.compiled: Compiled | None = None  # what runs the forward passes of steps, if they are compiled
-        self._compiled = Compiled(self._logits, type(model).__name__)
+        self.compiled: Compiled | None = None
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
 
     def start(self, batch: int, capacity: int) -> None:
@@ -102,7 +101,7 @@ class CachedModel:
         if self.compiled is None:
             return self._logits(tokens, positions, self.cache, logits_to_keep or count)
         view.prepare()
-        return self.compiled((*tokens.shape, view.slots, self.cache.capacity), tokens, positions, self.cache, count)
+        return self.compiled((*tokens.shape, view.slots), tokens, positions, self.cache, count)
 
     def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
         return self.model(
@@ -111,7 +110,7 @@ class CachedModel:
 
     def compile(self) -> None:
         """Compile the forward passes that follow: those of steps, whose shapes recur."""
-        self.compiled = self._compiled
+        self.compiled = Compiled(self._logits, type(self.model).__name__)
 
     def read(self, tokens: Tensor, lengths: list[int]) -> None:
         """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""
