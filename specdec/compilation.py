@@ -36,14 +36,16 @@ class Compiled:
         if shape in self._shapes:
             return self._call(*args)
         self._shapes.add(shape)
-        sizes = " x ".join(map(str, shape))
+        what = f"compiling {self._name}, {' x '.join(map(str, shape))}"
         try:
             with (
                 torch._dynamo.config.patch(recompile_limit=_SHAPES),
                 inductor.patch(post_grad_custom_pre_pass=_WeightsFirst()),
-                tqdm(total=1, desc=f"compiling {self._name} ({sizes})"),
+                tqdm(total=1, desc=what, leave=False) as bar,
             ):
-                return self._call(*args)
+                result = self._call(*args)
+                bar.update()
+                return result
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"engine: {self._name} cannot be compiled and runs as it stands: {reason}", stacklevel=2)

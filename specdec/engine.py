@@ -13,6 +13,7 @@ class Engine:
 
     fixed = False  # whether the shapes of a stage have to be the same in all steps
     compiled = False  # whether forward passes are to be compiled
+    run: object = None  # the run that began last, if `fixed`; set by the loop
 
     def rounded(self, length: int) -> int:
         """A length of text that the stages are told in place of this one, and not less."""
@@ -27,7 +28,7 @@ class Engine:
         """
         return make()
 
-    def run(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
+    def perform(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         """The result of a stage.
 
         Args:

@@ -156,7 +156,8 @@ class Decoding:
             flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
             return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
 
-        signature = (target, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
+        weights = [] if found.model is None else [p.data_ptr() for p in found.model.parameters()]
+        signature = (target, weights, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
         fixed = self.engine.fixed and self.drafter.capturable
         self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed)
@@ -165,7 +166,8 @@ class Decoding:
         self.emitted: list[list[int]] = [[] for _ in rows]
         self._look_ahead([max_new_tokens] * batch)
         self._ticket = object()
-        for part in (self.target, self.drafter):
+        self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
+        for part in self._parts:
             object.__setattr__(part, "run", self._ticket)
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, capacity, self.drafter.uses_hidden)
@@ -174,10 +176,10 @@ class Decoding:
 
     def step(self) -> Acceptance:
         """One round for every row: propose, score, decide, follow."""
-        for part in (self.target, self.drafter):
+        for part in self._parts:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
-        run, clock = partial(self.engine.run, self.context.longest), Clock(self.target.device)
+        run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
         on_host = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
         with torch.inference_mode(), self._patched():
             tree = run(self._propose, on_host)

@@ -76,7 +76,7 @@ class Graphs(Engine):
                 self._how = partial(CudaGraph, torch.cuda.graph_pool_handle())
         return self._buffers
 
-    def run(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
+    def perform(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")
         if reason is not None:
             self._leave_out(name, reason)

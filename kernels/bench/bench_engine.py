@@ -57,6 +57,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=500, help="begin no case after so long")
     options.add_argument("--device", default="cuda")
     options.add_argument("--cases", nargs="*", help="SIZE,BATCH,CONTEXT; by default all of the published table")
+    options.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
     options.add_argument("--new-tokens", type=int, default=96)
     options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
     chosen = options.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
         if time.monotonic() - began > chosen.seconds:
             left.append("{}, batch {}, context {}".format(*case))
             continue
-        for row in figures(case, chosen.device, chosen.new_tokens, rate):
+        for row in figures(case, chosen.device, chosen.engines, chosen.new_tokens, rate):
             rows.append(row)
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     notes = {
@@ -81,13 +82,13 @@ def main() -> None:
     print(report.write(rows, notes, chosen.results, name))
 
 
-def figures(case: Case, device: str, new_tokens: int, rate: float) -> Iterator[dict[str, Any]]:
+def figures(case: Case, device: str, engines: list[str], new_tokens: int, rate: float) -> Iterator[dict[str, Any]]:
     """One row per method of a case."""
     pair, dtype = specdec.demo.load(), torch.bfloat16 if device == "cuda" else torch.float32
     target, large = (grown(model, case, device, dtype) for model in (pair.target, pair.draft))
     small = grown(pair.draft, case._replace(size=""), device, dtype)
     prompts = texts(pair, case)
-    runs = methods(case, target, large, small)
+    runs = methods(case, engines, target, large, small)
     traces: dict[str, list[Generation]] = {name: [] for name in runs}
     options = {"max_new_tokens": new_tokens}
     for run in runs.values():
@@ -96,7 +97,7 @@ def figures(case: Case, device: str, new_tokens: int, rate: float) -> Iterator[d
         for name, run in runs.items():
             traces[name].append(run(target, prompts, **options))
     weights = sum(p.numel() * p.element_size() for p in target.parameters())
-    base = {engine: speed(traces[f"autoregressive, {engine}"]) for engine in ENGINES}
+    base = {engine: speed(traces[f"autoregressive, {engine}"]) for engine in engines}
     for name, found in traces.items():
         engine = name.split(", ")[-1]
         yield {**case._asdict(), "method": name, **row(found, base.get(engine), weights / rate),
@@ -110,7 +111,9 @@ ENGINES: dict[str, Callable[[], Any]] = {
 }
 
 
-def methods(case: Case, target: PreTrainedModel, large: PreTrainedModel, small: PreTrainedModel) -> dict[str, Callable]:
+def methods(
+    case: Case, engines: list[str], target: PreTrainedModel, large: PreTrainedModel, small: PreTrainedModel
+) -> dict[str, Callable]:
     """What is compared, each with an engine of its own."""
     skipped = (*SKIPPED, *range(6, target.config.num_hidden_layers))
     drafters = {
@@ -121,9 +124,9 @@ def methods(case: Case, target: PreTrainedModel, large: PreTrainedModel, small: 
         "layers left out, chain of 4": lambda: LayerSkipDrafter(skipped, tree=Chain(4)),
     }
     ours = {
-        f"{name}, {engine}": partial(specdec.generate, drafter=drafter(), engine=make(), stop_tokens=())
+        f"{name}, {engine}": partial(specdec.generate, drafter=drafter(), engine=ENGINES[engine](), stop_tokens=())
         for name, drafter in drafters.items()
-        for engine, make in ENGINES.items()
+        for engine in engines
     }
     theirs: dict[str, Callable] = {"transformers": baseline.generate}
     if case.batch == 1:

@@ -36,7 +36,8 @@ class Decisions:
         """What is left of it after the first stop token, and within the `budget` [batch] of new tokens."""
         accepted, place = self.accepted[:, None], torch.arange(self.path.shape[1], device=self.path.device)
         tokens = tree.tokens.gather(1, self.path).roll(-1, 1).scatter(1, accepted, self.token[:, None])
-        ends = torch.isin(tokens, stop_tokens) & (place <= accepted)
+        # not `torch.isin`, which sorts many stop tokens, and on a GPU waits for that
+        ends = (tokens[..., None] == stop_tokens).any(-1) & (place <= accepted)
         first_end = torch.where(ends, place, self.path.shape[1]).amin(1)
         count = torch.minimum(torch.minimum(self.accepted, first_end) + 1, budget)
         last = self.path.gather(1, accepted)
