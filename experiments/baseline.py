@@ -1,4 +1,4 @@
-"""transformers' own decoding, plain and assisted, called and measured like `specdec.generate`.
+"""transformers' own decoding, plain, assisted and with prompt lookup, called and measured like `specdec.generate`.
 
 Steps are timed by a stopping criterion, which transformers calls after each forward pass of the target. As in specdec,
 decoding time excludes the prefill; here that is all up to the first new tokens, so they are not counted.
@@ -26,14 +26,17 @@ def generate(
     *,
     assistant: PreTrainedModel | None = None,
     draft_length: int = 4,
+    prompt_lookup: int | None = None,
     sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> Generation:
-    """`target.generate`; with an assistant, transformers' speculative decoding with `draft_length` tokens every step."""
-    if assistant is not None and len(prompts) > 1:
+    """`target.generate`; with an assistant, transformers' speculative decoding with `draft_length` tokens every step; or its
+    drafts of up to `prompt_lookup` tokens from the text itself, of which it does not say how many there were.
+    """
+    if (assistant is not None or prompt_lookup is not None) and len(prompts) > 1:
         raise SystemExit(f"{len(prompts)} prompts: transformers' assisted generation takes one at a time; set batch=1.")
-    clock, longest = _Clock(), max(map(len, prompts))
+    longest = max(map(len, prompts))
     padded = torch.stack([torch.nn.functional.pad(p, (longest - len(p), 0)) for p in prompts])  # [batch, longest]
     mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in prompts]).long()
     ends = target.generation_config.eos_token_id
@@ -41,31 +44,32 @@ def generate(
     generate: Any = target.generate  # its type stub is too narrow
     with torch.random.fork_rng(), _configured(target, config), _configured(assistant, _constant(draft_length)):
         torch.manual_seed(seed)
-        clock.start(longest)
+        clock = _Clock(longest)
         out = generate(
             padded.to(target.device),
             attention_mask=mask.to(target.device),
             assistant_model=assistant,
+            prompt_lookup_num_tokens=prompt_lookup,
             stopping_criteria=StoppingCriteriaList([clock]),
             logits_processor=LogitsProcessorList(sampling.processors),
         )
     tokens = [_cut(row[longest:].cpu(), ends) for row in out]
-    trace = clock.trace(list(map(len, tokens)), max_new_tokens, draft_length if assistant is not None else 0)
+    trace = clock.steps.trace(list(map(len, tokens)), max_new_tokens, draft_length if assistant is not None else 0)
     return Generation(tokens, None, trace)
 
 
-class _Clock(StoppingCriteria):
-    """Stops nothing; notes when each step ended and how long the text was."""
+class StepTimes:
+    """When each step ended, and how long the new text was then; the first step is the prefill."""
 
-    def start(self, length: int) -> None:
-        self.first, self.times, self.lengths = length, [time.perf_counter()], [0]
+    def __init__(self) -> None:
+        self.times, self.lengths = [time.perf_counter()], [0]
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def note(self, length: int) -> None:
+        """A step ends now, and there are so many new tokens."""
         self.times.append(time.perf_counter())
-        self.lengths.append(input_ids.shape[1] - self.first)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.lengths.append(length)
 
-    def trace(self, totals: list[int], budget: int, draft_length: int) -> Trace:
+    def trace(self, totals: list[int], budget: int, draft_length: int = 0) -> Trace:
         """The steps after the first; what a step spent where is not known, so all of it counts as verification."""
         trace = Trace(prefill_seconds=self.times[1] - self.times[0])
         for i in range(2, len(self.times)):
@@ -76,6 +80,17 @@ class _Clock(StoppingCriteria):
             tried = [min(n, drafted) for n in emitted]
             trace.steps.append(Step(1 + drafted, emitted, accepted, tried, 0.0, self.times[i] - self.times[i - 1], 0.0))
         return trace
+
+
+class _Clock(StoppingCriteria):
+    """Stops nothing; notes the steps."""
+
+    def __init__(self, start: int):
+        self.steps, self._start = StepTimes(), start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.steps.note(input_ids.shape[1] - self._start)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny_models import GATE, PROMPTS, llama
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import specdec
 from specdec import Sampling
+from specdec.compilation import _MANY, _WeightsFirst
 from specdec.drafters import LayerSkipDrafter, ModelDrafter
 from specdec.trees import Chain, Dynamic
 
@@ -48,3 +50,14 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_stands():
     with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be compiled and runs as it stands: "):
         found = specdec.generate(model, PROMPTS, engine="compile", **OPTIONS)
     assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
+
+
+@pytest.mark.parametrize("tokens", [_MANY - 1, _MANY])
+def test_weights_are_multiplied_as_they_lie_by_many_tokens(tokens):
+    x, weight = torch.randn(tokens, 3), torch.randn(4, 3)
+    compiled = make_fx(lambda x, weight: x @ weight.permute(1, 0) + 1, tracing_mode="fake")(x, weight)
+    _WeightsFirst()(compiled.graph)
+    compiled.recompile()
+    [product] = compiled.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert (product.args[0].name == "weight_1") == (tokens == _MANY)
+    assert torch.allclose(compiled(x, weight), x @ weight.T + 1)

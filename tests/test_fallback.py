@@ -98,3 +98,20 @@ def test_the_first_drafter_may_draft_more_than_the_second_ever_does():
     out = specdec.generate(model, prompts, drafter, **options)
     assert all(map(torch.equal, out.tokens, expected))
     assert max(step.nodes for step in out.trace.steps) == 5
+
+
+@pytest.mark.filterwarnings("ignore:engine. the stage .* runs step by step")
+def test_what_the_second_drafter_missed_is_read_in_few_shapes_where_shapes_are_compiled():
+    model, draft, counts = llama(), llama(), []
+    draft.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    texts, read = [], []
+    for engine in ("eager", specdec.Graphs()):
+        counts.clear()
+        drafter = Fallback(SuffixDrafter(), ModelDrafter(draft, Chain(3)))
+        out = specdec.generate(model, PROMPTS[3], drafter, max_new_tokens=48, stop_tokens=(), engine=engine)
+        texts.append(out.tokens[0])
+        read.append(set(counts[1:]))  # the first is the prompt
+    assert torch.equal(*texts)
+    assert not read[0] <= {1, 2, 4, 8, 16} and {1, 2} < read[1] <= {1, 2, 4, 8, 16}

@@ -1,0 +1,110 @@
+"""Other libraries in the same table: what is asked of them, and what is said of those that are not here."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_benchmark import run
+
+import specdec
+from experiments import baseline, calls
+from experiments.benchmark import with_models
+from experiments.libraries import LlamaCpp, OpenVino
+from experiments.measure import AGAIN
+from experiments.peers import over, present, spent, table
+from experiments.report import figures
+from specdec import Sampling
+
+PAIR = specdec.demo.load()
+PROMPT = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def settings(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("peers", list(overrides))
+
+
+def test_every_method_of_the_configuration_can_be_made():
+    config = settings()
+    calls.check(OmegaConf.to_container(config))
+    assert {*config.over} < {*with_models(config, PAIR)}
+
+
+@pytest.mark.parametrize("package, peer", [("openvino_genai", OpenVino("folder")), ("llama_cpp", LlamaCpp("file"))])
+def test_a_peer_that_is_not_installed_is_a_row_that_says_so(package, peer, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    methods = {"transformers": baseline.generate, "peer": peer}
+    methods, absent = present(methods, PAIR.target, PROMPT, Sampling())
+    assert absent == {"peer": f"{package} is not installed"} and list(methods) == ["transformers"]
+    found = figures([{"transformers": [run(1, 1.0)], AGAIN: [run(1, 1.0)]}])
+    text = table({"figures": found, "over": {}, "absent": absent})
+    assert f"| peer | {package} is not installed | - | - |" in text
+
+
+def stand_in(text: list[list[int]], asked: dict) -> ModuleType:
+    """What `OpenVino` uses of openvino_genai; its pipelines stream `text`, step by step."""
+
+    class Pipeline:
+        def __init__(self, folder, device, **options):
+            asked["options"] = options
+
+        def generate(self, ids, config, streamer):
+            asked["ids"], asked["config"] = ids, config
+            for step in text:
+                streamer.write(step)
+            streamer.end()
+
+    class Config(SimpleNamespace):
+        def set_eos_token_id(self, token):
+            self.eos = token
+
+    module = ModuleType("openvino_genai")
+    module.LLMPipeline, module.GenerationConfig, module.StreamerBase = Pipeline, Config, object
+    module.SchedulerConfig, module.StreamingStatus = SimpleNamespace, SimpleNamespace(RUNNING=0)
+    module.draft_model = lambda folder, device, **options: folder
+    return module
+
+
+@pytest.fixture
+def openvino(monkeypatch):
+    asked = {}
+    monkeypatch.setitem(sys.modules, "openvino_genai", stand_in([[5], [6, 7, 8], [9]], asked))
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array))
+    return asked
+
+
+def test_openvino_is_told_token_ids_and_its_steps_are_counted(openvino, tmp_path):
+    for name in ("target", "draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "openvino_model.xml").touch()
+    peer = OpenVino(str(tmp_path / "target"), str(tmp_path / "draft"), draft_length=3)
+    out = peer(PAIR.target, [PROMPT], sampling=Sampling(), max_new_tokens=5)
+    assert out.tokens[0].tolist() == [5, 6, 7, 8, 9]
+    assert [step.emitted for step in out.trace.steps] == [[3], [1]]  # the first token belongs to the prefill
+    assert openvino["ids"].tolist() == [PROMPT.tolist()] and openvino["config"].num_assistant_tokens == 3
+    assert openvino["config"].eos == PAIR.target.generation_config.eos_token_id
+    assert openvino["options"]["draft_model"] == str(tmp_path / "draft")
+    assert openvino["options"]["INFERENCE_NUM_THREADS"] == 1
+
+
+def test_a_peer_without_its_copy_of_the_model_says_so(openvino, tmp_path):
+    folder = str(tmp_path / "nothing")
+    methods, absent = present({"peer": OpenVino(folder)}, PAIR.target, PROMPT, Sampling())
+    assert not methods and absent == {"peer": f"no exported model in {folder}"}
+
+
+def test_prompt_lookup_of_transformers_writes_its_greedy_text_in_fewer_steps():
+    plain, lookup = (baseline.generate(PAIR.target, [PROMPT], max_new_tokens=40, prompt_lookup=n) for n in (None, 4))
+    assert torch.equal(lookup.tokens[0], plain.tokens[0])
+    assert len(lookup.trace.steps) < len(plain.trace.steps)
+
+
+def test_ratios_and_times_of_known_runs():
+    rounds = [{"peer": [run(2, 1.0)], "ours": [run(3, 0.5)]}] * 2
+    assert over(rounds, "peer")["ours"]["median"] == 3.0
+    assert spent([done["ours"] for done in rounds]) == {"draft": 0.0, "verify": 375.0, "other": 125.0}
