@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 PINS := $(VENV)/constraints.txt
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test lint gpu install clean
+.PHONY: help demo test lint gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -27,6 +27,9 @@ lint: $(READY) ## ruff and pyright
 
 gpu: ## test and time the kernels on the GPU here, with the python3 here: under nine minutes, installs nothing
 	@PYTHON=$(PYTHON) experiments/gpu.sh
+
+engine: ## time whole steps on the GPU here, beside transformers: under nine minutes, installs nothing
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) kernels/bench/bench_engine.py --seconds 450
 
 install: $(READY) ## only the set-up: .venv with the tested versions
 
