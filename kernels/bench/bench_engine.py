@@ -78,8 +78,7 @@ def main() -> None:
         "rounds": ROUNDS,
         "left out": left,
     }
-    name = f"engine_{report.gpu().split()[-1].lower()}_{source['date'][:10].replace('-', '')}"
-    print(report.write(rows, notes, chosen.results, name))
+    print(report.write(rows, notes, chosen.results, "engine_{gpu}_{date}"))
 
 
 def figures(case: Case, device: str, engines: list[str], new_tokens: int, rate: float) -> Iterator[dict[str, Any]]:

@@ -58,7 +58,7 @@ def main() -> None:
             continue
         rows += time_shape(shape, [inputs(shape, "cuda", seed) for seed in range(buffers)])
         torch.cuda.empty_cache()
-    print(report.write(rows, {**source, "left out": left}, chosen.results, "tree_attention"))
+    print(report.write(rows, {**source, "left out": left}, chosen.results, "kernels_{gpu}_{date}_tree_attention"))
 
 
 def inputs(shape: Shape, device: str, seed: int) -> dict[str, Any]:

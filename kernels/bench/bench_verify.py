@@ -52,7 +52,11 @@ def main() -> None:
             continue
         rows += time_shape(shape, buffers(shape, "cuda"))
         torch.cuda.empty_cache()
-    print(report.write(rows, {**source, "target": TARGET, "left out": left}, chosen.results, "verification"))
+    print(
+        report.write(
+            rows, {**source, "target": TARGET, "left out": left}, chosen.results, "kernels_{gpu}_{date}_verification"
+        )
+    )
     if ours := [row for row in rows if row["method"] == "specdec" and "reason" in row]:
         sys.exit(f"{len(ours)} shapes have no figures of ours: {ours}")
 

@@ -78,10 +78,10 @@ def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
     }
 
 
-def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, bench: str) -> Path:
-    """kernels_GPU_DATE_BENCH.json with everything and .md with the table; returns the first."""
+def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, pattern: str) -> Path:
+    """A JSON file with everything and one in Markdown with the table; returns the first. `{gpu}` and `{date}` go into `pattern`."""
     chip, date = notes["gpu"].removeprefix("NVIDIA ").replace(" ", "_").lower(), notes["date"][:10].replace("-", "")
-    name = f"kernels_{chip}_{date}_{bench}"
+    name = pattern.format(gpu=chip, date=date)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**notes, "rows": rows}, indent=1) + "\n", "utf-8")

@@ -127,7 +127,7 @@ def test_a_kernel_is_timed_only_after_its_tests_passed(outcome, tmp_path):
 
 def test_the_report_holds_figures_and_what_produced_them(tmp_path):
     rows = [{"method": "specdec", "us": 12.3456}, {"method": "flex", "reason": "refused"}]
-    path = report.write(rows, report.provenance(), tmp_path, "tree_attention")
+    path = report.write(rows, report.provenance(), tmp_path, "kernels_{gpu}_{date}_tree_attention")
     stored = json.loads(path.read_text())
     assert path.name.startswith("kernels_no_gpu_") and path.name.endswith("_tree_attention.json")
     assert stored["rows"] == rows and stored["versions"]["torch"] == torch.__version__ and stored["gpu"] == "no GPU"
