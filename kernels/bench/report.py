@@ -79,7 +79,10 @@ def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
 
 
 def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, pattern: str) -> Path:
-    """A JSON file with everything and one in Markdown with the table; returns the first. `{gpu}` and `{date}` go into `pattern`."""
+    """A JSON file with everything and a Markdown file with the table; returns the first.
+
+    `pattern` is their name, with {gpu} and {date} to be filled in.
+    """
     chip, date = notes["gpu"].removeprefix("NVIDIA ").replace(" ", "_").lower(), notes["date"][:10].replace("-", "")
     name = pattern.format(gpu=chip, date=date)
     folder.mkdir(parents=True, exist_ok=True)
