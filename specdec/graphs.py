@@ -55,6 +55,7 @@ class Graphs(Engine):
     def __init__(self, *, compile: bool = False, capture: Callable[[Callable[[], Any]], Graph] | None = None):
         self.compiled, self._capture = compile, capture
         self._made_for: Any = None
+        self._graphs: dict[Hashable, Graph] = {}
 
     @property
     def captured(self) -> int:
@@ -69,7 +70,7 @@ class Graphs(Engine):
             self._made_for, self._buffers = (device, signature), make()
             self._times: Counter[Hashable] = Counter()  # that stages were run
             self._held: dict[Hashable, tuple[Any, ...]] = {}  # what stages are captured with
-            self._graphs: dict[Hashable, Graph] = {}
+            self._graphs = {}
             self._reasons: dict[str, str] = {}  # of stages that cannot be captured
             self._how = self._capture
             if self._how is None and device.type == "cuda":
