@@ -8,7 +8,9 @@ the draft's confidence and from what became of earlier drafts, `specdec.trees.ec
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class Adaptive(TreePolicy):
     costs: Costs | None = None
     _economy: Economy | None = field(default=None, init=False, repr=False)
     _context: Context | None = field(default=None, init=False, repr=False)
-    _expected: Tensor | None = field(default=None, init=False, repr=False)
+    _expected: np.ndarray | None = field(default=None, init=False, repr=False)
     _grown: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Adaptive(TreePolicy):
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
-            self._context, self._begun, self._steps = context, context.lengths.clone(), 0
+            self._context, self._begun, self._steps = context, np.array(context.host_lengths), 0
             self._economy = Economy(self.nodes, self.width, self.costs)
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
@@ -81,34 +83,35 @@ class Adaptive(TreePolicy):
         if not going:
             economy.finish()
             return Grown(root_only(context.root), torch.full_like(context.root, -1)[:, None])
-        tree, weights = _Growing(context, self.nodes), self._weights(context)
+        budgets = context.row_depths.cpu().numpy()
+        tree, weights = _Growing(context.root, budgets, self.nodes), self._weights(context.host_lengths, budgets)
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weights * tree.useful()
         while going:
             logits = yield tree.frontier()
             families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
-            count = economy.children(*_on_host(reach, families))
+            count = economy.children(reach.sum().item(), (reach[..., None] * families).sum((0, 1)).tolist())
             if count == 0:
                 break
             law = Law.SAMPLED_THEN_TOP if count > 1 else Law.IID
             drawn = draw(logits, count, law, context.sampling, coins, tree.nodes)
-            chances = _chances(logits, drawn.tokens, families[..., :count], context.sampling)
+            chances = np.minimum(economy.calibration * _chances(drawn, families[..., :count]), 1)
             exists = tree.add(drawn, families[..., count - 1] * tree.useful())
-            chances = (economy.calibration * chances).clamp(max=1)
-            reach = (reach[..., None] * chances).flatten(1) * exists * tree.useful()
-            best = reach.topk(min(self.width, reach.shape[1]), -1)
-            count = economy.frontier(best.values.sum(0).tolist())
-            reach, going = best.values[:, :count], economy.continues()
-            tree.turn_to(best.indices[:, :count])
+            reach = (reach[..., None] * chances).reshape(len(weights), -1) * exists * tree.useful()
+            best = (-reach).argsort(1, kind="stable")[:, : self.width]
+            reach = reach[tree.rows, best]
+            count = economy.frontier(reach.sum(0).tolist())
+            reach, going = reach[:, :count], economy.continues()
+            tree.turn_to(best[:, :count])
         economy.finish()
-        self._expected = torch.cat([weights, tree.expected], 1)
+        self._expected = np.concatenate([weights, tree.expected], 1)
         return tree.grown(self.width)
 
-    def _weights(self, context: Context) -> Tensor:
-        """[batch, 1] float64, together 1: a batch ends with its last row, so rows with most time to go count most."""
-        pace = (context.lengths - self._begun + _USUAL) / (self._steps - 1 + _USUAL)  # tokens per step
-        left = (context.row_depths + 1) / pace
-        weights = (left / left.amax()).double()[:, None] ** _LAGGARDS
+    def _weights(self, lengths: list[int], budgets: np.ndarray) -> np.ndarray:
+        """[batch, 1], together 1: a batch ends with its last row, so rows with most time to go count most."""
+        pace = (np.array(lengths) - self._begun + _USUAL) / (self._steps - 1 + _USUAL)  # tokens per step
+        left = (budgets + 1) / pace
+        weights = (left / left.max())[:, None] ** _LAGGARDS
         return weights / weights.sum()
 
     def commit(self, acceptance: Acceptance) -> None:
@@ -117,102 +120,112 @@ class Adaptive(TreePolicy):
         self._grown = False
         if self._expected is None:  # nothing was drafted
             return self._economy.learn([])
-        chosen = torch.nn.functional.pad(acceptance.path + 1, (1, 0))  # the weight, and the accepted nodes' families
-        rows = torch.cat([self._expected.gather(1, chosen), acceptance.keep[:, None]], 1).tolist()
-        rows = [row for row, stopped in zip(rows, acceptance.stopped, strict=True) if not stopped]
-        self._economy.learn([(weight, path[: int(keep)]) for weight, *path, keep in rows])
+        paths, kept = acceptance.path.cpu().numpy(), acceptance.keep.tolist()
+        rows = zip(self._expected, paths, kept, acceptance.stopped, strict=True)
+        self._economy.learn(
+            [(row[0], row[path[:keep] + 1].tolist()) for row, path, keep, stopped in rows if not stopped]
+        )
 
 
-def _on_host(reach: Tensor, families: Tensor) -> tuple[float, list[float]]:
-    """Summed over nodes and rows: reach, and reach times each family's chance."""
-    total, *sums = torch.cat([reach[..., None], reach[..., None] * families], -1).sum((0, 1)).tolist()
-    return total, sums
-
-
-def _families(logits: Tensor, most: int, sampling: Sampling) -> Tensor:
+def _families(logits: Tensor, most: int, sampling: Sampling) -> np.ndarray:
     """[batch, count, most]: how often one of the first 1, 2, ... children of each node is accepted, by the draft's confidence.
 
     Greedy, the target's token is among the draft's top k about as often as the square root of their mass (fits the demo pair
     to 0.05). Sampled, the top k - 1 have their mass of the target's law, and the rest overlaps by half.
     """
-    logits = logits.float() / (sampling.temperature or 1.0)
-    mass = (logits.topk(most, -1).values - logits.logsumexp(-1, keepdim=True)).exp().cumsum(-1).double()
+    probs = (logits.float() / (sampling.temperature or 1.0)).softmax(-1)
+    mass = probs.topk(most, -1).values.cpu().double().numpy().cumsum(-1)
     if sampling.temperature == 0:
-        return mass.sqrt()
-    sure = torch.cat([mass[..., :1] ** 2, mass[..., :-1]], -1)
+        return np.sqrt(mass)
+    sure = np.concatenate([mass[..., :1] ** 2, mass[..., :-1]], -1)
     return sure + (1 - sure) * _OVERLAP
 
 
-def _chances(logits: Tensor, tokens: Tensor, families: Tensor, sampling: Sampling) -> Tensor:
+def _chances(drawn: Children, families: np.ndarray) -> np.ndarray:
     """[batch, count, children]: how often each child that was drawn is accepted."""
-    if sampling.temperature == 0:
-        return families.diff(dim=-1, prepend=torch.zeros_like(families[..., :1]))
-    logits = logits.float() / sampling.temperature
-    tokens = tokens.view(families.shape)
-    drawn = (logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).exp().double()
-    top = drawn[..., 1:]
-    first = (1 - top.sum(-1, keepdim=True)) * (_OVERLAP + (1 - _OVERLAP) * drawn[..., :1])
-    return torch.cat([first, top], -1)
+    if drawn.draft_probs is None:
+        return np.concatenate([families[..., :1], families[..., 1:] - families[..., :-1]], -1)
+    probs = drawn.draft_probs.gather(-1, drawn.tokens.view(families.shape)).cpu().double().numpy()
+    top = probs[..., 1:]
+    first = (1 - top.sum(-1, keepdims=True)) * (_OVERLAP + (1 - _OVERLAP) * probs[..., :1])
+    return np.concatenate([first, top], -1)
 
 
 class _Growing:
-    """Trees in the making, and which of their nodes are continued next."""
+    """Trees in the making, and which of their nodes are continued next: shapes on the host, which decides, tokens elsewhere.
 
-    def __init__(self, context: Context, nodes: int):
-        shape, device = (len(context.tokens), nodes), context.tokens.device
-        self._budget, self.nodes, self.depth = context.row_depths[:, None], 1, 0
-        self._tokens, self._parents = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-        self._tokens[:, 0], self._parents[:, 0] = context.root, -1
-        self._exists = torch.ones(shape, dtype=torch.bool, device=device)
-        self._laws = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._order = torch.full_like(self._tokens, -1)  # of asking
+    Args:
+        root: [batch] int64.
+        budgets: [batch]: depth to which each row has use for a draft.
+        nodes: most nodes.
+    """
+
+    def __init__(self, root: Tensor, budgets: np.ndarray, nodes: int):
+        shape = (len(root), nodes)
+        self._budgets, self.rows = budgets[:, None], np.arange(len(root))[:, None]
+        self.nodes, self.depth, self._newest = 1, 0, root[:, None]  # [batch, n]: tokens of the last level
+        self._tokens, self._probs = [self._newest], list[tuple[np.ndarray, Tensor]]()
+        self._parents, self._order = np.full(shape, -1), np.full(shape, -1)  # of asking
+        self._exists, self._laws = np.ones(shape, bool), np.zeros(shape, np.uint8)
         self._asked = self._parents[:, :0]  # [batch, asked]: parents of the nodes asked for, in that order
-        self._at = torch.zeros_like(self._tokens[:, :1])  # [batch, frontier]: the nodes to be continued
-        self._probs: list[tuple[Tensor, Tensor]] = []
-        self.expected = torch.zeros(shape, dtype=torch.float64, device=device)  # of each node's children together
+        self._at = np.zeros((len(root), 1), np.int64)  # [batch, frontier]: the nodes to be continued
+        self.expected = np.zeros(shape)  # of each node's children together
 
-    def useful(self) -> Tensor:
+    def useful(self) -> np.ndarray:
         """[batch, 1] bool: rows that can use one more level."""
-        return self._budget > self.depth
+        return self._budgets > self.depth
 
     def frontier(self) -> Frontier:
         """The nodes to be continued."""
         start, count = self._asked.shape[1], self._at.shape[1]
-        above = self._order.gather(1, self._parents.gather(1, self._at)) if self.depth else self._parents[:, :1]
-        self._asked = torch.cat([self._asked, above], 1)
-        order = torch.arange(start, start + count, device=above.device)
-        self._order.scatter_(1, self._at, order.expand_as(self._at))
-        return Frontier(self._tokens.gather(1, self._at), Topology(self._asked, self.depth))
+        above = self._order[self.rows, self._parents[self.rows, self._at]] if self.depth else self._parents[:, :1]
+        self._asked = np.concatenate([self._asked, above], 1)
+        self._order[self.rows, self._at] = np.arange(start, start + count)
+        tokens = self._newest
+        if self.depth:
+            tokens = tokens.gather(1, torch.from_numpy(self._at - self._first).to(tokens.device))
+        return Frontier(tokens, _topology(self._asked, self.depth, None, tokens.device))
 
-    def add(self, drawn: Children, expected: Tensor) -> Tensor:
+    def add(self, drawn: Children, expected: np.ndarray) -> np.ndarray:
         """Adds the children of the frontier's nodes; [batch, children] bool: those that exist."""
         count, new = drawn.tokens.shape[1] // self._at.shape[1], slice(self.nodes, self.nodes + drawn.tokens.shape[1])
-        exists = self._exists.gather(1, self._at).repeat_interleave(count, 1)
-        self._exists[:, new] = exists if drawn.exists is None else exists & drawn.exists
-        self._tokens[:, new], self._parents[:, new] = drawn.tokens, self._at.repeat_interleave(count, 1)
-        self._laws.scatter_(1, self._at, drawn.laws)
-        self.expected.scatter_(1, self._at, expected)
-        if drawn.draft_probs is not None:
+        exists = self._exists[self.rows, self._at].repeat(count, 1)
+        self._exists[:, new] = exists if drawn.exists is None else exists & drawn.exists.cpu().numpy()
+        self._parents[:, new] = self._at.repeat(count, 1)
+        self.expected[self.rows, self._at] = expected
+        if drawn.draft_probs is not None:  # at temperature 0 all are POINT
+            self._laws[self.rows, self._at] = drawn.laws.cpu().numpy()
             self._probs.append((self._at, drawn.draft_probs))
+        self._newest = drawn.tokens
+        self._tokens.append(drawn.tokens)
         self._first, self.nodes, self.depth = self.nodes, new.stop, self.depth + 1
         return self._exists[:, new]
 
-    def turn_to(self, newest: Tensor) -> None:
+    def turn_to(self, newest: np.ndarray) -> None:
         """Continue these of the newest nodes next. newest: [batch, frontier] int64, by place among them."""
         self._at = newest + self._first
 
     def grown(self, width: int) -> Grown:
-        topology = Topology(self._parents[:, : self.nodes], self.depth, width)
-        laws = torch.where(self._exists, self._laws, Law.PADDING)[:, : self.nodes]
-        tree = DraftTree(self._tokens[:, : self.nodes], topology, laws, self._draft_probs())
-        return Grown(tree, self._order[:, : self.nodes])
+        tokens = torch.cat(self._tokens, 1)
+        topology = _topology(self._parents[:, : self.nodes], self.depth, width, tokens.device)
+        laws = np.where(self._exists, self._laws, Law.PADDING)[:, : self.nodes].astype(np.uint8)
+        tree = DraftTree(tokens, topology, torch.from_numpy(laws).to(tokens.device), self._draft_probs())
+        return Grown(tree, torch.from_numpy(self._order[:, : self.nodes]).to(tokens.device))
 
     def _draft_probs(self) -> Tensor | None:
         """[batch, node, vocab] of the nodes before the last level; zeros at leaves."""
         if not self._probs:
             return None
-        table = self._probs[0][1].new_zeros((len(self._tokens), self._first, self._probs[0][1].shape[-1]))
-        rows = torch.arange(len(table), device=table.device)[:, None]
+        table = self._probs[0][1].new_zeros((len(self.rows), self._first, self._probs[0][1].shape[-1]))
         for at, probs in self._probs:
-            table[rows, at] = probs
+            table[self.rows, at] = probs
         return table
+
+
+def _topology(parents: np.ndarray, depth: int, width: int | None, device: torch.device) -> Topology:
+    return _shape(parents.tobytes(), len(parents), depth, width, device)
+
+
+@lru_cache(maxsize=1024)  # few shapes make up most of a run; what is derived from each is kept with it
+def _shape(parents: bytes, batch: int, depth: int, width: int | None, device: torch.device) -> Topology:
+    return Topology(torch.tensor(np.frombuffer(parents, np.int64)).view(batch, -1).to(device), depth, width)
