@@ -19,7 +19,7 @@ from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.theory import Costs
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
-from specdec.trees.economy import Economy
+from specdec.trees.economy import Economy, Times
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
@@ -37,8 +37,8 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. What is learned is forgotten at the end of a run;
-    one policy serves one run at a time.
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. What became of drafts is forgotten at the end of a
+    run, what was timed is kept for the next one of that batch size: a policy serves one pair of models, one run at a time.
 
     Args:
         nodes: most nodes of a tree, the root included.
@@ -51,6 +51,8 @@ class Adaptive(TreePolicy):
     depth: int = 8
     width: int = 3
     costs: Costs | None = None
+    # by batch: of the target's passes, and of the draft's
+    _times: dict[int, tuple[Times, Times]] = field(default_factory=dict, init=False, repr=False)
     _economy: Economy | None = field(default=None, init=False, repr=False)
     _context: Context | None = field(default=None, init=False, repr=False)
     _expected: np.ndarray | None = field(default=None, init=False, repr=False)
@@ -74,7 +76,7 @@ class Adaptive(TreePolicy):
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
             self._context, self._begun, self._steps = context, np.array(context.host_lengths), 0
-            self._economy = Economy(self.nodes, self.width, self.costs)
+            self._economy = Economy(*self._times_of(len(context.tokens)))
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
         self._steps += 1
@@ -113,6 +115,11 @@ class Adaptive(TreePolicy):
         left = (budgets + 1) / pace
         weights = (left / left.max())[:, None] ** _LAGGARDS
         return weights / weights.sum()
+
+    def _times_of(self, batch: int) -> tuple[Times, Times]:
+        if self.costs is not None:
+            return Times(self.nodes, self.costs.verify), Times(self.width, self.costs.draft or (lambda nodes: 0.0))
+        return self._times.setdefault(batch, (Times(self.nodes), Times(self.width)))
 
     def commit(self, acceptance: Acceptance) -> None:
         if not self._grown or self._economy is None:

@@ -6,15 +6,16 @@ Tokens, reach and outcomes are averages over the rows, weighted by how much the 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from specdec.theory import Costs
+import numpy as np
 
 _PRIOR = 2.0  # successes: one or two failures at the start of a run say little
 _FORGET = 0.005  # of what was seen, every step
-_KEEP = 0.95  # of the weight of a time, every newer one
+_KEEP = 0.997  # of the weight of a time, every newer one
 _OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
+_TRUST = 10.0  # times: how often a size must have been timed to be believed as much as that line
 _SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
 _DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
 _SPEED = 0.1  # weight of the newest step in the speed
@@ -45,28 +46,40 @@ class Rate:
 
 
 class Times:
-    """Seconds by size 1, 2, ...: a straight line through what was timed, the newest counting most.
+    """Seconds by size 1, 2, ...: what was timed lately, and a straight line through all of it where that is little.
 
-    A line, because every step then says something about every size: sizes that are rare are not left with one bad timing.
+    Args:
+        sizes: how many.
+        given: times that are believed whatever is seen.
     """
 
-    def __init__(self, sizes: int):
-        self._count = self._sum = self._square = self._seconds = self._product = 0.0  # moments of (size - 1, seconds)
-        self.curve = [0.0] * (sizes + 1)  # [size]; 0 as long as nothing is known
+    def __init__(self, sizes: int, given: Callable[[int], float] | None = None):
+        self._given = given is not None
+        self._seen = np.zeros((2, sizes))  # [0]: how often, [1]: seconds together, by size - 1; old ones count less
+        # [size]; 0 as long as nothing is known
+        self.curve = [0.0, *(given(size) if given else 0.0 for size in range(1, sizes + 1))]
 
     def see(self, size: int, seconds: float) -> None:
-        x, known = size - 1, self.curve[size]
-        seconds = min(seconds, _OUTLIER * known) if known else seconds
-        self._count, self._sum = _KEEP * self._count + 1, _KEEP * self._sum + x
-        self._square, self._product = _KEEP * self._square + x * x, _KEEP * self._product + x * seconds
-        self._seconds = _KEEP * self._seconds + seconds
-        # least squares of seconds = first + slope x, with slope = _SLOPE first as so much evidence that x x sums to _DOUBT
-        a, b, c = self._count + _DOUBT * _SLOPE**2, self._sum - _DOUBT * _SLOPE, self._square + _DOUBT
-        first = (c * self._seconds - b * self._product) / (a * c - b * b)
-        slope = (a * self._product - b * self._seconds) / (a * c - b * b)
+        if self._given:
+            return
+        known = self.curve[size]
+        self._seen *= _KEEP
+        self._seen[:, size - 1] += 1, min(seconds, _OUTLIER * known) if known else seconds
+        line = self._line()
+        counts, sums = self._seen
+        self.curve = [0.0, *((sums + _TRUST * line) / (counts + _TRUST)).tolist()]
+
+    def _line(self) -> np.ndarray:
+        """[size]: least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
+        counts, sums = self._seen
+        more = np.arange(len(counts))
+        # slope = _SLOPE first, as so much evidence that (size - 1)^2 sums to _DOUBT
+        a, b, c = counts.sum() + _DOUBT * _SLOPE**2, counts @ more - _DOUBT * _SLOPE, counts @ more**2 + _DOUBT
+        seconds, product = sums.sum(), sums @ more
+        slope = (a * product - b * seconds) / (a * c - b * b)
         if slope < 0:
-            first, slope = self._seconds / self._count, 0.0
-        self.curve = [0.0, *(first + slope * i for i in range(len(self.curve) - 1))]
+            return np.full(len(counts), seconds / counts.sum())
+        return (c * seconds - b * product) / (a * c - b * b) + slope * more
 
 
 class Economy:
@@ -76,17 +89,12 @@ class Economy:
     and then what became of it (`learn`).
 
     Args:
-        nodes: most nodes of a tree.
-        width: most nodes of a frontier.
-        costs: frozen times; None to time the run.
+        verify: of the target's passes, by nodes of the tree, and of all else in a step that is not the draft's.
+        draft: of the draft's passes, by nodes of the frontier.
     """
 
-    def __init__(self, nodes: int, width: int, costs: Costs | None):
-        self._timed = costs is None
-        self._verify, self._draft = Times(nodes), Times(width)
-        if costs is not None:
-            self._verify.curve = [0.0, *map(costs.verify, range(1, nodes + 1))]
-            self._draft.curve = [0.0, *(costs.draft(n) if costs.draft else 0.0 for n in range(1, width + 1))]
+    def __init__(self, verify: Times, draft: Times):
+        self._verify, self._draft = verify, draft
         self._accepted, self._confidence = Rate(), Rate()
         self._proven, self._tokens, self._seconds = 0.0, 0.0, 0.0
 
@@ -113,8 +121,7 @@ class Economy:
     def continues(self) -> bool:
         """Whether to ask the draft for one more level."""
         going = self._level < self._limit and self._ahead(self._reach, self._nodes, self._level) > 0
-        if self._timed:
-            self._mark = time.perf_counter()
+        self._mark = time.perf_counter()
         return going
 
     def children(self, reach: float, families: Sequence[float]) -> int:
@@ -124,10 +131,9 @@ class Economy:
             reach: chances of the frontier's nodes to be accepted, summed over the nodes.
             families: the same for children 1, 1 and 2, ... of theirs, by the draft's confidence.
         """
-        if self._timed:
-            elapsed = time.perf_counter() - self._mark
-            self._draft.see(self._width, elapsed)
-            self._drafted += elapsed
+        elapsed = time.perf_counter() - self._mark
+        self._draft.see(self._width, elapsed)
+        self._drafted += elapsed
         self._drafting += self._draft.curve[self._width]
         if reach > 0:
             self._confidence.see(families[0] / reach, 1)
@@ -175,8 +181,7 @@ class Economy:
             paths: of rows that go on, (weight, what confidence expected of the children of each accepted node): 0 where
                 there were none, and nothing at all where another drafter drafted.
         """
-        if self._timed:
-            self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
+        self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
         for rate in (self._accepted, self._confidence):
             rate.forget()
         for weight, path in paths:
