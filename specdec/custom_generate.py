@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
 from specdec.generate import Decoding
-from specdec.inputs import as_engine
+from specdec.inputs import as_engine, as_target
 from specdec.rules import SiblingRejection
 from specdec.rules.rule import Rule
 from specdec.sampling import Sampling, split
@@ -47,7 +47,8 @@ def custom_generate(
 
     Greedy search and sampling, with any logits processors and stopping criteria. Criteria are asked row by row, for every
     token of a step, and the text is cut where they say so. What is not supported is refused: beams, assistants, scores and
-    other outputs of the model, caches to go on from. The cache is specdec's own, and not returned.
+    other outputs of the model, caches to go on from. The cache is specdec's own, and not returned. Stop strings are given as
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, as transformers hands its tokenizer to its own loops only.
 
     Args:
         drafter, rule, tokenizer, engine: as in `specdec.generate`. An engine is kept from call to call.
@@ -64,6 +65,7 @@ def custom_generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
+        as_target(model)  # what is wrong with a model comes before what its arguments are
         asked, config, batch = sys._getframe(1).f_locals, generation_config, len(input_ids)
         streamer, assistant = asked.get("streamer"), asked.get("assistant_model")  # which only its own loops are given
         _check(config, model_kwargs, assistant, streamer, batch)
@@ -185,4 +187,4 @@ def _sequences(
     longest = max(map(len, emitted))
     filler = pad_token if pad_token is not None else next(iter(stop_tokens), 0)  # no row is shorter without stop tokens
     new = torch.tensor([row + [filler] * (longest - len(row)) for row in emitted])
-    return torch.cat([input_ids, new.to(input_ids)], 1)
+    return torch.cat([input_ids, new.to(input_ids.device)], 1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import GATE, PROMPTS, VOCAB, llama, state
+from tiny_models import REFUSED as REFUSED_MODELS
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -12,6 +13,7 @@ from transformers import (
     MinPLogitsWarper,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,6 +26,7 @@ from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.rules import BlockVerification
 from specdec.sampling import split
+from specdec.support import UnsupportedModel
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)
@@ -211,11 +214,19 @@ def test_stopping_criteria_cut_where_transformers_stops(inputs):
         assert all(accepted <= tried <= emitted for emitted, accepted, tried in told)
 
 
-def test_time_limits_and_stop_strings_end_a_text():
+def test_a_time_limit_ends_a_text():
     _, got = both(TARGET, ONE, max_time=0.0)
     assert got.shape[1] == len(PROMPTS[0]) + 1
     _, got = both(TARGET, RAGGED, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]))
     assert got.shape[1] == RAGGED["input_ids"].shape[1] + 1
+
+
+def test_a_stop_string_ends_a_text():
+    inputs = PAIR.tokenizer(PAIR.prompts[0].text, return_tensors="pt")
+    criteria = StoppingCriteriaList([StopStringCriteria(PAIR.tokenizer, ["if not"])])
+    method = specdec.custom_generate(ModelDrafter(PAIR.draft))
+    expected, got = both(PAIR.target, inputs, method, stopping_criteria=criteria)
+    assert torch.equal(got, expected) and PAIR.tokenizer.decode(got[0]).endswith("if not")
 
 
 def test_an_engine_serves_one_call_after_the_other():
@@ -251,3 +262,11 @@ def test_what_would_be_left_out_is_refused(case):
     with pytest.raises(ValueError, match=cure):
         call = {"max_new_tokens": 8, "do_sample": False, **RAGGED, **options}
         TARGET.generate(**call, custom_generate=specdec.custom_generate(NgramDrafter()))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "bloom", "t5"])
+def test_a_model_that_is_not_supported_is_refused_by_name(kind):
+    model = REFUSED_MODELS[kind][0]()
+    with pytest.raises(UnsupportedModel, match=type(model).__name__):
+        ids = torch.tensor([[1, 2, 3]])
+        model.generate(ids, max_new_tokens=2, bos_token_id=1, custom_generate=specdec.custom_generate())
