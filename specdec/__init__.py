@@ -2,6 +2,7 @@
 
 from specdec import demo, display, drafters, rules, testing, theory, trace, trees
 from specdec.coins import Coins
+from specdec.custom_generate import custom_generate
 from specdec.generate import Generation, generate, stream
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling
@@ -18,6 +19,7 @@ __all__ = [
     "Sampling",
     "Topology",
     "TreeSpec",
+    "custom_generate",
     "demo",
     "display",
     "drafters",

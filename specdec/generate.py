@@ -202,6 +202,15 @@ class Decoding:
         self.coins.turn_to(self.coins.step + 1)
         return acceptance
 
+    def end(self, row: int, kept: int) -> None:
+        """End the text of this row with the first `kept` >= 1 tokens that the last step gave it."""
+        step = self.trace.steps[-1]
+        del self.emitted[row][len(self.emitted[row]) - step.emitted[row] + kept :]
+        for counts in (step.emitted, step.accepted, step.tried):
+            counts[row] = min(counts[row], kept)
+        self.context.row_depths[row] = -1
+        self._look_ahead((self.context.row_depths + 1).tolist())
+
     def generation(self) -> Generation:
         """Everything emitted so far."""
         tokens = [torch.tensor(row, dtype=torch.int64) for row in self.emitted]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
 
 import specdec_kernels
 from specdec.coins import RowCoins
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 _BLOCK = 2**19  # elements: 2 MB of float32
 _COLDEST = 1e-6  # lower temperatures would overflow float32
 _STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
-_WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+_WARPERS = (
+    ("TemperatureLogitsWarper", "temperature"),
+    ("TopKLogitsWarper", "top_k"),
+    ("TopPLogitsWarper", "top_p"),
+    ("MinPLogitsWarper", "min_p"),
+)  # and the fields that say the same, in the order in which they are applied
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     processors: tuple[Any, ...] = ()
-    generation_config: GenerationConfig | None = field(default=None, kw_only=True, repr=False)
+    # not compared: the one that transformers has prepared cannot be, and a bound sampling has its law in the other fields
+    generation_config: GenerationConfig | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if callable(self.processors):
@@ -94,7 +101,11 @@ class Sampling:
         bound, rows = self, []
         for prompt in prompts:
             config, built = _transformers_processors(model, prompt, self.generation_config, max_new_tokens)
-            bound, processors = _split(config, built)
+            if config.max_time is not None:
+                raise ValueError(
+                    f"max_time={config.max_time}: there is no time limit here; leave `stream` when it is reached."
+                )
+            bound, processors = split(config, built)
             rows.append(processors)
         return bound, rows
 
@@ -223,20 +234,26 @@ def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: Gen
     return caught[0]
 
 
-def _split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tuple[Any, ...]]:
-    """Native fields for the four common warpers when they come last, and everything before them as processors."""
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams={config.num_beams}: beam search is not sampling; set num_beams=1.")
-    if config.max_time is not None:
-        raise ValueError(f"max_time={config.max_time}: there is no time limit here; leave `stream` when it is reached.")
-    processors = list(built)
-    native: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
-    if config.do_sample:
-        cut = next((i for i, p in enumerate(processors) if type(p).__name__ in _WARPERS), len(processors))
-        if all(type(p).__name__ in _WARPERS for p in processors[cut:]):  # else a later processor needs theirs applied
-            processors = processors[:cut]
-            native = {"temperature": config.temperature or 1.0, "min_p": config.min_p, "top_p": config.top_p}
-            native["top_k"] = config.top_k or None
-    for processor in processors:
+def split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tuple[Any, ...]]:
+    """Native fields for the four common warpers where they come last, and everything before them as processors."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"The generation config asks for {mode.value.replace('_', ' ')} (num_beams={config.num_beams}): only "
+            "greedy search and sampling can be drafted for; set num_beams=1, and nothing that belongs to another mode."
+        )
+    kept, native, place = list(built), {"temperature": 1.0 if config.do_sample else 0.0}, len(_WARPERS)
+    while config.do_sample and kept and 0 <= _place(kept[-1]) < place:  # ours are applied last, and in this order
+        place, warper = _place(kept[-1]), kept.pop()
+        native[_WARPERS[place][1]] = getattr(warper, _WARPERS[place][1])
+    for processor in kept:
         _refuse_stateful(processor)
-    return replace(Sampling(generation_config=config), **native), tuple(processors)
+    return replace(Sampling(generation_config=config), **native), tuple(kept)
+
+
+def _place(processor: Any) -> int:
+    """Among the warpers that a field of `Sampling` can stand for; -1 if this is none."""
+    plain = getattr(processor, "filter_value", -math.inf) == -math.inf
+    plain = plain and getattr(processor, "min_tokens_to_keep", 1) == 1
+    names = [name for name, _ in _WARPERS]
+    return names.index(type(processor).__name__) if plain and type(processor).__name__ in names else -1

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec import Sampling
+from specdec import Graphs, Sampling, generate
 from specdec.drafters import ModelDrafter
 from specdec.testing import exact_law
 from specdec.trees import Widths
@@ -138,3 +138,17 @@ def test_a_generation_config_gives_the_law_of_transformers(options):
     # without merging, as what a config means depends on where the prompt ends
     law = exact_law(model, PROMPT, drafter, sampling=sampling, max_new_tokens=2, stop_tokens=(4,), merge=False)
     assert float(law.total_variation(law_of_generate(model, config))) <= FLOAT32
+
+
+def test_one_engine_serves_several_runs_of_a_generation_config():
+    sampling, engine = Sampling.from_generation_config(GenerationConfig(do_sample=True, top_k=3)), Graphs()
+    model = llama(0)
+    texts = [generate(model, torch.tensor(PROMPT), sampling=sampling, max_new_tokens=4, engine=engine) for _ in "12"]
+    assert torch.equal(*(out.tokens[0] for out in texts))
+
+
+def test_a_generation_config_of_another_mode_has_no_law():
+    for options in {"num_beams": 2}, {"penalty_alpha": 0.6, "top_k": 4}:
+        sampling = Sampling.from_generation_config(GenerationConfig(**options))
+        with pytest.raises(ValueError, match="only greedy search and sampling"):
+            generate(llama(0), torch.tensor(PROMPT), sampling=sampling, max_new_tokens=4)

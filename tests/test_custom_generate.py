@@ -1,0 +1,272 @@
+"""`model.generate(custom_generate=specdec.custom_generate(...))` returns what `model.generate` returns."""
+
+import pytest
+import torch
+from tiny_models import GATE, PROMPTS, VOCAB, llama, state
+from tiny_models import REFUSED as REFUSED_MODELS
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+import specdec
+from specdec import Sampling
+from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.rules import BlockVerification
+from specdec.sampling import split
+from specdec.support import UnsupportedModel
+from specdec.trees import Chain, Widths
+
+torch.set_num_threads(1)
+ROUNDING = 1e-12  # the same float64 operations in another order
+PAIR = specdec.demo.load()
+TARGET, DRAFT, TWIN = llama(0), llama(1), llama(0)  # the twin's drafts are accepted: steps of many tokens
+
+
+def padded(prompts):
+    """What a tokenizer that pads on the left gives for them."""
+    longest = max(map(len, prompts))
+    rows = [torch.nn.functional.pad(p, (longest - len(p), 0)) for p in prompts]
+    mask = [torch.arange(longest) >= longest - len(p) for p in prompts]
+    return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(mask).long()}
+
+
+ONE, RAGGED = padded(PROMPTS[:1]), padded(PROMPTS)
+
+
+def both(model, inputs, method=None, **options):
+    """transformers' own result, and that of specdec."""
+    method = method or specdec.custom_generate(ModelDrafter(TWIN, Widths([2, 1, 1, 1])))
+    call = {"max_new_tokens": 12, "do_sample": False, **inputs, **options}
+    return model.generate(**call), model.generate(**call, custom_generate=method)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 24, 8)], ids=["one prompt", "ragged batch of 3"])
+@pytest.mark.parametrize("ending", [False, True], ids=["no EOS in the text", "EOS in the text"])
+def test_greedy_text_of_the_demo_pair_is_that_of_transformers(rows, ending):
+    texts = [p.text for p in PAIR.prompts[rows]]
+    inputs = PAIR.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    ends = {"eos_token_id": int(PAIR.target.generate(**inputs, max_new_tokens=4)[0, -1])} if ending else {}
+    method = specdec.custom_generate(ModelDrafter(PAIR.draft, Widths([3, 1])))
+    expected, got = both(PAIR.target, inputs, method, max_new_tokens=16, **ends)
+    assert got.dtype == torch.int64 and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_sliding"])
+def test_greedy_text_of_other_models_is_that_of_transformers(kind):
+    model = GATE[kind]()
+    before = state(model)
+    expected, got = both(model, RAGGED, specdec.custom_generate(NgramDrafter()))
+    assert torch.equal(got, expected)
+    assert state(model) == before
+
+
+class Forbid(LogitsProcessor):
+    """Knows the rows by their place, as processors of a batch may: bans another token in each."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, (torch.arange(len(scores)) + 20)[:, None], -torch.inf)
+
+
+OPTIONS = [
+    {"repetition_penalty": 1.8},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 8, "eos_token_id": [7, 30]},
+    {"min_length": 16, "eos_token_id": [7, 30]},
+    {"max_length": 25, "max_new_tokens": None},
+    {"exponential_decay_length_penalty": (3, 1.5)},
+    {"forced_eos_token_id": 9},
+    {"logits_processor": LogitsProcessorList([Forbid()])},
+    {"prefix_allowed_tokens_fn": lambda row, text: list(range(row, VOCAB, 2))},
+    {"pad_token_id": None, "eos_token_id": [3, 7, 30]},
+    {"eos_token_id": None},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids="-".join)
+def test_arguments_mean_what_they_mean_to_transformers(options):
+    expected, got = both(TARGET, RAGGED, **options)
+    assert torch.equal(got, expected)
+
+
+def test_without_a_drafter_it_decodes_all_the_same():
+    expected, got = both(TARGET, RAGGED, specdec.custom_generate())
+    assert torch.equal(got, expected)
+
+
+LAWS = [
+    ({"top_k": 0}, Sampling(1.0)),
+    ({"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.02}, Sampling(0.7, 9, 0.8, 0.02)),
+    ({"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)]), "top_k": 5}, Sampling(0.5, 5)),
+    ({"logits_processor": LogitsProcessorList([TopKLogitsWarper(3)]), "top_k": 0}, Sampling(1.0, 3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling"), LAWS, ids=lambda part: "-".join(part) if isinstance(part, dict) else ""
+)
+def test_sampled_text_is_that_of_generate_with_the_same_seed(options, sampling):
+    drafter, rule = ModelDrafter(DRAFT, Chain(3)), BlockVerification()
+    method = specdec.custom_generate(drafter, rule=rule, seed=5)
+    got = TARGET.generate(**ONE, do_sample=True, max_new_tokens=12, custom_generate=method, **options)
+    out = specdec.generate(TARGET, PROMPTS[0], drafter, rule=rule, sampling=sampling, seed=5, max_new_tokens=12)
+    assert got[0, len(PROMPTS[0]) :].tolist() == out.tokens[0].tolist()
+
+
+WARPERS = [TemperatureLogitsWarper(0.6), TopKLogitsWarper(12), TopPLogitsWarper(0.8), MinPLogitsWarper(0.05)]
+ORDERS = {
+    "usual": WARPERS,
+    "reversed": WARPERS[::-1],
+    "twice": [WARPERS[0], WARPERS[1], WARPERS[0]],
+    "nucleus before temperature": [WARPERS[2], WARPERS[0]],
+    "keeps several tokens": [TopPLogitsWarper(0.1, min_tokens_to_keep=4)],
+    "finite filter": [TopKLogitsWarper(5, filter_value=-1.0)],
+    "another in between": [WARPERS[0], Forbid(), WARPERS[3]],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_warpers_keep_their_law_in_any_order(order):
+    logits = torch.randn(2, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    text = torch.zeros(2, 1, dtype=torch.int64)
+    expected = LogitsProcessorList(ORDERS[order])(text, logits).softmax(-1)  # type: ignore[arg-type]
+    law, processors = split(GenerationConfig(do_sample=True), ORDERS[order])
+    got = law.probabilities(LogitsProcessorList(processors)(text, logits))  # type: ignore[arg-type]
+    assert float((got - expected).abs().max()) <= ROUNDING
+
+
+def test_the_seed_is_drawn_from_torch_unless_it_is_given():
+    def sample(before, **seed):
+        torch.manual_seed(before)
+        method = specdec.custom_generate(ModelDrafter(DRAFT), **seed)
+        return TARGET.generate(**RAGGED, do_sample=True, max_new_tokens=12, custom_generate=method).tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(1, seed=4) == sample(2, seed=4)
+    method, texts = specdec.custom_generate(), [sample(1)]
+    torch.manual_seed(1)
+    texts = [TARGET.generate(**ONE, do_sample=True, max_new_tokens=12, custom_generate=method) for _ in range(2)]
+    assert not torch.equal(*texts)  # each call draws anew
+
+
+def test_several_texts_of_one_prompt_are_samples_of_their_own():
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "eos_token_id": None}
+    got = TARGET.generate(**ONE, **options, custom_generate=specdec.custom_generate(seed=0))
+    assert got.shape == (3, 17) and len({tuple(row) for row in got.tolist()}) == 3
+
+
+def test_a_result_in_full_has_the_text_and_the_trace():
+    expected, got = both(TARGET, RAGGED, return_dict_in_generate=True)
+    assert isinstance(got, GenerateDecoderOnlyOutput) and torch.equal(got.sequences, expected.sequences)
+    assert got.scores is got.logits is got.attentions is got.hidden_states is got.past_key_values is None
+    assert got.trace.summary()["acceptance_length"] >= 1
+
+
+class Recorder(BaseStreamer):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def put(self, value):
+        self.told.append(value.tolist())
+
+    def end(self):
+        self.told.append("end")
+
+
+@pytest.mark.parametrize("ends", [None, 30])
+def test_a_streamer_is_told_what_transformers_tells_it(ends):
+    expected, got = Recorder(), Recorder()
+    options = {**ONE, "max_new_tokens": 12, "eos_token_id": ends}
+    TARGET.generate(**options, streamer=expected)
+    TARGET.generate(**options, streamer=got, custom_generate=specdec.custom_generate(ModelDrafter(TWIN)))
+    assert got.told == expected.told
+
+
+class Sum(StoppingCriteria):
+    """Ends a text by what is in all of it, padding too."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.sum(1) % 11 == 0
+
+
+@pytest.mark.parametrize("inputs", [ONE, RAGGED], ids=["one", "ragged"])
+def test_stopping_criteria_cut_where_transformers_stops(inputs):
+    options = {"stopping_criteria": StoppingCriteriaList([Sum()]), "return_dict_in_generate": True}
+    expected, got = both(TARGET, inputs, **options, eos_token_id=[7, 30])
+    assert torch.equal(got.sequences, expected.sequences)
+    for row, text in enumerate(got.sequences[:, inputs["input_ids"].shape[1] :].tolist()):
+        told = [(step.emitted[row], step.accepted[row], step.tried[row]) for step in got.trace.steps]
+        assert sum(emitted for emitted, _, _ in told) == len(bytes(text).rstrip(b"\0"))  # 0 is the padding
+        assert all(accepted <= tried <= emitted for emitted, accepted, tried in told)
+
+
+def test_a_time_limit_ends_a_text():
+    _, got = both(TARGET, ONE, max_time=0.0)
+    assert got.shape[1] == len(PROMPTS[0]) + 1
+    _, got = both(TARGET, RAGGED, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]))
+    assert got.shape[1] == RAGGED["input_ids"].shape[1] + 1
+
+
+def test_a_stop_string_ends_a_text():
+    inputs = PAIR.tokenizer(PAIR.prompts[0].text, return_tensors="pt")
+    criteria = StoppingCriteriaList([StopStringCriteria(PAIR.tokenizer, ["if not"])])
+    method = specdec.custom_generate(ModelDrafter(PAIR.draft))
+    expected, got = both(PAIR.target, inputs, method, stopping_criteria=criteria)
+    assert torch.equal(got, expected) and PAIR.tokenizer.decode(got[0]).endswith("if not")
+
+
+def test_an_engine_serves_one_call_after_the_other():
+    method = specdec.custom_generate(ModelDrafter(DRAFT, Chain(2)), engine="graph")
+    for inputs in (ONE, RAGGED, RAGGED):
+        expected, got = both(TARGET, inputs, method)
+        assert torch.equal(got, expected)
+
+
+REFUSED = {
+    "beams": ({"num_beams": 2}, "set num_beams=1"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+    "assistant": ({"assistant_model": DRAFT}, "ModelDrafter"),
+    "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores.*leave them out"),
+    "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
+    "cache": ({"past_key_values": DynamicCache()}, "past_key_values.*leave it out"),
+    "embeddings": ({"inputs_embeds": torch.zeros(4, 12, 32)}, "inputs_embeds"),
+    "streamed batch": ({"streamer": Recorder()}, "one prompt at a time"),
+    "right padding": ({"attention_mask": RAGGED["attention_mask"].flip(1)}, "padding_side='left'"),
+    "positions": ({"position_ids": torch.arange(12).expand(4, -1)}, "position_ids"),
+    "criteria without EOS": (
+        {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([Sum()])}, "set eos_token_id",
+    ),
+    "too long": ({"max_length": 12, "max_new_tokens": None}, "max_length"),
+    "longer than the context": ({"max_new_tokens": 256}, "context of 256"),
+    "negative guidance": ({"guidance_scale": 2.0}, "keeps state"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_left_out_is_refused(case):
+    options, cure = REFUSED[case]
+    with pytest.raises(ValueError, match=cure):
+        call = {"max_new_tokens": 8, "do_sample": False, **RAGGED, **options}
+        TARGET.generate(**call, custom_generate=specdec.custom_generate(NgramDrafter()))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "bloom", "t5"])
+def test_a_model_that_is_not_supported_is_refused_by_name(kind):
+    model = REFUSED_MODELS[kind][0]()
+    with pytest.raises(UnsupportedModel, match=type(model).__name__):
+        ids = torch.tensor([[1, 2, 3]])
+        model.generate(ids, max_new_tokens=2, bos_token_id=1, custom_generate=specdec.custom_generate())
