@@ -34,3 +34,10 @@ def load(
 
 def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+
+
+def untrained(like: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same size that has learned nothing: the worst draft."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(like.config, dtype=like.dtype).eval().to(like.device)

@@ -12,6 +12,7 @@ from specdec.trace import Trace
 COLUMNS = {
     "tokens_per_second": "tokens/s (95 % CI)",
     "speed_up": "speed-up (95 % CI)",
+    "predicted": "of forward passes alone",
     "acceptance_length": "acceptance length",
     "acceptance_rate": "acceptance rate by depth",
     "ceiling_share": "share of ceiling",
@@ -96,6 +97,7 @@ def cells(row: dict[str, Any], *columns: str) -> list[str]:
     texts = {
         "tokens_per_second": interval(row["tokens_per_second"], digits=0),
         "speed_up": interval(row["speed_up"], digits=2),
+        "predicted": f"{row['predicted']:.2f}" if row["loop_share"] and "predicted" in row else "-",
         "acceptance_length": f"{row['acceptance_length']:.2f}",
         "acceptance_rate": " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
         "ceiling_share": "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
@@ -123,21 +125,35 @@ def _compared(rounds: list[Round]) -> dict[str, dict[str, Any]]:
         for name, ratio in ratios.items()
     }
     return {
-        name: {"tokens_per_second": median(speeds[name]), "speed_up": compared[name], **_pooled(runs)}
+        name: {"tokens_per_second": median(speeds[name]), "speed_up": compared[name], **_pooled(runs, by_method[first])}
         for name, runs in by_method.items()
     }
 
 
-def _pooled(runs: list[list[Run]]) -> dict[str, Any]:
-    """What is counted over all steps of all runs; texts are compared in the first round, as the others repeat it."""
-    summary = Trace(steps=[step for row in runs for run in row for step in run.trace.steps]).summary()
+def _pooled(runs: list[list[Run]], base: list[list[Run]]) -> dict[str, Any]:
+    """What is counted over all steps of all runs; texts are compared in the first round, as the others repeat it.
+
+    `predicted` is the speed-up over `base` if a step took no more time than drafting and the target's forward pass: acceptance
+    length x t_verify(1) / (t_draft + t_verify(nodes)), by the times of these runs.
+    """
+    summary = _summary(runs)
     return {
+        "predicted": _of_passes(summary) / _of_passes(_summary(base)),
         "acceptance_length": summary["acceptance_length"],
         "acceptance_rate": summary["acceptance_rate"],
         "loop_share": summary["other_seconds"] / summary["decode_seconds"],
         "identical": None if runs[0][0].identical is None else sum(run.identical or 0 for run in runs[0]),
         "prompts": sum(run.prompts for run in runs[0]),
     }
+
+
+def _summary(runs: list[list[Run]]) -> dict[str, Any]:
+    return Trace(steps=[step for row in runs for run in row for step in run.trace.steps]).summary()
+
+
+def _of_passes(summary: dict[str, Any]) -> float:
+    """Tokens per second of drafting and forward passes."""
+    return summary["tokens"] / (summary["draft_seconds"] + summary["verify_seconds"])
 
 
 def _brief(row: dict[str, Any]) -> str:

@@ -37,8 +37,8 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. What became of drafts is forgotten at the end of a
-    run, what was timed is kept for the next one of that batch size: a policy serves one pair of models, one run at a time.
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. Without `costs` a run begins with what the last one
+    of that batch size has learned, so a policy serves one pair of models, and one run at a time.
 
     Args:
         nodes: most nodes of a tree, the root included.
@@ -51,8 +51,7 @@ class Adaptive(TreePolicy):
     depth: int = 8
     width: int = 3
     costs: Costs | None = None
-    # by batch: of the target's passes, and of the draft's
-    _times: dict[int, tuple[Times, Times]] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[int, Economy] = field(default_factory=dict, init=False, repr=False)  # by batch
     _economy: Economy | None = field(default=None, init=False, repr=False)
     _context: Context | None = field(default=None, init=False, repr=False)
     _expected: np.ndarray | None = field(default=None, init=False, repr=False)
@@ -76,7 +75,7 @@ class Adaptive(TreePolicy):
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
             self._context, self._begun, self._steps = context, np.array(context.host_lengths), 0
-            self._economy = Economy(*self._times_of(len(context.tokens)))
+            self._economy = self._begin(len(context.tokens))
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
         self._steps += 1
@@ -116,10 +115,13 @@ class Adaptive(TreePolicy):
         weights = (left / left.max())[:, None] ** _LAGGARDS
         return weights / weights.sum()
 
-    def _times_of(self, batch: int) -> tuple[Times, Times]:
+    def _begin(self, batch: int) -> Economy:
         if self.costs is not None:
-            return Times(self.nodes, self.costs.verify), Times(self.width, self.costs.draft or (lambda nodes: 0.0))
-        return self._times.setdefault(batch, (Times(self.nodes), Times(self.width)))
+            draft = self.costs.draft or (lambda nodes: 0.0)
+            return Economy(Times(self.nodes, self.costs.verify), Times(self.width, draft))
+        known = self._known.setdefault(batch, Economy(Times(self.nodes), Times(self.width)))
+        known.turn_to_another_text()
+        return known
 
     def commit(self, acceptance: Acceptance) -> None:
         if not self._grown or self._economy is None:

@@ -1,4 +1,4 @@
-"""What drafting costs and brings, learned during a run: host numbers only, no tensors. `Adaptive` decides by it.
+"""What drafting costs and brings, learned from run to run: host numbers only, no tensors. `Adaptive` decides by it.
 
 Tokens, reach and outcomes are averages over the rows, weighted by how much the end of the run depends on each.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 _PRIOR = 2.0  # successes: one or two failures at the start of a run say little
 _FORGET = 0.005  # of what was seen, every step
+_CARRIED = 8.0  # trials: what earlier texts say of the next
 _KEEP = 0.997  # of the weight of a time, every newer one
 _OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
 _TRUST = 10.0  # times: how often a size must have been timed to be believed as much as that line
@@ -40,9 +41,9 @@ class Rate:
         self.successes += successes
         self.trials += trials
 
-    def forget(self) -> None:
-        self.successes *= 1 - _FORGET
-        self.trials *= 1 - _FORGET
+    def forget(self, share: float) -> None:
+        self.successes *= 1 - share
+        self.trials *= 1 - share
 
 
 class Times:
@@ -83,7 +84,7 @@ class Times:
 
 
 class Economy:
-    """The state of one run.
+    """What is known, and the state of a step.
 
     A step asks `continues` before each level, says how many `children` its nodes and how many nodes its `frontier` has,
     and then what became of it (`learn`).
@@ -98,8 +99,13 @@ class Economy:
         self._accepted, self._confidence = Rate(), Rate()
         self._proven, self._tokens, self._seconds = 0.0, 0.0, 0.0
 
+    def turn_to_another_text(self) -> None:
+        """What drafts came to in the texts before counts as so many trials at most."""
+        for rate in (self._accepted, self._confidence):
+            rate.forget(1 - min(_CARRIED / rate.trials, 1) if rate.trials else 0)
+
     def begin(self, limit: int) -> None:
-        """A step that may draft `limit` levels. The first of a timed run drafts nothing, to know what that takes."""
+        """A step that may draft `limit` levels. The first that is timed drafts nothing, to know what that takes."""
         known = self._verify.curve[1] > 0
         self._limit = min(limit, int(2 * (1 + self._proven))) if known else 0  # twice what was accepted lately
         self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
@@ -183,7 +189,7 @@ class Economy:
         """
         self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
         for rate in (self._accepted, self._confidence):
-            rate.forget()
+            rate.forget(_FORGET)
         for weight, path in paths:
             if path:
                 self._accepted.see(weight * (len(path) - 1), weight * sum(path))
