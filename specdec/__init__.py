@@ -5,6 +5,7 @@ from specdec.coins import Coins
 from specdec.generate import Generation, generate, stream
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling
+from specdec.target import ModelTarget
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "Generation",
     "Graphs",
     "Law",
+    "ModelTarget",
     "Sampling",
     "Topology",
     "TreeSpec",
