@@ -163,6 +163,8 @@ class Decoding:
 
         weights = [] if found.model is None else [p.data_ptr() for p in found.model.parameters()]
         signature = (target, weights, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
+        if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
+            self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
         fixed = self.engine.fixed and self.drafter.capturable
         self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed, resume)
