@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
 from experiments import calls, sweep
-from experiments.inputs import begin
+from experiments.inputs import begin, in_batches
 from experiments.measure import Refused, Round, against_ceilings, rounds, uninterrupted
 from experiments.report import figures, speed, table
 
@@ -41,13 +41,11 @@ def main(config: DictConfig) -> str | None:
 
 def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]) -> tuple[Any, dict[str, Any]]:
     """The log, and what to write there."""
-    models, ids, tasks, sampling, log, source = begin("experiments/benchmark.py", config)
+    models, ids, turns, sampling, log, source = begin("experiments/benchmark.py", config)
     methods = with_models(config, models)
-    starts = range(0, len(ids), config.batch)
-    batches = [ids[i : i + config.batch] for i in starts]
-    of = [" and ".join(dict.fromkeys(tasks[i : i + config.batch])) for i in starts]
+    batches, of, later = map(list, zip(*in_batches(ids, turns, config.batch), strict=True))
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
+    finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, later=later, **settings))
     whole = config.ceilings and len(finished) == config.repeats
     ceilings = against_ceilings(models.target, methods, batches, **settings) if whole else None
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
