@@ -93,7 +93,7 @@ class CachedModel:
         if (len(last.lengths), last.capacity) != (batch, capacity):
             self.cache = TreeCache(self.layout, batch, capacity, self.device)
         self.cache.take_over(last, kept)
-        self.compiled = None
+        self.compiled = self.hidden = None
         self.longest = max(kept)  # host bound on cache.lengths
 
     def forward(self, tokens: Tensor, topology: Topology, logits_to_keep: int | None = None) -> Tensor:

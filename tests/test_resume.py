@@ -196,6 +196,12 @@ def test_what_lies_behind_the_kept_tokens_is_never_seen(grown):
     assert_resumes(target, None, None, max_new_tokens=OPTIONS["max_new_tokens"] + 4 * grown)
 
 
+def test_the_drafter_may_change_between_turns():
+    target, texts = ModelTarget(small()), PROMPTS
+    for name in ("heads", "layers left out", "none", "heads"):
+        texts = assert_resumes(target, *(DRAFTERS[name](DRAFT) for _ in range(2)), texts)
+
+
 def test_other_batches_begin_anew():
     target, drafter = ModelTarget(small()), ModelDrafter(DRAFT)
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[:2], PROMPTS[1:], PROMPTS):
