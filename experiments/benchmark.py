@@ -64,7 +64,6 @@ def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
             raise SystemExit(
                 f"target.{name} is not set, and a method drafts with it: name one, or leave the method out."
             )
-    models.target.to(config.device)
     whole = copy.deepcopy(config)  # hydra resolves in place
     with flag_override(whole, ["struct", "allow_objects"], [False, True]):
         whole.models = loaded

@@ -46,7 +46,8 @@ def begin(script: str, config: DictConfig) -> Setting:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     log, sampling, prompts, models = (instantiate(config[group]) for group in ("log", "sampling", "task", "target"))
-    models.target.to(config.device)
+    if not hasattr(models.target, "hf_device_map"):  # over several devices it stays where it was put
+        models.target.to(config.device)
     ids, turns = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
     return Setting(models, ids, turns, sampling, log, source)
 
