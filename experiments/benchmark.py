@@ -23,8 +23,9 @@ from omegaconf import DictConfig, flag_override
 
 from experiments import calls, sweep
 from experiments.inputs import begin, in_batches
-from experiments.measure import Refused, Round, against_ceilings, rounds, uninterrupted
+from experiments.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
 from experiments.report import figures, speed, table
+from experiments.results import Wandb
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
@@ -48,6 +49,8 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
     finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, later=later, **settings))
     whole = config.ceilings and len(finished) == config.repeats
     ceilings = against_ceilings(models.target, methods, batches, **settings) if whole else None
+    if isinstance(log, Wandb):
+        log.runs.update(recorded(models.target, methods, ids[0], sampling=sampling, tokenizer=models.tokenizer))
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
     counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config)}

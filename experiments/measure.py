@@ -18,6 +18,7 @@ from specdec import Generation, ModelTarget, Sampling
 from specdec.trace import Trace
 
 AGAIN = "the first again"
+_RECORDED = 16  # tokens: more than a few trees nobody looks at, and laws of large vocabularies are large
 Method = Callable[..., Generation]  # specdec.generate, or anything that takes and returns the same, with its options
 
 
@@ -93,6 +94,19 @@ def _rounds(
                     done[name].append(Run(out.trace, len(batch), identical))
                     bar.update()
             yield done
+
+
+def recorded(
+    target: PreTrainedModel, methods: dict[str, Method], prompt: Tensor, *, sampling: Sampling, tokenizer: Any
+) -> dict[str, Generation]:
+    """The first steps of every method that can record its laws, for one prompt."""
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "max_new_tokens": _RECORDED,
+        "trace": "laws",
+        "tokenizer": tokenizer,
+    }
+    return {name: method(target, [prompt], **options) for name, method in methods.items() if _takes(method, "trace")}
 
 
 def _takes(method: Method, option: str) -> bool:
