@@ -22,9 +22,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
 from experiments import calls, sweep
-from experiments.inputs import begin
-from experiments.measure import Refused, Round, against_ceilings, rounds, uninterrupted
+from experiments.inputs import begin, in_batches
+from experiments.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
 from experiments.report import figures, speed, table
+from experiments.results import Wandb
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
@@ -41,15 +42,15 @@ def main(config: DictConfig) -> str | None:
 
 def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]) -> tuple[Any, dict[str, Any]]:
     """The log, and what to write there."""
-    models, ids, tasks, sampling, log, source = begin("experiments/benchmark.py", config)
+    models, ids, turns, sampling, log, source = begin("experiments/benchmark.py", config)
     methods = with_models(config, models)
-    starts = range(0, len(ids), config.batch)
-    batches = [ids[i : i + config.batch] for i in starts]
-    of = [" and ".join(dict.fromkeys(tasks[i : i + config.batch])) for i in starts]
+    batches, of, later = map(list, zip(*in_batches(ids, turns, config.batch), strict=True))
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, **settings))
+    finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, later=later, **settings))
     whole = config.ceilings and len(finished) == config.repeats
     ceilings = against_ceilings(models.target, methods, batches, **settings) if whole else None
+    if isinstance(log, Wandb):
+        log.runs.update(recorded(models.target, methods, ids[0], sampling=sampling, tokenizer=models.tokenizer))
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
     counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config)}
@@ -66,7 +67,6 @@ def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
             raise SystemExit(
                 f"target.{name} is not set, and a method drafts with it: name one, or leave the method out."
             )
-    models.target.to(config.device)
     whole = copy.deepcopy(config)  # hydra resolves in place
     with flag_override(whole, ["struct", "allow_objects"], [False, True]):
         whole.models = loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,19 @@ from experiments.results import provenance
 from specdec import Sampling
 
 
+class Turn(NamedTuple):
+    """Where a prompt comes from."""
+
+    task: str
+    number: int  # 0: it begins a conversation; otherwise the prompt before it is the turn before
+
+
 class Setting(NamedTuple):
     """What every experiment on models begins with."""
 
     models: Any  # `Models`, or the demo pair
     prompts: list[torch.Tensor]  # 1-D int64
-    tasks: list[str]  # of each prompt
+    turns: list[Turn]  # of each prompt
     sampling: Sampling
     log: Any  # with `write`, see `experiments.results`
     source: dict[str, Any]  # provenance, as it was when the experiment began
@@ -38,27 +46,41 @@ def begin(script: str, config: DictConfig) -> Setting:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     log, sampling, prompts, models = (instantiate(config[group]) for group in ("log", "sampling", "task", "target"))
-    models.target.to(config.device)
-    ids, tasks = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
-    return Setting(models, ids, tasks, sampling, log, source)
+    if not hasattr(models.target, "hf_device_map"):  # over several devices it stays where it was put
+        models.target.to(config.device)
+    ids, turns = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
+    return Setting(models, ids, turns, sampling, log, source)
 
 
 def in_turns(
     prompts: list[Prompt], models: Any, sampling: Sampling, new_tokens: int
-) -> Iterator[tuple[torch.Tensor, str]]:
-    """Every turn of every prompt as token ids, with its task.
+) -> Iterator[tuple[torch.Tensor, Turn]]:
+    """Every turn of every prompt as token ids.
 
     What comes before a later turn are the earlier ones and the target's own answers, the same for every method, so that
-    methods stay paired. Turns are prompts of their own: nothing is left in a cache for the next one.
+    methods stay paired.
     """
+    options = {"sampling": sampling, "max_new_tokens": new_tokens, "tokenizer": models.tokenizer, "resume": True}
+    target = specdec.ModelTarget(models.target)
     for prompt in prompts:
         said: list[str] = []
-        for turn in prompt.turns:
+        for number, turn in enumerate(prompt.turns):
             if said:
-                options = {"sampling": sampling, "max_new_tokens": new_tokens, "tokenizer": models.tokenizer}
-                said += specdec.generate(models.target, _ids(models.tokenizer, said, prompt.chat), **options).text or []
+                said += specdec.generate(target, _ids(models.tokenizer, said, prompt.chat), **options).text or []
             said.append(turn)
-            yield _ids(models.tokenizer, said, prompt.chat), prompt.task
+            yield _ids(models.tokenizer, said, prompt.chat), Turn(prompt.task, number)
+
+
+def in_batches(
+    prompts: list[torch.Tensor], turns: list[Turn], size: int
+) -> Iterator[tuple[list[torch.Tensor], str, bool]]:
+    """So many conversations at once, turn by turn: their prompts, tasks, and whether these follow those of the last batch."""
+    starts = [i for i, turn in enumerate(turns) if turn.number == 0]
+    talks = [range(*ends) for ends in pairwise([*starts, len(turns)])]
+    for together in (talks[i : i + size] for i in range(0, len(talks), size)):
+        for number in range(max(map(len, together))):
+            rows = [talk[number] for talk in together if number < len(talk)]
+            yield [prompts[i] for i in rows], " and ".join(dict.fromkeys(turns[i].task for i in rows)), number > 0
 
 
 def _ids(tokenizer: Any, said: list[str], chat: bool) -> torch.Tensor:

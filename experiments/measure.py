@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from experiments import baseline
-from specdec import Generation, Sampling
+from specdec import Generation, ModelTarget, Sampling
 from specdec.trace import Trace
 
 AGAIN = "the first again"
+_RECORDED = 16  # tokens: more than a few trees nobody looks at, and laws of large vocabularies are large
 Method = Callable[..., Generation]  # specdec.generate, or anything that takes and returns the same, with its options
 
 
@@ -45,11 +46,16 @@ def rounds(
     repeats: int,
     sampling: Sampling,
     max_new_tokens: int,
+    later: Sequence[bool] = (),
 ) -> Iterator[Round]:
     """Yields each round when it is complete; what a method cannot do, it says before the first.
 
     The first method runs again at the end of every batch, as `AGAIN`: by how much a method differs from itself is the noise
     floor of this machine. Greedy texts are compared with transformers', each prompt by itself.
+
+    Args:
+        later: of each batch, whether it holds the next turns of the conversations of the batch before. There a method that
+            can resume does so, in caches of its own.
 
     Raises:
         Refused: a method cannot decode these prompts.
@@ -60,28 +66,51 @@ def rounds(
             method(target, batches[0], **{**options, "max_new_tokens": min(8, max_new_tokens)})
         except ValueError as error:
             raise Refused(f"{name}: {error}") from error
-    return _rounds(target, {**methods, AGAIN: next(iter(methods.values()))}, batches, repeats, options)
+    methods = {**methods, AGAIN: next(iter(methods.values()))}
+    return _rounds(target, methods, batches, later or [False] * len(batches), repeats, options)
 
 
 def _rounds(
     target: PreTrainedModel,
     methods: dict[str, Method],
     batches: list[list[Tensor]],
+    later: Sequence[bool],
     repeats: int,
     options: dict[str, Any],
 ) -> Iterator[Round]:
     greedy = options["sampling"].temperature == 0
     texts = [[baseline.generate(target, [p], **options).tokens[0] for p in batch if greedy] for batch in batches]
+    resuming = {
+        name: ModelTarget(target) for name, method in methods.items() if any(later) and _takes(method, "resume")
+    }
     with tqdm(total=repeats * len(batches) * len(methods), desc="decoding", leave=False) as bar:
         for seed in range(repeats):
             done: Round = {name: [] for name in methods}
-            for batch, expected in zip(batches, texts, strict=True):
+            for batch, resume, expected in zip(batches, later, texts, strict=True):
                 for name, method in methods.items():
-                    out = method(target, batch, **options, seed=seed)
+                    more = {"resume": resume} if name in resuming else {}
+                    out = method(resuming.get(name, target), batch, **options, seed=seed, **more)
                     identical = sum(map(torch.equal, out.tokens, expected)) if greedy else None
                     done[name].append(Run(out.trace, len(batch), identical))
                     bar.update()
             yield done
+
+
+def recorded(
+    target: PreTrainedModel, methods: dict[str, Method], prompt: Tensor, *, sampling: Sampling, tokenizer: Any
+) -> dict[str, Generation]:
+    """The first steps of every method that can record its laws, for one prompt."""
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "max_new_tokens": _RECORDED,
+        "trace": "laws",
+        "tokenizer": tokenizer,
+    }
+    return {name: method(target, [prompt], **options) for name, method in methods.items() if _takes(method, "trace")}
+
+
+def _takes(method: Method, option: str) -> bool:
+    return option in inspect.signature(method).parameters
 
 
 def uninterrupted(complete: Iterable[Round]) -> list[Round]:
@@ -105,7 +134,7 @@ def against_ceilings(
 ) -> dict[str, dict[str, Any]]:
     """`ceiling_share` and `divergence` of every method that can say them, from one more round, not timed: it takes long."""
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "trace": "ceiling"}
-    able = {name: method for name, method in methods.items() if "trace" in inspect.signature(method).parameters}
+    able = {name: method for name, method in methods.items() if _takes(method, "trace")}
     found = {}
     for name, method in tqdm(able.items(), desc="ceilings", leave=False):
         steps = [step for batch in batches for step in method(target, batch, **options).trace.steps]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,15 +26,20 @@ def load(
     draft: str | None = None,
     heads: str | None = None,
     dtype: torch.dtype = torch.float32,
+    loading: Mapping[str, Any] | None = None,
 ) -> Models:
-    """Models by their names on the hub, or from local folders; Medusa heads from a folder."""
+    """Models by their names on the hub, or from local folders; Medusa heads from a folder.
+
+    Args:
+        loading: more for the `from_pretrained` of the target: `device_map`, or `tp_plan` under torchrun.
+    """
     drafting = _model(draft, dtype) if draft is not None else None
     medusa = MedusaHeads.load(heads).to(dtype) if heads is not None else None
-    return Models(_model(target, dtype), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
+    return Models(_model(target, dtype, **(loading or {})), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
 
 
-def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+def _model(name: str, dtype: torch.dtype, **loading: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading).eval()
 
 
 def untrained(like: PreTrainedModel) -> PreTrainedModel:

@@ -281,11 +281,8 @@ def dropping_what_does_not_pay(self, drawn, expected):
     """`_Growing.add` that drops the drawn children whose probability is small."""
     exists = _add(self, drawn, expected)
     if drawn.draft_probs is not None:
-        parents = torch.arange(drawn.draft_probs.shape[1]).repeat_interleave(
-            exists.shape[1] // drawn.draft_probs.shape[1]
-        )
-        rows = torch.arange(len(exists))[:, None]
-        exists &= drawn.draft_probs[rows, parents, drawn.tokens] > 0.5
+        count = drawn.draft_probs.shape[1]
+        exists &= (drawn.draft_probs.gather(-1, drawn.tokens.unflatten(1, (count, -1))) > 0.5).flatten(1).numpy()
     return exists
 
 

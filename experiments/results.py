@@ -8,13 +8,16 @@ import platform
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+
+from specdec import Generation, display
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,12 +90,14 @@ class Wandb:
     """One Weights & Biases run.
 
     The figures are its summary, acceptance by depth and the history its curves, the whole result is an artifact, and
-    everything else is its configuration.
+    everything else is its configuration. Of every method in `runs`, recorded with trace="laws", the trees of the first
+    prompt are shown, and all traces are another artifact.
     """
 
     project: str
     mode: Literal["offline", "online", "disabled"] = "offline"
     dir: str = "outputs"
+    runs: dict[str, Generation] = field(default_factory=dict)  # by method; for the experiment to fill
 
     def write(self, result: dict[str, Any]) -> str:
         """Returns where it is."""
@@ -113,7 +118,23 @@ class Wandb:
             with artifact.new_file("result.json", encoding="utf-8") as file:
                 json.dump(result, file, indent=1)
             run.log_artifact(artifact)
+            if self.runs:
+                run.log({f"trees/{name}": wandb.Html(trees(out)) for name, out in self.runs.items()})
+                run.log_artifact(self._traces(wandb.Artifact("traces", "trace")))
             return run.url or run.dir
+
+    def _traces(self, artifact: Any) -> Any:
+        with TemporaryDirectory() as folder:
+            for name, out in self.runs.items():
+                out.trace.save(Path(folder, f"{name}.safetensors"))
+            artifact.add_dir(folder)
+        return artifact
+
+
+def trees(out: Generation) -> str:
+    """HTML: the draft trees of the first prompt, step by step."""
+    steps = [step for step in out.trace.steps if step.emitted[0]]
+    return "".join(display.tree(step, 0, out.tokenizer)._repr_html_() for step in steps)
 
 
 def acceptance_by_depth(figures: Any) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ from specdec.custom_generate import custom_generate
 from specdec.generate import Generation, generate, stream
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling
+from specdec.target import ModelTarget
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "Generation",
     "Graphs",
     "Law",
+    "ModelTarget",
     "Sampling",
     "Topology",
     "TreeSpec",

@@ -134,11 +134,14 @@ class TreeCache(Cache):
         self.write_slots = (self._starts + self.lengths[:, None] + nodes).flatten()
         self.view = view
 
-    def clear(self) -> None:
-        """Forget every row."""
-        self.lengths.zero_()
-        for stack in self._stacks.values():
-            stack.zero_()  # a slot that is not seen has weight 0, and 0 times garbage could be NaN
+    def take_over(self, other: TreeCache, kept: list[int]) -> None:
+        """Begin with the first kept[b] slots of row b of another cache, or of this one, and forget all that was here."""
+        for slab, stack in self._stacks.items():
+            for row, count in enumerate(kept):
+                if count:
+                    stack[:, row, :count] = other._stacks[slab][:, row, :count]
+                stack[:, row, count:] = 0  # a slot that is not seen has weight 0, and 0 times garbage could be NaN
+        self.lengths.copy_(torch.tensor(kept))
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         """What transformers hands on to the function that makes masks."""

@@ -19,6 +19,9 @@ class Engine:
         """A length of text that the stages are told in place of this one, and not less."""
         return length
 
+    def forget(self) -> None:
+        """Make the next run begin with new buffers: parts of the last one may have others of their own by now."""
+
     def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A run begins on this device; returns its buffers.
 

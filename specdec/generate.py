@@ -60,6 +60,7 @@ def generate(
     seed: int = 0,
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
+    resume: bool = False,
 ) -> Generation:
     """Continue the prompts; with a lossless rule, exactly as the target by itself would.
 
@@ -83,13 +84,16 @@ def generate(
             `specdec.record`). Both take long: do not time such runs.
         engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
             too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
+        resume: begin in the caches that the last run of this target (a `specdec.ModelTarget`) and of this drafter left:
+            each prompt is read from where it parts from the text of its row there, in a conversation what was said since.
+            The text is the same. Of changes to a model in between, those that training or loading makes are noticed.
 
     Raises:
         ValueError: bad input, an unsupported model, a rule that is not lossless for the drafter's trees, or logits
             that are no distribution; the message names the cure.
     """
     run = Decoding(
-        target, prompts, drafter, rule, sampling, max_new_tokens, stop_tokens, tokenizer, seed, trace, engine
+        target, prompts, drafter, rule, sampling, max_new_tokens, stop_tokens, tokenizer, seed, trace, engine, resume
     )
     while not run.finished:
         run.step()
@@ -105,7 +109,7 @@ def stream(
     `generate` returns. Between the yields the model is as it was found.
     """
     defaults = {"rule": SiblingRejection(), "sampling": Sampling(), "max_new_tokens": 128, "stop_tokens": None}
-    defaults |= {"tokenizer": None, "seed": 0, "trace": "summary", "engine": "eager"}
+    defaults |= {"tokenizer": None, "seed": 0, "trace": "summary", "engine": "eager", "resume": False}
     run = Decoding(target, prompts, drafter, **{**defaults, **options})
     while not run.finished:
         yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
@@ -127,6 +131,7 @@ class Decoding:
         seed: int,
         trace: str,
         engine: Engine | str = "eager",
+        resume: bool = False,
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
     ):
         began = time.perf_counter()
@@ -139,7 +144,7 @@ class Decoding:
         ):  # fmt: skip
             check_kind(name, part, kind)
         max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
-        found = as_target(target)
+        found = as_target(target, resume)
         rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
         sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
         self.spec = self.drafter.spec(sampling)
@@ -158,12 +163,14 @@ class Decoding:
 
         weights = [] if found.model is None else [p.data_ptr() for p in found.model.parameters()]
         signature = (target, weights, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
+        if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
+            self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
         fixed = self.engine.fixed and self.drafter.capturable
-        self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed)
+        self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed, resume)
         self.context.row_depths.fill_(max_new_tokens - 1)
         self.coins.reseed(self.seed)
-        self.emitted: list[list[int]] = [[] for _ in rows]
+        self._prompts = self.context.host_lengths
         self._look_ahead([max_new_tokens] * batch)
         self._ticket = object()
         self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
@@ -205,11 +212,16 @@ class Decoding:
     def end(self, row: int, kept: int) -> None:
         """End the text of this row with the first `kept` >= 1 tokens that the last step gave it."""
         step = self.trace.steps[-1]
-        del self.emitted[row][len(self.emitted[row]) - step.emitted[row] + kept :]
+        del self.context.texts[row][len(self.context.texts[row]) - step.emitted[row] + kept :]
         for counts in (step.emitted, step.accepted, step.tried):
             counts[row] = min(counts[row], kept)
         self.context.row_depths[row] = -1
         self._look_ahead((self.context.row_depths + 1).tolist())
+
+    @property
+    def emitted(self) -> list[list[int]]:
+        """Each row's new tokens so far."""
+        return [text[start:] for text, start in zip(self.context.texts, self._prompts, strict=True)]
 
     def generation(self) -> Generation:
         """Everything emitted so far."""
@@ -287,10 +299,8 @@ class Decoding:
         for rows, message in zip(report.invalid, (_NO_LAW, _NO_DRAFT), strict=True):
             if rows:
                 raise ValueError(message.format(rows=rows))
-        for text, tokens in zip(self.emitted, report.emitted, strict=True):
+        for text, tokens in zip(self.context.texts, report.emitted, strict=True):
             text.extend(tokens)
-        lengths = zip(self.context.host_lengths, report.emitted, strict=True)
-        self.context.host_lengths = [length + len(tokens) for length, tokens in lengths]
         self._look_ahead(report.left)
 
     def _look_ahead(self, left: list[int]) -> None:

@@ -43,7 +43,7 @@ class Graphs(Engine):
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
     Graphs and buffers are kept until a run of another kind begins (other models, drafter, rule, sampling, batch size, or
-    texts of more blocks), or the engine is dropped.
+    texts of more blocks, or a drafter or a Target that another engine has used since), or the engine is dropped.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile, once per shape and process).
@@ -64,6 +64,9 @@ class Graphs(Engine):
 
     def rounded(self, length: int) -> int:
         return -(-length // _BLOCK) * _BLOCK
+
+    def forget(self) -> None:
+        self._made_for = None
 
     def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if (device, signature) != self._made_for:

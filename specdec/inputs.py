@@ -40,13 +40,16 @@ def as_int(name: str, value: Any) -> int:
         raise ValueError(f"{name}={value!r}: must be an integer.") from None
 
 
-def as_target(target: PreTrainedModel | Target) -> Target:
-    """The target itself, or the machinery around a transformers model."""
+def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
+    """The target itself, or the machinery around a transformers model: new each time, so that no run can be resumed."""
     if isinstance(target, Target):
         if not hasattr(target, "vocab"):
             raise ValueError(f"{type(target).__name__} has no attribute vocab; set it to the size of the vocabulary.")
         return target
     if isinstance(target, PreTrainedModel):
+        if resume:
+            cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
+            raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
         return ModelTarget(target)
     raise ValueError(f"target is a {type(target).__name__}; pass a transformers PreTrainedModel (or a specdec Target).")
 

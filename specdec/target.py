@@ -9,6 +9,8 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -71,14 +73,28 @@ class CachedModel:
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
+        self._texts: list[list[int]] = []  # of the run that the cache is of; [] if of none
 
-    def start(self, batch: int, capacity: int) -> None:
-        """Begin with empty rows; in the cache of the last run if it has that size."""
-        if (len(self.cache.lengths), self.cache.capacity) != (batch, capacity):
+    def begin(self, context: Context, capacity: int, unread: int = 1) -> None:
+        """Begin a run by reading the prompts but for their last tokens; what a run to be resumed has read, is not again."""
+        goals = [max(n - unread, 0) for n in context.host_lengths]
+        weights = [(p.data_ptr(), p.is_inference() or p._version) for p in self.model.parameters()]
+        kept = [0] * len(goals)
+        if context.resume and len(self._texts) == len(goals) and self._weights == weights:
+            alike = (sum(takewhile(bool, map(eq, *pair))) for pair in zip(self._texts, context.texts, strict=True))
+            kept = list(map(min, goals, alike, self.cache.lengths.tolist()))
+        self.start(len(goals), capacity, kept)
+        self._texts, self._weights = context.texts, weights
+        self.read(context.tokens, goals)
+
+    def start(self, batch: int, capacity: int, kept: list[int] | None = None) -> None:
+        """Begin with the first kept[b] slots of each row, by default none; in the cache of the last run if of that size."""
+        kept, last, self._texts = kept or [0] * batch, self.cache, []
+        if (len(last.lengths), last.capacity) != (batch, capacity):
             self.cache = TreeCache(self.layout, batch, capacity, self.device)
-        self.cache.clear()
-        self.compiled = None
-        self.longest = 0  # host bound on cache.lengths
+        self.cache.take_over(last, kept)
+        self.compiled = self.hidden = None
+        self.longest = max(kept)  # host bound on cache.lengths
 
     def forward(self, tokens: Tensor, topology: Topology, logits_to_keep: int | None = None) -> Tensor:
         """Score the last nodes of a tree whose earlier nodes were scored before.
@@ -115,12 +131,13 @@ class CachedModel:
     def read(self, tokens: Tensor, lengths: list[int]) -> None:
         """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""
         goal = torch.tensor(lengths, device=self.device)
-        while self.longest < max(lengths) or bool((self.cache.lengths < goal).any()):
-            count = min(max(_TOKENS // len(tokens), 1), int((goal - self.cache.lengths).max()))
-            block = self.pending(tokens, count)
-            self.forward(block, chain(len(tokens), count, self.device), logits_to_keep=1)
-            self.cache.lengths += (goal - self.cache.lengths).clamp(0, count)
-            self.longest = max(self.longest, int(self.cache.lengths.max()))
+        now = self.cache.lengths
+        while missing := int((goal - now).max()):
+            count = min(max(_TOKENS // len(tokens), 1), missing)
+            now.copy_(now.minimum((goal - count).clamp(min=0)))  # who misses less reads its last tokens again
+            self.forward(self.pending(tokens, count), chain(len(tokens), count, self.device), logits_to_keep=1)
+            now.copy_((now + count).minimum(goal))
+            self.longest = max(self.longest, int(now.max()))
 
     def pending(self, tokens: Tensor, count: int) -> Tensor:
         """[batch, count] int64: the tokens of each row after its committed ones (clamped at the end of the buffer)."""
@@ -161,9 +178,8 @@ class ModelTarget(Target):
     def start(self, context: Context, capacity: int, hidden: bool) -> None:
         self._capture = self.cached.capturing_hidden if hidden else nullcontext
         self._context = context
-        self.cached.start(len(context.tokens), capacity)
         with self._capture():
-            self.cached.read(context.tokens, [max(n - 1 - hidden, 0) for n in context.host_lengths])
+            self.cached.begin(context, capacity, unread=1 + hidden)
             if hidden:  # the token before the root by itself, for the state it leaves
                 self.cached.forward(self.cached.pending(context.tokens, 1), chain(len(context.tokens), 1, self.device))
                 assert self.cached.hidden is not None

@@ -185,7 +185,7 @@ def _enumerate(
 
         prompts = [torch.tensor(prompt)] * len(scripts)
         run = Decoding(
-            target, prompts, drafter, rule, sampling, budget, stop_tokens, None, 0, "summary", "eager", build
+            target, prompts, drafter, rule, sampling, budget, stop_tokens, None, 0, "summary", "eager", False, build
         )
         acceptance = run.step()
         while not (one_step or run.finished):
@@ -251,11 +251,7 @@ class TabularTarget(Table, Target):
     def start(self, context: Context, capacity: int, hidden: bool) -> None: ...
 
     def score(self, tree: DraftTree, context: Context) -> Tensor:
-        texts = _paths(
-            [context.tokens[b, :n].tolist() for b, n in enumerate(context.host_lengths)],
-            tree.tokens,
-            tree.topology.ancestors,
-        )
+        texts = _paths(context.texts, tree.tokens, tree.topology.ancestors)
         return torch.stack([torch.stack([self.logits(text) for text in row]) for row in texts])
 
     def commit(self, acceptance: Acceptance) -> None: ...
@@ -271,12 +267,11 @@ class TabularDrafter(Drafter):
         return self.tree.spec(sampling)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        prefixes = [context.tokens[b, :n].tolist() for b, n in enumerate(context.host_lengths)]
         asked: list[Tensor] = []
 
         def score(frontier: Frontier) -> Tensor:
             asked.append(frontier.tokens)
-            texts = _paths(prefixes, torch.cat(asked, 1), frontier.topology.ancestors)
+            texts = _paths(context.texts, torch.cat(asked, 1), frontier.topology.ancestors)
             count = frontier.tokens.shape[1]
             return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
 
@@ -431,5 +426,5 @@ class _Listening(Drafter):
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         tree = self.drafter.propose(context, coins)
         kept = tree.laws[0] != Law.PADDING
-        self.drafts.append((context.tokens[0, : context.host_lengths[0]].tolist(), tree.tokens[0, kept].tolist()))
+        self.drafts.append((list(context.texts[0]), tree.tokens[0, kept].tolist()))
         return tree

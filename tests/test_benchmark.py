@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import torch
 
 import specdec
 from experiments import baseline
-from experiments.measure import AGAIN, Run, uninterrupted
+from experiments.measure import AGAIN, Run, recorded, uninterrupted
 from experiments.report import figures, median, resolved, table
 from experiments.results import Csv, Nothing, Wandb, acceptance_by_depth, provenance
-from specdec.trace import Step, Trace
+from specdec import Sampling
+from specdec.drafters import ModelDrafter
+from specdec.trace import Step, Trace, load
+from specdec.trees import Widths
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "benchmark.py"
 METHODS = ["autoregressive", "ngram", "chain", "tree", "chosen", "transformers", "assisted"]
@@ -235,14 +239,44 @@ def test_acceptance_curve_has_every_depth_of_every_method():
     ]
 
 
-@pytest.mark.filterwarnings("ignore")  # of wandb's own
-def test_wandb_run_has_configuration_summary_curve_and_artifact(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A log whose run lies in one folder, artifacts included."""
+    for name, value in {"SILENT": "true", "DATA_DIR": tmp_path, "CACHE_DIR": tmp_path / "cache"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    return Wandb("specdec", "offline", str(tmp_path))
+
+
+def kept(folder: Path) -> bytes:
+    """What the run has noted."""
     import wandb
 
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    Wandb("specdec", "offline", str(tmp_path)).write({"command": "python x.py", "figures": by_task()})
     wandb.teardown()  # its process writes the file, when it finds the time
-    [file] = tmp_path.rglob("*.wandb")
-    kept = file.read_bytes()
+    [file] = folder.rglob("*.wandb")
+    return file.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # of wandb's own
+def test_wandb_run_has_configuration_summary_curve_and_artifact(tmp_path, offline):
+    offline.write({"command": "python x.py", "figures": by_task()})
+    found = kept(tmp_path)
     for part in (b"python x.py", b"speed_up", b"acceptance_rate/fast", b"result.json"):
-        assert part in kept, part
+        assert part in found, part
+    assert b"trees/" not in found
+
+
+@pytest.mark.filterwarnings("ignore")  # of wandb's own
+def test_wandb_run_has_the_trees_and_the_traces_of_every_method(tmp_path, offline):
+    drafter = ModelDrafter(PAIR.draft, Widths([2, 1]))
+    methods = {"plain": baseline.generate, "tree": partial(specdec.generate, drafter=drafter)}
+    prompt = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])
+    offline.runs.update(recorded(PAIR.target, methods, prompt, sampling=Sampling(), tokenizer=PAIR.tokenizer))
+    offline.write({"command": "python x.py", "figures": by_task()})
+    found = kept(tmp_path)
+    assert b"trees/tree" in found and b"tree.safetensors" in found and b"plain.safetensors" not in found
+    [page] = tmp_path.rglob("*.html")
+    steps = offline.runs["tree"].trace.steps
+    assert page.read_text("utf-8").count("emitted") == len(steps) > 1
+    files = [path for path in tmp_path.rglob("artifacts/**/*") if path.is_file()]
+    [trace] = [path for path in files if not path.read_bytes().startswith(b"{")]  # the other is the result
+    assert load(trace).summary() == offline.runs["tree"].trace.summary()

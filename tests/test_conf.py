@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 import specdec
 from experiments import calls
@@ -79,6 +80,24 @@ def test_argument_that_a_file_does_not_list_is_told_how_to_be_added():
 def test_misspelt_option_is_told_with_the_options_there_are():
     text = message("sampling=temperatur")
     assert all(option in text for option in ("greedy", "nucleus", "temperature"))
+
+
+@pytest.mark.parametrize("option", ["tp_plan", "device_map"])
+def test_the_target_is_loaded_as_it_is_asked_to_be(option, monkeypatch):
+    config = composed("target=hub", *MANDATORY["target/hub"], f"+target.loading.{option}=auto", "target.draft=small")
+    calls.check(OmegaConf.to_container(config))
+    asked = {}
+
+    def load(name, **options):
+        asked[name] = options
+        return PAIR.target
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    instantiate(config.target)
+    assert {name: options.get(option) for name, options in asked.items()} == {
+        str(DEMO / "target"): "auto",
+        "small": None,
+    }
 
 
 def test_method_without_its_draft_model_is_told_what_to_set():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import specdec
 import specdec_kernels.reference.verify
-from specdec import Law, Sampling
+from specdec import Law, ModelTarget, Sampling
 from specdec.drafters import (
     Fallback,
     LayerSkipDrafter,
@@ -117,11 +117,12 @@ def texts(drafter, engine, prompts=PROMPTS, target=TARGET, **options):
 
 def assert_replays(name, sampling, engine, target=TARGET, draft=DRAFT):
     """Runs of the drafter of this name that are captured and replayed give the text of eager ones."""
-    drafter, options = DRAFTERS[name](draft), {"sampling": SAMPLINGS[sampling], "target": target}
+    options = {"prompts": PROMPTS[1:3], "sampling": SAMPLINGS[sampling], "target": target}
+    runs = [(DRAFTERS[name](draft), "eager"), (DRAFTERS[name](draft), engine)]
     # trees of other drafters are numbered the same when cut at the budget; those of `Dynamic` are not, nor are their coins
     end = -3 if name == "dynamic" and sampling != "greedy" else None
     for seed in (3, 4):  # the second run replays the graphs of the first
-        expected, found = (texts(drafter, e, PROMPTS[1:3], **options, seed=seed) for e in ("eager", engine))
+        expected, found = (texts(*run, **options, seed=seed) for run in runs)
         assert [t[:end].tolist() for t in found] == [t[:end].tolist() for t in expected]
         # trees of the host come in several sizes
         assert engine.captured == 4 if name not in ON_HOST else engine.captured >= 2
@@ -154,6 +155,16 @@ def test_another_batch_begins_anew():
     engine, drafter = specdec.Graphs(capture=Tape), ModelDrafter(DRAFT, Chain(3))
     for prompts in (PROMPTS, PROMPTS[:2], PROMPTS):
         assert all(map(torch.equal, texts(drafter, engine, prompts), texts(drafter, "eager", prompts)))
+
+
+def test_parts_that_another_engine_has_used_are_captured_again():
+    target, drafter, engine = ModelTarget(llama()), ModelDrafter(llama(), Chain(3)), specdec.Graphs(capture=Tape)
+    options = {**OPTIONS, "sampling": Sampling(1.0), "stop_tokens": ()}
+    for _ in range(2):
+        found = specdec.generate(target, PROMPTS, drafter, engine=engine, **options)
+        expected = specdec.generate(target, PROMPTS, drafter, **options)
+        assert all(map(torch.equal, found.tokens, expected.tokens))
+        assert min(found.summary()["acceptance_rate"]) == 1  # the model drafts for itself
 
 
 def test_two_streams_cannot_share_an_engine():

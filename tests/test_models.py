@@ -100,7 +100,7 @@ class Walk:
     def _write_context(self):
         for row, text in zip(self.context.tokens, self.texts, strict=True):
             row[: len(text)] = torch.tensor(text)
-        self.context.host_lengths = [len(text) for text in self.texts]
+        self.context.texts = self.texts
         self.context.lengths = torch.tensor(self.context.host_lengths)
 
 

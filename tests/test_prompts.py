@@ -2,15 +2,19 @@
 
 import json
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 
 import specdec
-from experiments.inputs import in_turns
+from experiments.inputs import Turn, in_batches, in_turns
+from experiments.measure import AGAIN, rounds
 from experiments.prompts import Prompt, dataset, demo, read
 from specdec import Sampling
+from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.target import CachedModel
 
 torch.set_num_threads(1)
 PAIR = specdec.demo.load()
@@ -92,7 +96,7 @@ def test_data_set_without_the_package_names_the_cure(monkeypatch):
 
 
 def turns(*prompts: Prompt) -> list[tuple[str, str]]:
-    return [(PAIR.tokenizer.decode(ids), task) for ids, task in in_turns(list(prompts), PAIR, Sampling(), 8)]
+    return [(PAIR.tokenizer.decode(ids), turn.task) for ids, turn in in_turns(list(prompts), PAIR, Sampling(), 8)]
 
 
 def test_later_turn_holds_the_earlier_one_and_the_targets_own_answer():
@@ -110,3 +114,49 @@ def test_chat_turns_are_messages_of_the_template(monkeypatch):
     (first, _), (second, _) = turns(Prompt("a", ["Hello", "Again"], chat=True))
     assert first == "<user>Hello<assistant>"
     assert second.startswith(first) and second.endswith("<user>Again<assistant>")
+
+
+def test_conversations_are_decoded_together_turn_by_turn():
+    turns = [Turn("a", 0), Turn("a", 1), Turn("b", 0), Turn("c", 0), Turn("c", 1), Turn("c", 2)]
+    prompts = list(map(torch.tensor, range(6)))
+    found = [([int(p) for p in rows], of, later) for rows, of, later in in_batches(prompts, turns, 2)]
+    assert found == [
+        ([0, 2], "a and b", False),
+        ([1], "a", True),
+        ([3], "c", False),
+        ([4], "c", True),
+        ([5], "c", True),
+    ]
+
+
+def test_methods_read_only_what_is_new_in_a_later_turn(monkeypatch):
+    prompt = Prompt("a", [PAIR.prompts[0].text, "Go on."])
+    ids, turns = map(list, zip(*in_turns([prompt, prompt], PAIR, Sampling(), 8), strict=True))
+    batches, _, later = map(list, zip(*in_batches(ids, turns, 2), strict=True))
+    methods = {
+        "plain": specdec.generate,
+        "chain": partial(specdec.generate, drafter=ModelDrafter(PAIR.draft)),
+        "ngram": partial(specdec.generate, drafter=NgramDrafter()),
+    }
+    complete = rounds(PAIR.target, methods, batches, repeats=2, sampling=Sampling(), max_new_tokens=8, later=later)
+    read, begin = [], CachedModel.read
+
+    def noting(self, tokens, lengths):
+        read.append((self.model, int((torch.tensor(lengths) - self.cache.lengths).max())))
+        begin(self, tokens, lengths)
+
+    first, second = (batch[0] for batch in batches)
+    text = torch.cat([first, specdec.generate(PAIR.target, first, max_new_tokens=8).tokens[0]])
+    # an answer may be cut into other tokens when it is read
+    alike = int((second[: len(text)] == text).cumprod(0).sum())
+    new = len(second) - 1 - min(alike, len(text) - 1)
+    assert alike >= len(first) and new < len(second) / 5
+    monkeypatch.setattr(CachedModel, "read", noting)
+    for done in complete:
+        assert all(run.identical == 2 for runs in done.values() for run in runs)
+        assert set(done) == {*methods, AGAIN}
+        counts = [count for model, count in read if model is PAIR.target]
+        assert counts == [len(first) - 1] * 4 + [new] * 4
+        counts = [count for model, count in read if model is PAIR.draft]
+        assert counts[0] == len(first) - 1 and counts[1] in (new, new + 1)  # an accepted leaf was never read
+        read.clear()

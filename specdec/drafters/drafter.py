@@ -27,7 +27,7 @@ class Context:
 
     tokens: Tensor  # [batch, capacity] int64: prompt and committed tokens; garbage from `lengths` on
     lengths: Tensor  # [batch] int64: committed tokens of each row, the root (the last of them) included
-    host_lengths: list[int]  # the same numbers on the host
+    texts: list[list[int]]  # the committed tokens of each row on the host; lists of this run alone
     max_length: int  # tokens that the longest row may grow to, the prompt included
     max_depth: int  # longest path that can still be of use to any row
     row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
@@ -36,6 +36,7 @@ class Context:
     vocab: int  # size of the target's vocabulary
     tokenizer: Any = None
     engine: Engine = field(default_factory=Engine)
+    resume: bool = False  # whether models are to begin in what is left of their last run
     fixed: bool = (
         False  # whether `propose` is to do the same in all steps with the same `longest`, whatever the host knows
     )
@@ -48,7 +49,9 @@ class Context:
         """Buffers for texts of at most `capacity` tokens."""
         lengths, row_depths = torch.zeros((2, batch), dtype=torch.int64, device=device)
         tokens = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
-        return cls(tokens, lengths, [0] * batch, capacity, 0, row_depths, Sampling(), [()] * batch, vocab)
+        return cls(
+            tokens, lengths, [[] for _ in range(batch)], capacity, 0, row_depths, Sampling(), [()] * batch, vocab
+        )
 
     def begin(
         self,
@@ -59,15 +62,21 @@ class Context:
         tokenizer: Any,
         engine: Engine,
         fixed: bool,
+        resume: bool,
     ) -> None:
         """Write the prompts, 1-D int64 tensors, and note the settings of a run."""
-        self.host_lengths, self.max_length = [len(row) for row in rows], max_length
+        self.texts, self.max_length = [row.tolist() for row in rows], max_length
         self.sampling, self.processors, self.tokenizer = sampling, processors, tokenizer
-        self.engine, self.fixed = engine, fixed
+        self.engine, self.fixed, self.resume = engine, fixed, resume
         self.tokens.zero_()
         for b, row in enumerate(rows):
             self.tokens[b, : len(row)] = row
         self.lengths.copy_(torch.tensor(self.host_lengths))
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """`lengths` on the host."""
+        return [len(text) for text in self.texts]
 
     @property
     def root(self) -> Tensor:

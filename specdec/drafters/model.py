@@ -63,8 +63,7 @@ class ModelDrafter(Drafter):
             )
         nodes = self.spec(context.sampling).nodes
         self._vocab, self._context, self._asked = target.vocab, context, None
-        self._cached.start(len(context.tokens), capacity + nodes)
-        self._cached.read(context.tokens, [n - 1 for n in context.host_lengths])
+        self._cached.begin(context, capacity + nodes)
         if context.engine.compiled:
             self._cached.compile()
 
@@ -121,6 +120,9 @@ class ModelDrafter(Drafter):
         ours = self._alone.vocab
         if self.tokenizer is not None and target_tokenizer is not None:
             if self.tokenizer.get_vocab() != target_tokenizer.get_vocab():
+                last = self._cached
+                if isinstance(last, TranslatedModel) and last.translates == (vocab, target_tokenizer):
+                    return last
                 return TranslatedModel(self.model, vocab, target_tokenizer, self.tokenizer)
         elif ours != vocab:
             raise ValueError(

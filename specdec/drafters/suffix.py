@@ -107,9 +107,8 @@ class SuffixDrafter(Drafter):
         return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
 
     def start(self, target: Target, context: Context) -> None:
-        texts = [row[:n] for row, n in zip(context.tokens.tolist(), context.host_lengths, strict=True)]
-        self._rows, self._places = [SuffixAutomaton() for _ in texts], [(0, 0) for _ in texts]
-        self._read(texts)
+        self._rows, self._places = [SuffixAutomaton() for _ in context.texts], [(0, 0) for _ in context.texts]
+        self._read(context.texts)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         deepest = min(self.depth, context.max_depth)

@@ -41,6 +41,7 @@ class TranslatedModel(CachedModel):
 
     def __init__(self, model: PreTrainedModel, vocab: int, target_tokenizer: Any, draft_tokenizer: Any):
         super().__init__(model)
+        self.translates = vocab, target_tokenizer
         sizes = vocab, self.vocab, len(target_tokenizer), len(draft_tokenizer)
         reads, shared = _translation(target_tokenizer, draft_tokenizer, sizes)
         self._reads, self._unshared = reads.to(self.device), ~shared.to(self.device)

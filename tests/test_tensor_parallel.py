@@ -1,0 +1,61 @@
+"""A target that transformers cut over two processes writes what it writes in one, the same in both."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from tiny_models import PROMPTS, llama
+from transformers import AutoModelForCausalLM
+
+import specdec
+from specdec import ModelTarget, Sampling
+from specdec.drafters import LayerSkipDrafter, MedusaDrafter, MedusaHeads, ModelDrafter, NgramDrafter
+from specdec.trees import Widths
+
+torch.set_num_threads(1)
+RANKS = 2
+LOADED = {"large": llama, "small": lambda: llama(1, num_hidden_layers=1)}
+
+
+def texts(folder, **loading):
+    """The key heads of a layer, and what every drafter and sampling writes."""
+    model, draft = (
+        AutoModelForCausalLM.from_pretrained(folder / name, **options).eval()
+        for name, options in (("large", loading), ("small", {}))
+    )
+    target = ModelTarget(model)
+    drafters = [
+        None,
+        ModelDrafter(draft, Widths([3, 2])),
+        LayerSkipDrafter(exit_layer=1),
+        MedusaDrafter(MedusaHeads(2, 1, 32).to(torch.float64).eval()),
+        NgramDrafter(),
+    ]
+    options = {"max_new_tokens": 12, "seed": 3, "resume": True}
+    runs = [
+        specdec.generate(target, PROMPTS, drafter, sampling=Sampling(temperature), **options).tokens
+        for drafter in drafters
+        for temperature in (0.0, 1.0)
+    ]
+    return target.cached.layout[0][0].heads, [[tokens.tolist() for tokens in run] for run in runs]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+def test_a_target_in_two_processes_writes_what_it_writes_in_one(tmp_path):
+    for name, make in LOADED.items():
+        make().save_pretrained(tmp_path / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    process = subprocess.run([*command, __file__, tmp_path], capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, process.stderr
+    heads, expected = texts(tmp_path)
+    for rank in range(RANKS):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [heads // RANKS, expected]
+
+
+if __name__ == "__main__":  # one of the processes
+    found = texts(Path(sys.argv[1]), tp_plan="auto")
+    Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
