@@ -75,8 +75,9 @@ def custom_generate(
         rows, padding = ([ids[own] for ids, own in zip(input_ids, part, strict=True)] for part in (mask, ~mask))
         drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
         run = Decoding(
-            model, rows, drafter, rule, _Prepared(*law.filters, processors, padding),
-            max(limit - input_ids.shape[1], 1), stop_tokens, tokenizer, drawn, "summary", engine,
+            model, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, padding),
+            max_new_tokens=max(limit - input_ids.shape[1], 1), stop_tokens=stop_tokens, tokenizer=tokenizer, seed=drawn,
+            engine=engine,
         )  # fmt: skip
         _finish(run, others, input_ids, streamer)
         sequences: Any = _sequences(input_ids, run.emitted, config.pad_token_id, stop_tokens)

@@ -93,8 +93,9 @@ def generate(
             that are no distribution; the message names the cure.
     """
     run = Decoding(
-        target, prompts, drafter, rule, sampling, max_new_tokens, stop_tokens, tokenizer, seed, trace, engine, resume
-    )
+        target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume,
+    )  # fmt: skip
     while not run.finished:
         run.step()
     return run.generation()
@@ -108,9 +109,7 @@ def stream(
     Yields lists like `Generation.tokens`: the new tokens of each prompt, possibly none; joined together they are what
     `generate` returns. Between the yields the model is as it was found.
     """
-    defaults = {"rule": SiblingRejection(), "sampling": Sampling(), "max_new_tokens": 128, "stop_tokens": None}
-    defaults |= {"tokenizer": None, "seed": 0, "trace": "summary", "engine": "eager", "resume": False}
-    run = Decoding(target, prompts, drafter, **{**defaults, **options})
+    run = Decoding(target, prompts, drafter, **options)
     while not run.finished:
         yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
 
@@ -122,14 +121,15 @@ class Decoding:
         self,
         target: PreTrainedModel | Target,
         prompts: Prompts,
-        drafter: Drafter | None,
-        rule: Rule,
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop_tokens: Sequence[int] | None,
-        tokenizer: Any,
-        seed: int,
-        trace: str,
+        drafter: Drafter | None = None,
+        *,
+        rule: Rule = SiblingRejection(),
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 128,
+        stop_tokens: Sequence[int] | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        trace: str = "summary",
         engine: Engine | str = "eager",
         resume: bool = False,
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed

@@ -185,7 +185,14 @@ def _enumerate(
 
         prompts = [torch.tensor(prompt)] * len(scripts)
         run = Decoding(
-            target, prompts, drafter, rule, sampling, budget, stop_tokens, None, 0, "summary", "eager", False, build
+            target,
+            prompts,
+            drafter,
+            rule=rule,
+            sampling=sampling,
+            max_new_tokens=budget,
+            stop_tokens=stop_tokens,
+            coins=build,
         )
         acceptance = run.step()
         while not (one_step or run.finished):

@@ -239,7 +239,8 @@ def on_meta(run):
 
 def reads_of(target, drafter, sampling=SAMPLINGS["nucleus"], rule=SiblingRejection()):
     """What the host and a device with kernels wait for each other for in the stages of a step."""
-    run = Decoding(target, PROMPTS, drafter, rule, sampling, 24, (7,), None, 3, "summary", specdec.Graphs())
+    settings = {"sampling": sampling, "max_new_tokens": 24, "stop_tokens": (7,), "seed": 3}
+    run = Decoding(target, PROMPTS, drafter, rule=rule, **settings, engine=specdec.Graphs())
     run.step()
     run = on_meta(run)
     host = HostReads()
