@@ -172,6 +172,7 @@ class Decoding:
         self.coins.reseed(self.seed)
         self._prompts = self.context.host_lengths
         self._look_ahead([max_new_tokens] * batch)
+        self._why_on_host = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
         self._ticket = object()
         self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
         for part in self._parts:
@@ -187,7 +188,7 @@ class Decoding:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
         run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        on_host = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
+        on_host = self._why_on_host
         with torch.inference_mode(), self._patched():
             tree = run(self._propose, on_host)
             clock.mark()

@@ -74,17 +74,17 @@ class Adaptive(TreePolicy):
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
-            self._context, self._begun, self._steps = context, np.array(context.host_lengths), 0
+            self._context, self._begun = context, context.host_lengths
             self._economy = self._begin(len(context.tokens))
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
-        self._steps += 1
         economy.begin(min(self.depth, context.max_depth))
         going = economy.continues()
         if not going:
             economy.finish()
-            return Grown(root_only(context.root), torch.full_like(context.root, -1)[:, None])
-        budgets = context.row_depths.cpu().numpy()
+            silent = root_only(context.root)
+            return Grown(silent, silent.topology.parents)
+        budgets = context.row_depths.tolist()
         tree, weights = _Growing(context.root, budgets, self.nodes), self._weights(context.host_lengths, budgets)
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weights * tree.useful()
@@ -108,18 +108,20 @@ class Adaptive(TreePolicy):
         self._expected = np.concatenate([weights, tree.expected], 1)
         return tree.grown(self.width)
 
-    def _weights(self, lengths: list[int], budgets: np.ndarray) -> np.ndarray:
+    def _weights(self, lengths: list[int], budgets: list[int]) -> np.ndarray:
         """[batch, 1], together 1: a batch ends with its last row, so rows with most time to go count most."""
-        pace = (np.array(lengths) - self._begun + _USUAL) / (self._steps - 1 + _USUAL)  # tokens per step
-        left = (budgets + 1) / pace
-        weights = (left / left.max())[:, None] ** _LAGGARDS
-        return weights / weights.sum()
+        tokens = [
+            now - then + _USUAL for now, then in zip(lengths, self._begun, strict=True)
+        ]  # in as many steps for each row
+        left = [(budget + 1) / n for budget, n in zip(budgets, tokens, strict=True)]
+        weights = [(n / max(left)) ** _LAGGARDS for n in left]
+        return np.array([[weight / sum(weights)] for weight in weights])
 
     def _begin(self, batch: int) -> Economy:
         if self.costs is not None:
             draft = self.costs.draft or (lambda nodes: 0.0)
-            return Economy(Times(self.nodes, self.costs.verify), Times(self.width, draft))
-        known = self._known.setdefault(batch, Economy(Times(self.nodes), Times(self.width)))
+            return Economy(Times(self.nodes, self.costs.verify), Times(1, draft), Times(self.width, draft))
+        known = self._known.setdefault(batch, Economy(Times(self.nodes), Times(1), Times(self.width)))
         known.turn_to_another_text()
         return known
 
@@ -142,8 +144,8 @@ def _families(logits: Tensor, most: int, sampling: Sampling) -> np.ndarray:
     Greedy, the target's token is among the draft's top k about as often as the square root of their mass (fits the demo pair
     to 0.05). Sampled, the top k - 1 have their mass of the target's law, and the rest overlaps by half.
     """
-    probs = (logits.float() / (sampling.temperature or 1.0)).softmax(-1)
-    mass = probs.topk(most, -1).values.cpu().double().numpy().cumsum(-1)
+    logits = logits.float() / sampling.temperature if sampling.temperature else logits.float()
+    mass = logits.softmax(-1).topk(most, -1).values.cpu().numpy().cumsum(-1, dtype=np.float64)
     if sampling.temperature == 0:
         return np.sqrt(mass)
     sure = np.concatenate([mass[..., :1] ** 2, mass[..., :-1]], -1)
@@ -154,7 +156,7 @@ def _chances(drawn: Children, families: np.ndarray) -> np.ndarray:
     """[batch, count, children]: how often each child that was drawn is accepted."""
     if drawn.draft_probs is None:
         return np.concatenate([families[..., :1], families[..., 1:] - families[..., :-1]], -1)
-    probs = drawn.draft_probs.gather(-1, drawn.tokens.view(families.shape)).cpu().double().numpy()
+    probs = drawn.draft_probs.gather(-1, drawn.tokens.view(families.shape)).cpu().numpy()
     top = probs[..., 1:]
     first = (1 - top.sum(-1, keepdims=True)) * (_OVERLAP + (1 - _OVERLAP) * probs[..., :1])
     return np.concatenate([first, top], -1)
@@ -165,16 +167,16 @@ class _Growing:
 
     Args:
         root: [batch] int64.
-        budgets: [batch]: depth to which each row has use for a draft.
+        budgets: [batch] ints: depth to which each row has use for a draft.
         nodes: most nodes.
     """
 
-    def __init__(self, root: Tensor, budgets: np.ndarray, nodes: int):
+    def __init__(self, root: Tensor, budgets: list[int], nodes: int):
         shape = (len(root), nodes)
-        self._budgets, self.rows = budgets[:, None], np.arange(len(root))[:, None]
+        self._budgets, self.rows = np.array(budgets)[:, None], np.arange(len(root))[:, None]
         self.nodes, self.depth, self._newest = 1, 0, root[:, None]  # [batch, n]: tokens of the last level
-        self._tokens, self._probs = [self._newest], list[tuple[np.ndarray, Tensor]]()
-        self._parents, self._order = np.full(shape, -1), np.full(shape, -1)  # of asking
+        self._tokens, self._probs = [self._newest], list[Tensor]()  # of nodes in the order of asking
+        self._parents, self._order = np.full((2, *shape), -1)  # of asking
         self._exists, self._laws = np.ones(shape, bool), np.zeros(shape, np.uint8)
         self._asked = self._parents[:, :0]  # [batch, asked]: parents of the nodes asked for, in that order
         self._at = np.zeros((len(root), 1), np.int64)  # [batch, frontier]: the nodes to be continued
@@ -204,7 +206,7 @@ class _Growing:
         self.expected[self.rows, self._at] = expected
         if drawn.draft_probs is not None:  # at temperature 0 all are POINT
             self._laws[self.rows, self._at] = drawn.laws.cpu().numpy()
-            self._probs.append((self._at, drawn.draft_probs))
+            self._probs.append(drawn.draft_probs)
         self._newest = drawn.tokens
         self._tokens.append(drawn.tokens)
         self._first, self.nodes, self.depth = self.nodes, new.stop, self.depth + 1
@@ -222,13 +224,14 @@ class _Growing:
         return Grown(tree, torch.from_numpy(self._order[:, : self.nodes]).to(tokens.device))
 
     def _draft_probs(self) -> Tensor | None:
-        """[batch, node, vocab] of the nodes before the last level; zeros at leaves."""
+        """[batch, node, vocab] of the nodes before the last level; of leaves anything."""
         if not self._probs:
             return None
-        table = self._probs[0][1].new_zeros((len(self.rows), self._first, self._probs[0][1].shape[-1]))
-        for at, probs in self._probs:
-            table[self.rows, at] = probs
-        return table
+        table, order = torch.cat(self._probs, 1), self._order[:, : self._first]
+        if (order == np.arange(self._first)).all():
+            return table
+        index = torch.from_numpy(order.clip(min=0)).to(table.device)
+        return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
 
 
 def _topology(parents: np.ndarray, depth: int, width: int | None, device: torch.device) -> Topology:

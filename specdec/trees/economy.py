@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 _PRIOR = 2.0  # successes: one or two failures at the start of a run say little
 _FORGET = 0.005  # of what was seen, every step
 _CARRIED = 8.0  # trials: what earlier texts say of the next
@@ -56,7 +54,8 @@ class Times:
 
     def __init__(self, sizes: int, given: Callable[[int], float] | None = None):
         self._given = given is not None
-        self._seen = np.zeros((2, sizes))  # [0]: how often, [1]: seconds together, by size - 1; old ones count less
+        # [size - 1]: how often, and seconds together; old ones count less
+        self._counts, self._sums = [0.0] * sizes, [0.0] * sizes
         # [size]; 0 as long as nothing is known
         self.curve = [0.0, *(given(size) if given else 0.0 for size in range(1, sizes + 1))]
 
@@ -64,23 +63,22 @@ class Times:
         if self._given:
             return
         known = self.curve[size]
-        self._seen *= _KEEP
-        self._seen[:, size - 1] += 1, min(seconds, _OUTLIER * known) if known else seconds
-        line = self._line()
-        counts, sums = self._seen
-        self.curve = [0.0, *((sums + _TRUST * line) / (counts + _TRUST)).tolist()]
+        self._counts, self._sums = [_KEEP * n for n in self._counts], [_KEEP * total for total in self._sums]
+        self._counts[size - 1] += 1
+        self._sums[size - 1] += min(seconds, _OUTLIER * known) if known else seconds
+        first, slope = self._line()
+        seen = enumerate(zip(self._sums, self._counts, strict=True))
+        self.curve = [0.0, *((total + _TRUST * (first + slope * x)) / (n + _TRUST) for x, (total, n) in seen)]
 
-    def _line(self) -> np.ndarray:
-        """[size]: least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
-        counts, sums = self._seen
-        more = np.arange(len(counts))
+    def _line(self) -> tuple[float, float]:
+        """Least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
+        count, seconds = sum(self._counts), sum(self._sums)
+        distance, square = (sum(x**power * n for x, n in enumerate(self._counts)) for power in (1, 2))
+        product = sum(x * total for x, total in enumerate(self._sums))
         # slope = _SLOPE first, as so much evidence that (size - 1)^2 sums to _DOUBT
-        a, b, c = counts.sum() + _DOUBT * _SLOPE**2, counts @ more - _DOUBT * _SLOPE, counts @ more**2 + _DOUBT
-        seconds, product = sums.sum(), sums @ more
+        a, b, c = count + _DOUBT * _SLOPE**2, distance - _DOUBT * _SLOPE, square + _DOUBT
         slope = (a * product - b * seconds) / (a * c - b * b)
-        if slope < 0:
-            return np.full(len(counts), seconds / counts.sum())
-        return (c * seconds - b * product) / (a * c - b * b) + slope * more
+        return ((c * seconds - b * product) / (a * c - b * b), slope) if slope > 0 else (seconds / count, 0.0)
 
 
 class Economy:
@@ -91,11 +89,12 @@ class Economy:
 
     Args:
         verify: of the target's passes, by nodes of the tree, and of all else in a step that is not the draft's.
-        draft: of the draft's passes, by nodes of the frontier.
+        first: of the draft's first pass, which may read more, and in which Medusa heads do all their work.
+        draft: of its other passes, by nodes of the frontier.
     """
 
-    def __init__(self, verify: Times, draft: Times):
-        self._verify, self._draft = verify, draft
+    def __init__(self, verify: Times, first: Times, draft: Times):
+        self._verify, self._first, self._draft = verify, first, draft
         self._accepted, self._confidence = Rate(), Rate()
         self._proven, self._tokens, self._seconds = 0.0, 0.0, 0.0
 
@@ -138,9 +137,9 @@ class Economy:
             families: the same for children 1, 1 and 2, ... of theirs, by the draft's confidence.
         """
         elapsed = time.perf_counter() - self._mark
-        self._draft.see(self._width, elapsed)
+        (self._draft if self._level else self._first).see(self._width, elapsed)
         self._drafted += elapsed
-        self._drafting += self._draft.curve[self._width]
+        self._drafting += self._pass(self._level)
         if reach > 0:
             self._confidence.see(families[0] / reach, 1)
 
@@ -202,8 +201,13 @@ class Economy:
     def _ahead(self, reach: float, nodes: int, level: int) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
         best = worth = 0.0
-        for _ in range(min(self._limit - level, (len(self._verify.curve) - 1 - nodes) // self._width)):
+        room = (len(self._verify.curve) - 1 - nodes) // self._width
+        for further in range(level, min(self._limit, level + room)):
             reach *= min(self.calibration * self._confidence(), 1)
-            worth += reach - self._speed * self._draft.curve[self._width] - self._price(nodes, nodes + self._width)
+            worth += reach - self._speed * self._pass(further) - self._price(nodes, nodes + self._width)
             best, nodes = max(best, worth), nodes + self._width
         return best
+
+    def _pass(self, level: int) -> float:
+        """Seconds of the draft's pass for this level."""
+        return self._draft.curve[self._width] if level else self._first.curve[1]
