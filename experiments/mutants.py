@@ -19,8 +19,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from experiments.cases import ADAPTIVE, Case
 from specdec import DraftTree, Law, Sampling, Topology, TreeSpec
 from specdec.coins import Purpose
+from specdec.decoding import Decoding
 from specdec.drafters import Drafter
-from specdec.generate import Decoding
 from specdec.rules import (
     BlockVerification,
     Decision,

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.decoding import Decoding
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
-from specdec.generate import Decoding
 from specdec.inputs import as_engine, as_target
 from specdec.rules import SiblingRejection
 from specdec.rules.rule import Rule

@@ -1,12 +1,9 @@
-"""The loop: propose, score, decide, commit. Chains, greedy decoding and batches of one are not special cases."""
+"""What users call: `generate` and `stream`. The loop itself is `specdec.decoding.Decoding`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,19 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import display
-from specdec.clock import Clock
-from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
-from specdec.drafters.nothing import NoDrafter
+from specdec.decoding import Decoding
+from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
-from specdec.inputs import Prompts, as_engine, as_int, as_prompts, as_stop_tokens, as_target, check_kind
-from specdec.record import Record
-from specdec.rules import Decisions, Rule, SiblingRejection
-from specdec.sampling import Sampling, TargetLaw
+from specdec.inputs import Prompts
+from specdec.rules import Rule, SiblingRejection
+from specdec.sampling import Sampling
 from specdec.target import Target
-from specdec.theory import visits
-from specdec.trace import LEVELS, Step, Trace
-from specdec.tree import DraftTree, Law
+from specdec.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,9 @@ def generate(
     )  # fmt: skip
     while not run.finished:
         run.step()
-    return run.generation()
+    tokens = [torch.tensor(row, dtype=torch.int64) for row in run.emitted]
+    texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in run.emitted]
+    return Generation(tokens, texts, run.trace, tokenizer)
 
 
 def stream(
@@ -112,213 +106,3 @@ def stream(
     run = Decoding(target, prompts, drafter, **options)
     while not run.finished:
         yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
-
-
-class Decoding:
-    """A run in progress: its state, and the step."""
-
-    def __init__(
-        self,
-        target: PreTrainedModel | Target,
-        prompts: Prompts,
-        drafter: Drafter | None = None,
-        *,
-        rule: Rule = SiblingRejection(),
-        sampling: Sampling = Sampling(),
-        max_new_tokens: int = 128,
-        stop_tokens: Sequence[int] | None = None,
-        tokenizer: Any = None,
-        seed: int = 0,
-        trace: str = "summary",
-        engine: Engine | str = "eager",
-        resume: bool = False,
-        coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
-    ):
-        began = time.perf_counter()
-        if trace not in LEVELS:
-            raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
-        self.engine, self.level = as_engine(engine), trace
-        self.drafter, self.rule, self.tokenizer = NoDrafter() if drafter is None else drafter, rule, tokenizer
-        for name, part, kind in (
-            ("drafter", self.drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)
-        ):  # fmt: skip
-            check_kind(name, part, kind)
-        max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
-        found = as_target(target, resume)
-        rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
-        sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
-        self.spec = self.drafter.spec(sampling)
-        rule.check(self.spec)
-        config = sampling.generation_config
-        eos = found.stop_tokens if config is None else config.eos_token_id
-        stop = as_stop_tokens(stop_tokens, eos, found.vocab)
-        batch, nodes = len(rows), self.spec.nodes
-        longest = max(map(len, rows)) + max_new_tokens
-        capacity = self.engine.rounded(longest) + nodes  # slots per row
-
-        def buffers() -> tuple[Target, Context, Coins, Tensor]:
-            context = Context.empty(batch, capacity, found.vocab, found.device)
-            flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
-            return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
-
-        weights = [] if found.model is None else [p.data_ptr() for p in found.model.parameters()]
-        signature = (target, weights, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
-        if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
-            self.engine.forget()
-        self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
-        fixed = self.engine.fixed and self.drafter.capturable
-        self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed, resume)
-        self.context.row_depths.fill_(max_new_tokens - 1)
-        self.coins.reseed(self.seed)
-        self._prompts = self.context.host_lengths
-        self._look_ahead([max_new_tokens] * batch)
-        self._why_on_host = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
-        self._ticket = object()
-        self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
-        for part in self._parts:
-            object.__setattr__(part, "run", self._ticket)
-        with torch.inference_mode(), self._patched():
-            self.target.start(self.context, capacity, self.drafter.uses_hidden)
-            self.drafter.start(self.target, self.context)
-        self.trace = Trace(prefill_seconds=time.perf_counter() - began)
-
-    def step(self) -> Acceptance:
-        """One round for every row: propose, score, decide, follow."""
-        for part in self._parts:
-            if part.run is not self._ticket:
-                raise RuntimeError(_INTERRUPTED.format(part=part))
-        run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        on_host = self._why_on_host
-        with torch.inference_mode(), self._patched():
-            tree = run(self._propose, on_host)
-            clock.mark()
-            logits = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
-            clock.mark()
-            acceptance = run(self._decide, self._why_not_captured(), tree, logits)
-            acceptance.report.forget()
-            clock.mark()
-            run(self._follow, on_host, acceptance)
-            clock.mark()
-        self._record(acceptance.report)
-        draft, verify, decide, follow = clock.seconds()
-        report, rows = acceptance.report, [len(row) for row in acceptance.emitted]
-        visited = visits(self._noted, report.accepted, report.tried, self.rule) if self.level == "ceiling" else None
-        record = self._noted if self.level == "laws" else None
-        seconds = draft + follow, verify, decide
-        step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, *seconds, visited, record)
-        self.trace.steps.append(step)
-        self.coins.turn_to(self.coins.step + 1)
-        return acceptance
-
-    def end(self, row: int, kept: int) -> None:
-        """End the text of this row with the first `kept` >= 1 tokens that the last step gave it."""
-        step = self.trace.steps[-1]
-        del self.context.texts[row][len(self.context.texts[row]) - step.emitted[row] + kept :]
-        for counts in (step.emitted, step.accepted, step.tried):
-            counts[row] = min(counts[row], kept)
-        self.context.row_depths[row] = -1
-        self._look_ahead((self.context.row_depths + 1).tolist())
-
-    @property
-    def emitted(self) -> list[list[int]]:
-        """Each row's new tokens so far."""
-        return [text[start:] for text, start in zip(self.context.texts, self._prompts, strict=True)]
-
-    def generation(self) -> Generation:
-        """Everything emitted so far."""
-        tokens = [torch.tensor(row, dtype=torch.int64) for row in self.emitted]
-        decode = self.tokenizer.decode if self.tokenizer is not None else None
-        texts = decode and [decode(row, skip_special_tokens=True) for row in self.emitted]
-        return Generation(tokens, texts, self.trace, self.tokenizer)
-
-    def _patched(self) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(self.target.patched())
-        stack.enter_context(self.drafter.patched())
-        return stack
-
-    def _propose(self) -> DraftTree:
-        """The drafter's trees without what is deeper than a row's own budget: its text must not depend on other rows'."""
-        context = self.context
-        tree = self.drafter.propose(context, self.coins)
-        tree.check(self.spec, len(context.lengths), context.max_depth, context.vocab)
-        if self.engine.fixed:
-            tree = tree.padded(self.spec)
-        if self._least > tree.topology.depth:
-            return tree
-        beyond = tree.topology.depths > context.row_depths[:, None].clamp(min=0)
-        return replace(tree, laws=torch.where(beyond, Law.PADDING, tree.laws))
-
-    def _score(self, tree: DraftTree) -> Tensor:
-        """The target's logits [batch, node, vocab]."""
-        logits = self.target.score(tree, self.context)
-        if logits.shape != (*tree.tokens.shape, self.target.vocab):
-            due = [*tree.tokens.shape, self.target.vocab]
-            raise ValueError(f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}.")
-        return logits
-
-    def _decide(self, tree: DraftTree, logits: Tensor) -> Acceptance:
-        """What is accepted, and appended to the text."""
-        law = TargetLaw(logits, tree, self.context)
-        decisions = self.rule(tree, law, self.coins)
-        if self.level != "summary":
-            self._noted = self._note(logits, tree, decisions)  # now: processors read the text so far
-        acceptance = self._accept(tree, law, decisions)
-        self.target.commit(acceptance)
-        return acceptance
-
-    def _note(self, logits: Tensor, tree: DraftTree, decisions: Decisions) -> Record:
-        law = TargetLaw(logits, tree, self.context)  # one of its own: what no rule visits need not be a law
-        run = {"seed": self.seed, "step": self.coins.step, "spec": self.spec, "stop_tokens": self.stop_tokens}
-        return Record.of(tree, law, decisions, **run, budget=self.context.row_depths + 1)
-
-    def _follow(self, acceptance: Acceptance) -> None:
-        self.drafter.commit(acceptance)
-
-    def _why_not_captured(self) -> str | None:
-        """What in `_decide` is for the host."""
-        if self.level != "summary":
-            return f"trace={self.level!r} looks at every law"
-        if any(self.context.processors):
-            return "logits processors depend on the text"
-        return None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
-
-    def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> Acceptance:
-        """Cut the decisions at stop tokens and budgets and append what is left to the text."""
-        context, root, budget = self.context, self.context.root, self.context.row_depths + 1
-        running, cut = budget > 0, decisions.cut(tree, self.stop_tokens, budget)
-        place = torch.arange(cut.tokens.shape[1], device=cut.tokens.device)
-        context.tokens.scatter_(1, context.lengths[:, None] + place, cut.tokens)
-        context.lengths += cut.count
-        context.row_depths.copy_(cut.left - 1)
-        invalid = law.invalid() & running, tree.invalid(root) & running
-        columns = torch.stack([cut.count, cut.accepted, cut.tried, cut.left, *invalid], 1)
-        return Acceptance(decisions.path, cut.count, Report(torch.cat([cut.tokens, columns], 1)))
-
-    def _record(self, report: Report) -> None:
-        """Read what the step gave: the only time that it waits for the device."""
-        for rows, message in zip(report.invalid, (_NO_LAW, _NO_DRAFT), strict=True):
-            if rows:
-                raise ValueError(message.format(rows=rows))
-        for text, tokens in zip(self.context.texts, report.emitted, strict=True):
-            text.extend(tokens)
-        self._look_ahead(report.left)
-
-    def _look_ahead(self, left: list[int]) -> None:
-        """Adapt to the `left` tokens that each row may still emit."""
-        fixed, deepest = self.context.fixed, self.spec.depth
-        self.finished = not any(left)
-        self._least = 0 if fixed else min((n for n in left if n), default=0)  # smallest budget of the running rows
-        self.context.max_depth = deepest if fixed else min(deepest, max(left) - 1)
-
-
-_NO_LAW = (
-    "The target's logits are NaN, or all -inf, at a node that decides the text of prompt(s) {rows}. Check the model's "
-    "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."
-)
-_NO_DRAFT = (
-    "The drafter proposed trees for prompt(s) {rows} that cannot have been drawn as they say: node 0 must be the root "
-    "(context.root), and where laws are sampled, draft_probs must be there, finite, and positive at the drawn tokens. NaN "
-    "in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 does not)."
-)
-_INTERRUPTED = "{part} has begun another text since this one's last step; give each interleaved stream its own."

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from specdec.audit import Audit, audit, model_log_probs  # noqa: F401 - used from here
 from specdec.coins import Coins, Purpose, RowCoins
+from specdec.decoding import Decoding
 from specdec.drafters import Context, Drafter, NgramDrafter
 from specdec.drafters.drafter import Acceptance
-from specdec.generate import Decoding, generate
+from specdec.generate import generate
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.target import Target

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import specdec
 import specdec_kernels.reference.verify
 from specdec import Law, ModelTarget, Sampling
+from specdec.decoding import Decoding
 from specdec.drafters import (
     Fallback,
     LayerSkipDrafter,
@@ -23,7 +24,6 @@ from specdec.drafters import (
     NgramDrafter,
     SuffixDrafter,
 )
-from specdec.generate import Decoding
 from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
 from specdec.trees import Chain, Dynamic, Static, Widths
@@ -131,7 +131,9 @@ def assert_replays(name, sampling, engine, target=TARGET, draft=DRAFT):
 GREEDY = [(name, "greedy") for name in ("chain", "dynamic", "suffixes, then a model")]
 
 
-@pytest.mark.parametrize(("name", "sampling"), [*((name, "nucleus") for name in DRAFTERS), *GREEDY])
+@pytest.mark.parametrize(
+    ("name", "sampling"), [*((name, "nucleus") for name in DRAFTERS if name not in ON_HOST), *GREEDY]
+)
 def test_replaying_gives_the_same_text(name, sampling):
     assert_replays(name, sampling, specdec.Graphs(capture=Tape))
 
