@@ -61,9 +61,9 @@ class Batch:
 
     def __init__(self, rows: int, vocab: int, sampling: Sampling, seed: int):
         generator = torch.Generator().manual_seed(seed)
-        self.host_lengths = torch.randint(1, 4, (rows,), generator=generator).tolist()
-        self.lengths = torch.tensor(self.host_lengths)
+        self.lengths = torch.randint(1, 4, (rows,), generator=generator)
         self.tokens = torch.randint(0, vocab, (rows, 30), generator=generator)
+        self.texts = [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
         self.root = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
         self.max_depth, self.row_depths = 8, torch.full((rows,), 8)
         self.sampling, self.processors = sampling, [()] * rows
