@@ -5,12 +5,10 @@ python kernels/bench/bench_tree_attention.py --tests outputs/gpu_tests --seconds
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import report
@@ -43,12 +41,7 @@ def shapes() -> Iterator[Shape]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--tests", type=Path, required=True, help="folder of JUnit XML of kernels/tests/gpu")
-    options.add_argument("--seconds", type=float, default=300, help="begin no shape after so long")
-    options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
-    chosen = options.parse_args()
-    report.require_green(chosen.tests, "tree_attention")
+    chosen = report.asked(300, "tree_attention")
     source, began, rows, left = report.provenance(), time.monotonic(), [], []
     for shape in shapes():
         buffers = max(4, math.ceil(ROTATED / shape.cache_bytes))

@@ -5,13 +5,11 @@ python kernels/bench/bench_verify.py --tests outputs/gpu_tests --seconds 90
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import report
@@ -39,12 +37,7 @@ def shapes() -> Iterator[Laws | Compaction]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--tests", type=Path, required=True, help="folder of JUnit XML of kernels/tests/gpu")
-    options.add_argument("--seconds", type=float, default=90, help="begin no shape after so long")
-    options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
-    chosen = options.parse_args()
-    report.require_green(chosen.tests, "law", "verify", "compact")
+    chosen = report.asked(90, "law", "verify", "compact")
     source, began, rows, left = report.provenance(), time.monotonic(), [], []
     for shape in shapes():
         if time.monotonic() - began > chosen.seconds:

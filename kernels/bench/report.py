@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -25,6 +26,17 @@ class Timing(NamedTuple):
 
     seconds: float  # median
     spread: float  # between the first and the last decile, relative to the median
+
+
+def asked(seconds: float, *ops: str) -> argparse.Namespace:
+    """The command line of a benchmark of these ops; exits unless their tests were green."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--tests", type=Path, required=True, help="folder of JUnit XML of kernels/tests/gpu")
+    options.add_argument("--seconds", type=float, default=seconds, help="begin no shape after so long")
+    options.add_argument("--results", type=Path, default=ROOT / "experiments/results")
+    chosen = options.parse_args()
+    require_green(chosen.tests, *ops)
+    return chosen
 
 
 def require_green(tests: Path, *ops: str) -> None:
