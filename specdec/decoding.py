@@ -102,16 +102,15 @@ class Decoding:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
         run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        on_host = self._why_on_host
         with torch.inference_mode(), self._patched():
-            tree = run(self._propose, on_host)
+            tree = run(self._propose, self._why_on_host)
             clock.mark()
             logits = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
             clock.mark()
             acceptance = run(self._decide, self._why_not_captured(), tree, logits)
             acceptance.report.forget()
             clock.mark()
-            run(self._follow, on_host, acceptance)
+            run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)
         draft, verify, decide, follow = clock.seconds()

@@ -110,12 +110,11 @@ class Adaptive(TreePolicy):
 
     def _weights(self, lengths: list[int], budgets: list[int]) -> np.ndarray:
         """[batch, 1], together 1: a batch ends with its last row, so rows with most time to go count most."""
-        tokens = [
-            now - then + _USUAL for now, then in zip(lengths, self._begun, strict=True)
-        ]  # in as many steps for each row
-        left = [(budget + 1) / n for budget, n in zip(budgets, tokens, strict=True)]
-        weights = [(n / max(left)) ** _LAGGARDS for n in left]
-        return np.array([[weight / sum(weights)] for weight in weights])
+        # all rows have made as many steps, so what a row has gained is its pace
+        gained = np.array(lengths) - self._begun + _USUAL
+        left = (np.array(budgets) + 1) / gained
+        weights = (left / left.max())[:, None] ** _LAGGARDS
+        return weights / weights.sum()
 
     def _begin(self, batch: int) -> Economy:
         if self.costs is not None:
