@@ -96,11 +96,12 @@ def calibrate(
         made = [(method(draft, shape, rule)(target, prompt, **settings), nodes(shape)) for shape in shapes]
         times.append([step_seconds(*run) / alone for run in made])
     drafting, whole = np.median(times, axis=0).T
-    asked = np.array([[len(shape), nodes(shape[:-1])] for shape in shapes])  # levels, and nodes that the draft reads
-    line = np.linalg.lstsq(asked, drafting)[0]
+    # drafting: once a step, once a level, and once a node that the draft reads; of these the first belongs to the rest
+    parts = np.array([[1, len(shape), nodes(shape[:-1])] for shape in shapes])
+    line = np.linalg.lstsq(parts, drafting)[0] * [0, 1, 1]
     most = max(map(nodes, shapes))
-    rest = CostCurve((1, *map(nodes, shapes)), (1.0, *(whole - asked @ line).tolist()))
-    return Costs(rest, CostCurve((1, most), (line @ [[1, 1], [1, most]]).tolist()))
+    rest = CostCurve((1, *map(nodes, shapes)), (1.0, *(whole - parts @ line).tolist()))
+    return Costs(rest, CostCurve((1, most), (line @ [[0, 0], [1, 1], [1, most]]).tolist()))
 
 
 def step_seconds(out: specdec.Generation, size: int) -> np.ndarray:
@@ -119,8 +120,9 @@ def simulate(
     costs: dict[str, Costs],
 ) -> dict[str, Any]:
     """Acceptance length and speed-up of every run, as `figures` defines them: pooled; the median over prompts."""
+    count = TEXTS if settings["sampling"].temperature > 0 else 1
     recorded = [
-        texts(target, partial(ModelDrafter, draft), prompt, TEXTS, seed=SEED, **settings)
+        texts(target, partial(ModelDrafter, draft), prompt, count, seed=SEED, **settings)
         for prompt in tqdm(prompts, desc="recording", leave=False)
     ]
     tokens = np.array([[len(text.tokens) for text in own] for own in recorded]).T  # [text, prompt]

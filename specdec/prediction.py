@@ -134,21 +134,14 @@ def texts(
 
     Args:
         drafter: makes the drafter whose laws are read, given a tree policy: `partial(ModelDrafter, draft)`.
-        count: how many texts; greedily they would all be the same, and one is enough.
+        count: how many texts; greedily one is enough, as they are all the same.
         options: `max_new_tokens`, `stop_tokens`, as for `generate`.
     """
-    prompts = [prompt] * (count if sampling.temperature > 0 else 1)
+    prompts = [prompt] * count
     written = generate(target, prompts, sampling=sampling, seed=seed, **options).tokens
     along = _Along(written)
-    run = Decoding(
-        target,
-        prompts,
-        drafter(along),
-        sampling=sampling,
-        max_new_tokens=along.tokens.shape[1],
-        stop_tokens=(),
-        trace="laws",
-    )
+    longest = along.tokens.shape[1]
+    run = Decoding(target, prompts, drafter(along), sampling=sampling, max_new_tokens=longest, trace="laws")
     run.step()
     record = run.trace.steps[0].record
     assert record is not None

@@ -96,7 +96,7 @@ def test_greedy_steps_are_those_of_the_run(widths, parents, rule):
     target, draft, lengths = TabularTarget(5, 3), Table(5, 6), []
     for prompt in torch.arange(16).remainder(5).view(-1, 2):
         options = {"max_new_tokens": 12, "stop_tokens": (4,)}
-        [text] = texts(target, partial(TabularDrafter, draft), prompt, **options)
+        [text] = texts(target, partial(TabularDrafter, draft), prompt, 1, **options)
         run = generate(target, prompt, TabularDrafter(draft, Widths(widths)), rule=rule, **options)
         emitted = [step.emitted[0] for step in run.trace.steps]
         assert text.tokens == run.tokens[0].tolist()
@@ -128,11 +128,12 @@ def test_what_is_known_of_a_text_is_what_the_models_say(longest):
             )
 
 
-def test_texts_differ_when_sampled_and_greedily_one_is_enough():
-    drafter = partial(TabularDrafter, DRAFT)
-    sampled = texts(TARGET, drafter, torch.tensor(PROMPT), 5, sampling=Sampling(1.0), max_new_tokens=8, stop_tokens=())
-    assert len({tuple(text.tokens) for text in sampled}) == 5
-    assert len(texts(TARGET, drafter, torch.tensor(PROMPT), 5, max_new_tokens=8)) == 1
+def test_sampled_texts_differ():
+    sampling, prompt = Sampling(1.0), torch.tensor(PROMPT)
+    found = texts(
+        TARGET, partial(TabularDrafter, DRAFT), prompt, 5, sampling=sampling, max_new_tokens=8, stop_tokens=()
+    )
+    assert len({tuple(text.tokens) for text in found}) == 5
 
 
 @pytest.mark.parametrize(
