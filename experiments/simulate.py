@@ -2,18 +2,17 @@
 
     python experiments/simulate.py sampling=temperature task.per_task=2 new_tokens=48
 
-Takes the settings of `experiments/benchmark.py`, of which it does not use `methods` and `rule`. A few texts are recorded, with
-the laws at all nodes of the largest tree at every place. All settings are simulated from them and from the times of forward
-passes, and then decoded and timed on the same prompts: none of them was run before.
+Takes the settings of `experiments/benchmark.py`, of which it does not use `methods` and `rule`. The target writes a few texts
+alone, and `specdec.prediction` says where the steps of any tree and rule would begin in them; what a step costs is measured on
+other trees. All settings are simulated from these, and then decoded and timed on the same prompts: none was run before.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any
 
 import hydra
@@ -25,32 +24,20 @@ from tqdm import tqdm
 import specdec
 from experiments import calls
 from experiments.inputs import begin
-from experiments.measure import rounds, uninterrupted
+from experiments.measure import Round, rounds, uninterrupted
 from experiments.report import figures, floor, interval, markdown, median
 from specdec import rules
 from specdec.drafters import ModelDrafter
-from specdec.record import Packed, Record
-from specdec.rules import Decision, Rule
-from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
-from specdec.trace import Trace, replay
-from specdec.tree import DraftTree, Law, RowTree, Topology
+from specdec.prediction import texts
+from specdec.theory import CostCurve, Costs
 from specdec.trees import Widths
 
 SHAPES = [(1,), (1,) * 2, (1,) * 4, (1,) * 6, (3,), (2, 2), (4, 2, 1), (2, 2, 2, 1)]
 OTHERS = [((1,) * 4, "BlockVerification"), ((2, 2), "TraversalVerification"), ((4, 2, 1), "TraversalVerification")]
-TIMED = [(), (2,), (3, 3, 2)]  # shapes on which the loop's own time is measured
-SEEDS = range(1000, 1002)  # of the recorded texts; the runs that are timed have others
-HEADER = ["tree", "rule", "nodes", "acceptance length: simulated", "measured", "error", "speed-up: simulated",
-          "measured (95 % CI)", "error"]  # fmt: skip
-
-
-class Scout(Rule):
-    """Takes one token of the target's at a time, whatever was drafted: every place in the text gets a step."""
-
-    lossless = True
-
-    def decide(self, tree, target_law, coins):
-        return Decision([0], coins.pick(0, target_law.probs(0)))
+TIMED = [(2,), (1,) * 5, (3, 3), (3, 3, 2)]  # shapes that tell what a step costs
+TEXTS, SEED = 16, 1000  # texts per prompt, and their seed: the runs that are timed have others
+HEADER = ["tree", "rule", "nodes", "acceptance length: simulated", "measured", "error (standard error)",
+          "speed-up: simulated", "measured (95 % CI)", "error"]  # fmt: skip
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
@@ -60,24 +47,20 @@ def main(config: DictConfig) -> None:
         raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
     target, draft = models.target.to(config.device), models.draft.to(config.device)
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    cases: set[tuple[tuple[int, ...], str]] = {(shape, "SiblingRejection") for shape in SHAPES} | set(OTHERS)
-    runs = {
-        label(*case): case for case in sorted(cases, key=lambda case: (case[1] != "SiblingRejection", nodes(case[0])))
-    }
+    runs = {label(*case): case for case in [*((shape, "SiblingRejection") for shape in SHAPES), *OTHERS]}
     began = time.perf_counter()
-    costs = calibrate(target, draft, ids, settings)
+    costs = {
+        rule: calibrate(target, draft, ids, settings, rule) for rule in dict.fromkeys(rule for _, rule in runs.values())
+    }
     calibrated = time.perf_counter()
     simulated = simulate(target, draft, ids, settings, runs, costs)
     took = {"calibrating": calibrated - began, "recording and simulating": time.perf_counter() - calibrated}
-    methods = {"none": specdec.generate} | {
-        name: partial(specdec.generate, drafter=ModelDrafter(draft, Widths(shape)), rule=getattr(rules, rule)())
-        for name, (shape, rule) in runs.items()
-    }
+    methods = {"none": specdec.generate} | {name: method(draft, *case) for name, case in runs.items()}
     finished = uninterrupted(rounds(target, methods, [[p] for p in ids], repeats=config.repeats, **settings))
     measured = figures(finished)
-    lines = compare(simulated, measured)
+    lines = compare(simulated, measured, finished)
     print(table(runs, simulated, measured, lines), floor(measured), sep="\n\n", end="\n\n")
-    curves = {name: vars(curve) for name, curve in vars(costs).items()}
+    curves = {rule: {"rest": vars(found.verify), "draft": vars(found.draft)} for rule, found in costs.items()}
     found = {"prompts": len(ids), "rounds": len(finished), "seconds": took, "costs": curves, "simulated": simulated}
     errors = {key: max((line[key] for line in lines.values()), key=abs) for key in ("acceptance_length", "speed_up")}
     print("largest errors: acceptance length {acceptance_length:+.1%}, speed-up {speed_up:+.1%}".format(**errors))
@@ -89,107 +72,80 @@ def label(shape: Sequence[int], rule: str) -> str:
     return "-".join(map(str, shape)) + ("" if rule == "SiblingRejection" else f" {rule}")
 
 
-def calibrate(target: Any, draft: Any, prompts: list[torch.Tensor], settings: dict[str, Any]) -> Costs:
-    """Times of forward passes, and the loop's own in runs of a few shapes that are not simulated."""
-    context = sum(map(len, prompts)) // len(prompts) + settings["max_new_tokens"] // 2
-    costs = measure_costs(target, draft, context=context)
-    own: list[list[float]] = [[] for _ in TIMED]
-    drafters = [ModelDrafter(draft, Widths(shape)) if shape else None for shape in TIMED]
-    for prompt in prompts[:4]:
-        for times, drafter in zip(own, drafters, strict=True):
-            steps = specdec.generate(target, prompt, drafter, **settings).trace.steps
-            times += [step.other_seconds for step in steps]
-    sizes = [nodes(shape) for shape in TIMED]
-    return replace(costs, other=CostCurve(tuple(sizes), tuple(float(np.median(times)) for times in own)))
+def method(draft: Any, shape: Sequence[int], rule: str) -> Callable[..., specdec.Generation]:
+    """`specdec.generate` with this tree and rule."""
+    return partial(specdec.generate, drafter=ModelDrafter(draft, Widths(shape)), rule=getattr(rules, rule)())
+
+
+def calibrate(
+    target: Any, draft: Any, prompts: list[torch.Tensor], settings: dict[str, Any], rule: str = "SiblingRejection"
+) -> Costs:
+    """What a step costs under this rule by its tree, in steps without a draft, from runs of a few other trees.
+
+    Times are means over the steps of a run, over that of a run without a draft just before; of these the medians over prompts.
+    `draft` is the straight line in the nodes of a level that fits drafting, `verify` all the rest.
+    """
+    shapes = [shape for shape in TIMED if max(shape) == 1 or rule != "BlockVerification"]
+    if (deepest := max(map(len, shapes))) >= settings["max_new_tokens"]:
+        raise SystemExit(
+            f"new_tokens={settings['max_new_tokens']}: trees {deepest} deep are timed; ask for {deepest + 1} or more."
+        )
+    times = []  # [prompt][shape]: of drafting, and of the whole step
+    for prompt in tqdm(prompts, desc="calibrating", leave=False):
+        alone = step_seconds(specdec.generate(target, prompt, **settings), 1)[1]
+        made = [(method(draft, shape, rule)(target, prompt, **settings), nodes(shape)) for shape in shapes]
+        times.append([step_seconds(*run) / alone for run in made])
+    drafting, whole = np.median(times, axis=0).T
+    # drafting: once a step, once a level, and once a node that the draft reads; of these the first belongs to the rest
+    parts = np.array([[1, len(shape), nodes(shape[:-1])] for shape in shapes])
+    line = np.linalg.lstsq(parts, drafting)[0] * [0, 1, 1]
+    most = max(map(nodes, shapes))
+    rest = CostCurve((1, *map(nodes, shapes)), (1.0, *(whole - parts @ line).tolist()))
+    return Costs(rest, CostCurve((1, most), (line @ [[0, 0], [1, 1], [1, most]]).tolist()))
+
+
+def step_seconds(out: specdec.Generation, size: int) -> np.ndarray:
+    """Mean seconds of drafting, and of all, of the steps with trees of this size: at the end they are smaller."""
+    steps = [step for step in out.trace.steps if step.nodes == size]
+    parts = np.array([[step.draft_seconds, step.verify_seconds + step.other_seconds] for step in steps]).mean(0)
+    return np.array([parts[0], parts.sum()])
 
 
 def simulate(
-    target: Any, draft: Any, prompts: list[torch.Tensor], settings: dict[str, Any], runs: dict[str, Any], costs: Costs
+    target: Any,
+    draft: Any,
+    prompts: list[torch.Tensor],
+    settings: dict[str, Any],
+    runs: dict[str, tuple[Sequence[int], str]],
+    costs: dict[str, Costs],
 ) -> dict[str, Any]:
     """Acceptance length and speed-up of every run, as `figures` defines them: pooled; the median over prompts."""
-    everything = Widths([max(level) for level in zip_longest(*(shape for shape, _ in runs.values()), fillvalue=1)])
-    counts: dict[str, list[list[list[int]]]] = {name: [] for name in runs}  # [prompt][seed][step]
-    for prompt in tqdm(prompts, desc="simulating", leave=False):
-        options = {"drafter": ModelDrafter(draft, everything), "rule": Scout(), "trace": "laws", **settings}
-        texts = [(seed, specdec.generate(target, prompt, seed=seed, **options).trace) for seed in SEEDS]
-        for name, (shape, rule) in runs.items():
-            counts[name].append([walk(trace, shape, getattr(rules, rule)(), seed) for seed, trace in texts])
+    count = TEXTS if settings["sampling"].temperature > 0 else 1
+    recorded = [
+        texts(target, partial(ModelDrafter, draft), prompt, count, seed=SEED, **settings)
+        for prompt in tqdm(prompts, desc="recording", leave=False)
+    ]
+    tokens = np.array([[len(text.tokens) for text in own] for own in recorded]).T  # [text, prompt]
     found = {}
-    for name, (shape, _) in runs.items():
-        lengths = np.array([[np.mean(steps) for steps in seeds] for seeds in counts[name]])
-        steps = [count for seeds in counts[name] for walked in seeds for count in walked]
-        speed = predicted_speed_up(1.0, parents_of(shape), costs)
-        found[name] = {
-            "nodes": nodes(shape),
-            "acceptance_length": float(np.mean(steps)),
-            "speed_up": median(speed * lengths.T),
-        }
+    for name, (shape, rule) in tqdm(runs.items(), desc="simulating", leave=False):
+        left = range(settings["max_new_tokens"], 0, -1)
+        step = np.array([costs[rule].step(parents_of(shape[: n - 1])) for n in left])  # as deep as is of use
+        starts = [[text.starts(parents_of(shape), getattr(rules, rule)()) for text in own] for own in recorded]
+        steps = np.array([[begun.sum() for begun in own] for own in starts]).T
+        took = np.array([[begun @ step[: len(begun)] for begun in own] for own in starts]).T
+        length, error = pooled(tokens, steps)
+        found[name] = {"nodes": nodes(shape), "acceptance_length": length, "standard_error": error}
+        found[name]["speed_up"] = median(tokens / took)
     return found
 
 
-def walk(trace: Trace, shape: Sequence[int], rule: Rule, seed: int) -> list[int]:
-    """Tokens per step of a run through the recorded text, in which each step begins where the one before ended.
-
-    Greedy, that is the run. Sampled, each step is one that the run could make at that place; it goes on with the recorded
-    text instead of the one that it would have emitted.
-    """
-    steps, counts, place = trace.steps, [], 0
-    random = np.random.default_rng(seed)
-    while place < len(steps):
-        step = steps[place]
-        assert step.record is not None
-        record = replace(narrowed(step.record, shape, random), seed=seed)
-        [again] = replay(Trace(steps=[replace(step, record=record)]), rule).steps
-        counts.append(again.emitted[0])
-        place += counts[-1]
-    return counts
-
-
-def narrowed(record: Record, widths: Sequence[int], random: np.random.Generator) -> Record:
-    """A record of one row as `Widths(widths)` would have drafted it, drawn from that of a tree nowhere narrower.
-
-    The first children of a node are as good as any others of theirs. Only SAMPLED_THEN_TOP has to be drawn anew, because
-    its first child comes from outside the top: among the top that are too many now, by their draft probabilities, and
-    the recorded first child, which was drawn from all the others.
-    """
-    drafted, probs = record.tree().row(0, record.coins().row(0)), record.tree().draft_probs
-    old, parents, laws, depths = [0], [-1], [Law.POINT], [0]  # of the new nodes, level by level
-    new = 0
-    while new < len(old) and depths[new] < len(widths):
-        children, laws[new] = _children(drafted, old[new], widths[depths[new]], random)
-        old += children
-        parents += [new] * len(children)
-        laws += [Law.POINT] * len(children)
-        depths += [depths[new] + 1] * len(children)
-        new += 1
-    topology = Topology(torch.tensor([parents]), depths[-1])
-    bare = DraftTree(record.bare.tokens[:, old], topology, torch.tensor([laws], dtype=torch.uint8))
-    inner = [node for node, depth in zip(old, depths, strict=True) if depth < depths[-1]]
-    return replace(
-        record,
-        spec=replace(record.spec, nodes=len(old), depth=len(widths), width=max(widths)),
-        bare=bare,
-        draft=None if probs is None or not inner else Packed.of(probs[:, inner]),
-        target=Packed.of(record.target.tensor()[:, old]),
-    )
-
-
-def _children(tree: RowTree, node: int, width: int, random: np.random.Generator) -> tuple[list[int], Law]:
-    """At most `width` of a node's children, and their law."""
-    children, law, probs = tree.children(node), Law(tree.laws[node]), tree.tree.draft_probs
-    if probs is None or not children or law in (Law.IID, Law.WITHOUT_REPLACEMENT):
-        return children[:width], law
-    first = children[:1] if law == Law.SAMPLED_THEN_TOP else []
-    top = children[len(first) :]
-    kept, spare = top[: width - 1], top[width - 1 :]
-    q = probs[0, node].double().numpy().copy()
-    weights = q[[tree.tokens[child] for child in spare]].tolist()
-    q[[tree.tokens[child] for child in top]] = 0
-    weights += [q.sum()] * len(first)
-    if not sum(weights) > 0:
-        return kept, Law.POINT  # they are all that can be drawn
-    place = random.choice(len(weights), p=np.array(weights) / sum(weights))
-    return [[*spare, *first][place], *kept], Law.SAMPLED_THEN_TOP
+def pooled(tokens: np.ndarray, steps: np.ndarray) -> tuple[float, float | None]:
+    """Tokens per step of runs [run, prompt], and its standard error: by chance, for these prompts; None if run once."""
+    length = tokens.sum() / steps.sum()
+    if len(tokens) == 1:
+        return float(length), None
+    beyond = (tokens - length * steps).var(0, ddof=1).sum() * len(tokens)
+    return float(length), float(beyond**0.5 / steps.sum())
 
 
 def parents_of(widths: Sequence[int]) -> list[int]:
@@ -204,15 +160,22 @@ def nodes(widths: Sequence[int]) -> int:
     return len(parents_of(widths))
 
 
-def compare(simulated: dict[str, dict], measured: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """Relative errors of what was simulated."""
-    return {
-        name: {
-            "acceptance_length": guess["acceptance_length"] / measured[name]["acceptance_length"] - 1,
+def compare(simulated: dict[str, dict], measured: dict[str, dict], finished: list[Round]) -> dict[str, dict[str, Any]]:
+    """Relative errors of what was simulated, and what chance has in those of acceptance lengths: their standard error."""
+    errors = {}
+    for name, guess in simulated.items():
+        traces = [[run.trace for run in done[name]] for done in finished]
+        tokens = np.array([[sum(sum(step.emitted) for step in trace.steps) for trace in row] for row in traces])
+        length, error = pooled(tokens, np.array([[len(trace.steps) for trace in row] for row in traces]))
+        texts_error = guess["standard_error"]
+        errors[name] = {
+            "acceptance_length": guess["acceptance_length"] / length - 1,
+            "standard_error": None
+            if texts_error is None or error is None
+            else float(np.hypot(texts_error, error) / length),
             "speed_up": guess["speed_up"]["median"] / measured[name]["speed_up"]["median"] - 1,
         }
-        for name, guess in simulated.items()
-    }
+    return errors
 
 
 def table(runs: dict[str, Any], simulated: dict[str, dict], measured: dict[str, dict], errors: dict[str, dict]) -> str:
@@ -222,7 +185,8 @@ def table(runs: dict[str, Any], simulated: dict[str, dict], measured: dict[str, 
         (shape, rule), found, error = runs[name], measured[name], errors[name]
         lengths = [f"{row['acceptance_length']:.2f}" for row in (guess, found)]
         cells = [label(shape, "SiblingRejection"), rule, str(guess["nodes"]), *lengths]
-        cells += [f"{error['acceptance_length']:+.1%}", f"{guess['speed_up']['median']:.2f}"]
+        chance = "" if error["standard_error"] is None else f" ({error['standard_error']:.1%})"
+        cells += [f"{error['acceptance_length']:+.1%}{chance}", f"{guess['speed_up']['median']:.2f}"]
         rows.append([*cells, interval(found["speed_up"], digits=2), f"{error['speed_up']:+.1%}"])
     return markdown(rows)
 

@@ -1,0 +1,197 @@
+"""What runs of other trees and rules would do, from texts that the target wrote alone: exact, but that the texts are a sample.
+
+A lossless run's text has the target's law, whatever is drafted. So take a text as given, and ask how it was cut into steps.
+Where a step begins, the rest of the text has the target's law again; hence if s_i is the chance, given the text, that a step
+beginning at place t accepts at least i drafted tokens, it ends after i + 1 tokens with chance s_i - s_(i+1), and
+
+    b_0 = 1,  b_(t+i+1) += b_t (s_i - s_(i+1))
+
+gives the chances b that a step begins at each place. They add up to the expected number of steps, with no walk to be drawn.
+
+>>> found = texts(target, partial(ModelDrafter, draft), prompt, sampling=Sampling(1.0))
+>>> acceptance_length(found, [-1, 0, 0, 1], TraversalVerification())  # of a tree that nobody ran
+
+The s_i follow the text's next tokens down the tree. What the rules here do at a node depends on the draws only through
+which children failed, and what is owed to a later child on none of their tokens. So let a node with the target's law p
+be entered, r being the chance that it or something below it is accepted. A child whose turn comes has token x with
+chance q(x), q being its law, and is accepted, itself or something below it, with chance r' = min(1, r p(x) / q(x)). After
+it fails, which it does with chance 1 - sum min(r p, q), the next child has its turn, with the r and p of `residual`.
+Traversal verification enters the child with r'. On a chain it is block verification: s_i = min(s_(i-1), Q_i / P_i), the
+draft's over the target's probability of the next i tokens. Sibling rejection accepts the child first, with chance r',
+and enters it with 1. Over the target's own chance to write x these are chances given the text, because the text goes on
+by the target's law whatever was accepted. Greedily s_i is 1 while the text is in the tree, and 0 from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins
+from specdec.decoding import Decoding
+from specdec.drafters.drafter import Context, Drafter
+from specdec.generate import generate
+from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
+from specdec.rules.residual import residual
+from specdec.sampling import Sampling
+from specdec.target import Target
+from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec, chain
+from specdec.trees import Static, TreePolicy
+from specdec.trees.policy import Frontier, Grown, Growth, draw
+
+# whether a child is entered only once it is accepted
+_ACCEPTING: dict[type[Rule], bool] = {SiblingRejection: True, BlockVerification: False, TraversalVerification: False}
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A text of the target's, and what was known before each of its tokens."""
+
+    tokens: list[int]
+    target: Tensor  # [place, vocab]: the target's law
+    draft: Tensor  # [place, vocab]: the draft's logits
+    sampling: Sampling
+
+    def starts(self, parents: Sequence[int], rule: Rule, law: Law = Law.SAMPLED_THEN_TOP) -> np.ndarray:
+        """[place]: the chance, given the text, that a step begins there in a run that drafts such trees.
+
+        Args:
+            parents: of the trees' nodes, as for `specdec.trees.Static`.
+            rule: sibling rejection, block or traversal verification.
+            law: how siblings are drawn; not WITHOUT_REPLACEMENT, unless there are none.
+        """
+        _check(parents, rule, law, self.sampling)
+        children = [[child for child, parent in enumerate(parents) if parent == node] for node in range(len(parents))]
+        forests = {width: self._forest(width, law) for width in {*map(len, children)} - {0}}
+        laws, accepting = self.target.double().numpy(force=True), _ACCEPTING[type(rule)]
+        places = len(self.tokens)
+        begins = np.zeros(places + len(parents))
+        begins[0] = 1
+        for start in range(places):
+            survival = [1.0]
+            states = [(0, 1.0, 1.0)]  # node, chance that it is drafted and entered, chance that it is accepted then
+            for place in range(start, places):
+                states = [
+                    (children[node][slot], weight * chance, within)
+                    for node, weight, reach in states
+                    if (width := len(children[node]))
+                    for slot, chance, within in self._entered(
+                        place, laws[place], reach, forests[width], width, accepting
+                    )
+                ]
+                if not states:
+                    break
+                survival.append(sum(weight * reach for _, weight, reach in states))
+            begins[start + 1 : start + 1 + len(survival)] -= begins[start] * np.diff([*survival, 0])
+        return begins[:places]
+
+    def _entered(
+        self, place: int, p: np.ndarray, reach: float, forest: RowTree, width: int, accepting: bool
+    ) -> Iterator[tuple[int, float, float]]:
+        """(slot, chance to be drafted and entered, chance to be accepted then) of all children that are the text's token."""
+        x, turn = self.tokens[place], 1.0
+        own = p[x]
+        for child, q in forest.draws(place, len(p)):
+            taken = np.minimum(reach * p, q)
+            if taken[x] > 0:
+                slot, entered = (child - len(self.tokens)) % width, taken[x] if accepting else q[x]
+                yield slot, turn * entered / own, taken[x] / entered
+            turn *= 1 - taken.sum()
+            reach, p = residual(reach, p, q)
+
+    def _forest(self, width: int, law: Law) -> RowTree:
+        """For every place a root, the node of that number, with the children drawn there; those follow, in order."""
+        places = len(self.tokens)
+        coins = Coins(0, 1, places * (1 + width))
+        drawn = draw(self.draft[None], width, law, self.sampling, coins, places)
+        parents = torch.cat([torch.full((places,), -1), torch.arange(places).repeat_interleave(width)])
+        leaves = torch.zeros_like(drawn.tokens, dtype=torch.uint8)
+        if drawn.exists is not None:
+            leaves.masked_fill_(~drawn.exists, Law.PADDING)
+        tokens = torch.cat([drawn.tokens.new_zeros(1, places), drawn.tokens], 1)
+        topology, laws = Topology(parents[None], 1, width), torch.cat([drawn.laws, leaves], 1)
+        return DraftTree(tokens, topology, laws, drawn.draft_probs).row(0, coins.row(0))
+
+
+def texts(
+    target: PreTrainedModel | Target,
+    drafter: Callable[[TreePolicy], Drafter],
+    prompt: Tensor,
+    count: int = 8,
+    *,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    **options: Any,
+) -> list[Text]:
+    """Let the target continue `prompt` by itself, and read the laws along what it wrote: one forward pass of each model.
+
+    Args:
+        drafter: makes the drafter whose laws are read, given a tree policy: `partial(ModelDrafter, draft)`.
+        count: how many texts; greedily one is enough, as they are all the same.
+        options: `max_new_tokens`, `stop_tokens`, as for `generate`.
+    """
+    prompts = [prompt] * count
+    written = generate(target, prompts, sampling=sampling, seed=seed, **options).tokens
+    along = _Along(written)
+    longest = along.tokens.shape[1]
+    run = Decoding(target, prompts, drafter(along), sampling=sampling, max_new_tokens=longest, trace="laws")
+    run.step()
+    record = run.trace.steps[0].record
+    assert record is not None
+    laws = record.target.tensor()
+    return [
+        Text(tokens.tolist(), laws[b, : len(tokens)], along.logits[b, : len(tokens)], along.sampling)
+        for b, tokens in enumerate(written)
+    ]
+
+
+def acceptance_length(
+    texts: Sequence[Text], parents: Sequence[int], rule: Rule = SiblingRejection(), law: Law = Law.SAMPLED_THEN_TOP
+) -> float:
+    """Tokens over expected steps, as `Trace.summary` counts them; arguments as for `Text.starts`."""
+    return sum(len(text.tokens) for text in texts) / sum(text.starts(parents, rule, law).sum() for text in texts)
+
+
+class _Along(TreePolicy):
+    """Drafts given texts, to hear what the draft has to say along them."""
+
+    logits: Tensor  # [batch, place, vocab]: the draft's before each token
+    sampling: Sampling
+
+    def __init__(self, texts: list[Tensor]):
+        tokens = pad_sequence(texts, batch_first=True)
+        self.tokens = torch.nn.functional.pad(tokens, (0, max(2 - tokens.shape[1], 0)))  # with less nothing is drafted
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        nodes = self.tokens.shape[1]
+        return TreeSpec(frozenset({Law.POINT}), nodes, nodes - 1, 1)
+
+    def grow(self, context: Context, coins: Coins) -> Growth:
+        batch, nodes = self.tokens.shape
+        tokens = torch.cat([context.root[:, None], self.tokens[:, :-1].to(context.root.device)], 1)
+        shapes = chain(batch, 1, tokens.device), chain(batch, nodes, tokens.device)
+        root = yield Frontier(tokens[:, :1], shapes[0])
+        rest = yield Frontier(tokens[:, 1:], shapes[1])
+        self.logits, self.sampling = torch.cat([root, rest], 1).cpu(), context.sampling
+        tree = DraftTree(tokens, shapes[1], torch.zeros_like(tokens, dtype=torch.uint8))
+        return Grown(tree, torch.arange(nodes, device=tokens.device).expand(batch, -1))
+
+
+def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> None:
+    spec = Static(parents, law).spec(sampling)
+    if type(rule) not in _ACCEPTING:
+        names = ", ".join(known.__name__ for known in _ACCEPTING)
+        raise ValueError(f"{type(rule).__name__}: what it accepts of a given text is known for {names} only; run it.")
+    if spec.width > 1 and Law.WITHOUT_REPLACEMENT in spec.laws:
+        raise ValueError(
+            "law=WITHOUT_REPLACEMENT: what is owed after a child failed depends on its token, which is not in the text; "
+            "use SAMPLED_THEN_TOP, IID or POINT, or run it."
+        )
+    rule.check(spec)
