@@ -78,14 +78,16 @@ class Adaptive(TreePolicy):
             self._economy = self._begin(len(context.tokens))
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
-        economy.begin(min(self.depth, context.max_depth))
+        budgets = context.row_depths.tolist()
+        weights = self._weights(context.host_lengths, budgets)
+        rows, left = 1 / (weights**2).sum(), (weights[:, 0] * budgets).sum() + 1
+        economy.begin(min(self.depth, context.max_depth), rows, left)
         going = economy.continues()
         if not going:
             economy.finish()
             silent = root_only(context.root)
             return Grown(silent, silent.topology.parents)
-        budgets = context.row_depths.tolist()
-        tree, weights = _Growing(context.root, budgets, self.nodes), self._weights(context.host_lengths, budgets)
+        tree = _Growing(context.root, budgets, self.nodes)
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weights * tree.useful()
         while going:

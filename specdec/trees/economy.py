@@ -5,16 +5,21 @@ Tokens, reach and outcomes are averages over the rows, weighted by how much the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
 
 _PRIOR = 2.0  # successes: one or two failures at the start of a run say little
 _FORGET = 0.005  # of what was seen, every step
 _CARRIED = 8.0  # trials: what earlier texts say of the next
-_KEEP = 0.997  # of the weight of a time, every newer one
+_KEEP = 0.99  # of the weight of a time, every newer one
 _OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
 _TRUST = 10.0  # times: how often a size must have been timed to be believed as much as that line
+_CLEAR = 1.15  # times as fast as without a draft: where drafts pay less, steps without one are timed
+_OFTEN = 5.0  # times: so often of late
 _SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
 _DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
 _SPEED = 0.1  # weight of the newest step in the speed
@@ -70,6 +75,10 @@ class Times:
         seen = enumerate(zip(self._sums, self._counts, strict=True))
         self.curve = [0.0, *((total + _TRUST * (first + slope * x)) / (n + _TRUST) for x, (total, n) in seen)]
 
+    def timed(self, size: int) -> float:
+        """How often, of late."""
+        return math.inf if self._given else self._counts[size - 1]
+
     def _line(self) -> tuple[float, float]:
         """Least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
         count, seconds = sum(self._counts), sum(self._sums)
@@ -79,6 +88,28 @@ class Times:
         a, b, c = count + _DOUBT * _SLOPE**2, distance - _DOUBT * _SLOPE, square + _DOUBT
         slope = (a * product - b * seconds) / (a * c - b * b)
         return ((c * seconds - b * product) / (a * c - b * b), slope) if slope > 0 else (seconds / count, 0.0)
+
+
+class Accepted(NamedTuple):
+    """How many drafted tokens a row is going to accept in a step: the mean, and the mean square."""
+
+    mean: float = 0.0
+    square: float = 0.0
+
+    def and_at(self, level: int, chance: float) -> Accepted:
+        """And, with that chance, one more after `level` of them."""
+        return Accepted(self.mean + chance, self.square + (2 * level + 1) * chance)
+
+    def worth(self, lag: float) -> float:
+        """Tokens by which they bring the end of the run nearer.
+
+        A run ends with its last row, and a draft brings some rows further than others: after n such steps the last is behind
+        the mean by as many standard deviations of n of them as the least of so many normal variables.
+
+        Args:
+            lag: that number, divided by the square root of the tokens still to come, n (1 + mean).
+        """
+        return self.mean - lag * math.sqrt((1 + self.mean) * max(self.square - self.mean**2, 0.0))
 
 
 class Economy:
@@ -103,15 +134,25 @@ class Economy:
         for rate in (self._accepted, self._confidence):
             rate.forget(1 - min(_CARRIED / rate.trials, 1) if rate.trials else 0)
 
-    def begin(self, limit: int) -> None:
-        """A step that may draft `limit` levels. The first that is timed drafts nothing, to know what that takes."""
+    def begin(self, limit: int, rows: float = 1.0, left: float = math.inf) -> None:
+        """A step that may draft `limit` levels. The first drafts nothing, and some others, to know what that takes.
+
+        Args:
+            rows: how many may be the last to end.
+            left: tokens that they have to go.
+        """
+        last = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25))  # of so many normal variables (Blom 1958)
+        self._lag = last / math.sqrt(left)
         known = self._verify.curve[1] > 0
-        self._limit = min(limit, int(2 * (1 + self._proven))) if known else 0  # twice what was accepted lately
-        self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
-        self._gain = self._drafting = self._drafted = 0.0
-        self._start = self._mark = time.perf_counter()
         speed = self._tokens / self._seconds if self._seconds else 0.0
         self._speed = max(speed, 1 / self._verify.curve[1]) if known else 0.0  # tokens per second
+        clear = not self._first.curve[1] or self._speed * self._verify.curve[1] > _CLEAR
+        sure = known and (clear or self._verify.timed(1) >= _OFTEN)
+        self._limit = min(limit, int(2 * (1 + self._proven))) if sure else 0  # twice what was accepted lately
+        self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
+        self._drafting = self._drafted = 0.0
+        self._drafts = Accepted()
+        self._start = self._mark = time.perf_counter()
 
     @property
     def calibration(self) -> float:
@@ -125,7 +166,7 @@ class Economy:
 
     def continues(self) -> bool:
         """Whether to ask the draft for one more level."""
-        going = self._level < self._limit and self._ahead(self._reach, self._nodes, self._level) > 0
+        going = self._level < self._limit and self._ahead(self._reach, self._nodes, self._level, self._drafts) > 0
         self._mark = time.perf_counter()
         return going
 
@@ -145,12 +186,14 @@ class Economy:
 
         def worth(count: int) -> float:
             gain, nodes = min(self.calibration * families[count - 1], reach), self._nodes + self._width * count
-            return gain + max(self._ahead(gain, nodes, self._level + 1), 0) - self._price(self._nodes, nodes)
+            drafts = self._drafts.and_at(self._level, gain)
+            ahead = max(self._ahead(gain, nodes, self._level + 1, drafts), 0)
+            return drafts.worth(self._lag) - self._drafts.worth(self._lag) + ahead - self._price(self._nodes, nodes)
 
         values = [0.0, *map(worth, range(1, len(families) + 1))]
         count = max(range(len(values)), key=values.__getitem__)
         if count:
-            self._gain += min(self.calibration * families[count - 1], reach)
+            self._drafts = self._drafts.and_at(self._level, min(self.calibration * families[count - 1], reach))
             self._nodes += self._width * count
             self._level += 1
         return count
@@ -176,7 +219,7 @@ class Economy:
         """The tree is grown."""
         seconds = self._drafting + self._verify.curve[self._nodes]
         if seconds:
-            self._tokens += _SPEED * (1 + self._gain - self._tokens)
+            self._tokens += _SPEED * (1 + self._drafts.worth(self._lag) - self._tokens)
             self._seconds += _SPEED * (seconds - self._seconds)
 
     def learn(self, paths: Sequence[tuple[float, Sequence[float]]]) -> None:
@@ -198,14 +241,15 @@ class Economy:
         """Of verifying `after` nodes instead of `before`, in tokens."""
         return self._speed * (self._verify.curve[after] - self._verify.curve[before])
 
-    def _ahead(self, reach: float, nodes: int, level: int) -> float:
+    def _ahead(self, reach: float, nodes: int, level: int, drafts: Accepted) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
-        best = worth = 0.0
+        best, cost, sofar = 0.0, 0.0, drafts.worth(self._lag)
         room = (len(self._verify.curve) - 1 - nodes) // self._width
         for further in range(level, min(self._limit, level + room)):
             reach *= min(self.calibration * self._confidence(), 1)
-            worth += reach - self._speed * self._pass(further) - self._price(nodes, nodes + self._width)
-            best, nodes = max(best, worth), nodes + self._width
+            drafts = drafts.and_at(further, reach)
+            cost += self._speed * self._pass(further) + self._price(nodes, nodes + self._width)
+            best, nodes = max(best, drafts.worth(self._lag) - sofar - cost), nodes + self._width
         return best
 
     def _pass(self, level: int) -> float:
