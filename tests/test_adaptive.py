@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,3 +154,47 @@ def test_a_draft_that_is_always_accepted_is_used_to_the_full():
 def test_costs_that_do_not_reach_are_refused():
     with pytest.raises(ValueError, match="measure more"):
         Adaptive(nodes=32, costs=CHEAP)
+
+
+def drafts(rows: float, left: float, chance: float) -> int:
+    """How many children a step gives its root, where a draft of that chance costs 0.1 of a step."""
+    books = economy.Economy(
+        economy.Times(2, lambda nodes: 0.95 + 0.05 * nodes), economy.Times(1, lambda _: 0.05), economy.Times(1)
+    )
+    books.begin(1, rows, left)
+    return books.children(1.0, [chance])
+
+
+def test_a_batch_that_ends_with_its_last_row_needs_better_drafts():
+    """By 1.42 standard deviations for the last of 8 rows."""
+    assert drafts(1, 48, 0.12) == 1 and drafts(8, 48, 0.12) == 0
+    assert drafts(8, 48, 0.5) == 1 and drafts(8, 1e4, 0.12) == 1
+
+
+def test_variance_of_what_is_accepted_is_that_of_the_depth_reached():
+    chances = [0.9, 0.5, 0.4]
+    accepted = economy.Accepted()
+    for level, chance in enumerate(chances):
+        accepted = accepted.and_at(level, chance)
+    depths = [a - b for a, b in zip([1.0, *chances], [*chances, 0.0], strict=True)]
+    assert accepted.mean == pytest.approx(sum(n * p for n, p in enumerate(depths)))
+    assert accepted.square == pytest.approx(sum(n * n * p for n, p in enumerate(depths)))
+
+
+@pytest.mark.parametrize(("accepted", "silent"), [(0.13, True), (0.9, False)], ids=["hardly_pays", "pays"])
+def test_steps_without_a_draft_are_timed_as_long_as_drafts_hardly_pay(monkeypatch, accepted, silent):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(economy.time, "perf_counter", lambda: clock.now)
+    books, sizes = economy.Economy(*map(economy.Times, (2, 1, 1))), []
+    for step in range(1000):
+        books.begin(1)
+        count = 0
+        if books.continues():
+            clock.now += 0.05
+            count = books.children(1.0, [accepted])
+        books.finish()
+        clock.now += 1.0 + 0.02 * count
+        books.learn([(1.0, [accepted, 0.0] if step % 100 < 100 * accepted else [accepted])] if count else [])
+        sizes.append(count)
+    assert sizes[0] == 0 and sum(sizes[500:]) > 400
+    assert (0 in sizes[500:]) == silent

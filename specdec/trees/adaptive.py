@@ -37,7 +37,8 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. Without `costs` a run begins with what the last one
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. Where drafts hardly pay, 5 % of the steps go without
+    one, to know what that takes. Without `costs` a run begins with what the last one
     of that batch size has learned, so a policy serves one pair of models, and one run at a time.
 
     Args:

@@ -244,12 +244,16 @@ class Economy:
     def _ahead(self, reach: float, nodes: int, level: int, drafts: Accepted) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
         best, cost, sofar = 0.0, 0.0, drafts.worth(self._lag)
-        room = (len(self._verify.curve) - 1 - nodes) // self._width
-        for further in range(level, min(self._limit, level + room)):
-            reach *= min(self.calibration * self._confidence(), 1)
+        each = min(self.calibration * self._confidence(), 1)
+        end = min(self._limit, level + (len(self._verify.curve) - 1 - nodes) // self._width)
+        for further in range(level, end):
+            reach *= each
             drafts = drafts.and_at(further, reach)
             cost += self._speed * self._pass(further) + self._price(nodes, nodes + self._width)
-            best, nodes = max(best, drafts.worth(self._lag) - sofar - cost), nodes + self._width
+            worth, nodes = drafts.worth(self._lag) - sofar - cost, nodes + self._width
+            best = max(best, worth)
+            if worth + reach * (end - further) < best:
+                break  # no later level reaches further than this one
         return best
 
     def _pass(self, level: int) -> float:
