@@ -14,12 +14,12 @@ from specdec.drafters import Fallback, LayerSkipDrafter, MedusaDrafter, MedusaHe
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
 from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, economy
+from specdec.trees import Adaptive, economy, estimates
 
 torch.set_num_threads(1)
 STEPS = 400
 LOST = (
-    economy._PRIOR * (1 + STEPS * economy._FORGET) + 1
+    estimates._PRIOR * (1 + STEPS * estimates._FORGET) + 1
 )  # tokens: the bound of `Rate`, and the first draft's second level
 
 
@@ -60,7 +60,7 @@ def test_sampled_text_is_lossless(sampling, merge, rule):
 
 
 def test_text_is_lossless_while_it_stops_drafting_and_tries_again(monkeypatch):
-    monkeypatch.setattr(economy, "_FORGET", 0.5)  # try again after a few steps, not a hundred
+    monkeypatch.setattr(estimates, "_FORGET", 0.5)  # try again after a few steps, not a hundred
     target, tree = TabularTarget(2, seed=2), Watched(6, 3, 1, costs=DEAR)
     law = exact_law(target, (0, 1, 0), TabularDrafter(Table(2, seed=1), tree), max_new_tokens=5, merge=False)
     assert law.total_variation(target_law(target, (0, 1, 0), max_new_tokens=5)) == 0
@@ -134,7 +134,7 @@ def test_a_draft_that_is_never_accepted_costs_a_few_tokens(given, certain, sampl
 
 
 def test_a_draft_model_that_was_silent_for_long_reads_on_where_it_stood(monkeypatch):
-    monkeypatch.setattr(economy, "_FORGET", 0.03)  # try again after some 20 steps
+    monkeypatch.setattr(estimates, "_FORGET", 0.03)  # try again after some 20 steps
     model, tree = llama(), Watched(costs=DEAR)
     out = specdec.generate(model, PROMPTS[:1], ModelDrafter(llama(5), tree), max_new_tokens=120, stop_tokens=())
     assert out.tokens[0].tolist() == reference(model, PROMPTS[0], max_new_tokens=120, eos_token_id=-1).tolist()
@@ -159,7 +159,7 @@ def test_costs_that_do_not_reach_are_refused():
 def drafts(rows: float, left: float, chance: float) -> int:
     """How many children a step gives its root, where a draft of that chance costs 0.1 of a step."""
     books = economy.Economy(
-        economy.Times(2, lambda nodes: 0.95 + 0.05 * nodes), economy.Times(1, lambda _: 0.05), economy.Times(1)
+        estimates.Times(2, lambda nodes: 0.95 + 0.05 * nodes), estimates.Times(1, lambda _: 0.05), estimates.Times(1)
     )
     books.begin(1, rows, left)
     return books.children(1.0, [chance])
@@ -173,7 +173,7 @@ def test_a_batch_that_ends_with_its_last_row_needs_better_drafts():
 
 def test_variance_of_what_is_accepted_is_that_of_the_depth_reached():
     chances = [0.9, 0.5, 0.4]
-    accepted = economy.Accepted()
+    accepted = estimates.Accepted()
     for level, chance in enumerate(chances):
         accepted = accepted.and_at(level, chance)
     depths = [a - b for a, b in zip([1.0, *chances], [*chances, 0.0], strict=True)]
@@ -185,7 +185,7 @@ def test_variance_of_what_is_accepted_is_that_of_the_depth_reached():
 def test_steps_without_a_draft_are_timed_as_long_as_drafts_hardly_pay(monkeypatch, accepted, silent):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(economy.time, "perf_counter", lambda: clock.now)
-    books, sizes = economy.Economy(*map(economy.Times, (2, 1, 1))), []
+    books, sizes = economy.Economy(*map(estimates.Times, (2, 1, 1))), []
     for step in range(1000):
         books.begin(1)
         count = 0

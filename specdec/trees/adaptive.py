@@ -19,7 +19,8 @@ from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.theory import Costs
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
-from specdec.trees.economy import Economy, Times
+from specdec.trees.economy import Economy
+from specdec.trees.estimates import Times
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
@@ -37,9 +38,9 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. Where drafts hardly pay, 5 % of the steps go without
-    one, to know what that takes. Without `costs` a run begins with what the last one
-    of that batch size has learned, so a policy serves one pair of models, and one run at a time.
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.estimates.Rate`. Where drafts hardly pay, 5 % of the steps go
+    without one, to know what that takes. Without `costs` a run begins with what the last one of that batch size has learned,
+    so a policy serves one pair of models, and one run at a time.
 
     Args:
         nodes: most nodes of a tree, the root included.
