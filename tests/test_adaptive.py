@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from specdec.drafters import Fallback, LayerSkipDrafter, MedusaDrafter, MedusaHe
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
 from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, economy
+from specdec.trees import Adaptive, economy, estimates
 
 torch.set_num_threads(1)
 STEPS = 400
 LOST = (
-    economy._PRIOR * (1 + STEPS * economy._FORGET) + 1
+    estimates._PRIOR * (1 + STEPS * estimates._FORGET) + 1
 )  # tokens: the bound of `Rate`, and the first draft's second level
 
 
@@ -59,7 +60,7 @@ def test_sampled_text_is_lossless(sampling, merge, rule):
 
 
 def test_text_is_lossless_while_it_stops_drafting_and_tries_again(monkeypatch):
-    monkeypatch.setattr(economy, "_FORGET", 0.5)  # try again after a few steps, not a hundred
+    monkeypatch.setattr(estimates, "_FORGET", 0.5)  # try again after a few steps, not a hundred
     target, tree = TabularTarget(2, seed=2), Watched(6, 3, 1, costs=DEAR)
     law = exact_law(target, (0, 1, 0), TabularDrafter(Table(2, seed=1), tree), max_new_tokens=5, merge=False)
     assert law.total_variation(target_law(target, (0, 1, 0), max_new_tokens=5)) == 0
@@ -133,7 +134,7 @@ def test_a_draft_that_is_never_accepted_costs_a_few_tokens(given, certain, sampl
 
 
 def test_a_draft_model_that_was_silent_for_long_reads_on_where_it_stood(monkeypatch):
-    monkeypatch.setattr(economy, "_FORGET", 0.03)  # try again after some 20 steps
+    monkeypatch.setattr(estimates, "_FORGET", 0.03)  # try again after some 20 steps
     model, tree = llama(), Watched(costs=DEAR)
     out = specdec.generate(model, PROMPTS[:1], ModelDrafter(llama(5), tree), max_new_tokens=120, stop_tokens=())
     assert out.tokens[0].tolist() == reference(model, PROMPTS[0], max_new_tokens=120, eos_token_id=-1).tolist()
@@ -153,3 +154,47 @@ def test_a_draft_that_is_always_accepted_is_used_to_the_full():
 def test_costs_that_do_not_reach_are_refused():
     with pytest.raises(ValueError, match="measure more"):
         Adaptive(nodes=32, costs=CHEAP)
+
+
+def drafts(rows: float, left: float, chance: float) -> int:
+    """How many children a step gives its root, where a draft of that chance costs 0.1 of a step."""
+    books = economy.Economy(
+        estimates.Times(2, lambda nodes: 0.95 + 0.05 * nodes), estimates.Times(1, lambda _: 0.05), estimates.Times(1)
+    )
+    books.begin(1, rows, left)
+    return books.children(1.0, [chance])
+
+
+def test_a_batch_that_ends_with_its_last_row_needs_better_drafts():
+    """By 1.42 standard deviations for the last of 8 rows."""
+    assert drafts(1, 48, 0.12) == 1 and drafts(8, 48, 0.12) == 0
+    assert drafts(8, 48, 0.5) == 1 and drafts(8, 1e4, 0.12) == 1
+
+
+def test_variance_of_what_is_accepted_is_that_of_the_depth_reached():
+    chances = [0.9, 0.5, 0.4]
+    accepted = estimates.Accepted()
+    for level, chance in enumerate(chances):
+        accepted = accepted.and_at(level, chance)
+    depths = [a - b for a, b in zip([1.0, *chances], [*chances, 0.0], strict=True)]
+    assert accepted.mean == pytest.approx(sum(n * p for n, p in enumerate(depths)))
+    assert accepted.square == pytest.approx(sum(n * n * p for n, p in enumerate(depths)))
+
+
+@pytest.mark.parametrize(("accepted", "silent"), [(0.13, True), (0.9, False)], ids=["hardly_pays", "pays"])
+def test_steps_without_a_draft_are_timed_as_long_as_drafts_hardly_pay(monkeypatch, accepted, silent):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(economy.time, "perf_counter", lambda: clock.now)
+    books, sizes = economy.Economy(*map(estimates.Times, (2, 1, 1))), []
+    for step in range(1000):
+        books.begin(1)
+        count = 0
+        if books.continues():
+            clock.now += 0.05
+            count = books.children(1.0, [accepted])
+        books.finish()
+        clock.now += 1.0 + 0.02 * count
+        books.learn([(1.0, [accepted, 0.0] if step % 100 < 100 * accepted else [accepted])] if count else [])
+        sizes.append(count)
+    assert sizes[0] == 0 and sum(sizes[500:]) > 400
+    assert (0 in sizes[500:]) == silent

@@ -19,7 +19,8 @@ from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.theory import Costs
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
-from specdec.trees.economy import Economy, Times
+from specdec.trees.economy import Economy
+from specdec.trees.estimates import Times
 from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
@@ -37,8 +38,9 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.economy.Rate`. Without `costs` a run begins with what the last one
-    of that batch size has learned, so a policy serves one pair of models, and one run at a time.
+    about 2 tokens, and 1 % of the steps: see `specdec.trees.estimates.Rate`. Where drafts hardly pay, 5 % of the steps go
+    without one, to know what that takes. Without `costs` a run begins with what the last one of that batch size has learned,
+    so a policy serves one pair of models, and one run at a time.
 
     Args:
         nodes: most nodes of a tree, the root included.
@@ -78,14 +80,16 @@ class Adaptive(TreePolicy):
             self._economy = self._begin(len(context.tokens))
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
-        economy.begin(min(self.depth, context.max_depth))
+        budgets = context.row_depths.tolist()
+        weights = self._weights(context.host_lengths, budgets)
+        rows, left = 1 / (weights**2).sum(), (weights[:, 0] * budgets).sum() + 1
+        economy.begin(min(self.depth, context.max_depth), rows, left)
         going = economy.continues()
         if not going:
             economy.finish()
             silent = root_only(context.root)
             return Grown(silent, silent.topology.parents)
-        budgets = context.row_depths.tolist()
-        tree, weights = _Growing(context.root, budgets, self.nodes), self._weights(context.host_lengths, budgets)
+        tree = _Growing(context.root, budgets, self.nodes)
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weights * tree.useful()
         while going:

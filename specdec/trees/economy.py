@@ -5,80 +5,17 @@ Tokens, reach and outcomes are averages over the rows, weighted by how much the 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from statistics import NormalDist
 
-_PRIOR = 2.0  # successes: one or two failures at the start of a run say little
-_FORGET = 0.005  # of what was seen, every step
+from specdec.trees.estimates import Accepted, Rate, Times
+
 _CARRIED = 8.0  # trials: what earlier texts say of the next
-_KEEP = 0.997  # of the weight of a time, every newer one
-_OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
-_TRUST = 10.0  # times: how often a size must have been timed to be believed as much as that line
-_SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
-_DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
+_CLEAR = 1.15  # times as fast as without a draft: where drafts pay less, steps without one are timed
+_OFTEN = 5.0  # times: so often of late
 _SPEED = 0.1  # weight of the newest step in the speed
-
-
-@dataclass
-class Rate:
-    """Successes / trials, begun with _PRIOR successes, and slowly forgotten.
-
-    So what never succeeds is still tried from time to time, and what that costs is bounded. A trial that pays with a
-    chance of x is made while _PRIOR / (_PRIOR + E) >= x, after E trials in vain: these lose x E < _PRIOR tokens, and as
-    _FORGET * E trials are forgotten per step, so many are made again, and lose at most _PRIOR * _FORGET tokens per step.
-    """
-
-    trials: float = 0.0
-    successes: float = 0.0
-
-    def __call__(self) -> float:
-        return (_PRIOR + self.successes) / (_PRIOR + self.trials)
-
-    def see(self, successes: float, trials: float) -> None:
-        self.successes += successes
-        self.trials += trials
-
-    def forget(self, share: float) -> None:
-        self.successes *= 1 - share
-        self.trials *= 1 - share
-
-
-class Times:
-    """Seconds by size 1, 2, ...: what was timed lately, and a straight line through all of it where that is little.
-
-    Args:
-        sizes: how many.
-        given: times that are believed whatever is seen.
-    """
-
-    def __init__(self, sizes: int, given: Callable[[int], float] | None = None):
-        self._given = given is not None
-        # [size - 1]: how often, and seconds together; old ones count less
-        self._counts, self._sums = [0.0] * sizes, [0.0] * sizes
-        # [size]; 0 as long as nothing is known
-        self.curve = [0.0, *(given(size) if given else 0.0 for size in range(1, sizes + 1))]
-
-    def see(self, size: int, seconds: float) -> None:
-        if self._given:
-            return
-        known = self.curve[size]
-        self._counts, self._sums = [_KEEP * n for n in self._counts], [_KEEP * total for total in self._sums]
-        self._counts[size - 1] += 1
-        self._sums[size - 1] += min(seconds, _OUTLIER * known) if known else seconds
-        first, slope = self._line()
-        seen = enumerate(zip(self._sums, self._counts, strict=True))
-        self.curve = [0.0, *((total + _TRUST * (first + slope * x)) / (n + _TRUST) for x, (total, n) in seen)]
-
-    def _line(self) -> tuple[float, float]:
-        """Least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
-        count, seconds = sum(self._counts), sum(self._sums)
-        distance, square = (sum(x**power * n for x, n in enumerate(self._counts)) for power in (1, 2))
-        product = sum(x * total for x, total in enumerate(self._sums))
-        # slope = _SLOPE first, as so much evidence that (size - 1)^2 sums to _DOUBT
-        a, b, c = count + _DOUBT * _SLOPE**2, distance - _DOUBT * _SLOPE, square + _DOUBT
-        slope = (a * product - b * seconds) / (a * c - b * b)
-        return ((c * seconds - b * product) / (a * c - b * b), slope) if slope > 0 else (seconds / count, 0.0)
 
 
 class Economy:
@@ -101,17 +38,27 @@ class Economy:
     def turn_to_another_text(self) -> None:
         """What drafts came to in the texts before counts as so many trials at most."""
         for rate in (self._accepted, self._confidence):
-            rate.forget(1 - min(_CARRIED / rate.trials, 1) if rate.trials else 0)
+            rate.forget(_CARRIED)
 
-    def begin(self, limit: int) -> None:
-        """A step that may draft `limit` levels. The first that is timed drafts nothing, to know what that takes."""
+    def begin(self, limit: int, rows: float = 1.0, left: float = math.inf) -> None:
+        """A step that may draft `limit` levels. The first drafts nothing, and some others, to know what that takes.
+
+        Args:
+            rows: how many may be the last to end.
+            left: tokens that they have to go.
+        """
+        last = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25))  # of so many normal variables (Blom 1958)
+        self._lag = last / math.sqrt(left)
         known = self._verify.curve[1] > 0
-        self._limit = min(limit, int(2 * (1 + self._proven))) if known else 0  # twice what was accepted lately
-        self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
-        self._gain = self._drafting = self._drafted = 0.0
-        self._start = self._mark = time.perf_counter()
         speed = self._tokens / self._seconds if self._seconds else 0.0
         self._speed = max(speed, 1 / self._verify.curve[1]) if known else 0.0  # tokens per second
+        clear = not self._first.curve[1] or self._speed * self._verify.curve[1] > _CLEAR
+        sure = known and (clear or self._verify.timed(1) >= _OFTEN)
+        self._limit = min(limit, int(2 * (1 + self._proven))) if sure else 0  # twice what was accepted lately
+        self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
+        self._drafting = self._drafted = 0.0
+        self._drafts = Accepted()
+        self._start = self._mark = time.perf_counter()
 
     @property
     def calibration(self) -> float:
@@ -125,7 +72,7 @@ class Economy:
 
     def continues(self) -> bool:
         """Whether to ask the draft for one more level."""
-        going = self._level < self._limit and self._ahead(self._reach, self._nodes, self._level) > 0
+        going = self._level < self._limit and self._ahead(self._reach, self._nodes, self._level, self._drafts) > 0
         self._mark = time.perf_counter()
         return going
 
@@ -145,12 +92,14 @@ class Economy:
 
         def worth(count: int) -> float:
             gain, nodes = min(self.calibration * families[count - 1], reach), self._nodes + self._width * count
-            return gain + max(self._ahead(gain, nodes, self._level + 1), 0) - self._price(self._nodes, nodes)
+            drafts = self._drafts.and_at(self._level, gain)
+            ahead = max(self._ahead(gain, nodes, self._level + 1, drafts), 0)
+            return drafts.worth(self._lag) - self._drafts.worth(self._lag) + ahead - self._price(self._nodes, nodes)
 
         values = [0.0, *map(worth, range(1, len(families) + 1))]
         count = max(range(len(values)), key=values.__getitem__)
         if count:
-            self._gain += min(self.calibration * families[count - 1], reach)
+            self._drafts = self._drafts.and_at(self._level, min(self.calibration * families[count - 1], reach))
             self._nodes += self._width * count
             self._level += 1
         return count
@@ -176,7 +125,7 @@ class Economy:
         """The tree is grown."""
         seconds = self._drafting + self._verify.curve[self._nodes]
         if seconds:
-            self._tokens += _SPEED * (1 + self._gain - self._tokens)
+            self._tokens += _SPEED * (1 + self._drafts.worth(self._lag) - self._tokens)
             self._seconds += _SPEED * (seconds - self._seconds)
 
     def learn(self, paths: Sequence[tuple[float, Sequence[float]]]) -> None:
@@ -188,7 +137,7 @@ class Economy:
         """
         self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
         for rate in (self._accepted, self._confidence):
-            rate.forget(_FORGET)
+            rate.forget()
         for weight, path in paths:
             if path:
                 self._accepted.see(weight * (len(path) - 1), weight * sum(path))
@@ -198,14 +147,19 @@ class Economy:
         """Of verifying `after` nodes instead of `before`, in tokens."""
         return self._speed * (self._verify.curve[after] - self._verify.curve[before])
 
-    def _ahead(self, reach: float, nodes: int, level: int) -> float:
+    def _ahead(self, reach: float, nodes: int, level: int, drafts: Accepted) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
-        best = worth = 0.0
-        room = (len(self._verify.curve) - 1 - nodes) // self._width
-        for further in range(level, min(self._limit, level + room)):
-            reach *= min(self.calibration * self._confidence(), 1)
-            worth += reach - self._speed * self._pass(further) - self._price(nodes, nodes + self._width)
-            best, nodes = max(best, worth), nodes + self._width
+        best, cost, sofar = 0.0, 0.0, drafts.worth(self._lag)
+        each = min(self.calibration * self._confidence(), 1)
+        end = min(self._limit, level + (len(self._verify.curve) - 1 - nodes) // self._width)
+        for further in range(level, end):
+            reach *= each
+            drafts = drafts.and_at(further, reach)
+            cost += self._speed * self._pass(further) + self._price(nodes, nodes + self._width)
+            worth, nodes = drafts.worth(self._lag) - sofar - cost, nodes + self._width
+            best = max(best, worth)
+            if worth + reach * (end - further) < best:
+                break  # no later level reaches further than this one
         return best
 
     def _pass(self, level: int) -> float:

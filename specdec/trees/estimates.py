@@ -1,0 +1,108 @@
+"""Estimates that follow what is seen: acceptance, times by size, and what accepted drafts are worth to a batch.
+
+Host numbers only, no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_PRIOR = 2.0  # successes: one or two failures at the start of a run say little
+_FORGET = 0.005  # of what was seen, every step
+_KEEP = 0.99  # of the weight of a time, every newer one
+_OUTLIER = 2.0  # a time counts as at most so many times what was known: other processes interrupt
+_TRUST = 10.0  # times: how often a size must have been timed to be believed as much as the line through all of them
+_SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
+_DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
+
+
+@dataclass
+class Rate:
+    """Successes / trials, begun with _PRIOR successes, and slowly forgotten.
+
+    So what never succeeds is still tried from time to time, and what that costs is bounded. A trial that pays with a
+    chance of x is made while _PRIOR / (_PRIOR + E) >= x, after E trials in vain: these lose x E < _PRIOR tokens, and as
+    _FORGET * E trials are forgotten per step, so many are made again, and lose at most _PRIOR * _FORGET tokens per step.
+    """
+
+    trials: float = 0.0
+    successes: float = 0.0
+
+    def __call__(self) -> float:
+        return (_PRIOR + self.successes) / (_PRIOR + self.trials)
+
+    def see(self, successes: float, trials: float) -> None:
+        self.successes += successes
+        self.trials += trials
+
+    def forget(self, trials: float | None = None) -> None:
+        """A little of what was seen, or all but so many trials."""
+        left = 1 - _FORGET if trials is None else trials / max(self.trials, trials)
+        self.successes *= left
+        self.trials *= left
+
+
+class Times:
+    """Seconds by size 1, 2, ...: what was timed lately, and a straight line through all of it where that is little.
+
+    Args:
+        sizes: how many.
+        given: times that are believed whatever is seen.
+    """
+
+    def __init__(self, sizes: int, given: Callable[[int], float] | None = None):
+        self._given = given is not None
+        # [size - 1]: how often, and seconds together; old ones count less
+        self._counts, self._sums = [0.0] * sizes, [0.0] * sizes
+        # [size]; 0 as long as nothing is known
+        self.curve = [0.0, *(given(size) if given else 0.0 for size in range(1, sizes + 1))]
+
+    def see(self, size: int, seconds: float) -> None:
+        if self._given:
+            return
+        known = self.curve[size]
+        self._counts, self._sums = [_KEEP * n for n in self._counts], [_KEEP * total for total in self._sums]
+        self._counts[size - 1] += 1
+        self._sums[size - 1] += min(seconds, _OUTLIER * known) if known else seconds
+        first, slope = self._line()
+        seen = enumerate(zip(self._sums, self._counts, strict=True))
+        self.curve = [0.0, *((total + _TRUST * (first + slope * x)) / (n + _TRUST) for x, (total, n) in seen)]
+
+    def timed(self, size: int) -> float:
+        """How often, of late."""
+        return math.inf if self._given else self._counts[size - 1]
+
+    def _line(self) -> tuple[float, float]:
+        """Least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
+        count, seconds = sum(self._counts), sum(self._sums)
+        distance, square = (sum(x**power * n for x, n in enumerate(self._counts)) for power in (1, 2))
+        product = sum(x * total for x, total in enumerate(self._sums))
+        # slope = _SLOPE first, as so much evidence that (size - 1)^2 sums to _DOUBT
+        a, b, c = count + _DOUBT * _SLOPE**2, distance - _DOUBT * _SLOPE, square + _DOUBT
+        slope = (a * product - b * seconds) / (a * c - b * b)
+        return ((c * seconds - b * product) / (a * c - b * b), slope) if slope > 0 else (seconds / count, 0.0)
+
+
+class Accepted(NamedTuple):
+    """How many drafted tokens a row is going to accept in a step: the mean, and the mean square."""
+
+    mean: float = 0.0
+    square: float = 0.0
+
+    def and_at(self, level: int, chance: float) -> Accepted:
+        """And, with that chance, one more after `level` of them."""
+        return Accepted(self.mean + chance, self.square + (2 * level + 1) * chance)
+
+    def worth(self, lag: float) -> float:
+        """Tokens by which they bring the end of the run nearer.
+
+        A run ends with its last row, and a draft brings some rows further than others: after n such steps the last is behind
+        the mean by as many standard deviations of n of them as the least of so many normal variables.
+
+        Args:
+            lag: that number, divided by the square root of the tokens still to come, n (1 + mean).
+        """
+        return self.mean - lag * math.sqrt((1 + self.mean) * max(self.square - self.mean**2, 0.0))
