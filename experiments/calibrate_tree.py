@@ -23,7 +23,14 @@ from experiments.inputs import begin
 from experiments.results import whole
 from specdec import Law
 from specdec.drafters import Drafter, ModelDrafter
-from specdec.theory import best_tree, expected_length, measure_costs, positional_acceptance, predicted_speed_up
+from specdec.theory import (
+    best_tree,
+    expected_length,
+    longest_tree,
+    measure_costs,
+    positional_acceptance,
+    predicted_speed_up,
+)
 from specdec.trace import Trace
 from specdec.trees import Widths
 
@@ -46,7 +53,7 @@ def main(config: DictConfig) -> None:
     costs = measure_costs(
         target, draft, nodes=sizes(config.nodes), context=context, batch=config.batch, repeats=config.repeats
     )
-    parents = best_tree(acceptance, costs, config.nodes)
+    parents = best_tree(acceptance, costs, config.nodes) if config.fastest else longest_tree(acceptance, config.nodes)
     length = expected_length(parents, acceptance)
     found = {"parents": parents, "acceptance_length": length, "speed_up": predicted_speed_up(length, parents, costs)}
     curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}

@@ -380,6 +380,16 @@ def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 
     return max(trees, key=lambda tree: predicted_speed_up(expected_length(tree, acceptance), tree, costs))
 
 
+def longest_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> list[int]:
+    """The parents of the tree of so many nodes with the longest expected acceptance, whatever they cost.
+
+    Args:
+        acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
+        nodes: the root included.
+    """
+    return _longest(acceptance, nodes)[-1]
+
+
 def _longest(acceptance: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:
     """For up to `nodes` nodes each, the parents of the tree of largest expected acceptance length."""
 
