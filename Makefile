@@ -28,8 +28,9 @@ lint: $(READY) ## ruff and pyright
 gpu: ## test and time the kernels on the GPU here, with the python3 here: under nine minutes, installs nothing
 	@PYTHON=$(PYTHON) experiments/gpu.sh
 
-engine: ## time whole steps on the GPU here, beside transformers: under nine minutes, installs nothing
-	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) kernels/bench/bench_engine.py --seconds 450
+engine: ## time whole steps and a large LM head on the GPU here, beside transformers: under nine minutes, installs nothing
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) kernels/bench/bench_head.py
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) kernels/bench/bench_engine.py --seconds 400
 
 install: $(READY) ## only the set-up: .venv with the tested versions
 

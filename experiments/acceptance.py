@@ -31,8 +31,8 @@ HEADER = ["tree", "law", "rule", "lossless", "tokens per forward (95 % CI)", "ov
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    models, prompts, _, sampling, log, source = begin("experiments/acceptance.py", config)
-    target, draft = models.target.to(config.device), models.draft.to(config.device)
+    setting = begin("experiments/acceptance.py", config)
+    prompts, sampling, draft = setting.prompts, setting.sampling, setting.models.draft.to(config.device)
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     found: dict[tuple[str, str, str], np.ndarray] = {}
     for (name, tree), rule in tqdm(list(product(trees().items(), RULES)), desc="decoding", leave=False):
@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
         except ValueError:
             continue
         runs = [
-            specdec.generate(target, prompts, drafter, rule=rule, seed=seed, **settings)
+            specdec.generate(setting.models.target, prompts, drafter, rule=rule, seed=seed, **settings)
             for seed in range(config.repeats)
         ]
         found[(*name, type(rule).__name__)] = per_prompt(runs)
@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
     print(f"{len(prompts)} prompts x {config.new_tokens} tokens x {config.repeats} seeds\n\n{table}\n")
     names = ("tree", "law", "rule", "lossless", "tokens_per_forward", "over_token_level")
     figures = [dict(zip(names, r, strict=True)) for r in rows]
-    print(log.write({**source, "prompts": len(prompts), "figures": figures}))
+    print(setting.log.write({**setting.source, "prompts": len(prompts), "figures": figures}))
 
 
 def trees() -> dict[tuple[str, str], TreePolicy]:

@@ -42,19 +42,21 @@ def main(config: DictConfig) -> str | None:
 
 def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]) -> tuple[Any, dict[str, Any]]:
     """The log, and what to write there."""
-    models, ids, turns, sampling, log, source = begin("experiments/benchmark.py", config)
-    methods = with_models(config, models)
-    batches, of, later = map(list, zip(*in_batches(ids, turns, config.batch), strict=True))
-    settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
-    finished = gather(rounds(models.target, methods, batches, repeats=config.repeats, later=later, **settings))
+    setting = begin("experiments/benchmark.py", config)
+    target, ids, log = setting.models.target, setting.prompts, setting.log
+    methods = with_models(config, setting.models)
+    batches, of, later = map(list, zip(*in_batches(ids, setting.turns, config.batch), strict=True))
+    settings = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
+    finished = gather(rounds(target, methods, batches, repeats=config.repeats, later=later, **settings))
     whole = config.ceilings and len(finished) == config.repeats
-    ceilings = against_ceilings(models.target, methods, batches, **settings) if whole else None
+    ceilings = against_ceilings(target, methods, batches, **settings) if whole else None
     if isinstance(log, Wandb):
-        log.runs.update(recorded(models.target, methods, ids[0], sampling=sampling, tokenizer=models.tokenizer))
+        tokenizer = setting.models.tokenizer
+        log.runs.update(recorded(target, methods, ids[0], sampling=setting.sampling, tokenizer=tokenizer))
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
     counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config)}
-    return log, {**source, **counts, "figures": found, "tokens_per_second": runs}
+    return log, {**setting.source, **counts, "figures": found, "tokens_per_second": runs}
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:

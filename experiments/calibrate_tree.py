@@ -9,7 +9,6 @@ finds the shape: Sequoia's program (arXiv:2402.12374) with measured times. Setti
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -21,9 +20,17 @@ from tqdm import tqdm
 import specdec
 from experiments import calls
 from experiments.inputs import begin
+from experiments.results import whole
 from specdec import Law
 from specdec.drafters import Drafter, ModelDrafter
-from specdec.theory import best_tree, expected_length, measure_costs, positional_acceptance, predicted_speed_up
+from specdec.theory import (
+    best_tree,
+    expected_length,
+    longest_tree,
+    measure_costs,
+    positional_acceptance,
+    predicted_speed_up,
+)
 from specdec.trace import Trace
 from specdec.trees import Widths
 
@@ -34,28 +41,30 @@ LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance 
 def main(config: DictConfig) -> None:
     if config.law not in LAWS:
         raise SystemExit(f"law={config.law}: shapes can be compared under {', '.join(LAWS)}.")
-    models, prompts, _, sampling, log, source = begin("experiments/calibrate_tree.py", config)
+    setting = begin("experiments/calibrate_tree.py", config)
+    models, prompts = setting.models, setting.prompts
     if models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model that the tree is for.")
-    target, draft = models.target.to(config.device), models.draft.to(config.device)
+    target, draft = models.target, models.draft.to(config.device)
     drafter = ModelDrafter(draft, Widths(config.recorded, Law[config.law]))
-    acceptance = calibrate(target, drafter, prompts, {"sampling": sampling, "max_new_tokens": config.new_tokens})
+    options = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
+    acceptance = calibrate(target, drafter, prompts, options)
     context = sum(map(len, prompts)) // len(prompts) + config.new_tokens // 2
     costs = measure_costs(
         target, draft, nodes=sizes(config.nodes), context=context, batch=config.batch, repeats=config.repeats
     )
-    parents = best_tree(acceptance, costs, config.nodes)
+    parents = best_tree(acceptance, costs, config.nodes) if config.fastest else longest_tree(acceptance, config.nodes)
     length = expected_length(parents, acceptance)
     found = {"parents": parents, "acceptance_length": length, "speed_up": predicted_speed_up(length, parents, costs)}
     curves = {"verify": vars(costs.verify), "draft": vars(costs.draft)}
-    print(log.write({**source, "prompts": len(prompts), "acceptance": acceptance, "costs": curves, "predicted": found}))
+    measured = {"prompts": len(prompts), "acceptance": acceptance, "costs": curves}
+    print(setting.log.write({**setting.source, **measured, "predicted": found}))
     if len(parents) == 1:
         raise SystemExit("No tree is predicted to be faster than decoding without a draft, so none is written.")
     print("{parents}: predicted acceptance length {acceptance_length:.2f}, speed-up {speed_up:.2f}".format(**found))
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(option(parents, config.law, source, found), "utf-8")
-    print(output)
+    with whole(config.output) as file:
+        file.write_text(option(parents, config.law, setting.source, found), "utf-8")
+    print(config.output)
 
 
 def calibrate(

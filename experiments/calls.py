@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf.errors import OmegaConfBaseException
+
+from experiments.results import leads
 
 
 def check(node: Any, path: str = "") -> None:
@@ -24,7 +27,17 @@ def check(node: Any, path: str = "") -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Run a `@hydra.main` function; a mistake in its configuration or overrides ends in a message, not a traceback."""
+    """Run a `@hydra.main` function; a mistake in its configuration or overrides ends in a message, not a traceback.
+
+    Under torchrun the processes that do not lead say nothing, but for errors.
+    """
+    if not leads():
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return _run(main)
+    return _run(main)
+
+
+def _run(main: Callable[[], Any]) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return main()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise hydra prints errors itself, and it knows no constructors

@@ -30,6 +30,7 @@ import specdec
 from experiments import calls
 from experiments.acceptance import bootstrap, interval, per_prompt
 from experiments.inputs import Setting, begin
+from experiments.results import leads
 from experiments.training import fit, own_texts
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
@@ -55,7 +56,7 @@ def main(config: DictConfig) -> None:
             f"sampling is {setting.sampling}; drafts are trained for temperature 1, so texts are drawn there."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    target = setting.models.target.to(config.device).requires_grad_(False)
+    target = setting.models.target.requires_grad_(False)
     texts = torch.nn.utils.rnn.pad_sequence(own_texts(setting, config, folder / "texts.pt"), True, NO_TOKEN)
     held_out, training = texts[: config.held_out], texts[config.held_out :]
     prompts = [torch.tensor(setting.models.tokenizer(p.turns[0])["input_ids"]) for p in instantiate(config.measured)]
@@ -70,7 +71,7 @@ def main(config: DictConfig) -> None:
             loss, evaluate = partial(step, draft), partial(by_depth, target, draft, held_out[:16], config)
             path, steps = folder / f"{run}.pt", cost["steps"]
             history[run] = fit(draft, loss, training, evaluate, config, path, steps=steps, seed=seed)
-            draft.save_pretrained(folder / run)
+            draft.save_pretrained(folder / run, is_main_process=leads())
             found[name]["tau"].append(measured(draft))
     print(table(found), end="\n\n")
     figures = {name: {**row, "tau": summary(row, found)} for name, row in found.items()}

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 import specdec
 from experiments.models import Models
+from specdec.drafters import MedusaHeads
 
 
 def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Models:
@@ -58,6 +59,17 @@ def enlarge(
     _copy_into(large, model, growth)
     large.generation_config = copy.deepcopy(model.generation_config)
     return large
+
+
+@torch.no_grad()
+def widen(heads: MedusaHeads, hidden_size: int) -> MedusaHeads:
+    """Heads for a state that is zero from the old size on, as `enlarge` makes it, with the same logits."""
+    blocks, count, old = heads.bias.shape
+    if heads.lm_head is not None or hidden_size < old:
+        raise ValueError(f"hidden_size={hidden_size}: heads that share the target's LM head can grow, from {old} on.")
+    wide = MedusaHeads(count, blocks, hidden_size).to(heads.weight)  # of zeros: the new entries stay zero
+    wide.weight[..., :old, :old], wide.bias[..., :old] = heads.weight, heads.bias
+    return wide.eval()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ class Turn(NamedTuple):
     number: int  # 0: it begins a conversation; otherwise the prompt before it is the turn before
 
 
-class Setting(NamedTuple):
+@dataclass(frozen=True)
+class Setting:
     """What every experiment on models begins with."""
 
     models: Any  # `Models`, or the demo pair

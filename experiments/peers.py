@@ -28,15 +28,17 @@ from experiments.inputs import begin
 from experiments.libraries import Absent
 from experiments.measure import AGAIN, Method, Round, rounds, uninterrupted
 from experiments.report import cells, figures, interval, markdown, median, speed
+from experiments.results import leads, whole
 from specdec import Sampling
 from specdec.trace import Trace
 
 
 @hydra.main(config_path="../conf", config_name="peers", version_base="1.3")
 def main(config: DictConfig) -> None:
-    models, ids, _, sampling, log, source = begin("experiments/peers.py", config)
+    setting = begin("experiments/peers.py", config)
+    models, ids, sampling = setting.models, setting.prompts, setting.sampling
     for name in ("target", "draft"):  # what exporters read
-        getattr(models, name).save_pretrained(Path(config.folder, name))
+        getattr(models, name).save_pretrained(Path(config.folder, name), is_main_process=leads())
         models.tokenizer.save_pretrained(Path(config.folder, name))
     methods, absent = present(with_models(config, models), models.target, ids[0], sampling)
     counts = {"sampling": sampling, "max_new_tokens": config.new_tokens, "repeats": 1 + config.repeats}
@@ -52,8 +54,9 @@ def main(config: DictConfig) -> None:
     }
     text = table(found) + "\n\n" + note(config, found, len(ids), len(finished))
     print(text, end="\n\n")
-    print(log.write({**source, "prompts": len(ids), "rounds": len(finished), **found}))
-    Path(config.table).write_text(text + "\n", "utf-8")
+    print(setting.log.write({**setting.source, "prompts": len(ids), "rounds": len(finished), **found}))
+    with whole(config.table) as file:
+        file.write_text(text + "\n", "utf-8")
 
 
 def present(

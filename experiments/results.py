@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -40,6 +43,25 @@ def provenance(script: str, overrides: list[str], options: Any, device: str) -> 
     }
 
 
+def leads() -> bool:
+    """Whether this process speaks for the run: of those that torchrun started, which all compute the same, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file to write that becomes `path` when it is complete, so that at no time there is half of one, if this process
+    leads, and is thrown away otherwise.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        yield part
+        if leads():
+            part.replace(path)
+
+
 @dataclass(frozen=True)
 class Json:
     """One JSON file."""
@@ -47,12 +69,9 @@ class Json:
     path: str
 
     def write(self, result: dict[str, Any]) -> str:
-        """Returns where it is. At no time is there half a file."""
-        path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        part.replace(path)
+        """Returns where it is."""
+        with whole(self.path) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         return self.path
 
 
@@ -68,8 +87,7 @@ class Csv:
         figures = result["figures"]
         named = figures.items() if isinstance(figures, dict) else enumerate(figures)
         rows = [{"name": name, **_flat(row), **source} for name, row in named]
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", encoding="utf-8", newline="") as file:
+        with whole(self.path) as path, open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
@@ -101,6 +119,8 @@ class Wandb:
 
     def write(self, result: dict[str, Any]) -> str:
         """Returns where it is."""
+        if not leads():
+            return self.dir
         import wandb
 
         Path(self.dir).mkdir(parents=True, exist_ok=True)

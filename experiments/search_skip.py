@@ -28,6 +28,7 @@ from experiments import calls
 from experiments.inputs import Setting, begin
 from experiments.measure import rounds, uninterrupted
 from experiments.report import figures, table
+from experiments.results import Json, whole
 from specdec.drafters import LayerSkipDrafter
 from specdec.drafters.layer_skip import decoder_layers, skippable
 from specdec.theory import CostCurve
@@ -51,7 +52,7 @@ MEASURED = [
 @hydra.main(config_path="../conf", config_name="search_skip", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting = begin("experiments/search_skip.py", config)
-    target = setting.models.target.to(config.device)
+    target = setting.models.target
     folder, layers, free = Path(config.folder), len(decoder_layers(target)), skippable(target)
     most = min(len(free), layers - 1)
     options: Any = OmegaConf.to_container(config, resolve=True)
@@ -105,10 +106,7 @@ class Known:
         return self.saved["reach"][key]
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.saved, indent=1) + "\n", "utf-8")
-        part.replace(self.path)
+        Json(str(self.path)).write(self.saved)
 
 
 def texts(setting: Setting, config: DictConfig) -> list[torch.Tensor]:
@@ -161,8 +159,8 @@ def write_option(path: Path, trial: Trial, source: dict[str, Any]) -> None:
     }
     head = f"# {source['command']}\n# commit {source['commit']}, {source['date']}; predicted: acceptance length "
     head += f"{trial.acceptance_length:.2f}, speed-up {trial.speed_up:.2f}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head + yaml.safe_dump(option, sort_keys=False, default_flow_style=None), "utf-8")
+    with whole(path) as file:
+        file.write_text(head + yaml.safe_dump(option, sort_keys=False, default_flow_style=None), "utf-8")
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ HEADER = ["tree", "rule", "nodes", "acceptance length: simulated", "measured", "
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
-    models, ids, _, sampling, log, source = begin("experiments/simulate.py", config)
+    setting = begin("experiments/simulate.py", config)
+    models, ids = setting.models, setting.prompts
     if models.draft is None:
         raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
-    target, draft = models.target.to(config.device), models.draft.to(config.device)
-    settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
+    target, draft = models.target, models.draft.to(config.device)
+    settings = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
     runs = {label(*case): case for case in [*((shape, "SiblingRejection") for shape in SHAPES), *OTHERS]}
     began = time.perf_counter()
     costs = {
@@ -64,7 +65,7 @@ def main(config: DictConfig) -> None:
     found = {"prompts": len(ids), "rounds": len(finished), "seconds": took, "costs": curves, "simulated": simulated}
     errors = {key: max((line[key] for line in lines.values()), key=abs) for key in ("acceptance_length", "speed_up")}
     print("largest errors: acceptance length {acceptance_length:+.1%}, speed-up {speed_up:+.1%}".format(**errors))
-    print(log.write({**source, **found, "figures": measured, "errors": lines}))
+    print(setting.log.write({**setting.source, **found, "figures": measured, "errors": lines}))
 
 
 def label(shape: Sequence[int], rule: str) -> str:

@@ -9,6 +9,7 @@ published checkpoints. Settings are in `conf/train_medusa.yaml`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 import specdec
 from experiments import calls
 from experiments.inputs import begin
+from experiments.results import leads
 from experiments.training import fit, own_texts
 from specdec import Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
@@ -31,11 +33,11 @@ from specdec.training.medusa import States, acceptance_by_head, medusa_loss
 @hydra.main(config_path="../conf", config_name="train_medusa", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/train_medusa.py", config), Path(config.folder)
-    target = setting.models.target.to(config.device)
+    target = setting.models.target
     folder.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(len(setting.prompts), generator=torch.Generator().manual_seed(config.seed))
     prompts = [setting.prompts[i] for i in order[: config.texts].tolist()]
-    texts = own_texts(setting._replace(prompts=prompts), config, folder / "texts.pt")
+    texts = own_texts(replace(setting, prompts=prompts), config, folder / "texts.pt")
     seen, unseen = (
         States(target, part, config.prompt_length, config.heads, config.window)
         for part in (texts[config.held_out :], texts[: config.held_out])
@@ -46,7 +48,9 @@ def main(config: DictConfig) -> None:
     path = folder / "checkpoint.pt"
     few = partial(history, windows=64, tokens=24)
     steps = fit(heads, loss, seen.starts, few, config, path, steps=config.steps, seed=config.seed)
-    heads.eval().to(torch.bfloat16).save(folder / "heads")
+    heads.eval().to(torch.bfloat16)
+    if leads():
+        heads.save(folder / "heads")
     heads.to(target.dtype)  # rounded, as they will be loaded
     found = history(windows=len(unseen.starts) // config.window, tokens=64)
     for name, value in found.items():

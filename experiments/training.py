@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.inputs import Setting
+from experiments.results import whole
 from specdec.training.self_distillation import continuations
 
 
@@ -78,10 +79,8 @@ def _resume(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimize
 
 
 def _save(state: Any, path: Path) -> None:
-    """At no time is there half a file at `path`."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    with whole(path) as file:
+        torch.save(state, file)
 
 
 def _short(found: Any) -> str:

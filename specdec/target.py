@@ -146,10 +146,10 @@ class CachedModel:
 
     @contextlib.contextmanager
     def capturing_hidden(self) -> Iterator[None]:
-        """Forward passes inside leave the base model's last hidden states in `hidden`."""
+        """Forward passes inside leave the base model's last hidden states in `hidden`, on `device`."""
 
         def catch(module, args, output):
-            self.hidden = output[0]
+            self.hidden = output[0].to(self.device)  # of a model over several devices the last layer is on another
 
         handle = self.model.base_model.register_forward_hook(catch)
         try:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import llama
 
-from experiments.enlarge import enlarge
+from experiments.enlarge import enlarge, widen
+from specdec.drafters import MedusaHeads
 
 
 def test_an_enlarged_model_has_the_same_logits():
@@ -22,6 +23,18 @@ def test_a_larger_state_changes_nothing():
     assert torch.allclose(large(text).logits, model(text).logits, rtol=0, atol=1e-12)
 
 
-def test_a_model_does_not_shrink():
+def test_medusa_heads_of_a_larger_state_have_the_same_logits():
+    model, text, heads = llama(), torch.arange(1, 12)[None], MedusaHeads(3, 2, 32).double()
+    for weights in heads.parameters():
+        torch.nn.init.normal_(weights, 0, 0.5, generator=torch.Generator().manual_seed(0))
+    large = enlarge(model, layers=4, intermediate_size=96, hidden_size=128)
+    states = [m.model(text).last_hidden_state[:, -1] for m in (model, large)]
+    expected = heads(states[0], model.lm_head)
+    assert torch.allclose(widen(heads, 128)(states[1], large.lm_head), expected, rtol=0, atol=1e-12)
+
+
+def test_nothing_shrinks():
     with pytest.raises(ValueError, match="only grow"):
         enlarge(llama(), layers=1, intermediate_size=96)
+    with pytest.raises(ValueError, match="from 32 on"):
+        widen(MedusaHeads(2, 1, 32), 16)

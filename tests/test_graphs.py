@@ -128,7 +128,7 @@ def assert_replays(name, sampling, engine, target=TARGET, draft=DRAFT):
         assert engine.captured == 4 if name not in ON_HOST else engine.captured >= 2
 
 
-GREEDY = [(name, "greedy") for name in ("chain", "dynamic", "suffixes, then a model")]
+GREEDY = [(name, "greedy") for name in ("dynamic", "suffixes, then a model")]
 
 
 @pytest.mark.parametrize(

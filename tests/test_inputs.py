@@ -122,10 +122,27 @@ def spoilt(model, value):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_law(value, temperature):
-    with pytest.raises(ValueError, match=r"target's logits are NaN.*\[0, 1, 2, 3\]"):
-        specdec.generate(spoilt(llama(), value), PROMPTS, sampling=Sampling(temperature), max_new_tokens=8)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(1.0, 5, 0.9, 0.1)], ids=str
+)
+@pytest.mark.parametrize("drafter", [None, ModelDrafter(llama(1), Chain(2))], ids=str)
+def test_logits_that_are_no_law(value, sampling, drafter):
+    with pytest.raises(ValueError, match=r"target's logits are NaN.*\[0, 1, 2, 3\].*Check the model's weights"):
+        specdec.generate(spoilt(llama(), value), PROMPTS, drafter, sampling=sampling, max_new_tokens=8)
+
+
+def test_one_logit_that_is_nan_names_its_prompt():
+    """Under nucleus sampling too, where its token might be taken for one that is cut off."""
+    model = llama()
+
+    def spoil(module, inputs, logits):
+        logits = logits.clone()
+        logits[1:2, :, 7] = torch.nan
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"target's logits are NaN.*\[1\].*Check the model's weights"):
+        specdec.generate(model, PROMPTS, sampling=Sampling(1.0, top_p=0.9), max_new_tokens=8)
 
 
 def test_draft_laws_that_are_no_laws():

@@ -1,15 +1,18 @@
 """Medusa heads: laws by depth, lossless with every tree, and the layout of published checkpoints."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import GATE, PROMPTS, llama, reference
+from torch._subclasses import FakeTensorMode
 
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
+from specdec.target import CachedModel
 from specdec.testing import exact_law, target_law
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -97,6 +100,22 @@ def test_the_heads_see_the_state_before_the_root():
             hidden = model.model(torch.tensor([text[:-1]])).last_hidden_state[:, -1]
             expected = made(hidden, model.lm_head).argmax(-1)[0].tolist()
         assert tokens[1:] == expected[: len(tokens) - 1]
+
+
+def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
+    """A model over two devices, as `device_map` makes it: the embedding on the first, the rest on the last."""
+    first, last = map(torch.device, ("cpu", "cuda"))
+
+    class Base(torch.nn.Module):
+        def forward(self, tokens):
+            return (torch.empty(1, len(tokens), 32, device=last),)
+
+    with FakeTensorMode():  # tensors without numbers, on devices that need not be there
+        cached = SimpleNamespace(model=SimpleNamespace(base_model=Base()), device=first)
+        with CachedModel.capturing_hidden(cached):
+            cached.model.base_model(torch.empty(3, device=first))
+        logits = MedusaHeads(2, 1, 32)(cached.hidden[:, 0], lambda x: torch.empty(*x.shape[:2], 50, device=last))
+    assert (logits.shape, logits.device) == ((1, 2, 50), first)
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):

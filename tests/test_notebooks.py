@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -15,7 +16,17 @@ def test_notebook_has_no_outputs(path):
     assert [cell.source for cell in cells if cell.outputs or cell.execution_count is not None] == []
 
 
+@pytest.fixture(scope="module")
+def client():
+    """One kernel for all: most of the time of each would go into importing torch."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120)
+    with client.setup_kernel():
+        yield client
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+def test_notebook_runs(path, client, tmp_path):
+    client.nb = nbformat.read(path, as_version=4)
+    client.nb.cells.insert(0, new_code_cell(f"%reset -f\n%cd {tmp_path}"))  # no name of another is left
+    for index, cell in enumerate(client.nb.cells):
+        client.execute_cell(cell, index)

@@ -13,7 +13,8 @@ from specdec import Law, Sampling, generate
 from specdec.drafters import ModelDrafter
 from specdec.prediction import Text, acceptance_length, texts
 from specdec.rules import BlockVerification, KSeq, LenientRejection, SiblingRejection, TraversalVerification
-from specdec.testing import Table, TabularDrafter, TabularTarget, _enumerate, model_log_probs, target_law
+from specdec.testing import Table, TabularDrafter, TabularTarget, model_log_probs, target_law
+from specdec.testing.laws import _enumerate
 from specdec.trees import Static, Widths
 
 torch.set_num_threads(1)

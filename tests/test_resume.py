@@ -59,7 +59,7 @@ def assert_conversation(model, drafter, **options):
         texts = assert_resumes(target, kept, drafter(), list(map(turn, texts, SAID)), **options)
 
 
-GREEDY = [(name, "greedy") for name in ("chain", "heads", "suffixes, then a model")]
+GREEDY = [(name, "greedy") for name in ("heads", "suffixes, then a model")]
 
 
 @pytest.mark.parametrize(("name", "sampling"), [*((name, "nucleus") for name in KINDS), *GREEDY])

@@ -1,5 +1,7 @@
 """Trees of one fixed shape: the shape asked for, lossless under every law, and the target's greedy text."""
 
+import json
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -8,9 +10,11 @@ from tiny_models import PROMPTS, llama, reference
 
 import specdec
 from experiments.calibrate_tree import option
+from experiments.results import ROOT
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
+from specdec.theory import expected_length, longest_tree
 from specdec.trees import Static, Widths
 
 torch.set_num_threads(1)
@@ -68,3 +72,12 @@ def test_the_calibrated_tree_is_an_option_that_makes_it():
     text = option(parents, law, source, {"acceptance_length": 2.0, "speed_up": 1.5})
     assert "# commit: abc\n" in text
     assert instantiate(OmegaConf.create(text)) == Static(parents, Law[law])
+
+
+def test_the_sequoia_option_is_the_tree_of_which_most_is_accepted_where_it_was_calibrated():
+    sequoia, widths = (instantiate(OmegaConf.load(ROOT / f"conf/tree/{name}.yaml")) for name in ("sequoia", "static"))
+    results = ROOT / "experiments/results/calibrate_tree_demo_cpu_20261121_longest.json"
+    acceptance = json.loads(results.read_text("utf-8"))["acceptance"]
+    assert list(sequoia.parents) == longest_tree(acceptance, 21)
+    assert len(widths.parents) == 21 and sequoia.parents.count(0) > 1 and sequoia.parents.count(1) > 1
+    assert expected_length(sequoia.parents, acceptance) > expected_length(widths.parents, acceptance)

@@ -1,6 +1,7 @@
 """A target that transformers cut over two processes writes what it writes in one, the same in both."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from tiny_models import PROMPTS, llama
 from transformers import AutoModelForCausalLM
 
 import specdec
+from experiments import calls
+from experiments.results import Json, Wandb
 from specdec import ModelTarget, Sampling
 from specdec.drafters import LayerSkipDrafter, MedusaDrafter, MedusaHeads, ModelDrafter, NgramDrafter
 from specdec.trees import Widths
@@ -54,6 +57,22 @@ def test_a_target_in_two_processes_writes_what_it_writes_in_one(tmp_path):
     heads, expected = texts(tmp_path)
     for rank in range(RANKS):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [heads // RANKS, expected]
+
+
+def test_of_the_processes_of_an_experiment_the_first_alone_writes_and_prints(tmp_path, monkeypatch, capsys):
+    def experiment():
+        print(Json(str(tmp_path / "result.json")).write({"rank": os.environ["RANK"]}))
+        print("progress", file=sys.stderr)
+        if os.environ["RANK"] == "1":
+            print(Wandb("project", dir=str(tmp_path / "wandb")).write({}))
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        calls.run(experiment)
+    assert capsys.readouterr() == (f"{tmp_path / 'result.json'}\n", "progress\n")
+    assert json.loads((tmp_path / "result.json").read_text("utf-8")) == {"rank": "0"}
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 if __name__ == "__main__":  # one of the processes

@@ -18,18 +18,19 @@ from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
 from specdec.theory import (
     CostCurve,
     Costs,
-    _all_among_first,
-    _draws,
     best_chain_length,
     best_tree,
     chain_optimum,
     expected_length,
+    longest_tree,
     measure_costs,
     one_step_ceiling,
     positional_acceptance,
     predicted_speed_up,
     tree_optimum,
 )
+from specdec.theory.ceilings import _all_among_first
+from specdec.theory.optima import _draws
 from specdec.trace import Trace
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -271,6 +272,14 @@ def test_best_tree_is_the_best_of_all():
         fastest = max(predicted_speed_up(length, tree, FLAT) for length, tree in every_tree(acceptance, 7))
         tree = best_tree(acceptance, FLAT, 7)
         assert predicted_speed_up(expected_length(tree, acceptance), tree, FLAT) == pytest.approx(fastest)
+
+
+def test_longest_tree_is_the_longest_of_its_size():
+    for _ in range(20):
+        acceptance = [RANDOM.dirichlet([2, 1, 1, 1])[:3].tolist() for _ in range(3)]
+        longest = max(length for length, tree in every_tree(acceptance, 7) if len(tree) == 7)
+        tree = longest_tree(acceptance, 7)
+        assert len(tree) == 7 and expected_length(tree, acceptance) == pytest.approx(longest)
 
 
 def test_best_tree_is_the_root_when_drafting_does_not_pay():

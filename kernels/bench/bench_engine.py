@@ -3,9 +3,10 @@
     python kernels/bench/bench_engine.py --seconds 500
 
 The targets are the demo target made as large as models of 8 and 1 billion parameters, computing what it does (see
-`experiments/enlarge.py`; their vocabulary stays small), so that acceptance is real and costs are full. They are drafted for by
-the demo's draft, as it is and made as large as a model of 1 billion, and by the target without some of its layers. Texts longer
-than the demo models were trained on are read all the same. Needs torch, triton and transformers, but no hydra.
+`experiments/enlarge.py`; their vocabulary stays small: `bench_head.py` times a large one), so that acceptance is real and costs
+are full. They are drafted for by the demo's draft, as it is and made as large as a model of 1 billion, by the target without
+some of its layers, and by the demo's Medusa heads, made as wide as the target. Texts longer than the demo models were trained
+on are read all the same. Needs torch, triton and transformers, but no hydra.
 """
 
 from __future__ import annotations
@@ -26,15 +27,14 @@ from transformers import PreTrainedModel
 
 import specdec
 from experiments import baseline
-from experiments.enlarge import enlarge
+from experiments.enlarge import enlarge, widen
 from specdec import Generation
-from specdec.drafters import LayerSkipDrafter, ModelDrafter
+from specdec.drafters import LayerSkipDrafter, MedusaDrafter, MedusaHeads, ModelDrafter
 from specdec.trees import Chain, Widths
 
 SIZES = {"8B": (32, 14336, 4096), "1B": (16, 8192, 2048), "tiny": (6, 640, 256)}  # layers, intermediate, hidden
 SKIPPED = (1, 2, 3, 5)  # layers that the demo target drafts best without: experiments/search_skip.py
 ROUNDS = 3
-COPIED = 1 << 30  # bytes, by which the bandwidth is measured
 PROFILED = 4  # steps
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     chosen = options.parse_args()
     cases = [Case(s, int(b), int(c)) for s, b, c in (case.split(",") for case in chosen.cases or ())] or CASES
     began, source, rows, left = time.monotonic(), report.provenance(), [], []
-    rate = bandwidth(chosen.device)
+    rate = report.bandwidth(chosen.device)
     for case in cases:
         if time.monotonic() - began > chosen.seconds:
             left.append("{}, batch {}, context {}".format(*case))
@@ -86,8 +86,8 @@ def figures(case: Case, device: str, engines: list[str], new_tokens: int, rate: 
     pair, dtype = specdec.demo.load(), torch.bfloat16 if device == "cuda" else torch.float32
     target, large = (grown(model, case, device, dtype) for model in (pair.target, pair.draft))
     small = grown(pair.draft, case._replace(size=""), device, dtype)
-    prompts = texts(pair, case)
-    runs = methods(case, engines, target, large, small)
+    heads, prompts = widen(pair.heads, target.config.hidden_size).to(target.dtype), texts(pair, case)
+    runs = methods(case, engines, target, large, small, heads)
     traces: dict[str, list[Generation]] = {name: [] for name in runs}
     options = {"max_new_tokens": new_tokens}
     for run in runs.values():
@@ -111,7 +111,12 @@ ENGINES: dict[str, Callable[[], Any]] = {
 
 
 def methods(
-    case: Case, engines: list[str], target: PreTrainedModel, large: PreTrainedModel, small: PreTrainedModel
+    case: Case,
+    engines: list[str],
+    target: PreTrainedModel,
+    large: PreTrainedModel,
+    small: PreTrainedModel,
+    heads: MedusaHeads,
 ) -> dict[str, Callable]:
     """What is compared, each with an engine of its own."""
     skipped = (*SKIPPED, *range(6, target.config.num_hidden_layers))
@@ -121,6 +126,7 @@ def methods(
         "small draft, tree of 4-2-2-1": lambda: ModelDrafter(small, Widths((4, 2, 2, 1))),
         "1B draft, chain of 4": lambda: ModelDrafter(large, Chain(4)),
         "layers left out, chain of 4": lambda: LayerSkipDrafter(skipped, tree=Chain(4)),
+        "Medusa heads, chain of 4": lambda: MedusaDrafter(heads, Chain(4)),
     }
     ours = {
         f"{name}, {engine}": partial(specdec.generate, drafter=drafter(), engine=ENGINES[engine](), stop_tokens=())
@@ -203,24 +209,6 @@ def profiled(run: Callable[..., Generation], target: PreTrainedModel, prompts: l
     kernels = [event for event in seen.events() or () if str(event.device_type).endswith("CUDA")]
     busy = sum(event.device_time for event in kernels) / 1e6
     return {"kernels per step": len(kernels) / PROFILED, "device busy": busy / wall}
-
-
-def bandwidth(device: str) -> float:
-    """Bytes per second of copying a large tensor, read and written."""
-    source = torch.ones(COPIED // 4, device=device)
-    goal, times = torch.empty_like(source), []
-    for _ in range(5):
-        _wait(device)
-        began = time.perf_counter()
-        goal.copy_(source)
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * COPIED / statistics.median(times)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from floors import RATES, Compaction, Laws, Shape, floor
 
 ROOT = Path(__file__).resolve().parents[2]
 REPLAYS = 20
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes, several caches, by which the bandwidth is measured
 
 
 class Timing(NamedTuple):
@@ -75,6 +77,24 @@ def measure(calls: Sequence[Callable[[], object]]) -> Timing:
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
     median, deciles = statistics.median(times[3:]), statistics.quantiles(times[3:], n=10)
     return Timing(median, (deciles[-1] - deciles[0]) / median)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second of copying a large tensor, read and written."""
+    source = torch.ones(COPIED[device] // 4, device=device)
+    goal, times = torch.empty_like(source), []
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        goal.copy_(source)
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return 2 * COPIED[device] / statistics.median(times)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def verify_inputs(shape: Laws, device: str, seed: int) -> Arguments:
     topology, law = Topology(parents, shape.depth, width), Law[shape.children]
     logits = normal(nodes) * 3
     weights = (logits[:, : shape.internal] + normal(shape.internal)).softmax(-1)
-    drawn = _drawn(law, weights.flatten(0, 1), width, generator).view(batch, -1)
+    drawn = _drawn(law, weights.flatten(0, 1), width, generator).view(batch, shape.internal * width)
     tokens = torch.cat([drawn.new_zeros(batch, 1), drawn], 1)[:, :nodes].contiguous()
     laws = torch.full((batch, nodes), int(law), dtype=torch.uint8, device=device)
     coins = torch.rand(2, batch, nodes, dtype=torch.float64, generator=generator, device=device)

@@ -55,7 +55,7 @@ class MedusaHeads(nn.Module):
             x = x + nn.functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
         if self.lm_head is not None:
             return torch.bmm(x, self.lm_head[:count].mT).transpose(0, 1)
-        return lm_head(x.transpose(0, 1).to(hidden.dtype))
+        return lm_head(x.transpose(0, 1).to(hidden.dtype)).to(hidden.device)  # it may be on another (`device_map`)
 
     def save(self, folder: str | Path) -> None:
         """Write the published layout: `config.json` and `medusa_lm_head.safetensors`."""

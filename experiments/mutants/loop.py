@@ -1,0 +1,43 @@
+"""Planted in the loop."""
+
+from __future__ import annotations
+
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from experiments.cases import Case
+from experiments.mutants.mutant import DRAFT, STOP, Mutant
+from specdec import Sampling
+from specdec.decoding import Decoding
+from specdec.sampling import TargetLaw
+from specdec.testing import TabularDrafter
+from specdec.trees import Chain
+
+_accept, _processed = Decoding._accept, TargetLaw._processed
+
+
+def deaf_to_drafted_stops(self, tree, law, decisions):
+    """`Decoding._accept` for which text runs on after a stop token."""
+    found, self.stop_tokens = self.stop_tokens, self.stop_tokens[:0]
+    acceptance = _accept(self, tree, law, decisions)
+    self.stop_tokens = found
+    return acceptance
+
+
+def without_the_path(self, row, node):
+    """`TargetLaw._processed` that shows the processors the text up to the root, whatever the node."""
+    logits = self._logits
+    self._logits = logits[:, node : node + 1].expand_as(logits)
+    scores = _processed(self, row, 0)
+    self._logits = logits
+    return scores
+
+
+PENALTY = Sampling(1.0, processors=(RepetitionPenaltyLogitsProcessor(1.5),))
+_LOOP = {
+    "text runs on after a stop token": ({"stop_tokens": (STOP,)}, (Decoding, "_accept", deaf_to_drafted_stops)),
+    "processors computed once per block": ({"sampling": PENALTY}, (TargetLaw, "_processed", without_the_path)),
+}
+IN_LOOP = [
+    Mutant(name, Case(TabularDrafter(DRAFT, Chain(2)), **options), (planted,))
+    for name, (options, planted) in _LOOP.items()
+]

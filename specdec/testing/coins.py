@@ -1,0 +1,107 @@
+"""Coins that follow every outcome, in rational arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins, Purpose, RowCoins
+
+
+class ExactCoins(Coins):
+    """Coins that follow every outcome: each row of the batch replays one script of choices and notes its siblings.
+
+    A coin is a uniform number whose interval narrows with every question asked of it, so a coin that is used twice is
+    followed as what it is, one number.
+    """
+
+    enumerates = True
+
+    def __init__(self, scripts: list[list[int]], nodes: int):
+        super().__init__(0, len(scripts), nodes)
+        self.scripts = scripts
+        self.probabilities = [Fraction(1)] * len(scripts)
+        self.branches: list[list[int]] = []
+        self.ended = [False] * len(scripts)  # rows whose text is finished: their coins decide nothing any more
+        self._place = [0] * len(scripts)
+        self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
+
+    def turn_to(self, step: int) -> None:
+        self.step = step  # there is nothing to show
+
+    def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
+        """The outcome of one coin, by inverse CDF of `weights` in index order."""
+        key = (row, self.step, purpose, node)
+        low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
+        outcomes, edge, total = [], Fraction(0), sum(weights)
+        for index, weight in enumerate(weights):
+            if weight == 0:
+                continue
+            start, edge = edge, edge + (weight if total == 1 else weight / total)
+            if start < high and low < edge:
+                outcomes.append((index, max(start, low), min(edge, high)))
+        if self.ended[row]:
+            return outcomes[0][0]
+        choice = self._choice(row, len(outcomes))
+        if choice >= len(outcomes):
+            raise AssertionError("The same coins led to other choices: draw with `coins` only, nothing else is random.")
+        index, start, edge = outcomes[choice]
+        self._intervals[key] = (start, edge)
+        self.probabilities[row] *= (edge - start) / (high - low)
+        return index
+
+    def picks(self, nodes: range, weights: Tensor) -> Tensor:
+        rows = weights.double().numpy(force=True)
+        drawn = [
+            [
+                self.flip(b, Purpose.DRAFT, node, w) if any(w := fractions(rows[b, j])) else 0
+                for j, node in enumerate(nodes)
+            ]
+            for b in range(self.batch)
+        ]
+        return torch.tensor(drawn, device=weights.device).view(weights.shape[:2])
+
+    def row(self, row: int) -> RowCoins:
+        return _ExactRow(self, row)
+
+    def _choice(self, row: int, count: int) -> int:
+        if count == 1:
+            return 0
+        script, place = self.scripts[row], self._place[row]
+        if place == len(script):
+            self.branches += [[*script, other] for other in range(1, count)]
+            self.scripts[row] = script = [*script, 0]
+        self._place[row] += 1
+        return script[place]
+
+
+class _ExactRow(RowCoins):
+    _coins: ExactCoins
+
+    def accept(self, node: int, probability: Any) -> bool:
+        p = min(Fraction(probability), Fraction(1))
+        return self._coins.flip(self._row, Purpose.ACCEPT, node, [p, 1 - p]) == 0
+
+    def pick(self, node: int, probabilities: Any, purpose: Purpose = Purpose.EMIT) -> int:
+        return self._coins.flip(self._row, purpose, node, list(probabilities))
+
+    def law(self, weights: np.ndarray) -> np.ndarray:
+        return np.array(_exact(np.asarray(weights, dtype=np.float64).tobytes()), dtype=object)
+
+
+def fractions(weights: np.ndarray) -> list[Fraction]:
+    return [Fraction(float(w)) for w in weights]
+
+
+@lru_cache(maxsize=2**14)
+def _exact(weights: bytes) -> tuple[Fraction, ...]:
+    """Float64 weights normalised; kept, because all rows of a wave ask for the laws after the same few texts."""
+    exact = fractions(np.frombuffer(weights))
+    total = sum(exact)
+    return tuple(weight / total for weight in exact)

@@ -1,0 +1,93 @@
+"""The certificate of a drafter: that it keeps its contract with a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins
+from specdec.drafters import Context, Drafter
+from specdec.generate import generate
+from specdec.sampling import Sampling
+from specdec.target import Target
+from specdec.testing.laws import exact_law, target_law
+from specdec.testing.tables import TabularTarget
+from specdec.tree import DraftTree, Law, TreeSpec
+
+
+def assert_drafter(
+    drafter: Drafter,
+    target: PreTrainedModel | TabularTarget,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samplings: Sequence[Sampling] = (Sampling(1.0), Sampling(0.7, top_k=2)),
+    max_new_tokens: int = 3,
+    horizon: int = 12,
+    tolerance: float = 1e-12,
+) -> None:
+    """Raise AssertionError unless `drafter` keeps its contract with `target`.
+
+    The text's law is the target's, every coin followed: laws are recorded truthfully, and growth does not anticipate. The
+    greedy text is the target's. A row's text does not depend on the other rows. After any acceptance, and in a second
+    run, drafts are those of a fresh start from the same text.
+
+    Args:
+        drafter: what is examined.
+        target: with a vocabulary of two to four tokens, and in float64 if it is a model.
+        prompts: at least two, of different lengths; the first is enumerated.
+        samplings: under which the law is enumerated.
+        max_new_tokens: how far it is enumerated.
+        horizon: new tokens of the greedy and the batched runs.
+        tolerance: largest total variation; what float64 logits of one text differ between shapes of a batch.
+    """
+    texts = [torch.tensor(prompt) for prompt in prompts]
+    for sampling in samplings:
+        options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
+        law = exact_law(target, prompts[0], drafter, **options)
+        distance = float(law.total_variation(target_law(target, prompts[0], **options)))
+        assert distance <= tolerance, f"{drafter} changes the law of the text by {distance:.3g} under {sampling}."
+        options = {"sampling": sampling, "max_new_tokens": horizon, "stop_tokens": ()}
+        alone = generate(target, texts[0], drafter, **options).tokens[0]
+        together = generate(target, texts, drafter, **options).tokens[0]
+        assert torch.equal(alone, together), (
+            f"{drafter}: the text of a row depends on the other rows, under {sampling}."
+        )
+    _assert_greedy(drafter, target, texts, horizon)
+
+
+def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: list[Tensor], horizon: int) -> None:
+    """Greedy, no coin is drawn: the same text must lead to the same draft, whatever came before."""
+    for text in texts:
+        listening = _Listening(drafter)
+        options: dict[str, Any] = {"max_new_tokens": horizon, "stop_tokens": ()}
+        found = generate(target, text, listening, **options).tokens[0]
+        expected = generate(target, text, **options).tokens[0]
+        assert torch.equal(found, expected), f"{drafter}: the greedy text {found.tolist()} is not {expected.tolist()}."
+        for so_far, tokens in listening.drafts:
+            fresh, left = _Listening(drafter), len(text) + horizon - len(so_far)
+            generate(target, torch.tensor(so_far), fresh, max_new_tokens=left, stop_tokens=())
+            assert fresh.drafts[0][1] == tokens, (
+                f"{drafter} drafts {tokens} after {so_far}, and {fresh.drafts[0][1]} afresh."
+            )
+
+
+class _Listening(Drafter):
+    """Another drafter, and what it drafted for the first row: (text so far, tokens)."""
+
+    def __init__(self, drafter: Drafter):
+        self.drafter, self.uses_hidden = drafter, drafter.uses_hidden
+        self.drafts: list[tuple[list[int], list[int]]] = []
+        self.start, self.commit, self.patched = drafter.start, drafter.commit, drafter.patched
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return self.drafter.spec(sampling)
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        tree = self.drafter.propose(context, coins)
+        kept = tree.laws[0] != Law.PADDING
+        self.drafts.append((list(context.texts[0]), tree.tokens[0, kept].tolist()))
+        return tree

@@ -1,0 +1,141 @@
+"""The exact law of a generated text, by following every coin of the real loop, and the target's own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.coins import Coins
+from specdec.decoding import Decoding
+from specdec.drafters import Drafter
+from specdec.rules import Rule, SiblingRejection
+from specdec.sampling import Sampling
+from specdec.target import Target
+from specdec.testing.coins import ExactCoins, fractions
+from specdec.testing.tables import TabularTarget, Text
+
+_WAVE = 512  # rows enumerated in one batch
+
+
+@dataclass(frozen=True)
+class ExactLaw:
+    """The law of a generated text."""
+
+    probabilities: dict[Text, Fraction]
+    expected_tokens: float  # tokens emitted by the first step
+    paths: int  # outcomes of all coins that were followed
+
+    def total_variation(self, other: dict[Text, Fraction]) -> Fraction:
+        """Half the summed absolute difference: 0 when the laws are the same, 1 when they exclude each other."""
+        texts = self.probabilities.keys() | other.keys()
+        return (
+            sum((abs(self.probabilities.get(t, Fraction(0)) - other.get(t, Fraction(0))) for t in texts), Fraction(0))
+            / 2
+        )
+
+
+def exact_law(
+    target: PreTrainedModel | Target,
+    prompt: Sequence[int],
+    drafter: Drafter | None = None,
+    *,
+    rule: Rule | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 3,
+    stop_tokens: Sequence[int] = (),
+    merge: bool = True,
+) -> ExactLaw:
+    """The exact law of what the real loop generates, by following every coin.
+
+    Args:
+        target, drafter, rule, sampling, max_new_tokens, stop_tokens: as for `generate`; small vocabularies only.
+        prompt: token ids.
+        merge: start anew from each committed text, so that equal texts are followed once. False follows whole runs,
+            which takes far longer and also sees state that leaks from step to step.
+    """
+    options = (rule or SiblingRejection(), sampling or Sampling(temperature=1.0))
+    ended: dict[Text, Fraction] = defaultdict(Fraction)
+    open_texts: dict[Text, Fraction] = {(): Fraction(1)}
+    paths, expected = 0, Fraction(0)
+    while open_texts:
+        text = min(open_texts, key=len)
+        mass, budget = open_texts.pop(text), max_new_tokens - len(text)
+        outcomes = _enumerate(target, [*prompt, *text], drafter, *options, budget, stop_tokens, merge)
+        for emitted, stopped, probability in outcomes:
+            paths += 1
+            expected += probability * len(emitted) * (not text)
+            into = ended if stopped else open_texts
+            into[text + emitted] = into.get(text + emitted, Fraction(0)) + mass * probability
+    return ExactLaw(dict(ended), float(expected), paths)
+
+
+def _enumerate(
+    target, prompt, drafter, rule, sampling, budget, stop_tokens, one_step
+) -> Iterable[tuple[Text, bool, Fraction]]:
+    """(tokens, ended, probability) of every outcome of one step, or of the whole run."""
+    queue: list[list[int]] = [[]]
+    # over several steps a row's drafts may be deeper for the sake of other rows
+    wave = _WAVE if one_step and (drafter is None or drafter.spec(sampling).by_row) else 1
+    while queue:
+        scripts, queue = queue[:wave], queue[wave:]
+        coins: list[ExactCoins] = []
+
+        def build(batch: int, nodes: int, scripts=scripts, coins=coins) -> Coins:
+            coins.append(ExactCoins(scripts, nodes))
+            return coins[0]
+
+        prompts = [torch.tensor(prompt)] * len(scripts)
+        run = Decoding(
+            target,
+            prompts,
+            drafter,
+            rule=rule,
+            sampling=sampling,
+            max_new_tokens=budget,
+            stop_tokens=stop_tokens,
+            coins=build,
+        )
+        acceptance = run.step()
+        while not (one_step or run.finished):
+            coins[0].ended = acceptance.stopped
+            acceptance = run.step()
+        for emitted, stopped, probability in zip(run.emitted, acceptance.stopped, coins[0].probabilities, strict=True):
+            yield tuple(emitted), stopped, probability
+        queue += coins[0].branches
+
+
+def target_law(
+    target: PreTrainedModel | TabularTarget,
+    prompt: Sequence[int],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 3,
+    stop_tokens: Sequence[int] = (),
+) -> dict[Text, Fraction]:
+    """The law that the target has by itself: the product of its laws after every prefix, without the loop."""
+    sampling = sampling or Sampling(temperature=1.0)
+    ended: dict[Text, Fraction] = defaultdict(Fraction)
+    open_texts: dict[Text, Fraction] = {(): Fraction(1)}
+    while open_texts:
+        text, mass = open_texts.popitem()
+        tokens = torch.tensor([*prompt, *text])
+        if isinstance(target, PreTrainedModel):
+            with torch.inference_mode():
+                scores = target(input_ids=tokens[None], use_cache=False).logits[:, -1]
+        else:
+            scores = target.logits(tuple(tokens.tolist()))[None]
+        for processor in sampling.processors:
+            scores = processor(tokens[None], scores.clone())
+        weights = fractions(sampling.probabilities(scores)[0].double().numpy())
+        total = sum(weights)
+        for token, weight in enumerate(weights):
+            if weight:
+                longer = (*text, token)
+                done = token in stop_tokens or len(longer) == max_new_tokens
+                (ended if done else open_texts)[longer] = mass * weight / total
+    return dict(ended)

@@ -1,0 +1,105 @@
+"""What a step costs: measured times of forward passes, and the speed-up that they allow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from specdec.target import CachedModel
+from specdec.tree import chain
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Measured times of a forward pass; straight lines between the measurements."""
+
+    nodes: Sequence[int]  # increasing
+    seconds: Sequence[float]
+
+    def __call__(self, nodes: int) -> float:
+        """Seconds of a forward pass over this many nodes per row."""
+        if not self.nodes[0] <= nodes <= self.nodes[-1]:
+            raise ValueError(
+                f"{nodes} nodes: costs were measured from {self.nodes[0]} to {self.nodes[-1]}; measure more."
+            )
+        return float(np.interp(nodes, self.nodes, self.seconds))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step costs, in seconds."""
+
+    verify: CostCurve  # the target's forward pass, by nodes of the tree
+    draft: CostCurve | None = None  # the draft model's, by nodes of a level; None if drafting is free
+    other: CostCurve | None = None  # the loop's own time, by nodes of the tree; None if it is not counted
+
+    def step(self, parents: Sequence[int]) -> float:
+        """Draft the tree level by level (each level with children is one forward pass), verify it at once."""
+        depth, levels = [0], {}
+        for parent in parents[1:]:
+            depth.append(depth[parent] + 1)
+        for node in set(parents[1:]):
+            levels[depth[node]] = levels.get(depth[node], 0) + 1
+        drafting = sum(map(self.draft, levels.values())) if self.draft is not None else 0.0
+        own = self.other(len(parents)) if self.other is not None else 0.0
+        return drafting + self.verify(len(parents)) + own
+
+
+def measure_costs(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None = None,
+    *,
+    nodes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    context: int = 128,
+    batch: int = 1,
+    repeats: int = 15,
+) -> Costs:
+    """Median times of the forward passes that the loop makes, over interleaved rounds.
+
+    Args:
+        draft: the draft model; None where drafting costs next to nothing, as with n-grams.
+        nodes: sizes to measure; between them times are interpolated.
+        context: tokens in the cache of every row.
+        batch: rows.
+        repeats: rounds, after one that is not counted.
+    """
+    sizes = sorted({1, *nodes})
+    forwards = [_forward(model, sizes[-1], context, batch) for model in (target, draft) if model is not None]
+    times = [[[forward(size) for size in sizes] for forward in forwards] for _ in range(repeats + 1)][1:]
+    medians = np.median(times, axis=0).tolist()  # [model][size]
+    curves = [CostCurve(tuple(sizes), tuple(seconds)) for seconds in medians]
+    return Costs(*curves)
+
+
+def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Callable[[int], float]:
+    """(nodes) -> seconds of one forward pass of a chain of that many after `context` tokens."""
+    cached = CachedModel(model)
+    tokens = torch.arange(context + most, device=cached.device).remainder(cached.vocab).expand(batch, -1)
+    with torch.inference_mode(), cached.patch:
+        cached.start(batch, context + most)
+        cached.read(tokens, [context] * batch)
+
+    def forward(nodes: int) -> float:
+        with torch.inference_mode(), cached.patch:
+            _finish(cached.device)
+            began = time.perf_counter()
+            cached.forward(tokens[:, :nodes], chain(batch, nodes, cached.device))
+            _finish(cached.device)
+            return time.perf_counter() - began
+
+    return forward
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: Costs) -> float:
+    """Over drafting nothing: acceptance length x t(1) / t(step). What is measured falls short of it by the loop's own time."""
+    return acceptance_length * costs.step([-1]) / costs.step(parents)

@@ -1,0 +1,118 @@
+"""The best chain and tree for acceptance measured by depth and slot: Sequoia's program (arXiv:2402.12374)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from specdec.theory.costs import Costs, predicted_speed_up
+from specdec.trace import Trace
+
+
+def positional_acceptance(trace: Trace) -> list[list[float]]:
+    """[depth][slot]: how often the child in that place was accepted where its parent was, from a trace="ceiling".
+
+    Siblings exclude each other, so that the sum over slots is the chance to get one level deeper. With sampled laws the
+    figures hold for the widths that they were recorded with: where a child stands says how it was drawn.
+    """
+    rows = [row for step in trace.steps for row in step.visits or ()]
+    depths = range(max(map(len, rows), default=0))
+    levels = [[row[depth] for row in rows if len(row) > depth] for depth in depths]
+    return [
+        [
+            sum(visit.slot == slot for visit in level) / sum(visit.children > slot for visit in level)
+            for slot in range(max(visit.children for visit in level))
+        ]
+        for level in levels
+    ]
+
+
+def expected_length(parents: Sequence[int], acceptance: Sequence[Sequence[float]]) -> float:
+    """The expected acceptance length of a tree: the sum over its nodes of the chance that the path to them is accepted.
+
+    Args:
+        parents: [node] of every node, -1 for the root; parents precede children, siblings in the order they are drawn.
+        acceptance: [depth][slot], as from `positional_acceptance`, taken to be independent from depth to depth.
+    """
+    depth, chance, children = [0], [1.0], [0] * len(parents)
+    for node, parent in enumerate(parents[1:], 1):
+        level, slot = (acceptance[depth[parent]] if depth[parent] < len(acceptance) else ()), children[parent]
+        if slot >= len(level) and chance[parent] > 0:
+            raise ValueError(
+                f"Node {node} is child {slot} at depth {depth[parent]}, where acceptance is not known: record a larger "
+                "tree, or ask for a smaller one."
+            )
+        chance.append(chance[parent] * level[slot] if slot < len(level) else 0.0)
+        depth.append(depth[parent] + 1)
+        children[parent] += 1
+    return sum(chance)
+
+
+def chain_speed_ups(rates: Sequence[float], costs: Costs) -> list[float]:
+    """The predicted speed-ups of chains of 0, 1, ... drafted tokens.
+
+    Args:
+        rates: acceptance rate by depth, as in `Trace.summary`. No longer chain is considered.
+    """
+    chains = [list(range(-1, length)) for length in range(len(rates) + 1)]
+    return [predicted_speed_up(expected_length(c, [[rate] for rate in rates]), c, costs) for c in chains]
+
+
+def best_chain_length(rates: Sequence[float], costs: Costs) -> int:
+    """The number of drafted tokens with the largest of the `chain_speed_ups`; 0: drafting does not pay."""
+    return int(np.argmax(chain_speed_ups(rates, costs)))
+
+
+def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 32) -> list[int]:
+    """The parents of the tree with the largest predicted speed-up, the root alone if drafting does not pay.
+
+    For every depth and number of nodes the longest expected acceptance (by dynamic programming as in Sequoia,
+    arXiv:2402.12374, here with acceptance by depth), and of those trees the fastest by the measured times.
+
+    Args:
+        acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
+        nodes: the most nodes, the root included.
+    """
+    depths = range(len(acceptance) + 1)
+    trees = [[-1], *(tree for depth in depths for tree in _longest(acceptance[:depth], nodes))]
+    return max(trees, key=lambda tree: predicted_speed_up(expected_length(tree, acceptance), tree, costs))
+
+
+def longest_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> list[int]:
+    """The parents of the tree of so many nodes with the longest expected acceptance, whatever they cost.
+
+    Args:
+        acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
+        nodes: the root included.
+    """
+    return _longest(acceptance, nodes)[-1]
+
+
+def _longest(acceptance: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:
+    """For up to `nodes` nodes each, the parents of the tree of largest expected acceptance length."""
+
+    @cache
+    def best(depth: int, slot: int, left: int) -> tuple[float, int]:
+        """What `left` nodes are worth as children from `slot` on, with all below; how many go to the first of them."""
+        if depth == len(acceptance) or slot == len(acceptance[depth]):
+            return 0.0, 0
+        chance = acceptance[depth][slot]
+        return max(
+            (
+                (chance * (1 + best(depth + 1, 0, own - 1)[0]) + best(depth, slot + 1, left - own)[0], own)
+                for own in range(1, left + 1)
+            ),
+            default=(0.0, 0),
+        )
+
+    def grow(parents: list[int], node: int, depth: int, left: int) -> list[int]:
+        slot = 0
+        while own := best(depth, slot, left)[1]:
+            parents.append(node)
+            grow(parents, len(parents) - 1, depth + 1, own - 1)
+            slot, left = slot + 1, left - own
+        return parents
+
+    return [grow([-1], 0, 0, count) for count in range(nodes)]
