@@ -22,6 +22,7 @@ from specdec.inputs import Prompts, as_engine, as_int, as_prompts, as_stop_token
 from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
+from specdec.support import check_clock
 from specdec.target import Target
 from specdec.theory import visits
 from specdec.trace import LEVELS, Step, Trace
@@ -63,6 +64,7 @@ class Decoding:
         sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
         self.spec = self.drafter.spec(sampling)
         rule.check(self.spec)
+        check_clock(self.spec, found.model)
         config = sampling.generation_config
         eos = found.stop_tokens if config is None else config.eos_token_id
         stop = as_stop_tokens(stop_tokens, eos, found.vocab)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.attention import NAME, Patch, View, counting_calls
 from specdec.cache import RecordingCache, Slab
-from specdec.tree import Topology
+from specdec.tree import Topology, TreeSpec
 
 Layout = list[tuple[Slab, Slab] | None]
 
@@ -126,6 +126,16 @@ def context_length_of(model: PreTrainedModel) -> int | None:
     ):  # Llama 4: a scale that steps up with the slot, not the position
         limits.append(config.floor_scale - 1)
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
+    """Raise ValueError where every process of a model that is cut over several would draft by its own clock."""
+    processes = getattr(model, "tp_size", None) or 1
+    if spec.by_clock and processes > 1:
+        raise ValueError(
+            f"Trees are chosen by measured times, and {processes} processes that share this model would wait for each other "
+            "with different ones; give the same times to all of them, Adaptive(costs=...)."
+        )
 
 
 def _tokens(model: PreTrainedModel, *ids: int) -> Tensor:

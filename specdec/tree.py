@@ -40,6 +40,9 @@ class TreeSpec:
         False  # whether a node exists depends on no token below its depth: `LevelVerification` relies on it
     )
     by_row: bool = True  # whether a row's tree depends on no other row: `specdec.testing` relies on it
+    by_clock: bool = (
+        False  # whether trees depend on measured times: processes that share a model would draft different ones
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,3 +198,12 @@ def test_steps_without_a_draft_are_timed_as_long_as_drafts_hardly_pay(monkeypatc
         sizes.append(count)
     assert sizes[0] == 0 and sum(sizes[500:]) > 400
     assert (0 in sizes[500:]) == silent
+
+
+@pytest.mark.parametrize("drafter", ["model", "second"])
+def test_processes_that_share_a_model_do_not_draft_by_their_own_clocks(drafter):
+    model = llama()
+    model._tp_size = 2
+    with pytest.raises(ValueError, match="2 processes"):
+        specdec.generate(model, PROMPTS, DRAFTERS[drafter](Adaptive(), model), max_new_tokens=4)
+    specdec.generate(model, PROMPTS, DRAFTERS[drafter](Adaptive(costs=CHEAP), model), max_new_tokens=4)

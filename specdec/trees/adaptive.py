@@ -46,7 +46,8 @@ class Adaptive(TreePolicy):
         nodes: most nodes of a tree, the root included.
         depth: longest path.
         width: most children of a node, and most nodes continued per level; 1 for chains.
-        costs: measured times, as from `specdec.theory.measure_costs`; None: the run's own steps are timed.
+        costs: measured times, as from `specdec.theory.measure_costs`; None: the run's own steps are timed. Processes that
+            share a model (tensor parallelism) need them, and the same in all, or they would draft different trees.
     """
 
     nodes: int = 24
@@ -72,7 +73,8 @@ class Adaptive(TreePolicy):
         laws = drawn_laws(Law.IID, sampling)
         if self.width > 1:
             laws |= drawn_laws(Law.SAMPLED_THEN_TOP, sampling)
-        return TreeSpec(laws, self.nodes, self.depth, self.width, by_depth=True, by_row=False)
+        clock = self.costs is None
+        return TreeSpec(laws, self.nodes, self.depth, self.width, by_depth=True, by_row=False, by_clock=clock)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
