@@ -35,9 +35,8 @@ class Fallback(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
         most = (max(getattr(s, name) for s in (a, b)) for name in ("nodes", "depth", "width"))
-        return TreeSpec(
-            a.laws | b.laws, *most, a.by_depth and b.by_depth, a.by_row and b.by_row, a.by_clock or b.by_clock
-        )
+        flags = {"by_depth": a.by_depth and b.by_depth, "by_row": a.by_row and b.by_row}
+        return TreeSpec(a.laws | b.laws, *most, **flags, by_clock=a.by_clock or b.by_clock)
 
     def start(self, target: Target, context: Context) -> None:
         self.first.start(target, context)

@@ -84,16 +84,17 @@ class Adaptive(TreePolicy):
         assert economy is not None
         budgets = context.row_depths.tolist()
         weights = self._weights(context.host_lengths, budgets)
-        rows, left = 1 / (weights**2).sum(), (weights[:, 0] * budgets).sum() + 1
-        economy.begin(min(self.depth, context.max_depth), rows, left)
+        last = 1 / sum(weight**2 for weight in weights)  # how many rows may be the last
+        left = sum(weight * (budget + 1) for weight, budget in zip(weights, budgets, strict=True))
+        economy.begin(min(self.depth, context.max_depth), last, left)
         going = economy.continues()
         if not going:
             economy.finish()
             silent = root_only(context.root)
             return Grown(silent, silent.topology.parents)
-        tree = _Growing(context.root, budgets, self.nodes)
+        tree, weight = _Growing(context.root, budgets, self.nodes), np.array(weights)[:, None]
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
-        reach = weights * tree.useful()
+        reach = weight * tree.useful()
         while going:
             logits = yield tree.frontier()
             families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
@@ -111,16 +112,18 @@ class Adaptive(TreePolicy):
             reach, going = reach[:, :count], economy.continues()
             tree.turn_to(best[:, :count])
         economy.finish()
-        self._expected = np.concatenate([weights, tree.expected], 1)
+        self._expected = np.concatenate([weight, tree.expected], 1)
         return tree.grown(self.width)
 
-    def _weights(self, lengths: list[int], budgets: list[int]) -> np.ndarray:
-        """[batch, 1], together 1: a batch ends with its last row, so rows with most time to go count most."""
+    def _weights(self, lengths: list[int], budgets: list[int]) -> list[float]:
+        """Of the rows, together 1: a batch ends with its last row, so rows with most time to go count most."""
         # all rows have made as many steps, so what a row has gained is its pace
-        gained = np.array(lengths) - self._begun + _USUAL
-        left = (np.array(budgets) + 1) / gained
-        weights = (left / left.max())[:, None] ** _LAGGARDS
-        return weights / weights.sum()
+        rows = zip(lengths, budgets, self._begun, strict=True)
+        left = [(budget + 1) / (length - begun + _USUAL) for length, budget, begun in rows]
+        most = max(left)
+        powers = [(each / most) ** _LAGGARDS for each in left]
+        total = sum(powers)
+        return [power / total for power in powers]
 
     def _begin(self, batch: int) -> Economy:
         if self.costs is not None:

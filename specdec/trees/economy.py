@@ -49,10 +49,10 @@ class Economy:
         """
         last = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25))  # of so many normal variables (Blom 1958)
         self._lag = last / math.sqrt(left)
-        known = self._verify.curve[1] > 0
+        known = self._verify(1) > 0
         speed = self._tokens / self._seconds if self._seconds else 0.0
-        self._speed = max(speed, 1 / self._verify.curve[1]) if known else 0.0  # tokens per second
-        clear = not self._first.curve[1] or self._speed * self._verify.curve[1] > _CLEAR
+        self._speed = max(speed, 1 / self._verify(1)) if known else 0.0  # tokens per second
+        clear = not self._first(1) or self._speed * self._verify(1) > _CLEAR
         sure = known and (clear or self._verify.timed(1) >= _OFTEN)
         self._limit = min(limit, int(2 * (1 + self._proven))) if sure else 0  # twice what was accepted lately
         self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
@@ -68,7 +68,7 @@ class Economy:
     @property
     def room(self) -> int:
         """How many children each node of the frontier may still have."""
-        return (len(self._verify.curve) - 1 - self._nodes) // self._width
+        return (self._verify.sizes - self._nodes) // self._width
 
     def continues(self) -> bool:
         """Whether to ask the draft for one more level."""
@@ -112,9 +112,9 @@ class Economy:
         """
         self._width, each = 1, self.calibration * self._confidence()
         for count, chance in enumerate(reach[1:], 2):
-            if self._nodes + count >= len(self._verify.curve):
+            if self._nodes + count > self._verify.sizes:
                 break
-            drafting = self._speed * (self._draft.curve[count] - self._draft.curve[count - 1])
+            drafting = self._speed * (self._draft(count) - self._draft(count - 1))
             if chance * each <= drafting + self._price(self._nodes + count - 1, self._nodes + count):
                 break
             self._width = count
@@ -123,7 +123,7 @@ class Economy:
 
     def finish(self) -> None:
         """The tree is grown."""
-        seconds = self._drafting + self._verify.curve[self._nodes]
+        seconds = self._drafting + self._verify(self._nodes)
         if seconds:
             self._tokens += _SPEED * (1 + self._drafts.worth(self._lag) - self._tokens)
             self._seconds += _SPEED * (seconds - self._seconds)
@@ -145,13 +145,13 @@ class Economy:
 
     def _price(self, before: int, after: int) -> float:
         """Of verifying `after` nodes instead of `before`, in tokens."""
-        return self._speed * (self._verify.curve[after] - self._verify.curve[before])
+        return self._speed * (self._verify(after) - self._verify(before))
 
     def _ahead(self, reach: float, nodes: int, level: int, drafts: Accepted) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
         best, cost, sofar = 0.0, 0.0, drafts.worth(self._lag)
         each = min(self.calibration * self._confidence(), 1)
-        end = min(self._limit, level + (len(self._verify.curve) - 1 - nodes) // self._width)
+        end = min(self._limit, level + (self._verify.sizes - nodes) // self._width)
         for further in range(level, end):
             reach *= each
             drafts = drafts.and_at(further, reach)
@@ -164,4 +164,4 @@ class Economy:
 
     def _pass(self, level: int) -> float:
         """Seconds of the draft's pass for this level."""
-        return self._draft.curve[self._width] if level else self._first.curve[1]
+        return self._draft(self._width) if level else self._first(1)

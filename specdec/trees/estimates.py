@@ -54,36 +54,43 @@ class Times:
     """
 
     def __init__(self, sizes: int, given: Callable[[int], float] | None = None):
-        self._given = given is not None
+        self.sizes, self._given = sizes, given and [given(size) for size in range(1, sizes + 1)]
         # [size - 1]: how often, and seconds together; old ones count less
         self._counts, self._sums = [0.0] * sizes, [0.0] * sizes
-        # [size]; 0 as long as nothing is known
-        self.curve = [0.0, *(given(size) if given else 0.0 for size in range(1, sizes + 1))]
+        self._moments = [0.0] * 5  # sums of 1, seconds, x, x^2, x seconds, where x = size - 1
+        self._first = self._slope = 0.0  # the line
+
+    def __call__(self, size: int) -> float:
+        """Seconds; 0 as long as nothing is known."""
+        x = size - 1
+        if self._given:
+            return self._given[x]
+        return (self._sums[x] + _TRUST * (self._first + self._slope * x)) / (self._counts[x] + _TRUST)
 
     def see(self, size: int, seconds: float) -> None:
         if self._given:
             return
-        known = self.curve[size]
+        x, known = size - 1, self(size)
+        seconds = min(seconds, _OUTLIER * known) if known else seconds
         self._counts, self._sums = [_KEEP * n for n in self._counts], [_KEEP * total for total in self._sums]
-        self._counts[size - 1] += 1
-        self._sums[size - 1] += min(seconds, _OUTLIER * known) if known else seconds
-        first, slope = self._line()
-        seen = enumerate(zip(self._sums, self._counts, strict=True))
-        self.curve = [0.0, *((total + _TRUST * (first + slope * x)) / (n + _TRUST) for x, (total, n) in seen)]
+        self._counts[x] += 1
+        self._sums[x] += seconds
+        new = (1, seconds, x, x * x, x * seconds)
+        self._moments = [_KEEP * old + more for old, more in zip(self._moments, new, strict=True)]
+        self._fit()
 
     def timed(self, size: int) -> float:
         """How often, of late."""
         return math.inf if self._given else self._counts[size - 1]
 
-    def _line(self) -> tuple[float, float]:
-        """Least squares of seconds = first + slope (size - 1), begun as if a slope of _SLOPE had been seen."""
-        count, seconds = sum(self._counts), sum(self._sums)
-        distance, square = (sum(x**power * n for x, n in enumerate(self._counts)) for power in (1, 2))
-        product = sum(x * total for x, total in enumerate(self._sums))
-        # slope = _SLOPE first, as so much evidence that (size - 1)^2 sums to _DOUBT
+    def _fit(self) -> None:
+        """Least squares of seconds = first + slope x, begun as if a slope of _SLOPE had been seen."""
+        count, seconds, distance, square, product = self._moments
+        # slope = _SLOPE first, as so much evidence that x^2 sums to _DOUBT
         a, b, c = count + _DOUBT * _SLOPE**2, distance - _DOUBT * _SLOPE, square + _DOUBT
         slope = (a * product - b * seconds) / (a * c - b * b)
-        return ((c * seconds - b * product) / (a * c - b * b), slope) if slope > 0 else (seconds / count, 0.0)
+        first = (c * seconds - b * product) / (a * c - b * b)
+        self._first, self._slope = (first, slope) if slope > 0 else (seconds / count, 0.0)
 
 
 class Accepted(NamedTuple):
