@@ -90,8 +90,10 @@ class Economy:
         if reach > 0:
             self._confidence.see(families[0] / reach, 1)
 
+        gains = [0.0, *(min(self.calibration * family, reach) for family in families)]
+
         def worth(count: int) -> float:
-            gain, nodes = min(self.calibration * families[count - 1], reach), self._nodes + self._width * count
+            gain, nodes = gains[count], self._nodes + self._width * count
             drafts = self._drafts.and_at(self._level, gain)
             ahead = max(self._ahead(gain, nodes, self._level + 1, drafts), 0)
             return drafts.worth(self._lag) - self._drafts.worth(self._lag) + ahead - self._price(self._nodes, nodes)
@@ -99,7 +101,7 @@ class Economy:
         values = [0.0, *map(worth, range(1, len(families) + 1))]
         count = max(range(len(values)), key=values.__getitem__)
         if count:
-            self._drafts = self._drafts.and_at(self._level, min(self.calibration * families[count - 1], reach))
+            self._drafts = self._drafts.and_at(self._level, gains[count])
             self._nodes += self._width * count
             self._level += 1
         return count
