@@ -5,6 +5,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/ready
 PINS := $(VENV)/constraints.txt
+# whole files to a process: their tests share models
+CORES := -n logical --maxprocesses 4 --dist loadfile
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
 .PHONY: help demo test lint gpu engine install clean
@@ -17,7 +19,7 @@ demo: $(READY) ## the bundled pair of models, methods compared in one table; mak
 	@$(VENV)/bin/python experiments/benchmark.py $(or $(ARGS),$(DEMO))
 
 test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(or $(ARGS),$(CORES))
 	@$(if $(ARGS),,for suite in interpret gate; do $(VENV)/bin/python -m pytest kernels/tests/$$suite || exit; done)
 
 lint: $(READY) ## ruff and pyright

@@ -6,6 +6,8 @@ writes the enlarged demo pair to outputs/peers, where libraries (`experiments/li
 
     cd outputs/peers; for MODEL in target draft; do
     optimum-cli export openvino --task text-generation-with-past --weight-format fp32 -m $MODEL openvino/$MODEL; done
+    cd ../..; for MODEL in target draft; do
+    python experiments/export_gguf.py outputs/peers/$MODEL outputs/peers/$MODEL.gguf; done
 
 Settings are in `conf/peers.yaml`. One prompt at a time and greedy. A library that is not here is a row that says so. The first
 round is not counted, as forward passes are compiled in it. Times exclude the prefill, as in `experiments/benchmark.py`.

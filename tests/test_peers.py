@@ -4,15 +4,19 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_benchmark import run
+from tiny_models import build
 
 import specdec
 from experiments import baseline, calls
 from experiments.benchmark import with_models
+from experiments.export_gguf import export
 from experiments.libraries import LlamaCpp, OpenVino
 from experiments.measure import AGAIN
 from experiments.peers import over, present, spent, table
@@ -108,3 +112,80 @@ def test_ratios_and_times_of_known_runs():
     rounds = [{"peer": [run(2, 1.0)], "ours": [run(3, 0.5)]}] * 2
     assert over(rounds, "peer")["ours"]["median"] == 3.0
     assert spent([done["ours"] for done in rounds]) == {"draft": 0.0, "verify": 375.0, "other": 125.0}
+
+
+def llama_stand_in(rounds: list[list[int]], made: list) -> ModuleType:
+    """What `LlamaCpp` uses of llama_cpp; its models write `rounds`, and ask for a draft after each if they have a drafter."""
+
+    class Llama:
+        def __init__(self, file, draft_model=None, **options):
+            self.file, self.draft_model, self.options = Path(file).name, draft_model, options
+            made.append(self)
+
+        def generate(self, tokens, temp):
+            assert temp == 0
+            self.drafts = []
+            for written in rounds:
+                yield from written
+                if self.draft_model:
+                    self.drafts.append(self.draft_model(np.array([*tokens, *written])).tolist())
+
+    module = ModuleType("llama_cpp")
+    module.Llama, module.GGML_TYPE_F32 = Llama, 0
+    return module
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in ("target", "draft"):
+        (tmp_path / name).touch()
+    return {name: str(tmp_path / name) for name in ("target", "draft")}
+
+
+def test_llama_cpp_drafts_with_a_model_of_its_own_and_its_steps_are_counted(files, monkeypatch):
+    made = []
+    monkeypatch.setitem(sys.modules, "llama_cpp", llama_stand_in([[5], [6, 7, 8], [9, 10]], made))
+    plain = LlamaCpp(files["target"])(PAIR.target, [PROMPT], sampling=Sampling(), max_new_tokens=5)
+    assert [step.emitted for step in plain.trace.steps] == [[1]] * 4
+    drafted = LlamaCpp(**files, draft_length=2)(PAIR.target, [PROMPT], sampling=Sampling(), max_new_tokens=5)
+    assert drafted.tokens[0].tolist() == [5, 6, 7, 8, 9]
+    assert [step.emitted for step in drafted.trace.steps] == [[3], [1]]
+    _, draft, target = made
+    assert (draft.file, target.file, target.drafts) == ("draft", "target", [[5, 6], [5, 6]])
+    assert target.options["type_k"] == target.options["type_v"] == 0 and target.options["logits_all"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "draft.gguf"
+    export(PAIR.draft, file)
+    return {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(file).tensors}
+
+
+def test_every_weight_is_in_the_gguf_file(exported):
+    weights = [*PAIR.draft.parameters()]
+    assert len(exported) == len(weights)
+    for name, weight in (
+        ("token_embd.weight", PAIR.draft.model.embed_tokens.weight),
+        ("blk.0.attn_v.weight", PAIR.draft.model.layers[0].self_attn.v_proj.weight),
+        ("blk.0.ffn_down.weight", PAIR.draft.model.layers[0].mlp.down_proj.weight),
+    ):
+        assert torch.equal(exported[name], weight.float())
+
+
+def test_queries_rotated_in_neighbouring_pairs_are_those_rotated_in_halves(exported):
+    """llama.cpp turns the pairs (0, 1), (2, 3)...; transformers (0, size / 2), (1, size / 2 + 1)..., by the same angles."""
+    attention, config = PAIR.draft.model.layers[0].self_attn, PAIR.draft.config
+    x, angles = torch.randn(config.hidden_size), torch.arange(config.head_dim // 2) * 0.1
+    halves = (attention.q_proj.weight.float() @ x).view(-1, 2, config.head_dim // 2)
+    pairs = (exported["blk.0.attn_q.weight"] @ x).view(-1, config.head_dim // 2, 2)
+    turned = [
+        torch.stack([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+        for a, b in (halves.unbind(1), pairs.unbind(2))
+    ]
+    torch.testing.assert_close(turned[0], turned[1])
+
+
+def test_what_a_gguf_file_would_not_say_is_refused():
+    with pytest.raises(SystemExit, match=r"gpt2, .*bias: only Llama models"):
+        export(build("GPT2LMHeadModel", n_layer=1, n_embd=8, n_head=2), Path("never.gguf"))
