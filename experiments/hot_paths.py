@@ -1,9 +1,9 @@
-"""Times of what a step does besides forward passes, on the CPU: sampling laws, and every rule's decision.
+"""Times on the CPU of what is our own in a step: sampling laws, every rule's decision, products of compiled forward passes.
 
     python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
 
-Laws are compared with transformers' warpers, rules with token-level rejection of the same trees. Everything is run once per
-round; figures are medians over the rounds, ratios are taken within a round.
+Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
+matrices. Everything is run once per round; figures are medians over the rounds, ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from specdec.rules import Rule
 from specdec.sampling import TargetLaw
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.policy import drive
+from specdec_kernels import linear
 
 LAWS: dict[str, tuple[Sampling, Any]] = {
     "temperature 0.7": (Sampling(0.7), None),
@@ -38,6 +39,9 @@ ROWS, LAW_VOCAB = 64, 128_000
 BATCHES = [(1, 32_000), (8, 4_096), (8, 32_000)]
 SHAPES = {"chain of 4": Chain(4), "tree 4-2-1, IID": Widths((4, 2, 1), Law.IID), "tree 4-2-1": Widths((4, 2, 1))}
 NOISE = 1.0  # standard deviation between target and draft logits: about 0.6 of the drafted tokens are accepted
+MATRICES = [(2560, 256), (256, 2560), (4096, 4096)]  # of the enlarged demo target, and of an 8B model
+TOKENS = (1, 3, 4, 5, 8, 16, 24)
+READ = 1 << 28  # bytes of matrices that a product goes through: many times the cache
 Timed = dict[str, Callable[[], Any]]
 
 
@@ -89,8 +93,20 @@ def decide(rule: Rule, tree: DraftTree, logits: Tensor, context: Any, coins: Coi
     return rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
 
 
-def measure(timed: Timed, rounds: int, base: str | None = None) -> dict[str, dict[str, float]]:
-    """Median milliseconds, and the median ratio to `base` with the quartiles, over interleaved rounds."""
+def products(rows: int, columns: int) -> Timed:
+    """Matrices times a few tokens, and what any way to do it must take: reading them."""
+    weights = [torch.randn(rows, columns) for _ in range(READ // (4 * rows * columns))]
+    ways = {"specdec": linear, "torch": torch.nn.functional.linear}
+    timed: Timed = {"reading": lambda: [weight.amax() for weight in weights]}
+    for count in TOKENS:
+        x = torch.randn(count, columns)
+        for name, way in ways.items():
+            timed[f"{count} | {name}"] = lambda way=way, x=x: [way(x, weight) for weight in weights]
+    return timed
+
+
+def measure(timed: Timed, rounds: int, base: str) -> dict[str, dict[str, float]]:
+    """Median milliseconds, and the median ratio to that of `base` with the quartiles, over interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     with torch.inference_mode():
         for _ in range(rounds + 1):
@@ -99,7 +115,7 @@ def measure(timed: Timed, rounds: int, base: str | None = None) -> dict[str, dic
                 run()
                 times[name].append((time.perf_counter() - began) * 1e3)
     seconds = {name: np.array(values[1:]) for name, values in times.items()}
-    reference = seconds[base or next(iter(seconds))]
+    reference = seconds[base]
     found = {}
     for name, values in seconds.items():
         low, ratio, high = np.percentile(values / reference, [25, 50, 75])
@@ -122,14 +138,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    jobs = {f"law of {ROWS} x {LAW_VOCAB:,}": laws}
+    jobs = {f"law of {ROWS} x {LAW_VOCAB:,}": (laws, "top-p 0.9 | specdec")}
+    for shape in MATRICES:
+        jobs[f"tokens times {shape[0]} x {shape[1]}, {READ >> 20} MB"] = (lambda s=shape: products(*s), "reading")
     for (batch, vocab), (shape, tree) in ((b, s) for b in BATCHES for s in SHAPES.items()):
-        jobs[f"{shape}, batch {batch}, vocabulary {vocab:,}"] = lambda b=batch, v=vocab, t=tree: decisions(b, v, t)
+        make = lambda b=batch, v=vocab, t=tree: decisions(b, v, t)  # noqa: E731
+        jobs[f"{shape}, batch {batch}, vocabulary {vocab:,}"] = (make, "SiblingRejection")
     source, found = provenance("experiments/hot_paths.py", [], vars(options), "cpu"), {}
-    for title, make in tqdm(jobs.items(), leave=False):
-        timed = make()
-        base = "top-p 0.9 | specdec" if make is laws else "SiblingRejection"
-        found[title] = measure(timed, options.rounds, base)
+    for title, (make, base) in tqdm(jobs.items(), leave=False):
+        found[title] = measure(make(), options.rounds, base)
         tqdm.write(table(title, found[title]))
     print("\n" + Json(options.output).write({**source, "figures": found}))
 

@@ -7,15 +7,17 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from tqdm import tqdm
 
+from specdec_kernels import linear
+
 _SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
-_MANY = 5  # tokens: about where the two ways to multiply them take the same time, measured on an AVX-512 Xeon
-_aten = torch.ops.aten
+_FEW = range(4, 25)  # tokens, and
+_LARGE = 1 << 17  # weights, for which our product takes less time than MKL's: measured on an AVX-512 Xeon
 
 
 class Compiled:
@@ -40,7 +42,7 @@ class Compiled:
         try:
             with (
                 torch._dynamo.config.patch(recompile_limit=_SHAPES),
-                inductor.patch(post_grad_custom_pre_pass=_WeightsFirst()),
+                inductor.patch(post_grad_custom_pre_pass=_ReadOnce()),
                 tqdm(total=1, desc=what, leave=False) as bar,
             ):
                 result = self._call(*args)
@@ -53,21 +55,21 @@ class Compiled:
             return self._run(*args)
 
 
-class _WeightsFirst(CustomGraphPass):
-    """x @ W.T as (W @ x.T).T on a CPU, from `_MANY` tokens on.
+class _ReadOnce(CustomGraphPass):
+    """x @ W.T of a few tokens and a large W by `specdec_kernels.linear` on a CPU.
 
-    MKL takes longer for x @ W.T with every token, up to about 16; for W @ x.T always as long, W being read as it lies.
+    MKL takes as long as memory takes to give W for up to three tokens, and twice as long for four.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=_aten.mm.default):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
             operands: Any = node.args
             x, weight = operands[0], _untransposed(operands[1])
-            if weight is None or x.meta["val"].shape[0] < _MANY or x.meta["val"].device.type != "cpu":
+            if weight is None or not _pays(x.meta["val"], weight.meta["val"]):
                 continue
             with graph.inserting_before(node):
-                columns = _call(graph, _aten.permute.default, x, [1, 0])
-                result = _call(graph, _aten.permute.default, _call(graph, _aten.mm.default, weight, columns), [1, 0])
+                result = graph.call_function(linear._opoverload, (x, weight))
+            result.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(result)
             graph.erase_node(node)
 
@@ -75,13 +77,11 @@ class _WeightsFirst(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    suits = x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()
+    return suits and x.shape[0] in _FEW and weight.numel() >= _LARGE
+
+
 def _untransposed(node: Any) -> fx.Node | None:
     """W if the node is W.T and W an input of the graph."""
-    return node.args[0] if node.target is _aten.permute.default and node.args[0].op == "placeholder" else None
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """The node of an operation, with a stand-in of its result as passes expect it."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
-    return node
+    return node.args[0] if node.target is torch.ops.aten.permute.default and node.args[0].op == "placeholder" else None

@@ -1,0 +1,72 @@
+"""A few tokens times a matrix: the kernel for CPUs against float64, however many tokens, rows and columns there are."""
+
+import sys
+
+import pytest
+import torch
+
+from specdec_kernels import linear
+from specdec_kernels.reference.linear import linear as reference
+
+EPSILON = (
+    2.0**-24
+)  # of float32: sums in any order are off by less than this times their length and their absolute terms
+
+
+def near(found, x, weight):
+    exact, scale = reference(x.double(), weight.double()), x.double().abs() @ weight.double().abs().T
+    return bool(((found - exact).abs() <= EPSILON * (x.shape[1] + 1) * scale).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 12, 13, 25])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 15), (4, 16), (9, 17), (64, 40), (7, 256)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_are_right(tokens, rows, columns, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    x, weight = torch.randn(tokens, columns), torch.randn(rows, columns)
+    try:
+        assert near(linear(x, weight), x, weight)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_wrong_product_is_seen():
+    x, weight = torch.randn(5, 16), torch.randn(4, 16)
+    assert not near(linear(x, weight) + 1e-3, x, weight)
+
+
+def test_tensors_may_lie_as_they_like():
+    x, weight = torch.randn(24, 5).T, torch.randn(24, 8).T
+    assert near(linear(x, weight), x, weight)
+    assert near(linear(x[:, ::2], weight[:, ::2]), x[:, ::2], weight[:, ::2])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 8])
+def test_machines_with_fewer_registers_get_the_same(tokens, monkeypatch):
+    module = sys.modules["specdec_kernels.linear"]
+    small = module._kernel("#undef __AVX512F__")
+    monkeypatch.setattr(module, "_kernel", lambda: small)
+    x, weight = torch.randn(tokens, 40), torch.randn(9, 40)
+    assert near(linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("x, weight", [((3, 4), (2, 5)), ((3,), (2, 3)), ((2, 3, 4), (5, 4))])
+def test_shapes_that_do_not_fit_are_refused(x, weight):
+    with pytest.raises(ValueError, match=r"\[token, in\]"):
+        linear(torch.randn(x), torch.randn(weight))
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match="float64"):
+        linear(torch.randn(2, 3).double(), torch.randn(4, 3).double())
+
+
+def test_the_op_keeps_its_promises_to_torch():
+    torch.library.opcheck(torch.ops.specdec.linear.default, (torch.randn(5, 8), torch.randn(3, 8)))
+
+
+def test_what_is_no_number_stays_none():
+    x, weight = torch.randn(5, 40), torch.randn(4, 40)
+    x[2, 39] = float("nan")
+    assert linear(x, weight).isnan().any(1).tolist() == [False, False, True, False, False]
