@@ -11,7 +11,7 @@ import torch
 from random_trees import random_trees
 from torch import Tensor
 
-from specdec import Law
+from specdec import DraftTree, Law, Topology
 from specdec_kernels.reference import verify as reference
 from specdec_kernels.reference.compact import compact as compact_reference
 from specdec_kernels.reference.law import law as law_reference
@@ -85,9 +85,9 @@ def _exact(case: tuple[Any, ...], shift: float) -> list[Any]:
 
 def battery(first_seed: int = 0) -> Iterator[tuple[Any, ...]]:
     """Arguments that together tell every planted bug from the kernel."""
-    for seed, (rows, vocab) in enumerate([(3, 6), (4, 12), (3, 30), (3, 5)]):
-        tree, logits = random_trees(rows, vocab, first_seed + seed, width=1 if seed == 3 else 3)
-        yield verify_arguments(tree, logits, *coins(rows, first_seed + seed), lenience=0.5 if seed == 2 else 1.0)
+    # the first child is certain, but its coin is beyond rounding; the second is certain once the first is rejected
+    yield _rejected(Law.WITHOUT_REPLACEMENT, [1, 1, 1, 1, 1, 1, 1, 1], 1.0, first_seed + 7)
+    yield _rejected(Law.POINT, [0, 1, 1, 0, 0, 0, 0, 0], 0.9, first_seed + 8)
     tree, logits = random_trees(4, 12, first_seed + 5, laws=[Law.SAMPLED_THEN_TOP])
     yield verify_arguments(tree, logits, *coins(4, first_seed + 5))
     tree, logits = random_trees(4, 12, first_seed + 6, laws=[Law.IID])
@@ -96,6 +96,18 @@ def battery(first_seed: int = 0) -> Iterator[tuple[Any, ...]]:
     yield verify_arguments(
         tree, logits, lowest, highest
     )  # 1 stands for a coin that rounding carries beyond the last sum
+    for seed, (rows, vocab) in enumerate([(3, 6), (4, 12), (3, 30), (3, 5)]):
+        tree, logits = random_trees(rows, vocab, first_seed + seed, width=1 if seed == 3 else 3)
+        yield verify_arguments(tree, logits, *coins(rows, first_seed + seed), lenience=0.5 if seed == 2 else 1.0)
+
+
+def _rejected(law: Law, weights: list[float], coin: float, seed: int) -> tuple[Any, ...]:
+    """A root with tokens 1, 2 and 3 after it, drawn from the target's law; every coin of theirs is the same."""
+    rows, tokens = 4, torch.arange(4).expand(4, -1)
+    p = torch.tensor(weights, dtype=torch.float64).expand(rows, 1, -1)
+    tree = DraftTree(tokens, Topology((tokens > 0).long() - 1, 1, 3), torch.full_like(tokens, law).to(torch.uint8), p)
+    accept, emit = coins(rows, seed)
+    return verify_arguments(tree, p.log().expand(-1, 4, -1), accept.fill_(coin), emit)
 
 
 def with_nan_where_nobody_looks(case: tuple[Any, ...]) -> tuple[Any, ...]:

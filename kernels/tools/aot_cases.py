@@ -102,11 +102,11 @@ def _verification() -> list[Launch]:
     )
     stack = torch.empty(64, 2, 128, 8, 128, dtype=torch.bfloat16)
     return [
-        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_walk_kernel", (PREFETCH,), quick=True),
-        Launch("verify width16", partial(_verify, torch.bfloat16, True, 16, plain), "_walk_kernel"),
-        Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_walk_kernel", quick=True),
-        Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_walk_kernel"),
-        Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_walk_kernel"),
+        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_reject_kernel", quick=True),
+        Launch("verify width16", partial(_verify, torch.bfloat16, True, 16, plain), "_reject_kernel"),
+        Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_reject_kernel", quick=True),
+        Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_reject_kernel"),
+        Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_reject_kernel"),
         Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", (PREFETCH,), quick=True),
         Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
     ]
