@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -18,6 +19,7 @@ from specdec_kernels import linear
 _SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
 _FEW = range(4, 25)  # tokens, and
 _LARGE = 1 << 17  # weights, for which our product takes less time than MKL's: measured on an AVX-512 Xeon
+_not_compiled: WeakSet[nn.Module] = WeakSet()
 
 
 class Compiled:
@@ -25,12 +27,15 @@ class Compiled:
 
     Args:
         run: the function.
-        name: what is shown while it is compiled, which takes from seconds to a minute.
+        model: what it runs, named while it is compiled, which takes from seconds to a minute. What cannot be compiled once
+            is not tried again.
     """
 
-    def __init__(self, run: Callable[..., Any], name: str):
-        self._run, self._name = run, name
-        self._call: Callable[..., Any] = torch.compile(run, fullgraph=True, dynamic=False)
+    def __init__(self, run: Callable[..., Any], model: nn.Module):
+        self._run, self._model, self._name = run, model, type(model).__name__
+        self._call: Callable[..., Any] = run
+        if model not in _not_compiled:
+            self._call = torch.compile(run, fullgraph=True, dynamic=False)
         self._shapes: set[Hashable] = set()
 
     def __call__(self, shape: tuple[int, ...], *args: Any) -> Any:
@@ -51,6 +56,7 @@ class Compiled:
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"engine: {self._name} cannot be compiled and runs as it stands: {reason}", stacklevel=2)
+            _not_compiled.add(self._model)
             self._call = self._run
             return self._run(*args)
 

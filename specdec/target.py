@@ -126,7 +126,7 @@ class CachedModel:
 
     def compile(self) -> None:
         """Compile the forward passes that follow: those of steps, whose shapes recur."""
-        self.compiled = Compiled(self._logits, type(self.model).__name__)
+        self.compiled = Compiled(self._logits, self.model)
 
     def read(self, tokens: Tensor, lengths: list[int]) -> None:
         """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""

@@ -1,6 +1,7 @@
 """Adaptive trees: lossless in every state, silent where drafting does not pay, repeatable where times are given."""
 
 import itertools
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -179,6 +180,14 @@ def test_variance_of_what_is_accepted_is_that_of_the_depth_reached():
     depths = [a - b for a, b in zip([1.0, *chances], [*chances, 0.0], strict=True)]
     assert accepted.mean == pytest.approx(sum(n * p for n, p in enumerate(depths)))
     assert accepted.square == pytest.approx(sum(n * n * p for n, p in enumerate(depths)))
+
+
+def test_what_texts_differ_in_is_not_evened_out_by_more_steps():
+    drafts = estimates.Accepted(0.5, 0.5)  # one child, accepted half of the time
+    alone, last = estimates.Lag.of(1, math.inf), estimates.Lag.of(8, math.inf)
+    assert drafts.worth(alone) == 0.5
+    assert drafts.worth(last) == pytest.approx(0.5 * (1 - last.last * estimates._UNLIKE))
+    assert drafts.worth(estimates.Lag.of(8, 48)) < drafts.worth(last)
 
 
 @pytest.mark.parametrize(("accepted", "silent"), [(0.13, True), (0.9, False)], ids=["hardly_pays", "pays"])

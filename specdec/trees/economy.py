@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from statistics import NormalDist
 
-from specdec.trees.estimates import Accepted, Rate, Times
+from specdec.trees.estimates import Accepted, Lag, Rate, Times
 
 _CARRIED = 8.0  # trials: what earlier texts say of the next
 _CLEAR = 1.15  # times as fast as without a draft: where drafts pay less, steps without one are timed
@@ -47,8 +46,7 @@ class Economy:
             rows: how many may be the last to end.
             left: tokens that they have to go.
         """
-        last = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25))  # of so many normal variables (Blom 1958)
-        self._lag = last / math.sqrt(left)
+        self._lag = Lag.of(rows, left)
         known = self._verify(1) > 0
         speed = self._tokens / self._seconds if self._seconds else 0.0
         self._speed = max(speed, 1 / self._verify(1)) if known else 0.0  # tokens per second

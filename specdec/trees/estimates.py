@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 _PRIOR = 2.0  # successes: one or two failures at the start of a run say little
@@ -17,6 +18,7 @@ _OUTLIER = 2.0  # a time counts as at most so many times what was known: other p
 _TRUST = 10.0  # times: how often a size must have been timed to be believed as much as the line through all of them
 _SLOPE = 0.05  # of one more node, relative to a single one, before larger trees have been timed
 _DOUBT = 5.0  # how much timing outweighs that: the sum of (nodes - 1) squared
+_UNLIKE = 0.2  # standard deviation of texts' acceptance, relative to its mean: 0.3 greedy, 0.15 sampled (demo pair)
 
 
 @dataclass
@@ -93,6 +95,23 @@ class Times:
         self._first, self._slope = (first, slope) if slope > 0 else (seconds / count, 0.0)
 
 
+class Lag(NamedTuple):
+    """How far the last row will be behind.
+
+    Args:
+        last: standard deviations.
+        left: tokens still to come.
+    """
+
+    last: float
+    left: float
+
+    @classmethod
+    def of(cls, rows: float, left: float) -> Lag:
+        """The least of so many normal variables (Blom 1958)."""
+        return cls(NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25)), left)
+
+
 class Accepted(NamedTuple):
     """How many drafted tokens a row is going to accept in a step: the mean, and the mean square."""
 
@@ -103,13 +122,12 @@ class Accepted(NamedTuple):
         """And, with that chance, one more after `level` of them."""
         return Accepted(self.mean + chance, self.square + (2 * level + 1) * chance)
 
-    def worth(self, lag: float) -> float:
+    def worth(self, lag: Lag) -> float:
         """Tokens by which they bring the end of the run nearer.
 
-        A run ends with its last row, and a draft brings some rows further than others: after n such steps the last is behind
-        the mean by as many standard deviations of n of them as the least of so many normal variables.
-
-        Args:
-            lag: that number, divided by the square root of the tokens still to come, n (1 + mean).
+        A run ends with its last row, and a draft brings some rows further than others, by chance and because some texts are
+        drafted better: the last is behind the mean by as many standard deviations as the least of so many normal variables.
         """
-        return self.mean - lag * math.sqrt((1 + self.mean) * max(self.square - self.mean**2, 0.0))
+        steps = lag.left / (1 + self.mean)
+        chance = max(self.square - self.mean**2, 0.0) / steps
+        return self.mean - lag.last * math.sqrt(chance + (_UNLIKE * self.mean) ** 2)
