@@ -19,7 +19,7 @@ demo: $(READY) ## the bundled pair of models, methods compared in one table; mak
 	@$(VENV)/bin/python experiments/benchmark.py $(or $(ARGS),$(DEMO))
 
 test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some
-	@$(VENV)/bin/python -m pytest $(or $(ARGS),$(CORES))
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(or $(ARGS),$(CORES))
 	@$(if $(ARGS),,for suite in interpret gate; do $(VENV)/bin/python -m pytest kernels/tests/$$suite || exit; done)
 
 lint: $(READY) ## ruff and pyright
