@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,11 +140,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     jobs = {f"law of {ROWS} x {LAW_VOCAB:,}": (laws, "top-p 0.9 | specdec")}
-    for shape in MATRICES:
-        jobs[f"tokens times {shape[0]} x {shape[1]}, {READ >> 20} MB"] = (lambda s=shape: products(*s), "reading")
+    for rows, columns in MATRICES:
+        jobs[f"tokens times {rows} x {columns}, {READ >> 20} MB"] = (partial(products, rows, columns), "reading")
     for (batch, vocab), (shape, tree) in ((b, s) for b in BATCHES for s in SHAPES.items()):
-        make = lambda b=batch, v=vocab, t=tree: decisions(b, v, t)  # noqa: E731
-        jobs[f"{shape}, batch {batch}, vocabulary {vocab:,}"] = (make, "SiblingRejection")
+        title = f"{shape}, batch {batch}, vocabulary {vocab:,}"
+        jobs[title] = (partial(decisions, batch, vocab, tree), "SiblingRejection")
     source, found = provenance("experiments/hot_paths.py", [], vars(options), "cpu"), {}
     for title, (make, base) in tqdm(jobs.items(), leave=False):
         found[title] = measure(make(), options.rounds, base)
