@@ -84,7 +84,7 @@ class Decoding:
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
         fixed = self.engine.fixed and self.drafter.capturable
-        self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed, resume)
+        self.context.begin(rows, longest, sampling, processors, stop, tokenizer, self.engine, fixed, resume)
         self.context.row_depths.fill_(max_new_tokens - 1)
         self.coins.reseed(self.seed)
         self._prompts = self.context.host_lengths
