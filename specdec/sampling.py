@@ -140,7 +140,7 @@ class TargetLaw:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
         rows = self._rows if rows is None else rows
         scores = self._logits[rows, nodes]
-        if any(self._context.processors):
+        if len(nodes) and any(self._context.processors):
             visited = zip(rows.tolist(), nodes.tolist(), strict=True)
             scores = torch.stack([self._processed(b, node) for b, node in visited])
         self._check(scores, rows)
