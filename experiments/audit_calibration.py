@@ -164,7 +164,7 @@ class MarkovDrafter(Drafter):
         return self.tree.spec(sampling)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        return drive(self.tree.grow(context, coins), lambda frontier: self.table.rows[frontier.tokens]).tree
+        return drive(self.tree, context, coins, lambda frontier: self.table.rows[frontier.tokens]).tree
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:

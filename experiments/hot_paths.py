@@ -84,7 +84,7 @@ def draft(batch: int, vocab: int, tree: TreePolicy, sampling: Sampling) -> tuple
         asked.append(torch.randn(batch, frontier.tokens.shape[1], vocab) * 3)
         return asked[-1]
 
-    grown = drive(tree.grow(context, Coins(0, batch, 64)), score)
+    grown = drive(tree, context, Coins(0, batch, 64), score)
     scores = torch.cat(asked, 1)
     near = scores.gather(1, grown.asked.clamp(min=0, max=scores.shape[1] - 1)[..., None].expand(-1, -1, vocab))
     return grown.tree, near + NOISE * torch.randn(near.shape), context

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.clock import Clock
@@ -77,13 +77,14 @@ class Decoding:
             flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
             return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
 
-        weights = [] if found.model is None else [p.data_ptr() for p in found.model.parameters()]
-        signature = (target, weights, drafter, type(rule), vars(rule), sampling, self.spec, stop, batch, capacity)
+        models = [part for part in (found.model, *vars(self.drafter).values()) if isinstance(part, nn.Module)]
+        weights = {p.data_ptr() for model in models for p in model.parameters()}
+        signature = (target, drafter, weights, type(rule), {**vars(rule)}, sampling, self.spec, stop, batch, capacity)
         if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
         fixed = self.engine.fixed and self.drafter.capturable
-        self.context.begin(rows, longest, sampling, processors, tokenizer, self.engine, fixed, resume)
+        self.context.begin(rows, longest, sampling, processors, stop, tokenizer, self.engine, fixed, resume)
         self.context.row_depths.fill_(max_new_tokens - 1)
         self.coins.reseed(self.seed)
         self._prompts = self.context.host_lengths

@@ -140,7 +140,7 @@ class TargetLaw:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
         rows = self._rows if rows is None else rows
         scores = self._logits[rows, nodes]
-        if any(self._context.processors):
+        if len(nodes) and any(self._context.processors):
             visited = zip(rows.tolist(), nodes.tolist(), strict=True)
             scores = torch.stack([self._processed(b, node) for b, node in visited])
         self._check(scores, rows)
@@ -192,9 +192,11 @@ class TargetLaw:
     def _processed(self, row: int, node: int) -> Tensor:
         topology, tokens = self._tree.topology, self._context.tokens[row, : self._context.host_lengths[row]]
         below_root = topology.ancestors[row, node].nonzero()[1:, 0]
-        text = torch.cat([tokens, self._tree.tokens[row, below_root]])[None]
-        logits = self._logits[row, node]
+        drafted, logits = self._tree.tokens[row, below_root], self._logits[row, node]
         scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
+        if self._context.row_depths[row] < 0 or {*self._context.stop_tokens} & {*drafted.tolist()}:
+            return scores[0]  # never emitted: the text has ended, and a grammar may refuse to go on
+        text = torch.cat([tokens, drafted])[None]
         for processor in self._context.processors[row]:
             scores = processor(text, scores)
         return scores[0]

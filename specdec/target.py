@@ -64,12 +64,11 @@ class CachedModel:
     """A Hugging Face causal LM over a batch of rows with lengths of their own."""
 
     def __init__(self, model: PreTrainedModel):
-        if model.training:
-            raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
+        _check_mode(model)
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length = context_length_of(model)
-        self.device = embedding(model).device
+        self.device, self._dtype = embedding(model).device, embedding(model).dtype
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
@@ -90,6 +89,10 @@ class CachedModel:
     def start(self, batch: int, capacity: int, kept: list[int] | None = None) -> None:
         """Begin with the first kept[b] slots of each row, by default none; in the cache of the last run if of that size."""
         kept, last, self._texts = kept or [0] * batch, self.cache, []
+        _check_mode(self.model)
+        weight = embedding(self.model)
+        if (weight.dtype, weight.device) != (self._dtype, self.device):
+            raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
         if (len(last.lengths), last.capacity) != (batch, capacity):
             self.cache = TreeCache(self.layout, batch, capacity, self.device)
         self.cache.take_over(last, kept)
@@ -156,6 +159,11 @@ class CachedModel:
             yield
         finally:
             handle.remove()
+
+
+def _check_mode(model: PreTrainedModel) -> None:
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
 
 
 class ModelTarget(Target):

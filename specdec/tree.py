@@ -33,7 +33,7 @@ class TreeSpec:
     """What trees a drafter may produce: the promise that rules and buffers are checked against."""
 
     laws: frozenset[Law]
-    nodes: int  # largest number of nodes, the root included
+    nodes: int  # largest number of nodes, the root included, and of nodes that the draft is asked to continue
     depth: int  # longest path, in drafted tokens
     width: int  # most children of one node; 1 for chains
     by_depth: bool = (

@@ -1,9 +1,12 @@
 """Every drafter keeps the contract, and broken ones are told so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import llama
 
+import specdec
 from specdec import Law, TreeSpec
 from specdec.drafters import (
     Drafter,
@@ -86,6 +89,13 @@ class Careless(Curious):
         return DraftTree(tokens, chain(len(tokens), 2), laws, torch.ones(len(tokens), 1, context.vocab))
 
 
+class Greedy(Chain):
+    """Asks for more than it says."""
+
+    def spec(self, sampling):
+        return replace(super().spec(sampling), nodes=2)
+
+
 class Boastful(TabularDrafter):
     """Says that it drew from a sharper law than it did."""
 
@@ -108,6 +118,11 @@ def test_broken_drafters_are_told_so(name):
     drafter, complaint = BROKEN[name]
     with pytest.raises(AssertionError, match=complaint):
         assert_drafter(drafter, TabularTarget(3, seed=2), PROMPTS)
+
+
+def test_a_tree_that_asks_for_more_nodes_than_it_says_is_refused():
+    with pytest.raises(ValueError, match="asks to continue 3 nodes, of 2 at most"):
+        specdec.generate(tiny(0), torch.tensor(PROMPTS[0]), ModelDrafter(tiny(1), Greedy(3)), max_new_tokens=8)
 
 
 def test_a_drafter_that_looks_at_other_rows_is_told_so():

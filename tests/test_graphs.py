@@ -188,6 +188,25 @@ def test_weights_that_have_moved_are_captured_again():
             p.data = p.data.flip(0).clone()
 
 
+def test_a_draft_whose_weights_have_moved_and_a_rule_that_was_changed_are_captured_again():
+    made, rule = [], LenientRejection(0.2)
+    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    draft, own = llama(1), heads()
+    for drafter, module in ((ModelDrafter(draft, Chain(3)), draft), (MedusaDrafter(own), own)):
+
+        def run(engine, drafter=drafter):
+            return texts(drafter, engine, rule=rule, sampling=Sampling(1.0), stop_tokens=())
+
+        before, _ = len(made), (run(engine), run(engine))
+        assert len(made) == before + 4
+        for p in module.parameters():
+            p.data = p.data.clone()
+        run(engine)
+        assert len(made) == before + 8
+        rule.lenience = 1.0
+        assert all(map(torch.equal, run(engine), run("eager")))
+
+
 def test_what_cannot_be_captured_is_named_once():
     cases = {
         "drafts on the host": {"drafter": NgramDrafter(3)},

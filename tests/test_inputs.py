@@ -105,6 +105,14 @@ def test_generation_configs(options, cure, whose):
 def test_pairs_that_cannot_work():
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         specdec.generate(llama().train(), PROMPTS)
+    draft, target = llama(1), specdec.ModelTarget(llama())
+    drafter = ModelDrafter(draft)
+    draft.bfloat16()
+    target.model.train()
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        specdec.generate(target, PROMPTS)
+    with pytest.raises(ValueError, match="moved or cast"):
+        specdec.generate(llama(), PROMPTS, drafter)
     with pytest.raises(ValueError, match="vocabulary has 40 tokens"):
         specdec.generate(llama(), PROMPTS, ModelDrafter(llama(vocab_size=40)), max_new_tokens=8)
     with pytest.raises(ValueError, match="draft model reads at most 20 tokens"):

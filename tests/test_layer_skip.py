@@ -30,6 +30,13 @@ def test_greedy_text_equals_transformers_generate(name):
             break
 
 
+def test_a_beam_larger_than_its_tree_stays_within_its_row():
+    model, prompts = llama(), [PROMPTS[2].repeat(4), PROMPTS[0]]  # the slots after the longest text are the next row's
+    drafter = LayerSkipDrafter(exit_layer=1, tree=Dynamic(nodes=4, depth=8, width=6))
+    out = specdec.generate(model, prompts, drafter, max_new_tokens=24, stop_tokens=())
+    assert all(map(torch.equal, out.tokens, specdec.generate(model, prompts, max_new_tokens=24, stop_tokens=()).tokens))
+
+
 @pytest.mark.parametrize(
     "tree", [Chain(2), Widths((2, 1)), Widths((2, 1), Law.WITHOUT_REPLACEMENT), Dynamic(5, 2, 2)], ids=str
 )

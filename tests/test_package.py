@@ -80,7 +80,7 @@ def test_wheel_packages_exist():
 
 def test_bundled_weights_are_not_ignored_by_git():
     """hatch puts into the wheel what git does not ignore."""
-    files = ["specdec/demo/target/model.safetensors", "specdec/demo/tokenizer.json", "specdec/demo/prompts.jsonl"]
+    files = [f"specdec/demo/{name}" for name in specdec.demo.FILES]
     check = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True, check=False)
     if check.returncode == 128:
         pytest.skip(f"not a git checkout: {check.stderr.strip()}")

@@ -8,6 +8,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -17,6 +18,14 @@ from transformers import (
 
 from specdec import Graphs, Sampling, generate
 from specdec.drafters import ModelDrafter
+from specdec.rules import (
+    BlockVerification,
+    LevelVerification,
+    Rule,
+    SiblingRejection,
+    TraversalVerification,
+    TypicalAcceptance,
+)
 from specdec.testing import exact_law
 from specdec.trees import Widths
 
@@ -138,6 +147,53 @@ def test_a_generation_config_gives_the_law_of_transformers(options):
     # without merging, as what a config means depends on where the prompt ends
     law = exact_law(model, PROMPT, drafter, sampling=sampling, max_new_tokens=2, stop_tokens=(4,), merge=False)
     assert float(law.total_variation(law_of_generate(model, config))) <= FLOAT32
+
+
+class Sentence(LogitsProcessor):
+    """Knows nothing to follow token 4."""
+
+    def __call__(self, text, scores):
+        assert 4 not in text[0, len(PROMPT) :]
+        return scores
+
+
+@pytest.mark.parametrize("rule", [SiblingRejection(), TraversalVerification()])
+def test_processors_are_not_asked_what_follows_the_end_of_a_text(rule):
+    options = {"sampling": Sampling(1.0, processors=[Sentence()]), "max_new_tokens": 12, "stop_tokens": (4,)}
+    out = generate(llama(0), [torch.tensor(PROMPT)] * 8, ModelDrafter(llama(0), Widths((3, 2))), rule=rule, **options)
+    assert any(len(text) < 12 for text in out.tokens)
+
+
+class Even(LogitsProcessor):
+    """Allows even tokens only, and knows nothing to follow an odd one."""
+
+    def __call__(self, text, scores):
+        assert not any(token % 2 for token in text[0, len(PROMPT) :])
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+
+class Specified(TraversalVerification):
+    decide_batch = Rule.decide_batch
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SiblingRejection(),
+        TraversalVerification(),
+        Specified(),
+        BlockVerification(),
+        LevelVerification(),
+        TypicalAcceptance(),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_processors_are_not_asked_what_follows_an_impossible_token(rule):
+    tree = Widths((1, 1, 1) if isinstance(rule, BlockVerification) else (2, 2, 1))
+    options = {"sampling": Sampling(1.0, processors=[Even()]), "max_new_tokens": 24, "stop_tokens": ()}
+    out = generate(llama(0), torch.tensor(PROMPT), ModelDrafter(llama(0), tree), rule=rule, **options)
+    assert len(out.tokens[0]) == 24 and not (out.tokens[0] % 2).any()
 
 
 def test_one_engine_serves_several_runs_of_a_generation_config():

@@ -32,9 +32,13 @@ def authors(trace: Trace, row: int) -> list[Author]:
         emitted, accepted, tried = step.emitted[row], step.accepted[row], step.tried[row]
         found += [Author("drafted", depth, i) for depth in range(1, accepted + 1)]
         if emitted > accepted:
-            kind = "recovered" if tried > accepted else "bonus" if accepted else "alone"
-            found.append(Author(kind, accepted + 1, i))
+            found.append(Author(kind_of_last(accepted, tried), accepted + 1, i))
     return found
+
+
+def kind_of_last(accepted: int, tried: int) -> Literal["recovered", "bonus", "alone"]:
+    """Of the token that the target emits after the drafted ones."""
+    return "recovered" if tried > accepted else "bonus" if accepted else "alone"
 
 
 def text(generation: Generation) -> Picture:

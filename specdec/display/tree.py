@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specdec.display.picture import FAINT, PATH, PLAIN, Picture, Span
+from specdec.display.text import kind_of_last
 from specdec.record import Record
 from specdec.trace import Step
 from specdec.tree import Law, RowTree
@@ -37,7 +38,7 @@ def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
     if step.emitted[row] == step.accepted[row]:
         return Picture([*spans, Span("the text ends with an accepted token\n")])
     token, last = int(decided.token[row]), path[-1]
-    kind = "recovered" if step.tried[row] > step.accepted[row] else "bonus" if step.accepted[row] else "alone"
+    kind = kind_of_last(step.accepted[row], step.tried[row])
     after = (
         f" after {_name(drafted.tokens[last], tokenizer)}  p {record.law().probabilities(row, last)[token]:.3f}  {kind}"
     )

@@ -34,6 +34,7 @@ class Context:
     sampling: Sampling
     processors: list[tuple[Any, ...]]  # each row's logits processors
     vocab: int  # size of the target's vocabulary
+    stop_tokens: tuple[int, ...] = ()  # that end a text
     tokenizer: Any = None
     engine: Engine = field(default_factory=Engine)
     resume: bool = False  # whether models are to begin in what is left of their last run
@@ -59,6 +60,7 @@ class Context:
         max_length: int,
         sampling: Sampling,
         processors: list[tuple[Any, ...]],
+        stop_tokens: tuple[int, ...],
         tokenizer: Any,
         engine: Engine,
         fixed: bool,
@@ -66,7 +68,7 @@ class Context:
     ) -> None:
         """Write the prompts, 1-D int64 tensors, and note the settings of a run."""
         self.texts, self.max_length = [row.tolist() for row in rows], max_length
-        self.sampling, self.processors, self.tokenizer = sampling, processors, tokenizer
+        self.sampling, self.processors, self.stop_tokens, self.tokenizer = sampling, processors, stop_tokens, tokenizer
         self.engine, self.fixed, self.resume = engine, fixed, resume
         self.tokens.zero_()
         for b, row in enumerate(rows):

@@ -69,7 +69,7 @@ class LayerSkipDrafter(Drafter):
             return root_only(context.root)
         self._cached.longest = context.longest - 1
         with passing_through(self._skipped):
-            return drive(self.tree.grow(context, coins), self._score).tree
+            return drive(self.tree, context, coins, self._score).tree
 
     def commit(self, acceptance: Acceptance) -> None:
         self.tree.commit(acceptance)

@@ -155,7 +155,7 @@ class MedusaDrafter(Drafter):
             depth, count = frontier.topology.depth, frontier.tokens.shape[1]
             return logits[0][:, depth : depth + 1].expand(-1, count, -1)
 
-        return drive(self.tree.grow(context, coins), score).tree
+        return drive(self.tree, context, coins, score).tree
 
     def commit(self, acceptance: Acceptance) -> None:
         self.tree.commit(acceptance)

@@ -71,7 +71,7 @@ class ModelDrafter(Drafter):
         if context.max_depth == 0:
             self._asked = None
             return root_only(context.root)
-        grown = drive(self.tree.grow(context, coins), self._score)
+        grown = drive(self.tree, context, coins, self._score)
         self._asked = grown.asked if grown.tree.topology.depth else None
         return grown.tree
 

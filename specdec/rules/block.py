@@ -40,7 +40,7 @@ class BlockVerification(Rule):
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
         path, reach, owed = [0], 1, []  # owed: for each node above the last, what it emits and how likely
-        while tree.children(path[-1]):
+        while reach > 0 and tree.children(path[-1]):  # what follows an impossible token may have no law
             p = target_law.probs(path[-1])
             ((child, q),) = tree.draws(path[-1], len(p))
             owed.append(residual(reach, p, q))
@@ -62,7 +62,7 @@ class BlockVerification(Rule):
         reach = p.new_ones(len(p), 1)
         for depth in range(tree.topology.depth):
             siblings = Siblings(tree, node[:, 0])
-            more = siblings.exists[:, :1]
+            more = siblings.exists[:, :1] & (reach > 0)
             if depth > 0:
                 p = _law_where(target_law, more, node)
             child = siblings.child(torch.zeros_like(node))

@@ -39,6 +39,8 @@ class TraversalVerification(Rule):
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
         def visit(path: list[int], reach) -> Decision | None:
+            if reach == 0:  # what follows an impossible token may have no law
+                return None
             if not tree.children(path[-1]):  # a leaf: its law is needed only when it is accepted
                 accepted = coins.accept(path[-1], reach)
                 return Decision(path, coins.pick(path[-1], target_law.probs(path[-1]))) if accepted else None
@@ -63,8 +65,9 @@ class TraversalVerification(Rule):
         heads = torch.zeros_like(tree.tokens, dtype=torch.bool)  # [batch, node]: coins that came up
         heads[:, 0] = True
         for step in walk.steps:
-            # a parent whose turn does not come any more is not looked at: its law is not needed, and may be NaN
-            live = step.exists & ~(heads & walk.before[rows, step.parent[:, 0]]).any(1, keepdim=True)
+            # a parent whose turn cannot come, or not any more, is not looked at: its law is not needed, and may be NaN
+            late = (heads & walk.before[rows, step.parent[:, 0]]).any(1, keepdim=True)
+            live = step.exists & ~late & (entered.gather(1, step.parent) > 0)
             law = target_law.at(torch.where(live, step.parent, 0)[:, 0])
             p = torch.where(step.first, law, p)
             reach = torch.where(step.first, entered.gather(1, step.parent), reach)

@@ -65,7 +65,7 @@ class TabularDrafter(Drafter):
             count = frontier.tokens.shape[1]
             return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
 
-        return drive(self.tree.grow(context, coins), score).tree
+        return drive(self.tree, context, coins, score).tree
 
     def commit(self, acceptance: Acceptance) -> None:
         self.tree.commit(acceptance)

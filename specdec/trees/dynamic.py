@@ -50,7 +50,8 @@ class Dynamic(TreePolicy):
         return self.threshold == 0
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
+        asked = 1 + self.width * (self.depth - 1)  # more than `nodes` where the beams of all depths are
+        return TreeSpec(frozenset({Law.POINT}), max(self.nodes, asked), self.depth, self.width, by_depth=True)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
         batch, device = len(context.tokens), context.tokens.device

@@ -58,11 +58,17 @@ class TreePolicy(ABC):
         """
 
 
-def drive(growth: Growth, score: Callable[[Frontier], Tensor]) -> Grown:
-    """Run a policy to the end, answering its frontiers with `score`."""
+def drive(tree: TreePolicy, context: Context, coins: Coins, score: Callable[[Frontier], Tensor]) -> Grown:
+    """Grow a tree, answering the policy's frontiers with `score`."""
+    growth, most = tree.grow(context, coins), tree.spec(context.sampling).nodes
     try:
         frontier = next(growth)
         while True:
+            asked = frontier.topology.parents.shape[1]
+            if asked > most:  # caches have no room for them but that of the next row
+                raise ValueError(
+                    f"{tree} asks to continue {asked} nodes, of {most} at most by its TreeSpec: raise `nodes`."
+                )
             frontier = growth.send(score(frontier))
     except StopIteration as stop:
         return stop.value
