@@ -77,7 +77,7 @@ class Graphs(Engine):
             self._reasons: dict[str, str] = {}  # of stages that cannot be captured
             self._how = self._capture
             if self._how is None and device.type == "cuda":
-                self._how = partial(CudaGraph, torch.cuda.graph_pool_handle())
+                self._how = partial(CudaGraph, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
         return self._buffers
 
     def perform(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
@@ -132,12 +132,14 @@ class Graphs(Engine):
 
 
 class CudaGraph:
-    """A stage captured on the current device."""
+    """A stage captured on a stream, and thereby on its device, which need not be the current one."""
 
-    def __init__(self, pool: Any, stage: Callable[[], Any]):
+    def __init__(self, stream: Any, pool: Any, stage: Callable[[], Any]):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self.outputs = stage()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # not every drafter follows
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                self.outputs = stage()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -183,7 +185,7 @@ class _Waits(TorchDispatchMode):
             self._reads.add(str(func))
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
-        if len({t.device.type for t in tensors}) > 1:
+        if len({t.device for t in tensors}) > 1:  # of two GPUs too: a graph is of one
             self._reads.add(str(func))
         return out
 

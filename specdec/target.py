@@ -21,7 +21,7 @@ from specdec.cache import TreeCache
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.support import context_length_of, embedding, layout_of
-from specdec.tree import DraftTree, Topology, chain
+from specdec.tree import DraftTree, Topology, chain, text_chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
 
@@ -135,7 +135,7 @@ class CachedModel:
         while missing := int((goal - now).max()):
             count = min(max(_TOKENS // len(tokens), 1), missing)
             now.copy_(now.minimum((goal - count).clamp(min=0)))  # who misses less reads its last tokens again
-            self.forward(self.pending(tokens, count), chain(len(tokens), count, self.device), logits_to_keep=1)
+            self.forward(self.pending(tokens, count), text_chain(len(tokens), count, self.device), logits_to_keep=1)
             now.copy_((now + count).minimum(goal))
             self.longest = max(self.longest, int(now.max()))
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from specdec.drafters import (
 )
 from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
+from specdec.tree import chain
 from specdec.trees import Chain, Dynamic, Static, Widths
 
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
@@ -186,6 +188,13 @@ def test_weights_that_have_moved_are_captured_again():
         model.float().double()
         for p in model.parameters():
             p.data = p.data.flip(0).clone()
+
+
+def test_trees_of_captured_stages_are_kept_however_many_prompts_are_read():
+    kept = weakref.ref(chain(1, 2, TARGET.device))
+    for length in range(1, 80):
+        texts(None, "eager", [torch.ones(length, dtype=torch.int64)], max_new_tokens=1)
+    assert kept() is not None
 
 
 def test_what_cannot_be_captured_is_named_once():
