@@ -42,14 +42,16 @@ def asked(seconds: float, *ops: str) -> argparse.Namespace:
 
 
 def require_green(tests: Path, *ops: str) -> None:
-    """Exit unless there is a report OP.xml (JUnit's) of tests of each op on the device and every one of them passed."""
+    """Exit unless there are reports OP.*.xml (JUnit's) of tests of each op on the device and every one of them passed."""
     for op in ops:
-        if fault := _fault(tests / f"{op}.xml"):
+        if fault := _fault(sorted(tests.glob(f"{op}.*.xml"))):
             sys.exit(f"{op}: no timings of a kernel whose tests are not green ({fault}). See {tests}.")
 
 
-def _fault(tests: Path) -> str | None:
-    cases = list(ElementTree.parse(tests).iter("testcase")) if tests.exists() else []
+def _fault(tests: list[Path]) -> str | None:
+    if unended := [path.stem for path in tests if not path.read_bytes()]:
+        return f"{', '.join(unended)} did not end"
+    cases = [case for path in tests for case in ElementTree.parse(path).iter("testcase")]
     bad = [
         case.get("name") for case in cases if any(case.find(end) is not None for end in ("failure", "error", "skipped"))
     ]
