@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from specdec.drafters.drafter import Acceptance, Report
 from specdec.engine import Engine
+from specdec.target import Scores
 from specdec.tree import DraftTree, Topology
 
 _BLOCK = 256  # tokens: texts whose lengths fall in one block share graphs, and attend to as many slots too many at most
@@ -201,6 +202,8 @@ def _tensors(value: Any) -> list[Tensor]:
         case DraftTree():
             probs = [] if value.draft_probs is None else [value.draft_probs]
             return [value.tokens, value.topology.parents, value.laws, *probs]
+        case Scores():
+            return [t for t in value if t is not None]
         case Acceptance():
             return [value.path, value.keep, value.report.columns]
     return [value]
@@ -213,6 +216,8 @@ def _with(value: Any, tensors: list[Tensor]) -> Any:
             tokens, parents, laws, *probs = tensors
             shape = value.topology
             return DraftTree(tokens, Topology(parents, shape.depth, shape.width), laws, *probs)
+        case Scores():
+            return Scores(tensors[0], tensors[1] if len(tensors) > 1 else None)
         case Acceptance():
             return Acceptance(tensors[0], tensors[1], Report(tensors[2]))
     return tensors[0]
