@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under nine minutes: tests on the device, then timings of the kernels.
 # Needs torch >= 2.11 with CUDA, triton >= 3.6, transformers >= 5.17, pytest and this checkout; no network, no installation.
-# Results: experiments/results/kernels_<gpu>_<date>_{verification,tree_attention}.json and .md. PYTHON chooses the Python.
+# Results: experiments/results/kernels_<gpu>_<date>_{verification,tree_attention}.json and .md. PYTHON chooses the Python, RESULTS
+# another folder, and COMMIT says what was checked out where there is no git.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -24,7 +25,7 @@ for suite in "${!parts[@]}"; do
   for part in $(seq "${parts[$suite]}"); do
     name=$suite.$part
     : >"$TESTS/$name.xml" # stays empty if time runs out
-    PART=$part/${parts[$suite]} timeout 250 "$PYTHON" -m pytest "kernels/tests/gpu/test_$suite.py" -q -W default \
+    PART=$part/${parts[$suite]} OMP_NUM_THREADS=1 timeout 250 "$PYTHON" -m pytest "kernels/tests/gpu/test_$suite.py" -q -W default \
       --junitxml="$TESTS/$name.xml" &>"$TESTS/$name.log" &
     pids[$name]=$!
   done
