@@ -139,7 +139,8 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # not every drafter follows
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            # of this thread alone: what others do to the device (load data, serve) must not undo the capture
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = stage()
 
     def replay(self) -> None:
