@@ -37,6 +37,7 @@ SIZES = {"8B": (32, 14336, 4096), "1B": (16, 8192, 2048), "tiny": (6, 640, 256)}
 SKIPPED = (1, 2, 3, 5)  # layers that the demo target drafts best without: experiments/search_skip.py
 RUNS = 3  # timed, after one that is not
 PROFILED = 4  # steps
+SLOW = ["compile"]
 
 
 class Case(NamedTuple):
@@ -66,7 +67,9 @@ def main() -> None:
     source, rows, left = report.provenance(), [], []
     rate, end = report.bandwidth(chosen.device), time.monotonic() + chosen.seconds
     for case, engines in parts(cases, chosen.engines):
-        for row in figures(case, chosen.device, engines, chosen.new_tokens, rate, end):
+        now = time.monotonic()
+        until = now + (end - now) / 2 if engines == SLOW and case == cases[0] != cases[-1] else end
+        for row in figures(case, chosen.device, engines, chosen.new_tokens, rate, until):
             if row is None:
                 left.append("{}, batch {}, context {}: {}".format(*case, ", ".join(engines)))
             else:
@@ -84,11 +87,11 @@ def main() -> None:
 
 
 def parts(cases: list[Case], engines: list[str]) -> Iterator[tuple[Case, list[str]]]:
-    """Every engine for the first case; of the others the compiled ones last, since that takes minutes."""
-    yield cases[0], engines
-    for slow in (False, True):
-        chosen = [engine for engine in engines if (engine == "compile") == slow]
-        yield from ((case, chosen) for case in cases[1:] if chosen)
+    """What compiles takes minutes: it comes second of the first case, for half of the time left, and last of the others."""
+    fast, slow = ([engine for engine in engines if (engine in SLOW) == late] for late in (False, True))
+    first, *others = cases
+    order = [(first, fast), (first, slow), *((case, fast) for case in others), *((case, slow) for case in others)]
+    yield from (part for part in order if part[1])
 
 
 def figures(
@@ -160,7 +163,7 @@ def methods(
         for engine in engines
         for name, drafter in drafters.items()
     }
-    if engines == ["compile"]:  # the rest of a case that was timed before
+    if engines == SLOW:  # the rest of a case that was timed before
         return ours
     theirs: dict[str, Callable] = {"transformers": lambda: baseline.generate}
     if case.batch == 1:
