@@ -140,6 +140,9 @@ class MedusaDrafter(TreeDrafter):
         size, expected = self.heads.weight.shape[-1], target.cached.model.config.get_text_config().hidden_size
         if size != expected:
             raise ValueError(f"The heads read states of size {size}, the target's are of size {expected}: other heads.")
+        own = target.vocab if self.heads.lm_head is None else self.heads.lm_head.shape[1]
+        if own != target.vocab:
+            raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {target.vocab}: other heads.")
         self.heads.to(target.device)
 
     def score(self, frontier: Frontier, context: Context) -> Tensor:
