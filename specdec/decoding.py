@@ -79,7 +79,8 @@ class Decoding:
 
         models = [part for part in (found.model, *vars(self.drafter).values()) if isinstance(part, nn.Module)]
         weights = {p.data_ptr() for model in models for p in model.parameters()}
-        signature = (target, drafter, weights, type(rule), {**vars(rule)}, sampling, self.spec, stop, batch, capacity)
+        parts = (target, drafter, getattr(drafter, "tree", None), type(rule), {**vars(rule)})  # as they are now
+        signature = (*parts, weights, sampling, self.spec, stop, batch, capacity)
         if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
