@@ -124,9 +124,9 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[s
         raise ValueError(
             f"streamer with {batch} prompts: their texts do not grow in step; stream one prompt at a time."
         )
-    asked = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
-    if asked:
-        raise ValueError(f"{asked}: the loop does not keep them; leave them out, and run the model on `sequences`.")
+    outputs = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
+    if outputs:
+        raise ValueError(f"{outputs}: the loop does not keep them; leave them out, and run the model on `sequences`.")
     unread = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _READ)
     if unread:
         raise ValueError(

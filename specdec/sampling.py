@@ -195,8 +195,9 @@ class TargetLaw:
         if (row, node) not in self._known:
             logits, text = self._logits[row, node], self._text(row, node)
             scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
-            for processor in () if text is None else self._context.processors[row]:
-                scores = processor(text[None], scores)
+            if text is not None:
+                for processor in self._context.processors[row]:
+                    scores = processor(text[None], scores)
             self._known[row, node] = scores[0]
         return self._known[row, node]
 

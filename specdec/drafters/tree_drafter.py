@@ -8,7 +8,6 @@ from torch import Tensor
 
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
-from specdec.inputs import check_kind
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec, root_only
 from specdec.trees.policy import Frontier, TreePolicy, drive
@@ -25,8 +24,11 @@ class TreeDrafter(Drafter):
     asked: Tensor | None = None  # [batch, node] int64: `Grown.asked` of the last tree; None if it was the root alone
 
     def __init__(self, tree: TreePolicy | None = None):
+        if not isinstance(tree, TreePolicy | None):
+            raise ValueError(
+                f"tree is a {type(tree).__name__}; pass a tree policy such as Chain(4) or Widths([4, 2, 1])."
+            )
         self.tree = Chain(4) if tree is None else tree
-        check_kind("tree", self.tree, TreePolicy)
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.tree.spec(sampling)
