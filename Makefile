@@ -31,8 +31,9 @@ gpu: ## test and time the kernels on the GPU here, with the python3 here: under 
 	@PYTHON=$(PYTHON) experiments/gpu.sh
 
 engine: ## time whole steps and a large LM head on the GPU here, beside transformers: under nine minutes, installs nothing
-	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) kernels/bench/bench_head.py
-	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) kernels/bench/bench_engine.py --seconds 400
+	@export PYTHONPATH=$(CURDIR):$(CURDIR)/kernels PYTHONUNBUFFERED=1; worst=0; \
+	for bench in 'head.py' 'engine.py --seconds 380'; do \
+	$(PYTHON) kernels/bench/bench_$$bench --results $${RESULTS:-experiments/results} || worst=1; done; exit $$worst
 
 install: $(READY) ## only the set-up: .venv with the tested versions
 

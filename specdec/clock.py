@@ -12,14 +12,14 @@ class Clock:
     """The times of one step."""
 
     def __init__(self, device: torch.device):
-        self._on_device, self._marks = device.type == "cuda", []
+        self._device, self._on_device, self._marks = device, device.type == "cuda", []
         self.mark()
 
     def mark(self) -> None:
         """What was begun after the last mark ends here."""
         if self._on_device:
             self._marks.append(torch.cuda.Event(enable_timing=True))
-            self._marks[-1].record()
+            self._marks[-1].record(torch.cuda.current_stream(self._device))
         else:
             self._marks.append(time.perf_counter())
 

@@ -23,7 +23,7 @@ from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
 from specdec.support import check_clock
-from specdec.target import Target
+from specdec.target import Scores, Target
 from specdec.theory import visits
 from specdec.trace import LEVELS, Step, Trace
 from specdec.tree import DraftTree, Law
@@ -109,9 +109,9 @@ class Decoding:
         with torch.inference_mode(), self._patched():
             tree = run(self._propose, self._why_on_host)
             clock.mark()
-            logits = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
+            scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
             clock.mark()
-            acceptance = run(self._decide, self._why_not_captured(), tree, logits)
+            acceptance = run(self._decide, self._why_not_captured(), tree, scores)
             acceptance.report.forget()
             clock.mark()
             run(self._follow, self._why_on_host, acceptance)
@@ -159,16 +159,17 @@ class Decoding:
         beyond = tree.topology.depths > context.row_depths[:, None].clamp(min=0)
         return replace(tree, laws=torch.where(beyond, Law.PADDING, tree.laws))
 
-    def _score(self, tree: DraftTree) -> Tensor:
-        """The target's logits [batch, node, vocab]."""
+    def _score(self, tree: DraftTree) -> Scores:
+        """The target's logits, and states if the drafter uses them."""
         logits = self.target.score(tree.within(self.target.vocab), self.context)
         if logits.shape != (*tree.tokens.shape, self.target.vocab):
             due = [*tree.tokens.shape, self.target.vocab]
             raise ValueError(f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}.")
-        return logits
+        return Scores(logits, self.target.hidden)
 
-    def _decide(self, tree: DraftTree, logits: Tensor) -> Acceptance:
+    def _decide(self, tree: DraftTree, scores: Scores) -> Acceptance:
         """What is accepted, and appended to the text."""
+        logits, self.target.hidden = scores  # a replay fills what it is given, whatever the target ran last
         invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
         law = TargetLaw(logits, tree, self.context)
         decisions = self.rule(tree, law, self.coins)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from specdec.drafters.drafter import Acceptance, Report
 from specdec.engine import Engine
+from specdec.target import Scores
 from specdec.tree import DraftTree, Topology
 
 _BLOCK = 256  # tokens: texts whose lengths fall in one block share graphs, and attend to as many slots too many at most
@@ -77,7 +78,7 @@ class Graphs(Engine):
             self._reasons: dict[str, str] = {}  # of stages that cannot be captured
             self._how = self._capture
             if self._how is None and device.type == "cuda":
-                self._how = partial(CudaGraph, torch.cuda.graph_pool_handle())
+                self._how = partial(CudaGraph, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
         return self._buffers
 
     def perform(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
@@ -132,12 +133,15 @@ class Graphs(Engine):
 
 
 class CudaGraph:
-    """A stage captured on the current device."""
+    """A stage captured on a stream, and thereby on its device, which need not be the current one."""
 
-    def __init__(self, pool: Any, stage: Callable[[], Any]):
+    def __init__(self, stream: Any, pool: Any, stage: Callable[[], Any]):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self.outputs = stage()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # not every drafter follows
+            # of this thread alone: what others do to the device (load data, serve) must not undo the capture
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = stage()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -183,7 +187,7 @@ class _Waits(TorchDispatchMode):
             self._reads.add(str(func))
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
-        if len({t.device.type for t in tensors}) > 1:
+        if len({t.device for t in tensors}) > 1:  # of two GPUs too: a graph is of one
             self._reads.add(str(func))
         return out
 
@@ -199,6 +203,8 @@ def _tensors(value: Any) -> list[Tensor]:
         case DraftTree():
             probs = [] if value.draft_probs is None else [value.draft_probs]
             return [value.tokens, value.topology.parents, value.laws, *probs]
+        case Scores():
+            return [t for t in value if t is not None]
         case Acceptance():
             return [value.path, value.keep, value.report.columns]
     return [value]
@@ -211,6 +217,8 @@ def _with(value: Any, tensors: list[Tensor]) -> Any:
             tokens, parents, laws, *probs = tensors
             shape = value.topology
             return DraftTree(tokens, Topology(parents, shape.depth, shape.width), laws, *probs)
+        case Scores():
+            return Scores(tensors[0], tensors[1] if len(tensors) > 1 else None)
         case Acceptance():
             return Acceptance(tensors[0], tensors[1], Report(tensors[2]))
     return tensors[0]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 from operator import eq
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,16 @@ from specdec.cache import TreeCache
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.support import context_length_of, embedding, layout_of
-from specdec.tree import DraftTree, Topology, chain
+from specdec.tree import DraftTree, Topology, chain, text_chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
+
+
+class Scores(NamedTuple):
+    """What the target says of a tree."""
+
+    logits: Tensor  # [batch, node, vocab]
+    hidden: Tensor | None  # [batch, node, hidden]: `Target.hidden` then
 
 
 class Target(ABC):
@@ -35,6 +43,7 @@ class Target(ABC):
     stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
     run: object = None  # which run it scores for; set by the loop
+    hidden: Tensor | None = None  # [batch, node, hidden] of the nodes scored last, if `start` was told to keep it
     capturable: bool = False  # True if `score` and `commit` do the same to the device every step: see `specdec.graphs`
 
     @abstractmethod
@@ -138,7 +147,7 @@ class CachedModel:
         while missing := int((goal - now).max()):
             count = min(max(_TOKENS // len(tokens), 1), missing)
             now.copy_(now.minimum((goal - count).clamp(min=0)))  # who misses less reads its last tokens again
-            self.forward(self.pending(tokens, count), chain(len(tokens), count, self.device), logits_to_keep=1)
+            self.forward(self.pending(tokens, count), text_chain(len(tokens), count, self.device), logits_to_keep=1)
             now.copy_((now + count).minimum(goal))
             self.longest = max(self.longest, int(now.max()))
 
@@ -200,13 +209,15 @@ class ModelTarget(Target):
 
     def score(self, tree: DraftTree, context: Context) -> Tensor:
         self.cached.longest = context.longest - 1
-        return self.cached.forward(tree.tokens, tree.topology)
+        logits = self.cached.forward(tree.tokens, tree.topology)
+        self.hidden = self.cached.hidden
+        return logits
 
     def commit(self, acceptance: Acceptance) -> None:
         self.cached.cache.keep(acceptance.path, acceptance.keep)
-        if self.cached.hidden is not None:
+        if self.hidden is not None:
             last = (acceptance.keep - 1).clamp(min=0)[:, None]
             node = acceptance.path.gather(1, last)
             rows = torch.arange(len(node), device=node.device)
             assert self._context.hidden is not None
-            self._context.hidden.copy_(self.cached.hidden[rows, node[:, 0]])
+            self._context.hidden.copy_(self.hidden[rows, node[:, 0]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -95,11 +95,16 @@ class _Chain(Topology):
         return torch.ones(nodes, nodes, dtype=torch.bool, device=self.parents.device).tril().expand(batch, -1, -1)
 
 
-@lru_cache(maxsize=64)
-def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
-    """The topology in which every node but the last has one child."""
+def text_chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
+    """The topology in which every node but the last has one child, for texts: they have many lengths."""
     parents = torch.arange(-1, nodes - 1, device=device).expand(batch, -1)
     return _Chain(parents, nodes - 1, min(nodes - 1, 1))
+
+
+@cache
+def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
+    """The same for steps. Kept for good: a captured stage reads it again with every replay, but does not hold it."""
+    return text_chain(batch, nodes, device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,23 @@ def test_other_trees_texts_and_seeds_are_not_compiled_again():
     assert compiled == [4] * 3  # the tree, and three levels of the draft
 
 
+class Again:
+    """A captured stage: run again, as it stands."""
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def replay(self):
+        self.outputs = self.stage()
+
+
+def test_steps_that_are_watched_before_they_are_captured_run_as_they_stand():
+    model, engine = llama(), specdec.Graphs(compile=True, capture=Again)
+    expected, found = (specdec.generate(model, PROMPTS, engine=e, **OPTIONS) for e in ("eager", engine))
+    assert all(map(torch.equal, found.tokens, expected.tokens))
+    assert engine.captured == 4
+
+
 def test_a_model_that_cannot_be_compiled_runs_as_it_stands():
     model = llama()
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: print(float(args[0].sum()), end=""))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from specdec.drafters import (
 )
 from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
+from specdec.tree import chain
 from specdec.trees import Chain, Dynamic, Static, Widths
 
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
@@ -219,6 +221,13 @@ def test_a_tree_that_was_replaced_by_one_of_the_same_size_is_captured_again():
     assert accepted[:2] == accepted[2:] and accepted[0] != accepted[1]
 
 
+def test_trees_of_captured_stages_are_kept_however_many_prompts_are_read():
+    kept = weakref.ref(chain(1, 2, TARGET.device))
+    for length in range(1, 80):
+        texts(None, "eager", [torch.ones(length, dtype=torch.int64)], max_new_tokens=1)
+    assert kept() is not None
+
+
 def test_what_cannot_be_captured_is_named_once():
     cases = {
         "drafts on the host": {"drafter": NgramDrafter(3)},
@@ -237,12 +246,12 @@ def test_what_cannot_be_captured_is_named_once():
         assert engine.captured
 
 
+def peek(module, args):
+    assert float(args[0].sum()) >= 0
+
+
 def test_a_model_that_waits_for_its_device_is_run_step_by_step():
     model = llama()
-
-    def peek(module, args):
-        assert float(args[0].sum()) >= 0
-
     model.get_input_embeddings().register_forward_pre_hook(peek)
     engine = specdec.Graphs(capture=Tape)
     with pytest.warns(UserWarning, match=r"'score'.*waits for the device \(aten.item"):
@@ -316,6 +325,18 @@ def test_what_waits_is_found(monkeypatch):
             return super().grow(context, coins)
 
     assert reads_of(TARGET, ModelDrafter(DRAFT, Listed(2))) == {"a tensor made from Python numbers"}
+
+
+def test_states_are_those_of_the_step_whatever_else_runs_step_by_step(monkeypatch):
+    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    waits, options = llama(), {"max_new_tokens": 40, "sampling": Sampling(1.0)}
+    waits.get_input_embeddings().register_forward_pre_hook(peek)
+    for model, rule in ((waits, SiblingRejection()), (TARGET, BlockVerification())):
+        engine, drafter = specdec.Graphs(capture=Tape), MedusaDrafter(heads(), Chain(3))
+        for seed in (3, 4):
+            settings = {**options, "target": model, "rule": rule, "seed": seed, "prompts": PROMPTS[1:3]}
+            expected, found = (texts(drafter, e, **settings) for e in ("eager", engine))
+            assert all(map(torch.equal, found, expected))
 
 
 def test_engines_that_there_are_not():

@@ -60,6 +60,7 @@ def flex(arguments: Arguments, compiled: bool = True) -> Call:
     mask = BlockMask.from_kv_blocks(
         *listed(full, blocks - full), *listed(0, full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(nodes, slots)
     )
+    torch._dynamo.reset()  # after eight shapes it would no longer compile, and be timed uncompiled
     attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
     return lambda a: attend(a["query"], a["key"], a["value"], block_mask=mask, enable_gqa=True).transpose(1, 2)  # type: ignore[union-attr]
 

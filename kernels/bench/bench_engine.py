@@ -12,6 +12,7 @@ on are read all the same. Needs torch, triton and transformers, but no hydra.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +35,9 @@ from specdec.trees import Chain, Widths
 
 SIZES = {"8B": (32, 14336, 4096), "1B": (16, 8192, 2048), "tiny": (6, 640, 256)}  # layers, intermediate, hidden
 SKIPPED = (1, 2, 3, 5)  # layers that the demo target drafts best without: experiments/search_skip.py
-ROUNDS = 3
+RUNS = 3  # timed, after one that is not
 PROFILED = 4  # steps
+SLOW = ["compile"]
 
 
 class Case(NamedTuple):
@@ -54,7 +56,7 @@ CASES = [
 
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("--seconds", type=float, default=500, help="begin no case after so long")
+    options.add_argument("--seconds", type=float, default=500, help="begin no method after so long")
     options.add_argument("--device", default="cuda")
     options.add_argument("--cases", nargs="*", help="SIZE,BATCH,CONTEXT; by default all of the published table")
     options.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
@@ -62,45 +64,73 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
     chosen = options.parse_args()
     cases = [Case(s, int(b), int(c)) for s, b, c in (case.split(",") for case in chosen.cases or ())] or CASES
-    began, source, rows, left = time.monotonic(), report.provenance(), [], []
-    rate = report.bandwidth(chosen.device)
-    for case in cases:
-        if time.monotonic() - began > chosen.seconds:
-            left.append("{}, batch {}, context {}".format(*case))
-            continue
-        for row in figures(case, chosen.device, chosen.engines, chosen.new_tokens, rate):
-            rows.append(row)
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    notes = {
-        **source,
-        "copy bandwidth, bytes/s": rate,
-        "new tokens": chosen.new_tokens,
-        "rounds": ROUNDS,
-        "left out": left,
-    }
-    print(report.write(rows, notes, chosen.results, "engine_{gpu}_{date}"))
+    source, rows, left = report.provenance(), [], []
+    rate, end = report.bandwidth(chosen.device), time.monotonic() + chosen.seconds
+    for case, engines in parts(cases, chosen.engines):
+        now = time.monotonic()
+        until = now + (end - now) / 2 if engines == SLOW and case == cases[0] != cases[-1] else end
+        for row in figures(case, chosen.device, engines, chosen.new_tokens, rate, until):
+            if row is None:
+                left.append("{}, batch {}, context {}: {}".format(*case, ", ".join(engines)))
+            else:
+                rows.append(row)
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            notes = {
+                **source,
+                "copy bandwidth, bytes/s": rate,
+                "new tokens": chosen.new_tokens,
+                "runs": RUNS,
+                "left out, in whole or in part": left,
+            }
+            report.write(rows, notes, chosen.results, "engine_{gpu}_{date}")  # now: time may run out
+    print(f"left out, in whole or in part: {left}")
 
 
-def figures(case: Case, device: str, engines: list[str], new_tokens: int, rate: float) -> Iterator[dict[str, Any]]:
-    """One row per method of a case."""
+def parts(cases: list[Case], engines: list[str]) -> Iterator[tuple[Case, list[str]]]:
+    """What compiles takes minutes: it comes second of the first case, for half of the time left, and last of the others."""
+    fast, slow = ([engine for engine in engines if (engine in SLOW) == late] for late in (False, True))
+    first, *others = cases
+    order = [(first, fast), (first, slow), *((case, fast) for case in others), *((case, slow) for case in others)]
+    yield from (part for part in order if part[1])
+
+
+def figures(
+    case: Case, device: str, engines: list[str], new_tokens: int, rate: float, end: float
+) -> Iterator[dict[str, Any] | None]:
+    """One row per method of a case, with a reason in place of figures if it fails; None if time ran out.
+
+    Method after method, not in turns: the caches and graphs of all of them at once do not fit the largest cases.
+    """
+    if time.monotonic() > end:
+        yield None
+        return
     pair, dtype = specdec.demo.load(), torch.bfloat16 if device == "cuda" else torch.float32
     target, large = (grown(model, case, device, dtype) for model in (pair.target, pair.draft))
     small = grown(pair.draft, case._replace(size=""), device, dtype)
     heads, prompts = widen(pair.heads, target.config.hidden_size).to(target.dtype), texts(pair, case)
-    runs = methods(case, engines, target, large, small, heads)
-    traces: dict[str, list[Generation]] = {name: [] for name in runs}
-    options = {"max_new_tokens": new_tokens}
-    for run in runs.values():
-        run(target, prompts, **options)  # captures and compiles
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            traces[name].append(run(target, prompts, **options))
     weights = sum(p.numel() * p.element_size() for p in target.parameters())
-    base = {engine: speed(traces[f"autoregressive, {engine}"]) for engine in engines}
-    for name, found in traces.items():
-        engine = name.split(", ")[-1]
-        yield {**case._asdict(), "method": name, **row(found, base.get(engine), weights / rate),
-               **(profiled(runs[name], target, prompts) if engine in ENGINES and device == "cuda" else {})}  # fmt: skip
+    base: dict[str, float] = {}  # of autoregressive decoding, by engine
+    for name, make in methods(case, engines, target, large, small, heads).items():
+        if time.monotonic() > end:
+            yield None
+            return
+        engine, found = name.split(", ")[-1], {**case._asdict(), "method": name}
+        try:
+            run = make()
+            run(target, prompts, max_new_tokens=new_tokens)  # captures and compiles
+            outs = [run(target, prompts, max_new_tokens=new_tokens) for _ in range(RUNS)]
+            if name.startswith("autoregressive"):
+                base[engine] = speed(outs)
+            found |= row(outs, base.get(engine), weights / rate)
+            if engine in ENGINES and device == "cuda":
+                found |= profiled(run, target, prompts)
+        except Exception as error:
+            found["reason"] = report.reason(error)
+        yield found
+        run = outs = None
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 ENGINES: dict[str, Callable[[], Any]] = {
@@ -118,7 +148,7 @@ def methods(
     small: PreTrainedModel,
     heads: MedusaHeads,
 ) -> dict[str, Callable]:
-    """What is compared, each with an engine of its own."""
+    """What is compared: makers of calls, each with an engine of its own."""
     skipped = (*SKIPPED, *range(6, target.config.num_hidden_layers))
     drafters = {
         "autoregressive": lambda: None,
@@ -129,14 +159,20 @@ def methods(
         "Medusa heads, chain of 4": lambda: MedusaDrafter(heads, Chain(4)),
     }
     ours = {
-        f"{name}, {engine}": partial(specdec.generate, drafter=drafter(), engine=ENGINES[engine](), stop_tokens=())
-        for name, drafter in drafters.items()
+        f"{name}, {engine}": partial(_ours, drafter, ENGINES[engine])
         for engine in engines
+        for name, drafter in drafters.items()
     }
-    theirs: dict[str, Callable] = {"transformers": baseline.generate}
+    if engines == SLOW:  # the rest of a case that was timed before
+        return ours
+    theirs: dict[str, Callable] = {"transformers": lambda: baseline.generate}
     if case.batch == 1:
-        theirs["transformers, assisted by the small draft"] = partial(baseline.generate, assistant=small)
+        theirs["transformers, assisted by the small draft"] = lambda: partial(baseline.generate, assistant=small)
     return {**ours, **theirs}
+
+
+def _ours(drafter: Callable[[], Any], engine: Callable[[], Any]) -> Callable[..., Generation]:
+    return partial(specdec.generate, drafter=drafter(), engine=engine(), stop_tokens=())
 
 
 def grown(model: Any, case: Case, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -152,13 +188,15 @@ def grown(model: Any, case: Case, device: str, dtype: torch.dtype) -> PreTrained
 
 
 def texts(pair: Any, case: Case) -> list[Tensor]:
-    """Prompts of `context` tokens: the demo's, one after the other."""
+    """Prompts of `context` tokens and the root: the demo's, one after the other. So no block of text begins and is captured
+    and compiled for at the first new token.
+    """
     ids = [pair.tokenizer(prompt.text)["input_ids"] for prompt in pair.prompts]
     rows = []
     for b in range(case.batch):
         row = [token for text in ids[b % len(ids) :] + ids[: b % len(ids)] for token in text]
-        row = row * (case.context // len(row) + 1)
-        rows.append(torch.tensor(row[-case.context :] if len(row) > case.context else row))
+        row = row * (case.context // len(row) + 1)  # more tokens than `context`
+        rows.append(torch.tensor(row[-case.context - 1 :]))
     return rows
 
 

@@ -38,9 +38,12 @@ def main() -> None:
     rate = report.bandwidth(chosen.device)
     weight = torch.randn(chosen.vocab, chosen.hidden, device=chosen.device, dtype=torch.bfloat16)
     shapes = [Laws("verify", sampling, "POINT", 1, nodes, chosen.vocab) for sampling in SAMPLINGS for nodes in NODES]
-    rows = [figures(shape, weight, rate) for shape in shapes]
+    rows = []
     notes = {**report.provenance(), "copy bandwidth, bytes/s": rate, "hidden": chosen.hidden, "vocab": chosen.vocab}
-    print(report.write(rows, notes, chosen.results, "head_{gpu}_{date}"))
+    for shape in shapes:
+        rows.append(figures(shape, weight, rate))
+        path = report.write(rows, notes, chosen.results, "head_{gpu}_{date}")  # now: the next may fail
+    print(path)
 
 
 def figures(shape: Laws, weight: torch.Tensor, rate: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from floors import RATES, Compaction, Laws, Shape, floor
 
 ROOT = Path(__file__).resolve().parents[2]
 REPLAYS = 20
+WARM = 0.1  # seconds of replays first: a chip that has waited for the compiler has its clocks down
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes, several caches, by which the bandwidth is measured
 
 
@@ -42,14 +44,16 @@ def asked(seconds: float, *ops: str) -> argparse.Namespace:
 
 
 def require_green(tests: Path, *ops: str) -> None:
-    """Exit unless there is a report OP.xml (JUnit's) of tests of each op on the device and every one of them passed."""
+    """Exit unless there are reports OP.*.xml (JUnit's) of tests of each op on the device and every one of them passed."""
     for op in ops:
-        if fault := _fault(tests / f"{op}.xml"):
+        if fault := _fault(sorted(tests.glob(f"{op}.*.xml"))):
             sys.exit(f"{op}: no timings of a kernel whose tests are not green ({fault}). See {tests}.")
 
 
-def _fault(tests: Path) -> str | None:
-    cases = list(ElementTree.parse(tests).iter("testcase")) if tests.exists() else []
+def _fault(tests: list[Path]) -> str | None:
+    if unended := [path.stem for path in tests if not path.read_bytes()]:
+        return f"{', '.join(unended)} did not end"
+    cases = [case for path in tests for case in ElementTree.parse(path).iter("testcase")]
     bad = [
         case.get("name") for case in cases if any(case.find(end) is not None for end in ("failure", "error", "skipped"))
     ]
@@ -67,15 +71,19 @@ def measure(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for _ in range(3 + REPLAYS):
+    for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    median, deciles = statistics.median(times[3:]), statistics.quantiles(times[3:], n=10)
+    median, deciles = statistics.median(times), statistics.quantiles(times, n=10)
     return Timing(median, (deciles[-1] - deciles[0]) / median)
 
 
@@ -83,18 +91,13 @@ def bandwidth(device: str) -> float:
     """Bytes per second of copying a large tensor, read and written."""
     source = torch.ones(COPIED[device] // 4, device=device)
     goal, times = torch.empty_like(source), []
+    if device == "cuda":
+        return 2 * COPIED[device] / measure([lambda: goal.copy_(source)]).seconds
     for _ in range(5):
-        _wait(device)
         began = time.perf_counter()
         goal.copy_(source)
-        _wait(device)
         times.append(time.perf_counter() - began)
     return 2 * COPIED[device] / statistics.median(times)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
@@ -108,6 +111,17 @@ def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
         "GB/s": shape.bytes / seconds / 1e9,
         "TFLOP/s": shape.flops / seconds / 1e12 if shape.flops else None,
     }
+
+
+def reason(error: Exception) -> str:
+    """Why there are no figures, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:120]
+
+
+def require_ours(rows: list[dict[str, Any]]) -> None:
+    """Exit if shapes have no figures of our own kernels."""
+    if ours := [row for row in rows if row["method"] == "specdec" and "reason" in row]:
+        sys.exit(f"{len(ours)} shapes have no figures of ours: {ours}")
 
 
 def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, pattern: str) -> Path:
@@ -131,10 +145,10 @@ def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, patte
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, versions, device, clocks and date."""
+    """Commit (COMMIT names it where there is no git), versions, device, clocks and date."""
     status = _run("git", "status", "--porcelain")
     return {
-        "commit": _run("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD"),
         "dirty": bool(status) if status is not None else None,
         "versions": {
             "python": sys.version.split()[0],

@@ -20,7 +20,7 @@ from specdec.sampling import Sampling
 from specdec.target import CachedModel
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
 from specdec.training.distillation import acceptance_by_depth
-from specdec.tree import chain
+from specdec.tree import text_chain
 
 Skip = frozenset[int]  # indices of the layers left out
 
@@ -67,7 +67,7 @@ class Rehearsal:
         """[text, depth, vocab]: log-laws after the root and the nodes but the last, without these layers."""
         nodes = self._path[:, :-1]
         with torch.inference_mode(), self._cached.patch, passing_through([self.layers[i] for i in sorted(skip)]):
-            logits = self._cached.forward(nodes, chain(*nodes.shape, nodes.device))
+            logits = self._cached.forward(nodes, text_chain(*nodes.shape, nodes.device))
             return self._sampling.probabilities(logits).log()
 
 

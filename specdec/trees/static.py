@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def _plan(parents: tuple[int, ...]) -> tuple[tuple[_Group, ...], ...]:
     return tuple(levels)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: see `specdec.tree.chain`
 def _shapes(parents: tuple[int, ...], depth: int, batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
     """The nodes asked for up to each level, then the whole tree; and `Grown.asked`."""
     index, asked, shapes = [-1], [], []
@@ -125,7 +125,7 @@ def _shapes(parents: tuple[int, ...], depth: int, batch: int, device: torch.devi
     return shapes, torch.tensor(order, device=device).expand(batch, -1)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _index(nodes: tuple[int, ...], device: torch.device) -> Tensor:
     """On the device once and for all: indexing by a list waits for a copy."""
     return torch.tensor(nodes, device=device)

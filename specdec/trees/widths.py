@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -84,7 +84,7 @@ def _mark(laws: Tensor, exists: Tensor | None) -> Tensor:
     return laws if exists is None else torch.where(exists, laws, Law.PADDING)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: see `specdec.tree.chain`
 def _shapes(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
     """The tree cut off after each depth, from the root alone to the whole, and `Grown.asked`: the same every step."""
     parents, level, shapes = [-1], [0], []

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "steps"])
 def _compact_kernel(
     p_stack, p_path, p_lengths, p_count, batch, slots, steps, size, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

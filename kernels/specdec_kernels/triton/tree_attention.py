@@ -1,6 +1,6 @@
 """Tree attention: packed rows, unmasked tiles over the prefix, masked ones where it begins and over the tree.
 
-One program owns BLOCK_M of the node x group rows of one KV head, and one of SPLITS even shares of the tiles its rows see.
+One program owns BLOCK_M of the node x group rows of one KV head, and one of several even shares of the tiles its rows see.
 Tiles of BLOCK_N slots end where the tree begins; then come tiles of 32 nodes, the bits of one word. Softmaxes run in base 2.
 Names: b_ holds a block, o_ offsets, p_ pointers, m_ masks.
 """
@@ -93,13 +93,14 @@ def store(state, out, lse, o_row, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.conste
     tl.store(lse + o_row, (b_m + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
-@triton.jit
+# numbers that change with the tree are not specialised on: each variant takes seconds to compile
+@triton.jit(do_not_specialize=["nodes", "tree", "first_b", "first_t", "length_b", "word_b", "word_t"])
 def tree_attention_kernel(
     q, k, v, p_k, p_v, first, lengths, words, sinks, out, lse, scale, cap, nodes, tree,
-    q_strides, k_strides, v_strides, first_strides, length_stride, word_strides,
+    q_strides, k_strides, v_strides, first_b, first_t, length_b, word_b, word_t,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid [row blocks, batch x KV heads, splits]. Writes split i of out [split, batch, node, head, VALUE_DIM] and lse."""
@@ -119,12 +120,12 @@ def tree_attention_kernel(
     p_v += tl.cast(batch, tl.int64) * v_strides[0] + tl.cast(head, tl.int64) * v_strides[1]
 
     # tiles 0 .. prefix - 1 end at `length`, those from `whole` on are seen by every row; `tree` tiles of nodes follow
-    length = tl.load(lengths + batch * length_stride)
-    b_first = tl.maximum(tl.load(first + batch * first_strides[0] + o_t * first_strides[1]), 0)
-    p_word = words + batch * word_strides[0] + o_t * word_strides[1]
+    length = tl.load(lengths + batch * length_b)
+    b_first = tl.maximum(tl.load(first + batch * first_b + o_t * first_t), 0)
+    p_word = words + batch * word_b + o_t * word_t
     prefix = tl.cdiv(tl.maximum(length - tl.min(b_first, 0), 0), BLOCK_N)
     whole = prefix - tl.maximum(length - tl.max(b_first, 0), 0) // BLOCK_N
-    share = tl.cdiv(prefix + tree, SPLITS)
+    share = tl.cdiv(prefix + tree, tl.num_programs(2))
     start, stop = split * share, tl.minimum((split + 1) * share, prefix + tree)
     origin = length - prefix * BLOCK_N
 
@@ -154,7 +155,7 @@ def tree_attention_kernel(
     store(state, out, lse, o_row, m_row, VALUE_DIM, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_kernel(parts, parts_lse, sinks, out, lse, rows, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
     """Attention over disjoint slots, parts [split, row, DIM] and their log-sum-exps, put together in the order of splits."""
@@ -205,10 +206,10 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
         query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
         2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
         nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
-        first.stride(), lengths.stride(0), ancestors.stride()[:2],
+        *first.stride(), lengths.stride(0), *ancestors.stride()[:2],
         KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
-        SPLITS=splits, SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
+        SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
         TMA=tma, PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:

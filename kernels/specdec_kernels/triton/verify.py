@@ -19,6 +19,7 @@ from specdec_kernels.reference.verify import PADDING, POINT, SAMPLED_THEN_TOP, W
 from specdec_kernels.triton.law import exponential, law
 
 _BLOCK = 4096  # tokens a program looks at, of float64 half as many: tiles of both laws are held in registers
+_SIZES = ["nodes", "internal", "width", "blocks", "depth", "coins"]  # of trees: each variant would be compiled anew
 _POINT, _WITHOUT, _TOP, _PADDING = map(tl.constexpr, (POINT, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING))
 
 
@@ -117,7 +118,7 @@ def _state(rejected, p_scale, p_rest, b_rank, b_p, b_own, blocks, BLOCKS: tl.con
     return after, scale, b_owed, rest
 
 
-@triton.jit(do_not_specialize=["j"])
+@triton.jit(do_not_specialize=[*_SIZES, "j"])
 def _reject_kernel(
     p_logits, p_law, p_best, p_tokens, p_children, p_laws, p_draft, p_weight, p_scale, p_rest, p_limit,
     nodes, internal, width, vocab, blocks, temperature, lenience, j,
@@ -153,7 +154,7 @@ def _reject_kernel(
                 tl.store(p_rest + j * blocks + i_block, tl.sum(b_mass.to(tl.float64)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _walk_kernel(
     p_law, p_children, p_laws, p_limit, p_accept, p_path, p_accepted, p_node, p_invalid, nodes, width, depth, coins,
     WIDTH: tl.constexpr,
@@ -198,7 +199,7 @@ def _block_owed(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _mass_kernel(
     p_logits, p_law, p_best, p_tokens, p_children, p_laws, p_draft, p_weight, p_scale, p_rest, p_node, p_mass,
     nodes, internal, width, vocab, blocks, temperature,
@@ -222,7 +223,7 @@ def _first_beyond(b_mass, o, base, threshold, END: tl.constexpr):
     return tl.where(first < END, first, tl.max(tl.where(b_mass > 0, o, -1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _pick_kernel(
     p_logits, p_law, p_best, p_tokens, p_children, p_laws, p_draft, p_weight, p_scale, p_rest, p_node, p_mass,
     p_emit, p_emitted, nodes, internal, width, vocab, blocks, temperature, coins,

@@ -105,8 +105,8 @@ def test_every_shape_is_asked_for_once():
 PASSED = '<testcase classname="kernels.tests.gpu.test_tree_attention" name="a"/>'
 TESTS = {
     "green": (PASSED, None),
-    "red": (PASSED + PASSED.replace("/>", "><failure/></testcase>"), "1 of 2 did not pass"),
-    "skipped": (PASSED.replace("/>", "><skipped/></testcase>"), "1 of 1 did not pass"),
+    "red": (PASSED + PASSED.replace("/>", "><failure/></testcase>"), "1 of 3 did not pass"),
+    "skipped": (PASSED.replace("/>", "><skipped/></testcase>"), "1 of 2 did not pass"),
     "absent": ("", "none ran"),
 }
 
@@ -114,8 +114,8 @@ TESTS = {
 @pytest.mark.parametrize("outcome", TESTS)
 def test_a_kernel_is_timed_only_after_its_tests_passed(outcome, tmp_path):
     cases, message = TESTS[outcome]
-    (tmp_path / "verify.xml").write_text(f"<testsuites><testsuite>{PASSED}</testsuite></testsuites>")
-    (tmp_path / "law.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    for name, ended in (("verify.1", PASSED), ("law.1", PASSED if cases else ""), ("law.2", cases)):
+        (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{ended}</testsuite></testsuites>")
     if message is None:
         report.require_green(tmp_path, "verify", "law")
     else:
@@ -123,6 +123,9 @@ def test_a_kernel_is_timed_only_after_its_tests_passed(outcome, tmp_path):
             report.require_green(tmp_path, "verify", "law")
     with pytest.raises(SystemExit, match="none ran"):
         report.require_green(tmp_path, "verify", "compact")
+    (tmp_path / "verify.2.xml").touch()
+    with pytest.raises(SystemExit, match=r"verify\.2 did not end"):
+        report.require_green(tmp_path, "verify")
 
 
 def test_the_report_holds_figures_and_what_produced_them(tmp_path):
