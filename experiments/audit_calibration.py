@@ -25,14 +25,13 @@ import specdec
 from experiments.certify import table
 from experiments.mutants import Sequential
 from experiments.results import ROOT, provenance
-from specdec import Coins, DraftTree, Sampling, TreeSpec
+from specdec import DraftTree, Sampling
 from specdec.audit import SHAPES, STAKES, Audit, audit, detectable, model_log_probs
-from specdec.drafters import Context, Drafter, ModelDrafter
+from specdec.drafters import Context, Drafter, ModelDrafter, TreeDrafter
 from specdec.rules import Rule, SiblingRejection
 from specdec.rules.residual import residual
 from specdec.testing import Table, TabularTarget
-from specdec.trees import Chain, TreePolicy
-from specdec.trees.policy import drive
+from specdec.trees import Chain, Frontier, TreePolicy
 
 SAMPLING = Sampling(1.0)
 BETS = 3 * len(SHAPES) * len(STAKES)  # with the three orders
@@ -156,15 +155,13 @@ class MarkovTarget(Markov, TabularTarget):
         return self.rows[tree.tokens]
 
 
-class MarkovDrafter(Drafter):
+class MarkovDrafter(TreeDrafter):
     def __init__(self, table: Markov, tree: TreePolicy):
-        self.table, self.tree = table, tree
+        super().__init__(tree)
+        self.table = table
 
-    def spec(self, sampling: Sampling) -> TreeSpec:
-        return self.tree.spec(sampling)
-
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        return drive(self.tree, context, coins, lambda frontier: self.table.rows[frontier.tokens]).tree
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
+        return self.table.rows[frontier.tokens]
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:

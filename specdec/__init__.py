@@ -1,6 +1,6 @@
 """specdec: speculative decoding whose output distribution is proved, on any unmodified Hugging Face causal LM."""
 
-from specdec import demo, display, drafters, rules, testing, theory, trace, trees
+from specdec import demo, display, drafters, prediction, rules, testing, theory, trace, trees
 from specdec.coins import Coins
 from specdec.custom_generate import custom_generate
 from specdec.generate import Generation, generate, stream
@@ -26,6 +26,7 @@ __all__ = [
     "display",
     "drafters",
     "generate",
+    "prediction",
     "rules",
     "stream",
     "testing",

@@ -138,7 +138,7 @@ class TreeCache(Cache):
         """Begin with the first kept[b] slots of row b of another cache, or of this one, and forget all that was here."""
         for slab, stack in self._stacks.items():
             for row, count in enumerate(kept):
-                if count:
+                if count and other is not self:
                     stack[:, row, :count] = other._stacks[slab][:, row, :count]
                 stack[:, row, count:] = 0  # a slot that is not seen has weight 0, and 0 times garbage could be NaN
         self.lengths.copy_(torch.tensor(kept))

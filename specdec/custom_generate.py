@@ -23,6 +23,7 @@ from specdec.sampling import Sampling, split
 from specdec.trace import Trace
 
 _READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -65,10 +66,10 @@ def custom_generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        as_target(model)  # what is wrong with a model comes before what its arguments are
+        vocab = as_target(model).vocab  # what is wrong with a model comes before what its arguments are
         asked, config, batch = sys._getframe(1).f_locals, generation_config, len(input_ids)
-        streamer, assistant = asked.get("streamer"), asked.get("assistant_model")  # which only its own loops are given
-        _check(config, model_kwargs, assistant, streamer, batch)
+        streamer = asked.get("streamer")  # which only its own loops are given, and two more that `_check` looks for
+        _check(config, model_kwargs, asked, batch)
         mask = _mask(input_ids, **model_kwargs)
         stop_tokens, limit, others = _ends(stopping_criteria, batch)
         law, processors = split(config, logits_processor)
@@ -76,8 +77,8 @@ def custom_generate(
         drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
         run = Decoding(
             model, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, padding),
-            max_new_tokens=max(limit - input_ids.shape[1], 1), stop_tokens=stop_tokens, tokenizer=tokenizer, seed=drawn,
-            engine=engine,
+            max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer, seed=drawn, engine=engine,
+            stop_tokens=[token for token in stop_tokens if 0 <= token < vocab],  # others, such as -1, end no text there
         )  # fmt: skip
         _finish(run, others, input_ids, streamer)
         sequences: Any = _sequences(input_ids, run.emitted, config.pad_token_id, stop_tokens)
@@ -106,17 +107,26 @@ def _of_row(row: int, batch: int, padding: Tensor, processor: Any, text: Tensor,
     return processor(whole.repeat(batch, 1), scores.repeat(batch, 1))[row : row + 1]
 
 
-def _check(config: GenerationConfig, model_kwargs: dict[str, Any], assistant: Any, streamer: Any, batch: int) -> None:
+def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[str, Any], batch: int) -> None:
     """Refuse what would be left out in silence."""
-    if assistant is not None:
+    if asked.get("assistant_model") is not None:
         raise ValueError("assistant_model: give it to specdec instead, custom_generate(ModelDrafter(assistant_model)).")
-    if streamer is not None and batch > 1:
+    if asked.get("synced_gpus"):
+        raise ValueError(
+            "synced_gpus: processes take as many steps here as their own texts need; gather the model's weights in each."
+        )
+    if config.cache_implementation in _OTHER_CACHES:
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r}: specdec has a cache of its own, in full and on the "
+            "model's device; leave it out."
+        )
+    if asked.get("streamer") is not None and batch > 1:
         raise ValueError(
             f"streamer with {batch} prompts: their texts do not grow in step; stream one prompt at a time."
         )
-    asked = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
-    if asked:
-        raise ValueError(f"{asked}: the loop does not keep them; leave them out, and run the model on `sequences`.")
+    outputs = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
+    if outputs:
+        raise ValueError(f"{outputs}: the loop does not keep them; leave them out, and run the model on `sequences`.")
     unread = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _READ)
     if unread:
         raise ValueError(

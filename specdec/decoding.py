@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -41,7 +41,7 @@ class Decoding:
         rule: Rule = SiblingRejection(),
         sampling: Sampling = Sampling(),
         max_new_tokens: int = 128,
-        stop_tokens: Sequence[int] | None = None,
+        stop_tokens: Iterable[int] | int | None = None,
         tokenizer: Any = None,
         seed: int = 0,
         trace: str = "summary",
@@ -79,7 +79,8 @@ class Decoding:
 
         models = [part for part in (found.model, *vars(self.drafter).values()) if isinstance(part, nn.Module)]
         weights = {p.data_ptr() for model in models for p in model.parameters()}
-        signature = (target, drafter, weights, type(rule), {**vars(rule)}, sampling, self.spec, stop, batch, capacity)
+        parts = (target, drafter, getattr(drafter, "tree", None), type(rule), {**vars(rule)})  # as they are now
+        signature = (*parts, weights, sampling, self.spec, stop, batch, capacity)
         if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
@@ -160,7 +161,7 @@ class Decoding:
 
     def _score(self, tree: DraftTree) -> Scores:
         """The target's logits, and states if the drafter uses them."""
-        logits = self.target.score(tree, self.context)
+        logits = self.target.score(tree.within(self.target.vocab), self.context)
         if logits.shape != (*tree.tokens.shape, self.target.vocab):
             due = [*tree.tokens.shape, self.target.vocab]
             raise ValueError(f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}.")
@@ -169,11 +170,12 @@ class Decoding:
     def _decide(self, tree: DraftTree, scores: Scores) -> Acceptance:
         """What is accepted, and appended to the text."""
         logits, self.target.hidden = scores  # a replay fills what it is given, whatever the target ran last
+        invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
         law = TargetLaw(logits, tree, self.context)
         decisions = self.rule(tree, law, self.coins)
         if self.level != "summary":
             self._noted = self._note(logits, tree, decisions)  # now: processors read the text so far
-        acceptance = self._accept(tree, law, decisions)
+        acceptance = self._accept(tree, decisions, law.invalid(), invalid)
         self.target.commit(acceptance)
         return acceptance
 
@@ -193,16 +195,16 @@ class Decoding:
             return "logits processors depend on the text"
         return None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
 
-    def _accept(self, tree: DraftTree, law: TargetLaw, decisions: Decisions) -> Acceptance:
+    def _accept(self, tree: DraftTree, decisions: Decisions, *invalid: Tensor) -> Acceptance:
         """Cut the decisions at stop tokens and budgets and append what is left to the text."""
-        context, root, budget = self.context, self.context.root, self.context.row_depths + 1
+        context, budget = self.context, self.context.row_depths + 1
         running, cut = budget > 0, decisions.cut(tree, self.stop_tokens, budget)
         place = torch.arange(cut.tokens.shape[1], device=cut.tokens.device)
         context.tokens.scatter_(1, context.lengths[:, None] + place, cut.tokens)
         context.lengths += cut.count
         context.row_depths.copy_(cut.left - 1)
-        invalid = law.invalid() & running, tree.invalid(root) & running
-        columns = torch.stack([cut.count, cut.accepted, cut.tried, cut.left, *invalid], 1)
+        told = (rows & running for rows in invalid)
+        columns = torch.stack([cut.count, cut.accepted, cut.tried, cut.left, *told], 1)
         return Acceptance(decisions.path, cut.count, Report(torch.cat([cut.tokens, columns], 1)))
 
     def _record(self, report: Report) -> None:
@@ -228,7 +230,8 @@ _NO_LAW = (
 )
 _NO_DRAFT = (
     "The drafter proposed trees for prompt(s) {rows} that cannot have been drawn as they say: node 0 must be the root "
-    "(context.root), and where laws are sampled, draft_probs must be there, finite, and positive at the drawn tokens. NaN "
-    "in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 does not)."
+    "(context.root), tokens must be below context.vocab, and where laws are sampled, draft_probs must be there, finite, and "
+    "positive at the drawn tokens. NaN in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 "
+    "does not)."
 )
 _INTERRUPTED = "{part} has begun another text since this one's last step; give each interleaved stream its own."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ def generate(
     rule: Rule = SiblingRejection(),
     sampling: Sampling = Sampling(),
     max_new_tokens: int = 128,
-    stop_tokens: Sequence[int] | None = None,
+    stop_tokens: Iterable[int] | int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     trace: Literal["summary", "ceiling", "laws"] = "summary",

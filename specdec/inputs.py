@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,8 +86,8 @@ def as_stop_tokens(stop_tokens: Any, eos: Any, vocab: int) -> tuple[int, ...]:
     """Token ids that end a text; those of a generation config's eos_token_id when not given."""
     given = stop_tokens is not None
     wanted = stop_tokens if given else () if eos is None else eos
-    many = wanted if isinstance(wanted, (Sequence, Tensor)) and not isinstance(wanted, str) else [wanted]
-    tokens = tuple(as_int("stop_tokens", t) for t in many)
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, str) and getattr(wanted, "ndim", 1)
+    tokens = tuple(as_int("stop_tokens", t) for t in (wanted if several else [wanted]))
     if given and (bad := [t for t in tokens if not 0 <= t < vocab]):
         raise ValueError(f"stop_tokens={bad} are no token ids: the vocabulary has ids 0 to {vocab - 1}.")
     return tokens

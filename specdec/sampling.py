@@ -135,6 +135,7 @@ class TargetLaw:
         self._logits, self._tree, self._context = logits, tree, context
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
+        self._known: dict[tuple[int, int], Tensor] = {}  # (row, node) -> [vocab], if there are processors
 
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
@@ -190,16 +191,26 @@ class TargetLaw:
         self._no_law.index_add_(0, rows, (~scores.amax(-1).isfinite()).long())
 
     def _processed(self, row: int, node: int) -> Tensor:
-        topology, tokens = self._tree.topology, self._context.tokens[row, : self._context.host_lengths[row]]
-        below_root = topology.ancestors[row, node].nonzero()[1:, 0]
-        drafted, logits = self._tree.tokens[row, below_root], self._logits[row, node]
-        scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
-        if self._context.row_depths[row] < 0 or {*self._context.stop_tokens} & {*drafted.tolist()}:
-            return scores[0]  # never emitted: the text has ended, and a grammar may refuse to go on
-        text = torch.cat([tokens, drafted])[None]
-        for processor in self._context.processors[row]:
-            scores = processor(text, scores)
-        return scores[0]
+        """[vocab]: logits at one node as the row's processors leave them, which are asked once."""
+        if (row, node) not in self._known:
+            logits, text = self._logits[row, node], self._text(row, node)
+            scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
+            if text is not None:
+                for processor in self._context.processors[row]:
+                    scores = processor(text[None], scores)
+            self._known[row, node] = scores[0]
+        return self._known[row, node]
+
+    def _text(self, row: int, node: int) -> Tensor | None:
+        """The text up to a node; None if it is never emitted, as processors may refuse to go on from such a text."""
+        path = self._tree.topology.ancestors[row, node].nonzero()[:, 0].tolist()
+        drafted = self._tree.tokens[row, path[1:]]
+        if self._context.row_depths[row] < 0:  # it has ended
+            return None
+        for above, token in zip(path, drafted.tolist(), strict=False):
+            if token in self._context.stop_tokens or self._processed(row, above)[token] == -torch.inf:
+                return None
+        return torch.cat([self._context.tokens[row, : self._context.host_lengths[row]], drafted])
 
 
 class RowLaw:

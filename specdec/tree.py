@@ -7,7 +7,7 @@ width one, the autoregressive step a tree of one node, and a greedy draft a tree
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cache, cached_property
 
@@ -158,19 +158,26 @@ class DraftTree:
         probs = None if probs is None else pad(probs, (0, 0, 0, size - probs.shape[1]))
         return DraftTree(pad(self.tokens, (0, size - nodes)), topology, laws, probs)
 
-    def invalid(self, root: Tensor) -> Tensor:
-        """[batch] bool: rows whose root is not `root` [batch], or whose tokens cannot have been drawn as the laws say."""
-        wrong_root = self.tokens[:, 0] != root
+    def within(self, vocab: int) -> DraftTree:
+        """The same with tokens that can be looked up: ids outside the vocabulary are moved into it, and `invalid` tells."""
+        return replace(self, tokens=self.tokens.clamp(0, vocab - 1))
+
+    def invalid(self, root: Tensor, vocab: int) -> Tensor:
+        """[batch] bool: rows whose root is not `root` [batch], whose tokens are not of the vocabulary, or cannot have been
+        drawn as the laws say.
+        """
+        tokens = self.within(vocab).tokens
+        wrong = (self.tokens[:, 0] != root) | ((self.tokens != tokens) & self.laws.ne(Law.PADDING)).any(1)
         drawn = self.laws[:, :, None].ne(Law.POINT) & self.laws[:, :, None].ne(Law.PADDING)  # [batch, parent, 1]
         if self.draft_probs is None:
-            return wrong_root | drawn.any((1, 2))
+            return wrong | drawn.any((1, 2))
         internal = self.draft_probs.shape[1]
         parents = self.topology.parents.clamp(min=0, max=internal - 1)
         sampled = drawn[..., 0].gather(1, parents) & self.laws.ne(Law.PADDING)
         sampled[:, 0] = False
         rows = torch.arange(len(root), device=root.device)[:, None]
-        impossible = sampled & ~(self.draft_probs[rows, parents, self.tokens] > 0)  # NaN too
-        return wrong_root | impossible.any(1) | ~self.draft_probs.sum((1, 2)).isfinite()
+        impossible = sampled & ~(self.draft_probs[rows, parents, tokens] > 0)  # NaN too
+        return wrong | impossible.any(1) | ~self.draft_probs.sum((1, 2)).isfinite()
 
     def row(self, row: int, coins: RowCoins) -> RowTree:
         """The scalar face of one row; laws come in the arithmetic of its coins."""

@@ -92,6 +92,10 @@ OPTIONS = [
     {"prefix_allowed_tokens_fn": lambda row, text: list(range(row, VOCAB, 2))},
     {"pad_token_id": None, "eos_token_id": [3, 7, 30]},
     {"eos_token_id": None},
+    {"eos_token_id": -1},
+    {"pad_token_id": None, "eos_token_id": [7, -1, VOCAB, 30]},
+    {"use_cache": False},
+    {"cache_implementation": "static"},
 ]
 
 
@@ -243,6 +247,8 @@ REFUSED = {
     "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores.*leave them out"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
     "cache": ({"past_key_values": DynamicCache()}, "past_key_values.*leave it out"),
+    "quantised cache": ({"cache_implementation": "quantized"}, "in full and on the model's device"),
+    "synchronised processes": ({"synced_gpus": True}, "synced_gpus"),
     "embeddings": ({"inputs_embeds": torch.zeros(4, 12, 32)}, "inputs_embeds"),
     "streamed batch": ({"streamer": Recorder()}, "one prompt at a time"),
     "right padding": ({"attention_mask": RAGGED["attention_mask"].flip(1)}, "padding_side='left'"),

@@ -17,6 +17,7 @@ from specdec.drafters import (
     ModelDrafter,
     NgramDrafter,
     SuffixDrafter,
+    TreeDrafter,
 )
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter
 from specdec.tree import DraftTree, chain, tree_of_points
@@ -55,6 +56,33 @@ DRAFTERS = {
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_the_contract_is_kept(name):
     assert_drafter(DRAFTERS[name](), tiny(0, layers=2), PROMPTS)
+
+
+class LastToken(TreeDrafter):
+    """Draws from a table of which token follows which."""
+
+    def score(self, frontier, context):
+        return torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 3.0]])[frontier.tokens]
+
+
+@pytest.mark.parametrize("tree", [None, Widths((2, 1)), Static([-1, 0, 0, 2], Law.IID), Dynamic(5, 2, 2)], ids=str)
+def test_a_drafter_that_says_what_follows_a_node_grows_any_tree(tree):
+    assert_drafter(LastToken(tree), TabularTarget(3, seed=2), PROMPTS)
+
+
+TAKE_A_TREE = {
+    "model": lambda tree: ModelDrafter(tiny(1), tree),
+    "layer skip": lambda tree: LayerSkipDrafter(exit_layer=1, tree=tree),
+    "medusa": lambda tree: MedusaDrafter(heads(), tree),
+    "table": lambda tree: TabularDrafter(Table(3), tree),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_TREE)
+def test_what_is_no_tree_policy_is_refused(name):
+    for tree in (4, [4, 2], Chain):
+        with pytest.raises(ValueError, match=f"tree is a {type(tree).__name__}; pass a tree policy such as Chain"):
+            TAKE_A_TREE[name](tree)
 
 
 class Forgetful(SuffixDrafter):

@@ -74,6 +74,23 @@ def test_sampled_text_is_lossless(law, merge):
     assert law.total_variation(target_law(TabularTarget(2), (0, 0, 1), **options)) == 0
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_texts_at_once_that_share_a_part_are_told_so(nested):
+    model, shared = llama(), ModelDrafter(llama(1))
+
+    def begin():
+        drafter = Fallback(NgramDrafter(), shared)
+        drafter = Fallback(SuffixDrafter(), drafter) if nested else drafter
+        stream = specdec.stream(model, PROMPTS[3], drafter, max_new_tokens=24, stop_tokens=())
+        next(stream)
+        return stream
+
+    first, second = begin(), begin()
+    next(second)
+    with pytest.raises(RuntimeError, match=r"Fallback\(.* has begun another text"):
+        next(first)
+
+
 class Uneven(Drafter):
     """Drafts the target's own text for the first row; for the second a wrong token, and later nothing."""
 

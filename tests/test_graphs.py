@@ -209,6 +209,18 @@ def test_a_draft_whose_weights_have_moved_and_a_rule_that_was_changed_are_captur
         assert all(map(torch.equal, run(engine), run("eager")))
 
 
+def test_a_tree_that_was_replaced_by_one_of_the_same_size_is_captured_again():
+    options = {**OPTIONS, "sampling": Sampling(1.0), "max_new_tokens": 40, "stop_tokens": ()}
+    accepted = []
+    for engine in (specdec.Graphs(capture=Tape), "eager"):
+        drafter = LayerSkipDrafter(exit_layer=2)
+        for parents in (-1, 0, 0, 1), (-1, 0, 0, 2):
+            drafter.tree = Static(parents, Law.IID)
+            steps = specdec.generate(TARGET, PROMPTS[0], drafter, engine=engine, **options).trace.steps
+            accepted.append([step.accepted for step in steps])
+    assert accepted[:2] == accepted[2:] and accepted[0] != accepted[1]
+
+
 def test_trees_of_captured_stages_are_kept_however_many_prompts_are_read():
     kept = weakref.ref(chain(1, 2, TARGET.device))
     for length in range(1, 80):

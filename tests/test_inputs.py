@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import PROMPTS, VOCAB, llama
@@ -10,9 +11,18 @@ from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, Syn
 import specdec
 from specdec import DraftTree, Law, Sampling
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
-from specdec.rules import Decision, Rule, SiblingRejection
+from specdec.rules import (
+    BlockVerification,
+    Decision,
+    LevelVerification,
+    Rule,
+    SiblingRejection,
+    TraversalVerification,
+    TypicalAcceptance,
+)
 from specdec.target import Target
-from specdec.trees import Chain, Dynamic, Widths
+from specdec.testing import TabularTarget
+from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
 
@@ -33,6 +43,9 @@ ARGUMENTS = {
     "fractional seed": (PROMPTS, {"seed": 1.5}, "must be an integer"),
     "stop token out of range": (PROMPTS, {"stop_tokens": (99,)}, "ids 0 to 49"),
     "stop text": (PROMPTS, {"stop_tokens": ["."]}, "must be an integer"),
+    "stop word": (PROMPTS, {"stop_tokens": "end"}, "stop_tokens='end': must be an integer"),
+    "stop number": (PROMPTS, {"stop_tokens": 2.5}, "must be an integer"),
+    "stop table": (PROMPTS, {"stop_tokens": torch.ones(2, 2)}, "must be an integer"),
     "unknown trace": (PROMPTS, {"trace": "all"}, "'summary'"),
     "model as drafter": (PROMPTS, {"drafter": llama(1)}, r"ModelDrafter\(model\)"),
     "drafter class": (PROMPTS, {"drafter": NgramDrafter}, r"an instance, NgramDrafter\(...\)"),
@@ -183,10 +196,18 @@ def unlikely(tree):
     return tree
 
 
+def with_token(tree, token, node=2):
+    tokens = tree.tokens.clone()
+    tokens[0, node] = token
+    return replace(tree, tokens=tokens)
+
+
 TREES = {
     "no laws": (lambda t: DraftTree(t.tokens, t.topology, t.laws), "draft_probs must be there"),
     "other root": (lambda t: replace(t, tokens=(t.tokens + 1) % VOCAB), r"prompt\(s\) \[0, 1, 2, 3\].*node 0"),
     "impossible token": (unlikely, r"prompt\(s\) \[0\].*positive at the drawn tokens"),
+    "negative token": (lambda t: with_token(t, -1), r"prompt\(s\) \[0\].*below context.vocab"),
+    "token past the vocabulary": (lambda t: with_token(t, VOCAB), r"prompt\(s\) \[0\].*below context.vocab"),
     "short law": (
         lambda t: replace(t, draft_probs=t.draft_probs[..., :9]),
         r"draft_probs is \[4, 3, 9\], not \[4, 3, 50\]",
@@ -200,6 +221,43 @@ def test_trees_that_are_none(case):
     edit, cure = TREES[case]
     with pytest.raises(ValueError, match=cure):
         specdec.generate(llama(), PROMPTS, Edited(edit), sampling=Sampling(1.0), max_new_tokens=8)
+
+
+RULES = [SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(), TypicalAcceptance()]
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**40])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafted_tokens_outside_the_vocabulary_are_told_before_they_are_looked_up(token, rule, temperature):
+    points = Edited(lambda tree: with_token(tree, token, 1))
+    points.inner.tree = Static([-1, 0, 1])
+    for target in (llama(), TabularTarget(VOCAB)):
+        with pytest.raises(ValueError, match=r"prompt\(s\) \[0\].*below context.vocab"):
+            sampling, prompt = Sampling(temperature), PROMPTS[0]
+            specdec.generate(target, prompt, points, rule=rule, sampling=sampling, max_new_tokens=8, trace="laws")
+
+
+def test_absent_nodes_may_hold_any_token():
+    def absent(tree):
+        return replace(with_token(tree, -1, 3), laws=torch.tensor([[0, 0, 0, Law.PADDING]], dtype=torch.uint8))
+
+    expected = specdec.generate(llama(), PROMPTS[0], max_new_tokens=3).tokens[0]
+    out = specdec.generate(
+        llama(), PROMPTS[0], Edited(lambda t: absent(t) if t.tokens.shape[1] == 4 else t), max_new_tokens=8
+    )
+    assert torch.equal(out.tokens[0][:3], expected)
+
+
+STOPS = [10, (10,), {10}, range(10, 11), torch.tensor(10), torch.tensor([10]), np.array([10]), np.int32(10), iter([10])]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: f"{type(stop).__name__} {getattr(stop, 'shape', '')}")
+def test_stop_tokens_are_integers_in_any_container(stop):
+    text = specdec.generate(llama(), PROMPTS[0], max_new_tokens=12, stop_tokens=()).tokens[0].tolist()
+    assert 10 in text[:-1]
+    out = specdec.generate(llama(), PROMPTS[0], max_new_tokens=12, stop_tokens=stop)
+    assert out.tokens[0].tolist() == text[: text.index(10) + 1]
 
 
 def test_trees_that_are_larger_than_promised():

@@ -53,6 +53,12 @@ def test_importing_specdec_leaves_experiment_dependencies_out(tmp_path):
     assert fresh_python(code, cwd=tmp_path) == ""
 
 
+def test_all_that_the_readme_names_is_there_after_the_import():
+    names = sorted(set(re.findall(r"\bspecdec(?:\.[a-zA-Z_]+)+(?=[^\w/])", (ROOT / "README.md").read_text("utf-8"))))
+    assert {"specdec.prediction", "specdec.theory"} <= {*names}
+    fresh_python(f"import specdec; {'; '.join(names)}")
+
+
 def test_kernels_need_neither_triton_nor_specdec(tmp_path):
     code = """
 import sys

@@ -12,8 +12,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "REA
 def test_readme_code_runs(block):
     scope: dict = {}
     exec(block, scope)
-    if "RepeatLast" in scope:  # the drafter of the README is exact too
+    drafters = [scope[name]() for name in ("RepeatLast", "Stutter") if name in scope]
+    if drafters:  # those of the README are exact too
         from specdec.rules import SiblingRejection
         from specdec.testing import assert_lossless
 
-        assert_lossless(SiblingRejection(), drafters=[scope["RepeatLast"]()])
+        assert_lossless(SiblingRejection(), drafters=drafters)

@@ -27,6 +27,7 @@ from specdec.rules import (
     TypicalAcceptance,
 )
 from specdec.testing import exact_law
+from specdec.trace import replay
 from specdec.trees import Widths
 
 ROUNDING = 1e-12  # the same float64 operations in another order
@@ -177,6 +178,7 @@ class Specified(TraversalVerification):
     decide_batch = Rule.decide_batch
 
 
+@pytest.mark.parametrize("level", ["summary", "ceiling", "laws"])
 @pytest.mark.parametrize(
     "rule",
     [
@@ -189,11 +191,14 @@ class Specified(TraversalVerification):
     ],
     ids=lambda rule: type(rule).__name__,
 )
-def test_processors_are_not_asked_what_follows_an_impossible_token(rule):
+def test_processors_are_not_asked_what_follows_an_impossible_token(rule, level):
     tree = Widths((1, 1, 1) if isinstance(rule, BlockVerification) else (2, 2, 1))
     options = {"sampling": Sampling(1.0, processors=[Even()]), "max_new_tokens": 24, "stop_tokens": ()}
-    out = generate(llama(0), torch.tensor(PROMPT), ModelDrafter(llama(0), tree), rule=rule, **options)
+    out = generate(llama(0), torch.tensor(PROMPT), ModelDrafter(llama(0), tree), rule=rule, trace=level, **options)
     assert len(out.tokens[0]) == 24 and not (out.tokens[0] % 2).any()
+    if level == "laws":
+        again = [step.record.decisions for step in replay(out.trace, rule).steps]
+        assert all(torch.equal(a.token, s.record.decisions.token) for a, s in zip(again, out.trace.steps, strict=True))
 
 
 def test_one_engine_serves_several_runs_of_a_generation_config():

@@ -8,6 +8,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.nothing import NoDrafter
 from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.tree_drafter import TreeDrafter
 
 __all__ = [
     "Context",
@@ -20,4 +21,5 @@ __all__ = [
     "NgramDrafter",
     "NoDrafter",
     "SuffixDrafter",
+    "TreeDrafter",
 ]

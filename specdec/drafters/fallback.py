@@ -32,6 +32,15 @@ class Fallback(Drafter):
     def __repr__(self) -> str:
         return f"Fallback({self.first}, {self.second})"
 
+    @property
+    def run(self) -> object:  # type: ignore[override] - of its parts, as another run may use one of them
+        return self.first.run if self.first.run is self.second.run else None
+
+    @run.setter
+    def run(self, run: object) -> None:
+        for part in (self.first, self.second):
+            object.__setattr__(part, "run", run)
+
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
         most = (max(getattr(s, name) for s in (a, b)) for name in ("nodes", "depth", "width"))

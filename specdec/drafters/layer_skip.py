@@ -14,16 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
-from specdec.sampling import Sampling
+from specdec.drafters.drafter import Context
+from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.target import ModelTarget, Target
-from specdec.tree import DraftTree, TreeSpec, root_only
-from specdec.trees.policy import Frontier, TreePolicy, drive
-from specdec.trees.widths import Chain
+from specdec.trees.policy import Frontier, TreePolicy
 
 
-class LayerSkipDrafter(Drafter):
+class LayerSkipDrafter(TreeDrafter):
     """Drafts with the target's own layers, but for those in `skip` and those from `exit_layer` on.
 
     >>> LayerSkipDrafter(exit_layer=3)  # the first three layers, then the final norm and the LM head
@@ -36,7 +33,8 @@ class LayerSkipDrafter(Drafter):
     """
 
     def __init__(self, skip: Sequence[int] = (), exit_layer: int | None = None, tree: TreePolicy | None = None):
-        self.skip, self.exit_layer, self.tree = tuple(skip), exit_layer, tree or Chain(4)
+        super().__init__(tree)
+        self.skip, self.exit_layer = tuple(skip), exit_layer
 
     def __repr__(self) -> str:
         return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"
@@ -44,9 +42,6 @@ class LayerSkipDrafter(Drafter):
     @property
     def capturable(self) -> bool:
         return self.tree.capturable
-
-    def spec(self, sampling: Sampling) -> TreeSpec:
-        return self.tree.spec(sampling)
 
     def start(self, target: Target, context: Context) -> None:
         if not isinstance(target, ModelTarget):
@@ -64,18 +59,10 @@ class LayerSkipDrafter(Drafter):
             )
         self._skipped = [layers[i] for i in sorted(skipped)]
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        if context.max_depth == 0:
-            return root_only(context.root)
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
         self._cached.longest = context.longest - 1
         with passing_through(self._skipped):
-            return drive(self.tree, context, coins, self._score).tree
-
-    def commit(self, acceptance: Acceptance) -> None:
-        self.tree.commit(acceptance)
-
-    def _score(self, frontier: Frontier) -> Tensor:
-        return self._cached.forward(frontier.tokens, frontier.topology)
+            return self._cached.forward(frontier.tokens, frontier.topology)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.drafter import Context
+from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.sampling import Sampling
 from specdec.target import ModelTarget, Target
-from specdec.tree import DraftTree, TreeSpec, root_only
-from specdec.trees.policy import Frontier, TreePolicy, drive
+from specdec.tree import TreeSpec
+from specdec.trees.policy import Frontier, TreePolicy
 from specdec.trees.widths import Widths
 
 _CONFIG, _WEIGHTS = "config.json", ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -100,7 +100,7 @@ class MedusaHeads(nn.Module):
         return made.eval()
 
 
-class MedusaDrafter(Drafter):
+class MedusaDrafter(TreeDrafter):
     """Drafts with heads on the target's hidden state: no forward pass of its own; laws depend on the depth alone.
 
     Lossless at any temperature with a lossless rule; `TypicalAcceptance` is what the paper used, and is not.
@@ -114,7 +114,7 @@ class MedusaDrafter(Drafter):
 
     def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
         self.heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
-        self.tree = tree or Widths([1] * len(self.heads))
+        super().__init__(Widths([1] * len(self.heads)) if tree is None else tree)
 
     def __repr__(self) -> str:
         return f"MedusaDrafter({len(self.heads)} heads, {self.tree})"
@@ -124,7 +124,7 @@ class MedusaDrafter(Drafter):
         return self.tree.capturable
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        spec = self.tree.spec(sampling)
+        spec = super().spec(sampling)
         if spec.depth > len(self.heads):
             raise ValueError(
                 f"{self.tree} is {spec.depth} deep, but there are {len(self.heads)} heads; use at most those."
@@ -140,25 +140,18 @@ class MedusaDrafter(Drafter):
         size, expected = self.heads.weight.shape[-1], target.cached.model.config.get_text_config().hidden_size
         if size != expected:
             raise ValueError(f"The heads read states of size {size}, the target's are of size {expected}: other heads.")
+        own = target.vocab if self.heads.lm_head is None else self.heads.lm_head.shape[1]
+        if own != target.vocab:
+            raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {target.vocab}: other heads.")
         self.heads.to(target.device)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        if context.max_depth == 0:
-            return root_only(context.root)
-        logits: list[Tensor] = []  # [batch, head, vocab], once they are asked for
-
-        def score(frontier: Frontier) -> Tensor:
-            if not logits:
-                assert context.hidden is not None
-                deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
-                logits.append(self.heads(context.hidden, self._lm_head, deepest))
-            depth, count = frontier.topology.depth, frontier.tokens.shape[1]
-            return logits[0][:, depth : depth + 1].expand(-1, count, -1)
-
-        return drive(self.tree, context, coins, score).tree
-
-    def commit(self, acceptance: Acceptance) -> None:
-        self.tree.commit(acceptance)
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
+        depth, count = frontier.topology.depth, frontier.tokens.shape[1]
+        if depth == 0:  # all heads at once, as deep as this tree may become
+            assert context.hidden is not None
+            deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
+            self._logits = self.heads(context.hidden, self._lm_head, deepest)  # [batch, head, vocab]
+        return self._logits[:, depth : depth + 1].expand(-1, count, -1)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

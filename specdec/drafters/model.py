@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.drafter import Acceptance, Context
+from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.drafters.vocabulary import TranslatedModel
-from specdec.sampling import Sampling
 from specdec.target import CachedModel, Target
-from specdec.tree import DraftTree, TreeSpec, chain, root_only
-from specdec.trees.policy import Frontier, TreePolicy, drive
-from specdec.trees.widths import Chain
+from specdec.tree import chain
+from specdec.trees.policy import Frontier, TreePolicy
 
 _AFTER_OWN_DRAFT = 2  # tokens it may not have read of a text that went on as it drafted: an accepted leaf, and the root
 
 
-class ModelDrafter(Drafter):
+class ModelDrafter(TreeDrafter):
     """Drafts with a Hugging Face causal LM.
 
     Args:
@@ -33,11 +31,8 @@ class ModelDrafter(Drafter):
     """
 
     def __init__(self, model: PreTrainedModel, tree: TreePolicy | None = None, tokenizer: Any = None):
-        if not isinstance(tree, TreePolicy | None):
-            raise ValueError(
-                f"tree is a {type(tree).__name__}; pass a tree policy such as Chain(4) or Widths([4, 2, 1])."
-            )
-        self.model, self.tree, self.tokenizer = model, tree or Chain(4), tokenizer
+        super().__init__(tree)
+        self.model, self.tokenizer = model, tokenizer
         self._cached = self._alone = CachedModel(model)
 
     def __repr__(self) -> str:
@@ -46,9 +41,6 @@ class ModelDrafter(Drafter):
     @property
     def capturable(self) -> bool:
         return self.tree.capturable
-
-    def spec(self, sampling: Sampling) -> TreeSpec:
-        return self.tree.spec(sampling)
 
     def patched(self) -> AbstractContextManager[None]:
         return self._cached.patch
@@ -61,38 +53,24 @@ class ModelDrafter(Drafter):
                 f"The draft model reads at most {limit} tokens, but a text may grow to {context.max_length}; lower "
                 "max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
-        nodes = self.spec(context.sampling).nodes
-        self._vocab, self._context, self._asked = target.vocab, context, None
-        self._cached.begin(context, capacity + nodes)
+        self.asked = None
+        self._cached.begin(context, capacity + self.spec(context.sampling).nodes)
         if context.engine.compiled:
             self._cached.compile()
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        if context.max_depth == 0:
-            self._asked = None
-            return root_only(context.root)
-        grown = drive(self.tree, context, coins, self._score)
-        self._asked = grown.asked if grown.tree.topology.depth else None
-        return grown.tree
-
     def commit(self, acceptance: Acceptance) -> None:
-        self.tree.commit(acceptance)
-        if self._asked is None:  # nothing was drafted, so nothing is in the cache
+        super().commit(acceptance)
+        if self.asked is None:  # nothing was drafted, so nothing is in the cache
             return
-        order = self._asked.gather(1, acceptance.path)
+        order = self.asked.gather(1, acceptance.path)
         position = torch.arange(order.shape[1], device=order.device)
         kept = (order >= 0) & (position < acceptance.keep[:, None])  # an accepted leaf was drawn but never read
         self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
-        self._asked = None
+        self.asked = None
 
-    def _read_root(self) -> Tensor:
+    def _read_root(self, context: Context) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
-        cache, context, longest, lengths = (
-            self._cached.cache,
-            self._context,
-            self._context.longest,
-            self._context.lengths,
-        )
+        cache, longest, lengths = self._cached.cache, context.longest, context.lengths
         # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
         count = _AFTER_OWN_DRAFT if context.fixed else int((lengths - cache.lengths).max())
         if context.engine.fixed:
@@ -107,12 +85,12 @@ class ModelDrafter(Drafter):
         self._cached.longest = longest - 1
         return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
 
-    def _score(self, frontier: Frontier) -> Tensor:
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
         if frontier.topology.depth == 0:
-            logits = self._read_root()
+            logits = self._read_root(context)
         else:
             logits = self._cached.forward(frontier.tokens, frontier.topology)
-        extra = self._vocab - logits.shape[-1]
+        extra = context.vocab - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf) if extra else logits
 
     def _in_tokens_of(self, vocab: int, target_tokenizer: Any) -> CachedModel:

@@ -6,14 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.coins import Coins
-from specdec.drafters import Context, Drafter
+from specdec.drafters import Context, TreeDrafter
 from specdec.drafters.drafter import Acceptance
-from specdec.sampling import Sampling
 from specdec.target import Target
-from specdec.tree import DraftTree, TreeSpec
+from specdec.tree import DraftTree
 from specdec.trees import Frontier, TreePolicy
-from specdec.trees.policy import drive
 
 Text = tuple[int, ...]
 
@@ -47,28 +44,19 @@ class TabularTarget(Table, Target):
     def commit(self, acceptance: Acceptance) -> None: ...
 
 
-class TabularDrafter(Drafter):
+class TabularDrafter(TreeDrafter):
     """A drafter that is a table, growing any tree."""
 
     def __init__(self, table: Table, tree: TreePolicy):
-        self.table, self.tree = table, tree
+        super().__init__(tree)
+        self.table = table
 
-    def spec(self, sampling: Sampling) -> TreeSpec:
-        return self.tree.spec(sampling)
-
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        asked: list[Tensor] = []
-
-        def score(frontier: Frontier) -> Tensor:
-            asked.append(frontier.tokens)
-            texts = _paths(context.texts, torch.cat(asked, 1), frontier.topology.ancestors)
-            count = frontier.tokens.shape[1]
-            return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
-
-        return drive(self.tree, context, coins, score).tree
-
-    def commit(self, acceptance: Acceptance) -> None:
-        self.tree.commit(acceptance)
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
+        count = frontier.tokens.shape[1]
+        before = self._tokens if frontier.topology.depth else frontier.tokens[:, :0]
+        self._tokens = torch.cat([before, frontier.tokens], 1)  # [batch, asked]: of all nodes asked for in this tree
+        texts = _paths(context.texts, self._tokens, frontier.topology.ancestors)
+        return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
 
 
 def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:

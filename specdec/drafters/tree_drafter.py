@@ -1,0 +1,49 @@
+"""What drafters that can score a node have in common: they grow the trees of a policy."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, TreeSpec, root_only
+from specdec.trees.policy import Frontier, TreePolicy, drive
+from specdec.trees.widths import Chain
+
+
+class TreeDrafter(Drafter):
+    """Grows the trees of a policy. Override `score`, and `start` if there is something to prepare.
+
+    Args:
+        tree: the tree policy; a chain of 4 by default.
+    """
+
+    asked: Tensor | None = None  # [batch, node] int64: `Grown.asked` of the last tree; None if it was the root alone
+
+    def __init__(self, tree: TreePolicy | None = None):
+        if not isinstance(tree, TreePolicy | None):
+            raise ValueError(
+                f"tree is a {type(tree).__name__}; pass a tree policy such as Chain(4) or Widths([4, 2, 1])."
+            )
+        self.tree = Chain(4) if tree is None else tree
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        return self.tree.spec(sampling)
+
+    @abstractmethod
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
+        """[batch, count, vocab]: logits after the nodes of the frontier. In each tree the root comes first, alone."""
+
+    def propose(self, context: Context, coins: Coins) -> DraftTree:
+        self.asked = None
+        if context.max_depth == 0:
+            return root_only(context.root)
+        grown = drive(self.tree, context, coins, lambda frontier: self.score(frontier, context))
+        self.asked = grown.asked if grown.tree.topology.depth else None
+        return grown.tree
+
+    def commit(self, acceptance: Acceptance) -> None:
+        self.tree.commit(acceptance)
