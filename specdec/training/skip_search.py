@@ -67,7 +67,7 @@ class Rehearsal:
         """[text, depth, vocab]: log-laws after the root and the nodes but the last, without these layers."""
         nodes = self._path[:, :-1]
         with torch.inference_mode(), self._cached.patch, passing_through([self.layers[i] for i in sorted(skip)]):
-            logits = self._cached.forward(nodes, text_chain(*nodes.shape, nodes.device))
+            logits = self._cached.forward(nodes, text_chain(len(nodes), nodes.shape[1], nodes.device))
             return self._sampling.probabilities(logits).log()
 
 
