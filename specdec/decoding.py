@@ -94,7 +94,7 @@ class Decoding:
         self._ticket = object()
         self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
         for part in self._parts:
-            object.__setattr__(part, "run", self._ticket)
+            object.__setattr__(part, "run", self._ticket)  # frozen dataclasses too
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, capacity, self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)

@@ -39,7 +39,7 @@ class Fallback(Drafter):
     @run.setter
     def run(self, run: object) -> None:
         for part in (self.first, self.second):
-            object.__setattr__(part, "run", run)
+            object.__setattr__(part, "run", run)  # frozen dataclasses too
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
