@@ -116,14 +116,15 @@ class Decoding:
             run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)
-        draft, verify, decide, follow = clock.seconds()
+        self.coins.turn_to(self.coins.step + 1)
+        clock.mark()
+        draft, verify, decide, follow, end = clock.seconds()
         report, rows = acceptance.report, [len(row) for row in acceptance.emitted]
         visited = visits(self._noted, report.accepted, report.tried, self.rule) if self.level == "ceiling" else None
         record = self._noted if self.level == "laws" else None
-        seconds = draft + follow, verify, decide
+        seconds = draft + follow, verify, decide + end
         step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, *seconds, visited, record)
         self.trace.steps.append(step)
-        self.coins.turn_to(self.coins.step + 1)
         return acceptance
 
     def end(self, row: int, kept: int) -> None:
