@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.clock import Clock
+from specdec.clock import Clock, finish
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
 from specdec.drafters.nothing import NoDrafter
@@ -97,6 +97,7 @@ class Decoding:
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, capacity, self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)
+        finish(self.target.device)
         self.trace = Trace(prefill_seconds=time.perf_counter() - began)
 
     def step(self) -> Acceptance:

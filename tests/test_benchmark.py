@@ -125,6 +125,17 @@ def test_transformers_baseline_is_not_changed_by_the_generation_config_of_the_mo
     assert PAIR.target.generation_config is own
 
 
+def test_steps_of_transformers_end_when_the_device_has_done_them(monkeypatch):
+    """Noted before, its prefill would count as decoding, and its last step would not."""
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    clock = baseline._Clock(2)
+    clock(torch.zeros(1, 3, dtype=torch.int64, device="meta"), None)
+    assert waited == [torch.device("meta")] and clock.steps.lengths == [0, 1]
+    clock(torch.zeros(1, 4, dtype=torch.int64), None)
+    assert len(waited) == 1
+
+
 def interrupted(complete: int):
     for number in range(complete):
         yield {"autoregressive": [number]}

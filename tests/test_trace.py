@@ -62,6 +62,11 @@ def test_what_follows_the_last_stage_is_time_of_the_step():
     assert min(step.other_seconds for step in trace.steps) >= 0.02
 
 
+def test_the_prefill_lasts_until_the_device_has_done_it(monkeypatch):
+    monkeypatch.setattr("specdec.decoding.finish", lambda device: time.sleep(0.02))
+    assert generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=1).trace.prefill_seconds >= 0.02
+
+
 @pytest.mark.parametrize("rule, tree, temperature", [c for c in product(RULES, TREES, (0.0, 1.0)) if admitted(*c)])
 def test_replay_by_the_recorded_rule_is_the_recording(rule, tree, temperature):
     found = recorded(tree, rule, temperature).trace
