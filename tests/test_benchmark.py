@@ -186,6 +186,17 @@ def test_figures_of_known_runs():
     assert (found["identical"], found["prompts"]) == (2, 2)
 
 
+def test_texts_that_end_in_the_prefill_of_transformers_have_no_speed():
+    """They are one token long: specdec writes it in a step, transformers before its first."""
+    ours, theirs = [run(1, 1.0), run(2, 1.0)], [Run(Trace(), 1, 1), run(1, 1.0)]
+    for first, second, faster in ((ours, theirs, 0.5), (theirs, ours, 2.0)):
+        found = figures([{"first": first, "second": second, AGAIN: first}] * 2, tasks=["code", "prose"])["second"]
+        assert (found["speed_up"]["median"], found["speed_up"]["n"], found["prompts"]) == (faster, 2, 2)
+        assert list(found["tasks"]) == ["prose"]
+    with pytest.raises(SystemExit, match="larger new_tokens"):
+        figures([{"first": ours[:1], "second": theirs[:1], AGAIN: ours[:1]}])
+
+
 def ratio(low: float, high: float, n: int = 9) -> dict:
     return {"median": (low + high) / 2, "low": low, "high": high, "n": n}
 
