@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from specdec import Generation
+from specdec.clock import finish
 from specdec.sampling import Sampling
 from specdec.trace import Step, Trace
 
@@ -89,6 +90,7 @@ class _Clock(StoppingCriteria):
         self.steps, self._start = StepTimes(), start
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        finish(input_ids.device)  # transformers waits for it a little later, in every step
         self.steps.note(input_ids.shape[1] - self._start)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

@@ -31,7 +31,7 @@ from experiments import calls
 from experiments.acceptance import bootstrap, interval, per_prompt
 from experiments.inputs import Setting, begin
 from experiments.results import leads
-from experiments.training import fit, own_texts
+from experiments.training import fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
 from specdec.rules import BlockVerification, SiblingRejection
@@ -55,7 +55,7 @@ def main(config: DictConfig) -> None:
         raise SystemExit(
             f"sampling is {setting.sampling}; drafts are trained for temperature 1, so texts are drawn there."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    take_up(folder, config)
     target = setting.models.target.requires_grad_(False)
     texts = torch.nn.utils.rnn.pad_sequence(own_texts(setting, config, folder / "texts.pt"), True, NO_TOKEN)
     held_out, training = texts[: config.held_out], texts[config.held_out :]

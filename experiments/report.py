@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,15 @@ MARKED = (
 )
 
 
+class Untimed(SystemExit):
+    """There is nothing to compare, and the cure."""
+
+
 def figures(
     rounds: list[Round], ceilings: dict[str, dict[str, Any]] | None = None, tasks: list[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The figures of every method; speed-ups are over the first one, paired by round and batch.
+    """The figures of every method; speed-ups are over the first one, paired by round and batch. Batches of which a method has
+    no step that was timed, as each of their texts ended with its first token, count in nothing that is.
 
     Args:
         tasks: of each batch, for figures by task.
@@ -38,8 +44,9 @@ def figures(
     for task in dict.fromkeys(tasks or ()):
         its = [i for i, of in enumerate(tasks or ()) if of == task]
         part = [{name: [runs[i] for i in its] for name, runs in done.items()} for done in rounds]
-        for name, row in _compared(part).items():
-            found[name].setdefault("tasks", {})[task] = row
+        with suppress(Untimed):
+            for name, row in _compared(part).items():
+                found[name].setdefault("tasks", {})[task] = row
     return found
 
 
@@ -118,6 +125,10 @@ def interval(found: dict[str, Any], digits: int) -> str:
 def _compared(rounds: list[Round]) -> dict[str, dict[str, Any]]:
     by_method = {name: [done[name] for done in rounds] for name in rounds[0]}
     speeds = {name: speed(runs) for name, runs in by_method.items()}
+    timed = np.all([found.all(0) for found in speeds.values()], 0)  # transformers writes the first token in its prefill
+    if not timed.any():
+        raise Untimed("All texts ended with the first token, so no decoding was timed: set a larger new_tokens.")
+    speeds = {name: found[:, timed] for name, found in speeds.items()}
     first, base = next(iter(speeds.items()))
     ratios = {name: median(mine / base) for name, mine in speeds.items()}
     compared = {

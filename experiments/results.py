@@ -29,8 +29,8 @@ def provenance(script: str, overrides: list[str], options: Any, device: str) -> 
     """Command, options, commit, versions, hardware and date; of the paths in them only the last part."""
     changes = _git("status", "--porcelain")
     return {
-        "command": shlex.join(["python", script, *map(_without_folders, overrides)]),
-        "options": json.loads(_without_folders(json.dumps(options))),
+        "command": shlex.join(["python", script, *map(without_folders, overrides)]),
+        "options": json.loads(without_folders(json.dumps(options))),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {
@@ -174,7 +174,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {name: v for k, child in value.items() for name, v in _flat(child, f"{key}.{k}" if key else str(k)).items()}
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """`target.target=/home/me/model` without `/home/me/`."""
     return re.sub(r"(^|[=\[,'\"])~?/(?:[^/,'\"]*/)*", r"\1", text)
 

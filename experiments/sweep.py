@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.measure import AGAIN, Refused
 from experiments.report import MARKED, cells, interval, markdown
-from experiments.results import Json
+from experiments.results import Json, without_folders
 
 PARTS = ("drafter", "tree", "rule")  # groups that are measured only as parts of methods
 SHOWN = ("target", *PARTS, "sampling", "task")
@@ -84,7 +84,7 @@ def shown(config: DictConfig) -> dict[str, str]:
     hydra = HydraConfig.get()
     found = {group: hydra.runtime.choices[group] for group in SHOWN} | dict(settings(hydra.overrides.task))
     without = {"sweep", "log", *unused(config)}
-    return {key: value for key, value in found.items() if key.split(".")[0] not in without}
+    return {key: without_folders(value) for key, value in found.items() if key.split(".")[0] not in without}
 
 
 class Progress(Callback):

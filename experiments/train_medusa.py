@@ -24,7 +24,7 @@ import specdec
 from experiments import calls
 from experiments.inputs import begin
 from experiments.results import leads
-from experiments.training import fit, own_texts
+from experiments.training import fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.training.medusa import States, acceptance_by_head, medusa_loss
@@ -34,7 +34,7 @@ from specdec.training.medusa import States, acceptance_by_head, medusa_loss
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/train_medusa.py", config), Path(config.folder)
     target = setting.models.target
-    folder.mkdir(parents=True, exist_ok=True)
+    take_up(folder, config)
     order = torch.randperm(len(setting.prompts), generator=torch.Generator().manual_seed(config.seed))
     prompts = [setting.prompts[i] for i in order[: config.texts].tolist()]
     texts = own_texts(replace(setting, prompts=prompts), config, folder / "texts.pt")

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from experiments.inputs import Setting
-from experiments.results import whole
+from experiments.results import Json, whole
 from specdec.training.self_distillation import continuations
+
+# may change in between
+FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured", "measured_tokens"}
+
+
+def take_up(folder: Path, config: DictConfig) -> None:
+    """Begin or go on in this folder; refuse one that is of other settings, whose texts and checkpoints are no part of this."""
+    options: Any = OmegaConf.to_container(config, resolve=True)
+    settings = {key: value for key, value in options.items() if key not in FREE}
+    path = folder / "settings.json"
+    if path.exists() and json.loads(path.read_text("utf-8")) != settings:
+        raise SystemExit(f"{path} is of a run with other settings: choose another folder, or delete this one.")
+    Json(str(path)).write(settings)
 
 
 def own_texts(setting: Setting, config: DictConfig, path: Path) -> list[Tensor]:

@@ -8,6 +8,12 @@ from itertools import pairwise
 import torch
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was given: what the host times ends there."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class Clock:
     """The times of one step."""
 

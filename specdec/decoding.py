@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.clock import Clock
+from specdec.clock import Clock, finish
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
 from specdec.drafters.nothing import NoDrafter
@@ -98,6 +98,7 @@ class Decoding:
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, capacity, self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)
+        finish(self.target.device)
         self.trace = Trace(prefill_seconds=time.perf_counter() - began)
 
     def step(self) -> Acceptance:
@@ -117,14 +118,15 @@ class Decoding:
             run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)
-        draft, verify, decide, follow = clock.seconds()
+        self.coins.turn_to(self.coins.step + 1)
+        clock.mark()
+        draft, verify, decide, follow, end = clock.seconds()
         report, rows = acceptance.report, [len(row) for row in acceptance.emitted]
         visited = visits(self._noted, report.accepted, report.tried, self.rule) if self.level == "ceiling" else None
         record = self._noted if self.level == "laws" else None
-        seconds = draft + follow, verify, decide
+        seconds = draft + follow, verify, decide + end
         step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, *seconds, visited, record)
         self.trace.steps.append(step)
-        self.coins.turn_to(self.coins.step + 1)
         return acceptance
 
     def end(self, row: int, kept: int) -> None:

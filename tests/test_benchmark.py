@@ -125,6 +125,17 @@ def test_transformers_baseline_is_not_changed_by_the_generation_config_of_the_mo
     assert PAIR.target.generation_config is own
 
 
+def test_steps_of_transformers_end_when_the_device_has_done_them(monkeypatch):
+    """Noted before, its prefill would count as decoding, and its last step would not."""
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    clock = baseline._Clock(2)
+    clock(torch.zeros(1, 3, dtype=torch.int64, device="meta"), None)
+    assert waited == [torch.device("meta")] and clock.steps.lengths == [0, 1]
+    clock(torch.zeros(1, 4, dtype=torch.int64), None)
+    assert len(waited) == 1
+
+
 def interrupted(complete: int):
     for number in range(complete):
         yield {"autoregressive": [number]}
@@ -173,6 +184,17 @@ def test_figures_of_known_runs():
     assert found["acceptance_rate"] == [0.5, 1.0, 0.0]
     assert found["loop_share"] == 0.25
     assert (found["identical"], found["prompts"]) == (2, 2)
+
+
+def test_texts_that_end_in_the_prefill_of_transformers_have_no_speed():
+    """They are one token long: specdec writes it in a step, transformers before its first."""
+    ours, theirs = [run(1, 1.0), run(2, 1.0)], [Run(Trace(), 1, 1), run(1, 1.0)]
+    for first, second, faster in ((ours, theirs, 0.5), (theirs, ours, 2.0)):
+        found = figures([{"first": first, "second": second, AGAIN: first}] * 2, tasks=["code", "prose"])["second"]
+        assert (found["speed_up"]["median"], found["speed_up"]["n"], found["prompts"]) == (faster, 2, 2)
+        assert list(found["tasks"]) == ["prose"]
+    with pytest.raises(SystemExit, match="larger new_tokens"):
+        figures([{"first": ours[:1], "second": theirs[:1], AGAIN: ours[:1]}])
 
 
 def ratio(low: float, high: float, n: int = 9) -> dict:

@@ -109,6 +109,15 @@ def test_a_draft_that_is_the_target_is_the_optimum(name):
     assert abs(float(LOSSES[name](law, law, tokens)) - (-3 if "tau" in name else 0)) <= ENUMERATED
 
 
+@pytest.mark.parametrize("block", RULES)
+@pytest.mark.parametrize("drafted", [0, 1, 2])
+def test_a_token_that_the_target_would_not_write_now_ends_the_chain(drafted, block):
+    """Greedily a tie that another pass breaks otherwise: the target has written 1 and now says 0."""
+    target, draft = (torch.eye(VOCAB)[[first, 1, 1]].log()[None] for first in (0, drafted))
+    found = acceptance_by_depth(target, draft, torch.tensor([[1, 1, 1]]), DEPTH, block)
+    assert found.tolist() == [[[float(drafted == 0), 0, 0]]]
+
+
 def test_text_that_is_shorter_than_the_chain_is_refused():
     law = torch.zeros(1, 3, 5)
     with pytest.raises(ValueError, match="no room for a chain of 4"):

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from transformers.utils import logging
 
 from experiments.measure import AGAIN, Refused
-from experiments.sweep import identity, job, table, unused
+from experiments.sweep import identity, job, shown, table, unused
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, RESULTS = ROOT / "conf", ROOT / "experiments" / "results"
@@ -129,6 +129,20 @@ def test_tree_is_no_part_of_a_drafter_that_takes_none():
     assert unused(composed("drafter=ngram")) == ["tree"]
     assert unused(composed("drafter=suffix_then_model")) == []
     assert unused(composed("methods=[autoregressive,chain]")) == ["drafter", "tree"]
+
+
+def test_settings_of_a_job_keep_no_folders(monkeypatch):
+    command = [
+        "target=hub",
+        "target.target=/home/me/model",
+        "target.draft=org/model",
+        "task=file",
+        "task.path=/a/b.txt",
+    ]
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(composed(*command, return_hydra_config=True))
+    found = shown(composed(*command))
+    assert [found[key] for key in ("target.target", "target.draft", "task.path")] == ["model", "org/model", "b.txt"]
 
 
 def raising(error: BaseException):

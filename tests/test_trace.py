@@ -1,7 +1,8 @@
-"""Traces with laws: a recorded step is decided again exactly, from memory and from a file."""
+"""Traces: times are of the whole step; with laws, a recorded step is decided again exactly, from memory and from a file."""
 
+import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import product
 
 import pytest
@@ -45,6 +46,25 @@ def admitted(rule, tree, temperature):
     with suppress(ValueError):
         RULES[rule].check(TabularDrafter(Table(12, 4), TREES[tree]).spec(Sampling(temperature)))
         return True
+
+
+class SlowToEnd(TabularTarget):
+    """Takes its time after each step's last stage."""
+
+    @contextmanager
+    def patched(self):
+        yield
+        time.sleep(0.02)
+
+
+def test_what_follows_the_last_stage_is_time_of_the_step():
+    trace = generate(SlowToEnd(12, 3), TEXTS[0], max_new_tokens=4, stop_tokens=()).trace
+    assert min(step.other_seconds for step in trace.steps) >= 0.02
+
+
+def test_the_prefill_lasts_until_the_device_has_done_it(monkeypatch):
+    monkeypatch.setattr("specdec.decoding.finish", lambda device: time.sleep(0.02))
+    assert generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=1).trace.prefill_seconds >= 0.02
 
 
 @pytest.mark.parametrize("rule, tree, temperature", [c for c in product(RULES, TREES, (0.0, 1.0)) if admitted(*c)])

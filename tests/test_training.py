@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tiny_models import llama
 
-from experiments.training import fit
+from experiments.training import fit, take_up
 from specdec.training.distillation import kl
 
 torch.set_num_threads(1)
@@ -45,6 +46,19 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, stop):
     found, again = trained(tmp_path / "stopped.pt")
     assert all(map(torch.equal, found.values(), expected.values()))
     assert again == reports and [report["step"] for report in reports] == [3, 6, 8]
+
+
+@pytest.mark.parametrize("script", ["distill_draft", "train_medusa"])
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, script):
+    with initialize_config_dir(str(SCRIPT.parents[1] / "conf"), version_base="1.3"):
+        first, same, *others = (compose(script, changed) for changed in (
+            [], ["report_every=1", "log=none"], ["lr=1"], ["new_tokens=9"], ["target=enlarged"], ["sampling.temperature=2"]
+        ))  # fmt: skip
+    for config in (first, same):
+        take_up(tmp_path / "new", config)
+    for config in others:
+        with pytest.raises(SystemExit, match="other settings: choose another folder"):
+            take_up(tmp_path / "new", config)
 
 
 def test_distillation_that_is_killed_is_taken_up_again(tmp_path):

@@ -24,20 +24,21 @@ def acceptance_by_depth(traces: Mapping[str, Trace], axes: Any = None) -> Any:
 
 
 def speed_up_by_length(
-    rates: Sequence[float], costs: Costs, measured: Mapping[int, Mapping[str, float]] | None = None, axes: Any = None
+    rates: Sequence[float], costs: Costs, measured: Mapping[int, Mapping[str, Any]] | None = None, axes: Any = None
 ) -> Any:
     """The predicted speed-up of chains of 0, 1, ... drafted tokens, and the measured ones beside it.
 
     Args:
         rates: acceptance rate by depth, as in `Trace.summary`.
         costs: what forward passes take: `specdec.theory.measure_costs`.
-        measured: {length: {"median": ..., "low": ..., "high": ...}}; without an interval, the median alone.
+        measured: {length: {"median": ..., "low": ..., "high": ...}}; without an interval (or None), the median alone.
     """
     axes = _axes(axes)
     predicted = chain_speed_ups(rates, costs)
     axes.plot(range(len(predicted)), predicted, label="predicted")
     for i, (length, found) in enumerate(sorted((measured or {}).items())):
-        spread = [[found["median"] - found["low"]], [found["high"] - found["median"]]] if "low" in found else None
+        known = found.get("low") is not None
+        spread = [[found["median"] - found["low"]], [found["high"] - found["median"]]] if known else None
         label = "_measured" if i else "measured"  # one entry in the legend
         axes.errorbar([length], [found["median"]], yerr=spread, fmt="o", color="C1", capsize=3, label=label)
     axes.axhline(1, color="gray", linewidth=0.8)

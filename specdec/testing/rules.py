@@ -20,7 +20,7 @@ def assert_lossless(
     """Raise AssertionError unless `rule` is exact on every combination of the standard battery that it admits.
 
     The battery: chains, IID, without-replacement, sampled-then-top and dynamic trees and n-grams, at temperatures 0.7
-    and 1 and with top-k and top-p, with and without a stop token. `drafters` replaces those of the battery.
+    and 1 and with top-k and top-p, with a stop token. `drafters` replaces those of the battery.
     """
     name, admitted, refusal, prompt = type(rule).__name__, 0, None, (0, 1, 0)
     assert rule.lossless, (

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from specdec.clock import finish
 from specdec.target import CachedModel
 from specdec.tree import chain
 
@@ -86,18 +87,13 @@ def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Cal
 
     def forward(nodes: int) -> float:
         with torch.inference_mode(), cached.patch:
-            _finish(cached.device)
+            finish(cached.device)
             began = time.perf_counter()
             cached.forward(tokens[:, :nodes], chain(batch, nodes, cached.device))
-            _finish(cached.device)
+            finish(cached.device)
             return time.perf_counter() - began
 
     return forward
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: Costs) -> float:

@@ -64,12 +64,14 @@ def acceptance_by_depth(
     distributed as min(p, q), normalised, not as p.) As P does not depend on the draft, the gradient of this estimate
     is an unbiased estimate of the gradient.
 
-    A chain that outlives its text (tokens < 0) accepts nothing more.
+    A chain that outlives its text (tokens < 0) accepts nothing more, and neither does one after a token of probability 0
+    under the target's law: where laws have zeros, rounding puts some of its tokens there when it reads what it wrote.
     """
     starts = tokens.shape[1] - depth + 1
     if starts < 1:
         raise ValueError(f"Texts of {tokens.shape[1]} places have no room for a chain of {depth}; use longer ones.")
-    log_ratio = _at_tokens(draft_law, tokens) - _at_tokens(target_law, tokens)
+    written = _at_tokens(target_law, tokens)
+    log_ratio = torch.where(written == -torch.inf, written, _at_tokens(draft_law, tokens) - written)
     weight = ratio = torch.zeros_like(log_ratio[:, :starts])  # [batch, start]: log w, log r
     overlap = _overlap(target_law, draft_law)
     chances = []
