@@ -204,6 +204,8 @@ class ModelTarget(Target):
                     context.hidden = torch.empty_like(self.cached.hidden[:, 0])
                 context.hidden.copy_(self.cached.hidden[:, 0])
                 self.cached.cache.lengths.copy_(context.lengths - 1)
+            else:
+                self.cached.hidden = None  # `patched` was entered as the last run left it, which may have kept states
         if context.engine.compiled:
             self.cached.compile()
 
