@@ -147,6 +147,17 @@ def test_static_shapes_without_capture_give_the_same_text(rule):
         assert all(map(torch.equal, found, expected))
 
 
+def test_trees_of_one_size_and_other_shapes_are_scored_as_they_are():
+    prompts, runs = [torch.tensor([3, 4] * 4), torch.tensor([5, 6, 7])], []
+    for engine in ("eager", "graph", specdec.Graphs(capture=Tape)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options = {"engine": engine, "max_new_tokens": 40, "stop_tokens": ()}
+            trace = specdec.generate(TARGET, prompts, NgramDrafter(4, 1, 3), **options).trace
+        runs.append([step.accepted for step in trace.steps])
+    assert runs[0] == runs[1] == runs[2]
+
+
 def test_longer_texts_get_graphs_of_their_own(monkeypatch):
     monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
     engine, drafter = specdec.Graphs(capture=Tape), ModelDrafter(DRAFT, Chain(2))
