@@ -158,6 +158,13 @@ def test_trees_of_one_size_and_other_shapes_are_scored_as_they_are():
     assert runs[0] == runs[1] == runs[2]
 
 
+def test_trees_may_promise_longer_paths_than_they_have_nodes(monkeypatch):
+    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    options = {"prompts": [torch.arange(12)], "max_new_tokens": 20, "stop_tokens": ()}  # to the end of the buffers
+    for drafter in (ModelDrafter(DRAFT, Dynamic(3, 5, 1)), SuffixDrafter(nodes=2)):
+        assert torch.equal(texts(drafter, "graph", **options)[0], texts(None, "eager", **options)[0])
+
+
 def test_longer_texts_get_graphs_of_their_own(monkeypatch):
     monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
     engine, drafter = specdec.Graphs(capture=Tape), ModelDrafter(DRAFT, Chain(2))
