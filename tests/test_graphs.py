@@ -27,8 +27,9 @@ from specdec.drafters import (
 )
 from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
-from specdec.tree import chain
+from specdec.tree import chain, root_only
 from specdec.trees import Chain, Dynamic, Static, Widths
+from specdec.trees.policy import Grown
 
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
 
@@ -163,6 +164,23 @@ def test_trees_may_promise_longer_paths_than_they_have_nodes(monkeypatch):
     options = {"prompts": [torch.arange(12)], "max_new_tokens": 20, "stop_tokens": ()}  # to the end of the buffers
     for drafter in (ModelDrafter(DRAFT, Dynamic(3, 5, 1)), SuffixDrafter(nodes=2)):
         assert torch.equal(texts(drafter, "graph", **options)[0], texts(None, "eager", **options)[0])
+
+
+def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monkeypatch):
+    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+
+    class Late(Chain):
+        def grow(self, context, coins):
+            if context.host_lengths[0] > 40:  # it reads 40 tokens: as many as 64 would not fit
+                return (yield from super().grow(context, coins))
+            tree = root_only(context.root)
+            return Grown(tree, tree.topology.parents)
+
+    options = {"prompts": [torch.arange(5)], "max_new_tokens": 43, "stop_tokens": ()}
+    late = Late(1)
+    object.__setattr__(late, "capturable", False)
+    found = texts(ModelDrafter(DRAFT, late), "graph", **options)
+    assert torch.equal(found[0], texts(None, "eager", **options)[0])
 
 
 def test_longer_texts_get_graphs_of_their_own(monkeypatch):
