@@ -205,15 +205,14 @@ class ModelTarget(Target):
                     context.hidden = torch.empty_like(self.cached.hidden[:, 0])
                 context.hidden.copy_(self.cached.hidden[:, 0])
                 self.cached.cache.lengths.copy_(context.lengths - 1)
-            else:
-                self.cached.hidden = None  # `patched` was entered as the last run left it, which may have kept states
         if context.engine.compiled:
             self.cached.compile()
 
     def score(self, tree: DraftTree, context: Context) -> Tensor:
         self.cached.longest = context.longest - 1
         logits = self.cached.forward(tree.tokens, tree.topology)
-        self.hidden = self.cached.hidden
+        # while this run began, `patched` was that of the last one, which may have kept states
+        self.hidden = None if self._capture is nullcontext else self.cached.hidden
         return logits
 
     def commit(self, acceptance: Acceptance) -> None:
