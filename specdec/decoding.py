@@ -70,7 +70,8 @@ class Decoding:
         stop = as_stop_tokens(stop_tokens, eos, found.vocab)
         batch, nodes = len(rows), self.spec.nodes
         longest = max(map(len, rows)) + max_new_tokens
-        capacity = self.engine.rounded(longest) + nodes  # slots per row
+        # slots per row; paths are as long as `depth` says, even where so many nodes are not allowed
+        capacity = self.engine.rounded(longest) + max(nodes, self.spec.depth + 1)
 
         def buffers() -> tuple[Target, Context, Coins, Tensor]:
             context = Context.empty(batch, capacity, found.vocab, found.device)

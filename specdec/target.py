@@ -158,12 +158,13 @@ class CachedModel:
 
     @contextlib.contextmanager
     def capturing_hidden(self) -> Iterator[None]:
-        """Forward passes inside leave the base model's last hidden states in `hidden`, on `device`."""
+        """Forward passes inside leave in `hidden`, on `device`, what the LM head reads: the last states, normed."""
 
-        def catch(module, args, output):
-            self.hidden = output[0].to(self.device)  # of a model over several devices the last layer is on another
+        def catch(module, args):
+            self.hidden = args[0].to(self.device)  # of a model over several devices the last layer is on another
 
-        handle = self.model.base_model.register_forward_hook(catch)
+        # not of the base model: OPT's own forward pass goes around it, and Llama 4 names none
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
         try:
             yield
         finally:
@@ -210,7 +211,8 @@ class ModelTarget(Target):
     def score(self, tree: DraftTree, context: Context) -> Tensor:
         self.cached.longest = context.longest - 1
         logits = self.cached.forward(tree.tokens, tree.topology)
-        self.hidden = self.cached.hidden
+        # while this run began, `patched` was that of the last one, which may have kept states
+        self.hidden = None if self._capture is nullcontext else self.cached.hidden
         return logits
 
     def commit(self, acceptance: Acceptance) -> None:

@@ -27,8 +27,9 @@ from specdec.drafters import (
 )
 from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
-from specdec.tree import chain
+from specdec.tree import chain, root_only
 from specdec.trees import Chain, Dynamic, Static, Widths
+from specdec.trees.policy import Grown
 
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
 
@@ -145,6 +146,41 @@ def test_static_shapes_without_capture_give_the_same_text(rule):
     for drafter in (ModelDrafter(DRAFT, Chain(3)), NgramDrafter(3)):
         expected, found = (texts(drafter, e, rule=rule, sampling=Sampling(1.0)) for e in ("eager", "graph"))
         assert all(map(torch.equal, found, expected))
+
+
+def test_trees_of_one_size_and_other_shapes_are_scored_as_they_are():
+    prompts, runs = [torch.tensor([3, 4] * 4), torch.tensor([5, 6, 7])], []
+    for engine in ("eager", "graph", specdec.Graphs(capture=Tape)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options = {"engine": engine, "max_new_tokens": 40, "stop_tokens": ()}
+            trace = specdec.generate(TARGET, prompts, NgramDrafter(4, 1, 3), **options).trace
+        runs.append([step.accepted for step in trace.steps])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_trees_may_promise_longer_paths_than_they_have_nodes(monkeypatch):
+    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    options = {"prompts": [torch.arange(12)], "max_new_tokens": 20, "stop_tokens": ()}  # to the end of the buffers
+    for drafter in (ModelDrafter(DRAFT, Dynamic(3, 5, 1)), SuffixDrafter(nodes=2)):
+        assert torch.equal(texts(drafter, "graph", **options)[0], texts(None, "eager", **options)[0])
+
+
+def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monkeypatch):
+    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+
+    class Late(Chain):
+        def grow(self, context, coins):
+            if context.host_lengths[0] > 40:  # it reads 40 tokens: as many as 64 would not fit
+                return (yield from super().grow(context, coins))
+            tree = root_only(context.root)
+            return Grown(tree, tree.topology.parents)
+
+    options = {"prompts": [torch.arange(5)], "max_new_tokens": 43, "stop_tokens": ()}
+    late = Late(1)
+    object.__setattr__(late, "capturable", False)
+    found = texts(ModelDrafter(DRAFT, late), "graph", **options)
+    assert torch.equal(found[0], texts(None, "eager", **options)[0])
 
 
 def test_longer_texts_get_graphs_of_their_own(monkeypatch):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import GATE, PROMPTS, llama, reference
+from tiny_models import GATE, MATRIX, PROMPTS, llama, reference
 from torch._subclasses import FakeTensorMode
 
 import specdec
@@ -102,18 +102,22 @@ def test_the_heads_see_the_state_before_the_root():
         assert tokens[1:] == expected[: len(tokens) - 1]
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama4_chunked"])  # one goes around its base model, the other names none
+def test_heads_are_given_what_the_lm_head_reads(kind):
+    model = MATRIX[kind](dtype=torch.float64)
+    found = specdec.generate(model, PROMPTS[0], MedusaDrafter(heads(2), Chain(2)), max_new_tokens=8)
+    assert torch.equal(found.tokens[0], reference(model, PROMPTS[0], max_new_tokens=8))
+
+
 def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
     """A model over two devices, as `device_map` makes it: the embedding on the first, the rest on the last."""
     first, last = map(torch.device, ("cpu", "cuda"))
 
-    class Base(torch.nn.Module):
-        def forward(self, tokens):
-            return (torch.empty(1, len(tokens), 32, device=last),)
-
     with FakeTensorMode():  # tensors without numbers, on devices that need not be there
-        cached = SimpleNamespace(model=SimpleNamespace(base_model=Base()), device=first)
+        head = torch.nn.Identity()
+        cached = SimpleNamespace(model=SimpleNamespace(get_output_embeddings=lambda: head), device=first)
         with CachedModel.capturing_hidden(cached):
-            cached.model.base_model(torch.empty(3, device=first))
+            head(torch.empty(1, 3, 32, device=last))
         logits = MedusaHeads(2, 1, 32)(cached.hidden[:, 0], lambda x: torch.empty(*x.shape[:2], 50, device=last))
     assert (logits.shape, logits.device) == ((1, 2, 50), first)
 

@@ -202,6 +202,13 @@ def test_the_drafter_may_change_between_turns():
         texts = assert_resumes(target, *(DRAFTERS[name](DRAFT) for _ in range(2)), texts)
 
 
+def test_the_target_of_a_drafter_that_uses_states_serves_others():
+    target = ModelTarget(small())
+    for name in ("heads", "none", "heads", "chain"):  # the chain is drafted by the target's own model
+        fresh = run(target.model, PROMPTS, DRAFTERS[name](DRAFT))
+        assert all(map(torch.equal, run(target, PROMPTS, DRAFTERS[name](target.model)), fresh))
+
+
 def test_other_batches_begin_anew():
     target, drafter = ModelTarget(small()), ModelDrafter(DRAFT)
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[:2], PROMPTS[1:], PROMPTS):

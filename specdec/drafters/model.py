@@ -74,7 +74,7 @@ class ModelDrafter(TreeDrafter):
         # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
         count = _AFTER_OWN_DRAFT if context.fixed else int((lengths - cache.lengths).max())
         if context.engine.fixed:
-            count = 1 << (count - 1).bit_length()  # few shapes: each is compiled
+            count = min(1 << (count - 1).bit_length(), longest)  # few shapes: each is compiled
         # who misses less reads its last tokens again, so that nobody reads past its end
         cache.lengths.copy_((lengths - count).clamp(min=0))
         self._cached.longest = max(longest - count, 0)
