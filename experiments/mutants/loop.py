@@ -15,10 +15,10 @@ from specdec.trees import Chain
 _accept, _processed = Decoding._accept, TargetLaw._processed
 
 
-def deaf_to_drafted_stops(self, tree, law, decisions):
+def deaf_to_drafted_stops(self, *args):
     """`Decoding._accept` for which text runs on after a stop token."""
     found, self.stop_tokens = self.stop_tokens, self.stop_tokens[:0]
-    acceptance = _accept(self, tree, law, decisions)
+    acceptance = _accept(self, *args)
     self.stop_tokens = found
     return acceptance
 
