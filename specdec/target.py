@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 from operator import eq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,8 @@ class CachedModel:
             self.hidden = args[0].to(self.device)  # of a model over several devices the last layer is on another
 
         # not of the base model: OPT's own forward pass goes around it, and Llama 4 names none
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+        head: Any = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(catch)
         try:
             yield
         finally:
