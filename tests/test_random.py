@@ -16,7 +16,7 @@ from specdec.drafters import Fallback, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
 from specdec.trees import Chain, Dynamic, Static
 
-SEED, SECONDS = int(os.environ.get("SEED", 0)), 8  # SEED=... draws others, and repeats what a failure names
+SEED, SECONDS = int(os.environ.get("SEED", "0")), 8  # SEED=... draws others, and repeats what a failure names
 MODELS = {kind: GATE[kind](dtype=torch.float64) for kind in ("llama", "gemma3_sliding", "gpt2")}
 
 
