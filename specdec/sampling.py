@@ -203,10 +203,10 @@ class TargetLaw:
 
     def _text(self, row: int, node: int) -> Tensor | None:
         """The text up to a node; None if it is never emitted, as processors may refuse to go on from such a text."""
-        path = self._tree.topology.ancestors[row, node].nonzero()[:, 0].tolist()
-        drafted = self._tree.tokens[row, path[1:]]
         if self._context.row_depths[row] < 0:  # it has ended
             return None
+        path = self._tree.topology.ancestors[row, node].nonzero()[:, 0].tolist()
+        drafted = self._tree.tokens[row, path[1:]]
         for above, token in zip(path, drafted.tolist(), strict=False):
             if token in self._context.stop_tokens or self._processed(row, above)[token] == -torch.inf:
                 return None
