@@ -81,16 +81,16 @@ def walk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`verify` under laws from anywhere; other arguments and results as there."""
     node = torch.zeros_like(tokens[:, 0])  # [batch] int64: the deepest accepted node
-    path = [node]
-    rows = torch.arange(len(node), device=node.device)
+    if depth == 0:
+        return node[:, None], node, inverse_cdf(law(node), emit[:, 0])
+    path, rows = [node], torch.arange(len(node), device=node.device)
     while True:
         index = children[rows, node]
         exists = (index > 0) & (laws.gather(1, index.clamp(min=0)) != PADDING)
         index = torch.where(exists, index, 0)  # [batch, width]
-        weights = None
+        owed = _Owed(law(node), tokens.gather(1, index), exists)
         if draft_probs is not None:
-            weights = draft_probs[rows, node.clamp(max=draft_probs.shape[1] - 1)]  # the nodes beyond are leaves
-        owed = _Owed(law(node), weights, tokens.gather(1, index), exists, laws[rows, node])
+            owed.draw(draft_probs[rows, node.clamp(max=draft_probs.shape[1] - 1)], laws[rows, node])  # beyond: leaves
         child = owed.try_children(index, accept.gather(1, index), lenience)
         if len(path) > depth or nobody(child > 0):
             break
@@ -104,64 +104,80 @@ def walk(
 class _Owed:
     """What the target's law owes at one node of every row: (rest - scale weights)+ off the siblings, `owed` on them."""
 
-    def __init__(self, p: Tensor, weights: Tensor | None, tokens: Tensor, exists: Tensor, law: Tensor):
+    def __init__(self, p: Tensor, tokens: Tensor, exists: Tensor):
         same = (tokens[:, :, None] == tokens[:, None]) & exists[:, None]
-        first = exists & ~same.tril(-1).any(-1)  # [batch, width] bool: no earlier sibling has this token
+        self.first = exists & ~same.tril(-1).any(-1)  # [batch, width] bool: no earlier sibling has this token
         self.tokens, self.exists = tokens, exists  # [batch, width]
-        self.owed = p.gather(1, tokens).where(first, 0)  # [batch, width]
+        self.owed = p.gather(1, tokens).where(self.first, 0)  # [batch, width]
         self.rest = p.scatter_add_(1, tokens, -self.owed)  # [batch, vocab]: exactly 0 at the siblings
         self.rest_total = self.rest.sum(1)  # [batch]
-        self.total = self.rest_total + self.owed.sum(1)  # [batch]: S
-        self.weights, self.scale = weights, torch.zeros_like(self.total)  # scale [batch]: c
-        self.own = torch.zeros_like(self.owed)  # [batch, width]: w of the siblings that could have been drawn
-        self.drawable = torch.full_like(self.owed, torch.inf)  # [batch, width]: W
-        self.chance = torch.ones_like(self.owed)  # [batch, width]: l(x) of each child
-        if weights is None:
-            return
-        point = (law == POINT)[:, None] | ((law == SAMPLED_THEN_TOP)[:, None] & (exists.cumsum(1) > 1))
-        own = weights.to(p.dtype).gather(1, tokens)
-        self.weights = weights.to(p.dtype).scatter_add(1, tokens, -own.where(first, 0))
-        self.own = own.where(first & ~point, 0)
-        left = self.own.flip(1).cumsum(1).flip(1)  # of each of them and those after it
-        left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], left, left[:, :1])
+        self.draws = 0  # the first so many children may be draws, the others are points
+        self.scale: Tensor | None = None  # [batch]: c; None while there are only points
+
+    def draw(self, weights: Tensor, law: Tensor) -> None:
+        """Children may have been drawn: by `weights` [batch, vocab], under `law` [batch]."""
+        point = (law == POINT)[:, None] | ((law == SAMPLED_THEN_TOP)[:, None] & (self.exists.cumsum(1) > 1))
+        self.draws = point.shape[1]
+        while self.draws and nobody((self.exists & ~point)[:, self.draws - 1]):
+            self.draws -= 1
+        own = weights.to(self.rest.dtype).gather(1, self.tokens)
+        self.weights = weights.to(self.rest.dtype).scatter_add(1, self.tokens, -own.where(self.first, 0))
+        self.own = own.where(self.first & ~point, 0)  # [batch, width]: w of the siblings that could have been drawn
+        left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(self.own), self.own.sum(1, True))
+        # [batch, width]: W
         self.drawable = (self.weights.sum(1, keepdim=True) + left).masked_fill(point, torch.inf)
-        self.chance = torch.where(point, self.chance, own / self.drawable)
+        self.chance = (own / self.drawable).masked_fill(point, 1)  # [batch, width]: l(x) of each child
+        self.scale = torch.zeros_like(self.rest_total)  # [batch]: c
 
     def try_children(self, index: Tensor, coin: Tensor, lenience: float) -> Tensor:
         """The accepted one of the children `index` [batch, width], or 0: [batch] int64."""
-        taken = index.new_zeros(len(index))
-        for j in range(index.shape[1]):
-            trying = self.exists[:, j] & (taken == 0)
-            hit = trying & (coin[:, j] < self.owed[:, j] / self.total / (lenience * self.chance[:, j]))
+        taken = torch.zeros_like(index[:, 0])
+        for j in range(self.draws):
+            trying, total = self.exists[:, j] & (taken == 0), self.rest_total + self.owed.sum(1)
+            hit = trying & (coin[:, j] < self.owed[:, j] / total / (lenience * self.chance[:, j]))
             taken = torch.where(hit, index[:, j], taken)
             if not nobody(trying & ~hit):
-                self._reject(j, trying & ~hit)
+                self._reject(j, trying & ~hit, total)
+        if self.draws < index.shape[1]:
+            taken = torch.where(taken > 0, taken, self._first_point(index, coin, lenience))
         return taken
 
-    def _reject(self, j: int, where: Tensor) -> None:
-        """Take the law of child j off what is owed in the rows `where` [batch] bool."""
-        growth = torch.where(where, self.total / self.drawable[:, j], 0)
+    def _first_point(self, index: Tensor, coin: Tensor, lenience: float) -> Tensor:
+        """The accepted one of the children that are points, or 0: [batch] int64. Each that is rejected is struck out."""
+        points, none = slice(self.draws, None), torch.iinfo(index.dtype).max
+        owed = self.owed[:, points]
+        chance = owed / (self.rest_total[:, None] + _from_here_on(owed)) / lenience
+        hit = self.exists[:, points] & (coin[:, points] < chance)
+        taken = index[:, points].where(hit, none).amin(1)  # siblings are numbered in the order in which they were drawn
+        self.owed[:, points] = 0  # where none was accepted; of other rows it is not asked again
+        return taken.where(taken < none, 0)
+
+    def _reject(self, j: int, where: Tensor, total: Tensor) -> None:
+        """Take the law of child j off what is owed, `total` [batch] in all, in the rows `where` [batch] bool."""
+        growth = torch.where(where, total / self.drawable[:, j], 0)
         scale = self.scale + growth
         owed = (self.owed - growth[:, None] * self.own).clamp_(min=0)
         owed[:, j] = 0
         rest_total = self.rest_total if nobody(growth > 0) else self._rest(scale).sum(1)
-        total = rest_total + owed.sum(1)
-        where = where & (total > 0)  # nothing left over: all of it was accepted up to rounding, and it stays owed
+        # nothing left over: all of it was accepted up to rounding, and it stays owed
+        where = where & (rest_total + owed.sum(1) > 0)
         self.owed = torch.where(where[:, None], owed, self.owed)
         self.scale = torch.where(where, scale, self.scale)
-        self.rest_total, self.total = (
-            torch.where(where, new, old) for new, old in ((rest_total, self.rest_total), (total, self.total))
-        )
+        self.rest_total = torch.where(where, rest_total, self.rest_total)
 
     def _rest(self, scale: Tensor) -> Tensor:
         """[batch, vocab]: owed off the siblings at a `scale` [batch]."""
-        if self.weights is None:
-            return self.rest
         return torch.addcmul(self.rest, self.weights, scale[:, None], value=-1).clamp_(min=0)
 
     def pick(self, coin: Tensor) -> Tensor:
         """Tokens [batch] int64 drawn from what is owed."""
-        return inverse_cdf(self._rest(self.scale).scatter_add(1, self.tokens, self.owed), coin)
+        rest = self.rest if self.scale is None else self._rest(self.scale)
+        return inverse_cdf(rest.scatter_add(1, self.tokens, self.owed), coin)
+
+
+def _from_here_on(values: Tensor) -> Tensor:
+    """Sums of each of the values [batch, width] and those after it."""
+    return values.flip(1).cumsum(1).flip(1)
 
 
 def nobody(rows: Tensor) -> bool:
