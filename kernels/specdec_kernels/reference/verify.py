@@ -112,7 +112,8 @@ class _Owed:
         self.rest = p.scatter_add_(1, tokens, -self.owed)  # [batch, vocab]: exactly 0 at the siblings
         self.rest_total = self.rest.sum(1)  # [batch]
         self.draws = 0  # the first so many children may be draws, the others are points
-        self.scale: Tensor | None = None  # [batch]: c; None while there are only points
+        self.weights: Tensor | None = None  # [batch, vocab], if there are draws: w off the siblings
+        self.scale = torch.zeros_like(self.rest_total)  # [batch]: c
 
     def draw(self, weights: Tensor, law: Tensor) -> None:
         """Children may have been drawn: by `weights` [batch, vocab], under `law` [batch]."""
@@ -127,7 +128,6 @@ class _Owed:
         # [batch, width]: W
         self.drawable = (self.weights.sum(1, keepdim=True) + left).masked_fill(point, torch.inf)
         self.chance = (own / self.drawable).masked_fill(point, 1)  # [batch, width]: l(x) of each child
-        self.scale = torch.zeros_like(self.rest_total)  # [batch]: c
 
     def try_children(self, index: Tensor, coin: Tensor, lenience: float) -> Tensor:
         """The accepted one of the children `index` [batch, width], or 0: [batch] int64."""
@@ -167,12 +167,13 @@ class _Owed:
 
     def _rest(self, scale: Tensor) -> Tensor:
         """[batch, vocab]: owed off the siblings at a `scale` [batch]."""
+        if self.weights is None:
+            return self.rest
         return torch.addcmul(self.rest, self.weights, scale[:, None], value=-1).clamp_(min=0)
 
     def pick(self, coin: Tensor) -> Tensor:
         """Tokens [batch] int64 drawn from what is owed."""
-        rest = self.rest if self.scale is None else self._rest(self.scale)
-        return inverse_cdf(rest.scatter_add(1, self.tokens, self.owed), coin)
+        return inverse_cdf(self._rest(self.scale).scatter_add(1, self.tokens, self.owed), coin)
 
 
 def _from_here_on(values: Tensor) -> Tensor:
