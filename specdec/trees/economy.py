@@ -149,17 +149,18 @@ class Economy:
 
     def _ahead(self, reach: float, nodes: int, level: int, drafts: Accepted) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
-        best, cost, sofar = 0.0, 0.0, drafts.worth(self._lag)
-        each = min(self.calibration * self._confidence(), 1)
+        best, seconds, sofar, before = 0.0, 0.0, drafts.worth(self._lag), self._verify(nodes)
+        each, price = min(self.calibration * self._confidence(), 1), self._speed * self._draft(self._width)
         end = min(self._limit, level + (self._verify.sizes - nodes) // self._width)
         for further in range(level, end):
             reach *= each
+            if further and reach <= price:
+                break  # nor does a later level pay, which reaches less
+            nodes += self._width
             drafts = drafts.and_at(further, reach)
-            cost += self._speed * self._pass(further) + self._price(nodes, nodes + self._width)
-            worth, nodes = drafts.worth(self._lag) - sofar - cost, nodes + self._width
+            seconds += self._pass(further)
+            worth = drafts.worth(self._lag) - sofar - self._speed * (seconds + self._verify(nodes) - before)
             best = max(best, worth)
-            if worth + reach * (end - further) < best:
-                break  # no later level reaches further than this one
         return best
 
     def _pass(self, level: int) -> float:

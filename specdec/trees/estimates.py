@@ -60,14 +60,11 @@ class Times:
         # [size - 1]: how often, and seconds together; old ones count less
         self._counts, self._sums = [0.0] * sizes, [0.0] * sizes
         self._moments = [0.0] * 5  # sums of 1, seconds, x, x^2, x seconds, where x = size - 1
-        self._first = self._slope = 0.0  # the line
+        self._known = self._given or [0.0] * sizes  # [size - 1]: what is believed
 
     def __call__(self, size: int) -> float:
         """Seconds; 0 as long as nothing is known."""
-        x = size - 1
-        if self._given:
-            return self._given[x]
-        return (self._sums[x] + _TRUST * (self._first + self._slope * x)) / (self._counts[x] + _TRUST)
+        return self._known[size - 1]
 
     def see(self, size: int, seconds: float) -> None:
         if self._given:
@@ -79,20 +76,24 @@ class Times:
         self._sums[x] += seconds
         new = (1, seconds, x, x * x, x * seconds)
         self._moments = [_KEEP * old + more for old, more in zip(self._moments, new, strict=True)]
-        self._fit()
+        first, slope = self._line()
+        self._known = [
+            (total + _TRUST * (first + slope * x)) / (count + _TRUST)
+            for x, (count, total) in enumerate(zip(self._counts, self._sums, strict=True))
+        ]
 
     def timed(self, size: int) -> float:
         """How often, of late."""
         return math.inf if self._given else self._counts[size - 1]
 
-    def _fit(self) -> None:
-        """Least squares of seconds = first + slope x, begun as if a slope of _SLOPE had been seen."""
+    def _line(self) -> tuple[float, float]:
+        """(first, slope): least squares of seconds = first + slope x, begun as if a slope of _SLOPE had been seen."""
         count, seconds, distance, square, product = self._moments
         # slope = _SLOPE first, as so much evidence that x^2 sums to _DOUBT
         a, b, c = count + _DOUBT * _SLOPE**2, distance - _DOUBT * _SLOPE, square + _DOUBT
         slope = (a * product - b * seconds) / (a * c - b * b)
         first = (c * seconds - b * product) / (a * c - b * b)
-        self._first, self._slope = (first, slope) if slope > 0 else (seconds / count, 0.0)
+        return (first, slope) if slope > 0 else (seconds / count, 0.0)
 
 
 class Lag(NamedTuple):

@@ -121,6 +121,8 @@ class _Owed:
         self.draws = point.shape[1]
         while self.draws and nobody((self.exists & ~point)[:, self.draws - 1]):
             self.draws -= 1
+        if not self.draws:
+            return
         own = weights.to(self.rest.dtype).gather(1, self.tokens)
         self.weights = weights.to(self.rest.dtype).scatter_add(1, self.tokens, -own.where(self.first, 0))
         self.own = own.where(self.first & ~point, 0)  # [batch, width]: w of the siblings that could have been drawn
