@@ -201,14 +201,14 @@ class Decoding:
     def _accept(self, tree: DraftTree, decisions: Decisions, *invalid: Tensor) -> Acceptance:
         """Cut the decisions at stop tokens and budgets and append what is left to the text."""
         context, budget = self.context, self.context.row_depths + 1
-        running, cut = budget > 0, decisions.cut(tree, self.stop_tokens, budget)
+        cut = decisions.cut(tree, self.stop_tokens, budget)
         place = torch.arange(cut.tokens.shape[1], device=cut.tokens.device)
         context.tokens.scatter_(1, context.lengths[:, None] + place, cut.tokens)
         context.lengths += cut.count
         context.row_depths.copy_(cut.left - 1)
-        told = (rows & running for rows in invalid)
-        columns = torch.stack([cut.count, cut.accepted, cut.tried, cut.left, *told], 1)
-        return Acceptance(decisions.path, cut.count, Report(torch.cat([cut.tokens, columns], 1)))
+        columns = (cut.count, cut.accepted, cut.tried, cut.left, *invalid)
+        report = Report(torch.cat([cut.tokens, *(column[:, None] for column in columns)], 1))
+        return Acceptance(decisions.path, cut.count, report)
 
     def _record(self, report: Report) -> None:
         """Read what the step gave: the only time that it waits for the device."""

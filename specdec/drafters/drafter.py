@@ -133,10 +133,10 @@ class Report:
         return self._lists[1][3]
 
     @property
-    def invalid(self) -> tuple[list[int], list[int]]:
-        """Rows in which the target gave no law, and rows in which the draft cannot be right."""
-        *_, no_law, no_draft = self._lists[1]
-        return [b for b, bad in enumerate(no_law) if bad], [b for b, bad in enumerate(no_draft) if bad]
+    def invalid(self) -> list[list[int]]:
+        """Rows that had not ended in which the target gave no law, and those in which the draft cannot be right."""
+        counts, *_, no_law, no_draft = self._lists[1]
+        return [[b for b, n in enumerate(counts) if n and bad[b]] for bad in (no_law, no_draft)]
 
 
 @dataclass(frozen=True, eq=False)
