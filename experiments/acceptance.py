@@ -32,7 +32,7 @@ HEADER = ["tree", "law", "rule", "lossless", "tokens per forward (95 % CI)", "ov
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting = begin("experiments/acceptance.py", config)
-    prompts, sampling, draft = setting.prompts, setting.sampling, setting.models.draft.to(config.device)
+    prompts, sampling, draft = setting.prompts, setting.sampling, setting.draft
     settings = {"sampling": sampling, "max_new_tokens": config.new_tokens}
     found: dict[tuple[str, str, str], np.ndarray] = {}
     for (name, tree), rule in tqdm(list(product(trees().items(), RULES)), desc="decoding", leave=False):

@@ -43,9 +43,7 @@ def main(config: DictConfig) -> None:
         raise SystemExit(f"law={config.law}: shapes can be compared under {', '.join(LAWS)}.")
     setting = begin("experiments/calibrate_tree.py", config)
     models, prompts = setting.models, setting.prompts
-    if models.draft is None:
-        raise SystemExit("target.draft is not set: name the draft model that the tree is for.")
-    target, draft = models.target, models.draft.to(config.device)
+    target, draft = models.target, setting.draft
     drafter = ModelDrafter(draft, Widths(config.recorded, Law[config.law]))
     options = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
     acceptance = calibrate(target, drafter, prompts, options)

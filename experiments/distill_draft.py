@@ -81,10 +81,8 @@ def main(config: DictConfig) -> None:
 
 def beginning(setting: Setting, config: DictConfig, seed: int) -> PreTrainedModel:
     """The draft that training begins with."""
-    if setting.models.draft is None:
-        raise SystemExit("target.draft is not set: name the draft model that training begins with.")
+    given = setting.draft
     torch.manual_seed(seed)
-    given = setting.models.draft
     return (type(given)(given.config) if config.scratch else deepcopy(given)).to(config.device).eval()
 
 

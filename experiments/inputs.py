@@ -12,6 +12,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 import specdec
 from experiments import calls
@@ -37,6 +38,13 @@ class Setting:
     sampling: Sampling
     log: Any  # with `write`, see `experiments.results`
     source: dict[str, Any]  # provenance, as it was when the experiment began
+
+    @property
+    def draft(self) -> PreTrainedModel:
+        """The draft model, where it is to run; the experiment ends if there is none."""
+        if self.models.draft is None:
+            raise SystemExit("target.draft is not set: name the draft model that this is about.")
+        return self.models.draft.to(self.source["options"]["device"])
 
 
 def begin(script: str, config: DictConfig) -> Setting:

@@ -52,9 +52,10 @@ def main() -> None:
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Results with figures of methods by file, in order of their dates, and the names of the other JSON files."""
-    files = {
-        str(path.relative_to(folder)): json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*.json"))
-    }
+    names = (path.relative_to(folder) for path in sorted(folder.rglob("*.json")))
+    # hidden: what is being written, see `experiments.results.whole`
+    seen = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    files = {str(name): json.loads((folder / name).read_text("utf-8")) for name in seen}
     if not files:
         raise SystemExit(f"{folder}: there is no JSON file in it.")
     results = {name: {**content, "figures": _rows(content)} for name, content in files.items() if _by_method(content)}

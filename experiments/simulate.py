@@ -44,9 +44,7 @@ HEADER = ["tree", "rule", "nodes", "acceptance length: simulated", "measured", "
 def main(config: DictConfig) -> None:
     setting = begin("experiments/simulate.py", config)
     models, ids = setting.models, setting.prompts
-    if models.draft is None:
-        raise SystemExit("target.draft is not set: name the draft model whose speed-up is to be predicted.")
-    target, draft = models.target, models.draft.to(config.device)
+    target, draft = models.target, setting.draft
     settings = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
     runs = {label(*case): case for case in [*((shape, "SiblingRejection") for shape in SHAPES), *OTHERS]}
     began = time.perf_counter()

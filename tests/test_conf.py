@@ -1,5 +1,6 @@
 """Every file of conf/ is a constructor call that works, and a misspelt one is answered with the cure."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import specdec
 from experiments import calls
 from experiments.benchmark import with_models
+from experiments.inputs import Setting
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 PRESETS = ("sweep", "experiment")  # they set other options: see test_sweep.py
@@ -98,6 +100,13 @@ def test_the_target_is_loaded_as_it_is_asked_to_be(option, monkeypatch):
         str(DEMO / "target"): "auto",
         "small": None,
     }
+
+
+def test_experiment_on_a_draft_model_that_is_not_there_is_told_what_to_set():
+    setting = Setting(PAIR._replace(draft=None), [], [], specdec.Sampling(), None, {"options": {"device": "cpu"}})
+    with pytest.raises(SystemExit, match=r"target\.draft is not set"):
+        _ = setting.draft
+    assert replace(setting, models=PAIR).draft is PAIR.draft
 
 
 def test_method_without_its_draft_model_is_told_what_to_set():

@@ -44,6 +44,13 @@ def test_results_come_by_date_and_other_files_are_listed(folder):
     assert text.index('id="sweep/a.json"') < text.index('id="b.json"') < text.index("<li>list.json</li>")
 
 
+def test_what_is_being_written_is_not_read(folder):
+    before = read(folder)
+    (folder / ".abc").mkdir()
+    (folder / ".abc" / "c.json").write_text('{"figures": ')
+    assert read(folder) == before
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no JSON file"):
         read(tmp_path)
