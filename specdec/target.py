@@ -80,6 +80,7 @@ class CachedModel:
         self.device, self._dtype = embedding(model).device, embedding(model).dtype
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
+        self._compiled: Compiled | None = None  # whether in use now or not; for the cache there is
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
         self._texts: list[list[int]] = []  # of the run that the cache is of; [] if of none
 
@@ -103,7 +104,7 @@ class CachedModel:
         if (weight.dtype, weight.device) != (self._dtype, self.device):
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
         if (len(last.lengths), last.capacity) != (batch, capacity):
-            self.cache = TreeCache(self.layout, batch, capacity, self.device)
+            self.cache, self._compiled = TreeCache(self.layout, batch, capacity, self.device), None
         self.cache.take_over(last, kept)
         self.compiled = self.hidden = None
         self.longest = max(kept)  # host bound on cache.lengths
@@ -138,7 +139,7 @@ class CachedModel:
 
     def compile(self) -> None:
         """Compile the forward passes that follow: those of steps, whose shapes recur."""
-        self.compiled = Compiled(self._logits, self.model)
+        self.compiled = self._compiled = self._compiled or Compiled(self._logits, self.model)
 
     def read(self, tokens: Tensor, lengths: list[int]) -> None:
         """Commit the tokens of each row from where it stands up to lengths[b]. tokens: [batch, capacity] int64."""

@@ -34,7 +34,7 @@ def test_compiled_models_give_the_same_text():
     assert all(map(torch.equal, found.tokens, expected.tokens))
 
 
-def test_other_trees_texts_and_seeds_are_not_compiled_again():
+def test_other_trees_texts_and_seeds_are_not_compiled_again(capsys):
     model, draft = llama(), llama(1, num_hidden_layers=1)
     engine, drafter = specdec.Graphs(compile=True), ModelDrafter(draft, Dynamic(8, 3, 2))
     compiled, before = [], counters["stats"]["unique_graphs"]
@@ -43,6 +43,7 @@ def test_other_trees_texts_and_seeds_are_not_compiled_again():
         specdec.generate(model, prompts, drafter, engine=engine, **options)
         compiled.append(counters["stats"]["unique_graphs"] - before)
     assert compiled == [4] * 3  # the tree, and three levels of the draft
+    assert capsys.readouterr().err.count("| 0/1") == 4  # bars
 
 
 class Again:
