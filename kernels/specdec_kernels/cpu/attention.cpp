@@ -41,39 +41,49 @@ static inline Vector exp(Vector x) {
   return x < -87.0f ? Vector{} : p * power;
 }
 
-// scores[slot, width] = k[slot, dim] q[dim, width], of U slots and V vectors of queries.
+// Rows as they lie in the caches of a text, some way apart: the hardware does not see them coming.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* operator[](int64_t i) const { return data + i * stride; }
+  Rows from(int64_t i) const { return {data + i * stride, stride}; }
+};
+
+// scores[slot, width] = k[slot, dim] q[dim, width], of U slots and V vectors of queries. `next` is prefetched meanwhile.
 template <int U, int V>
-static void products(const float* q, const float* k, int64_t stride, float* scores, int64_t dim, int64_t width) {
+static void products(const float* q, Rows k, Rows next, float* scores, int64_t dim, int64_t width) {
+  for (int u = 0; u < U; u++)
+    for (int64_t i = 0; i < dim; i += LANES) __builtin_prefetch(next[u] + i);
   Vector sums[U][V] = {};
   for (int64_t i = 0; i < dim; i++) {
     Vector a[V];
     for (int v = 0; v < V; v++) a[v] = load(q + i * width + v * LANES);
     for (int u = 0; u < U; u++)
-      for (int v = 0; v < V; v++) sums[u][v] += k[u * stride + i] * a[v];
+      for (int v = 0; v < V; v++) sums[u][v] += k[u][i] * a[v];
   }
   for (int u = 0; u < U; u++)
     for (int v = 0; v < V; v++) store(scores + u * width + v * LANES, sums[u][v]);
 }
 
 template <int V>
-static void products(const float* q, const float* k, int64_t stride, float* scores, int64_t count, int64_t dim,
-                     int64_t width) {
+static void products(const float* q, Rows k, Rows next, float* scores, int64_t count, int64_t dim, int64_t width) {
   constexpr int U = LANES == 16 ? KEYS : KEYS / V;
   int64_t s = 0;
-  for (; s + U <= count; s += U) products<U, V>(q, k + s * stride, stride, scores + s * width, dim, width);
-  for (; s < count; s++) products<1, V>(q, k + s * stride, stride, scores + s * width, dim, width);
+  for (; s + U <= count; s += U) products<U, V>(q, k.from(s), next.from(s), scores + s * width, dim, width);
+  for (; s < count; s++) products<1, V>(q, k.from(s), next.from(s), scores + s * width, dim, width);
 }
 
 // sums[T, N vectors] = sums * fix + weights[slot, T]^T v[slot, N vectors].
 template <int T, int N>
-static void mix(const float* weights, int64_t width, const float* v, int64_t stride, float* sums, int64_t dim,
-                const float* fix, int64_t count) {
+static void mix(const float* weights, int64_t width, Rows v, Rows next, float* sums, int64_t dim, const float* fix,
+                int64_t count) {
   Vector mixed[T][N];
   for (int t = 0; t < T; t++)
     for (int n = 0; n < N; n++) mixed[t][n] = load(sums + t * dim + n * LANES) * fix[t];
   for (int64_t s = 0; s < count; s++)
     for (int n = 0; n < N; n++) {
-      Vector b = load(v + s * stride + n * LANES);
+      Vector b = load(v[s] + n * LANES);
+      __builtin_prefetch(next[s] + n * LANES);
       for (int t = 0; t < T; t++) mixed[t][n] += weights[s * width + t] * b;
     }
   for (int t = 0; t < T; t++)
@@ -81,12 +91,13 @@ static void mix(const float* weights, int64_t width, const float* v, int64_t str
 }
 
 template <int T>
-static void mix(const float* weights, int64_t width, const float* v, int64_t stride, float* sums, int64_t dim,
-                const float* fix, int64_t count) {
+static void mix(const float* weights, int64_t width, Rows v, Rows next, float* sums, int64_t dim, const float* fix,
+                int64_t count) {
   int64_t i = 0;
   for (; i + WIDE * LANES <= dim; i += WIDE * LANES)
-    mix<T, WIDE>(weights, width, v + i, stride, sums + i, dim, fix, count);
-  for (; i < dim; i += LANES) mix<T, 1>(weights, width, v + i, stride, sums + i, dim, fix, count);
+    mix<T, WIDE>(weights, width, {v[0] + i, v.stride}, {next[0] + i, next.stride}, sums + i, dim, fix, count);
+  for (; i < dim; i += LANES)
+    mix<T, 1>(weights, width, {v[0] + i, v.stride}, {next[0] + i, next.stride}, sums + i, dim, fix, count);
 }
 
 // The packed scores of a block become weights: `most` and `total` are the largest score and the sum of weights so far, and
@@ -110,48 +121,49 @@ static void soften(float* scores, int64_t width, int64_t count, float* most, flo
 }
 
 // Most slots of most texts are seen by all nodes: their bias of 0 need not be added.
-static void add(const float* bias, int64_t stride, float* scores, int64_t width, int64_t count, int64_t group,
-                int64_t nodes) {
-  for (int64_t t = 0; t < nodes; t++, bias += stride) {
+static void add(Rows bias, float* scores, int64_t width, int64_t count, int64_t group, int64_t nodes) {
+  for (int64_t t = 0; t < nodes; t++) {
+    const float* row = bias[t];
     int hidden = 0;
-    for (int64_t s = 0; s < count; s++) hidden |= bias[s] != 0;
+    for (int64_t s = 0; s < count; s++) hidden |= row[s] != 0;
     if (!hidden) continue;
     for (int64_t s = 0; s < count; s++)
-      for (int64_t h = 0; h < group; h++) scores[s * width + h * nodes + t] += bias[s];
+      for (int64_t h = 0; h < group; h++) scores[s * width + h * nodes + t] += row[s];
   }
 }
 
 // The heads that share the keys k and values v, slots `first` to `end`; y[node, heads of all, value_dim].
-static void attend(const float* q, int64_t q_head, int64_t q_row, const float* k, int64_t k_row, const float* v, int64_t v_row,
-                   const float* bias, int64_t bias_row, float* y, const Sizes& z, int64_t first, int64_t end, float scale) {
+static void attend(const float* q, int64_t q_head, int64_t q_row, Rows k, Rows v, Rows bias, float* y, const Sizes& z,
+                   int64_t first, int64_t end, float scale) {
   const int64_t group = z.heads / z.kv_heads, rows = group * z.nodes, width = (rows + LANES - 1) / LANES * LANES;
   std::unique_ptr<float[]> memory(new float[width * (z.dim + BLOCK + 3) + rows * z.value_dim + LANES]());
   uintptr_t start = (reinterpret_cast<uintptr_t>(memory.get()) + sizeof(Vector) - 1) / sizeof(Vector) * sizeof(Vector);
   float *packed = reinterpret_cast<float*>(start), *scores = packed + width * z.dim, *most = scores + width * BLOCK;
   float *total = most + width, *fix = total + width, *sums = fix + width;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t i = 0; i < z.dim; i++)
-      packed[i * width + r] = scale * q[r / z.nodes * q_head + r % z.nodes * q_row + i];
+  for (int64_t r = 0; r < rows; r++) {
+    const float* from = q + r / z.nodes * q_head + r % z.nodes * q_row;
+    for (int64_t i = 0; i < z.dim; i++) packed[i * width + r] = scale * from[i];
+  }
   for (int64_t r = 0; r < width; r++) most[r] = NONE;
 
   for (int64_t s = first; s < end; s += BLOCK) {
     const int64_t count = end - s < BLOCK ? end - s : BLOCK;
-    const float *keys = k + s * k_row, *values = v + s * v_row;
+    const Rows keys = k.from(s), later = k.from(s + BLOCK), values = v.from(s);
     int64_t r = 0;
-    for (; r + 2 * LANES <= width; r += 2 * LANES) products<2>(packed + r, keys, k_row, scores + r, count, z.dim, width);
-    if (r < width) products<1>(packed + r, keys, k_row, scores + r, count, z.dim, width);
-    add(bias + s, bias_row, scores, width, count, group, z.nodes);
+    for (; r + 2 * LANES <= width; r += 2 * LANES) products<2>(packed + r, keys, values, scores + r, count, z.dim, width);
+    if (r < width) products<1>(packed + r, keys, values, scores + r, count, z.dim, width);
+    add({bias[0] + s, bias.stride}, scores, width, count, group, z.nodes);
     for (r = 0; r < width; r += LANES) soften(scores + r, width, count, most + r, total + r, fix + r);
     for (r = 0; r < rows; r += MIXED) {
       float* mixed = sums + r * z.value_dim;
       switch (rows - r < MIXED ? rows - r : MIXED) {
-        case 1: mix<1>(scores + r, width, values, v_row, mixed, z.value_dim, fix + r, count); break;
-        case 2: mix<2>(scores + r, width, values, v_row, mixed, z.value_dim, fix + r, count); break;
-        case 3: mix<3>(scores + r, width, values, v_row, mixed, z.value_dim, fix + r, count); break;
+        case 1: mix<1>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
+        case 2: mix<2>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
+        case 3: mix<3>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
 #ifdef __AVX512F__
-        case 4: mix<4>(scores + r, width, values, v_row, mixed, z.value_dim, fix + r, count); break;
-        case 5: mix<5>(scores + r, width, values, v_row, mixed, z.value_dim, fix + r, count); break;
-        case 6: mix<6>(scores + r, width, values, v_row, mixed, z.value_dim, fix + r, count); break;
+        case 4: mix<4>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
+        case 5: mix<5>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
+        case 6: mix<6>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
 #endif
       }
     }
@@ -164,12 +176,12 @@ static void attend(const float* q, int64_t q_head, int64_t q_row, const float* k
 }
 
 // The slots from the first to behind the last that any node sees: buffers are longer than texts, windows shorter.
-static void seen(const float* bias, int64_t stride, const Sizes& z, int64_t& first, int64_t& end) {
+static void seen(Rows bias, const Sizes& z, int64_t& first, int64_t& end) {
   first = z.slots, end = 0;
-  for (int64_t t = 0; t < z.nodes; t++, bias += stride) {
+  for (int64_t t = 0; t < z.nodes; t++) {
     int64_t a = 0, b = z.slots;
-    while (a < first && bias[a] == NONE) a++;
-    while (b > end && bias[b - 1] == NONE) b--;
+    while (a < first && bias[t][a] == NONE) a++;
+    while (b > end && bias[t][b - 1] == NONE) b--;
     first = a, end = b;
   }
 }
@@ -180,11 +192,11 @@ static void attention(View q, View k, View v, View bias, float* y, const Sizes& 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < z.batch * z.kv_heads; i++) {
     const int64_t b = i / z.kv_heads, h = i % z.kv_heads;
-    const float* row = bias.data + b * bias.batch;
+    const Rows keys{k.data + b * k.batch + h * k.head, k.row}, values{v.data + b * v.batch + h * v.head, v.row};
+    const Rows hidden{bias.data + b * bias.batch, bias.row};
     int64_t first, end;
-    seen(row, bias.row, z, first, end);
-    attend(q.data + b * q.batch + h * group * q.head, q.head, q.row, k.data + b * k.batch + h * k.head, k.row,
-           v.data + b * v.batch + h * v.head, v.row, row, bias.row,
+    seen(hidden, z, first, end);
+    attend(q.data + b * q.batch + h * group * q.head, q.head, q.row, keys, values, hidden,
            y + (b * z.nodes * z.heads + h * group) * z.value_dim, z, first, end, scale);
   }
 }
