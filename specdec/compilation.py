@@ -21,7 +21,7 @@ from specdec_kernels.attention import refusals
 _SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
 _FEW = range(4, 25)  # tokens, and
 _LARGE = 1 << 17  # weights, for which our product takes less time than MKL's: measured on an AVX-512 Xeon
-_NODES = 32  # at most, of which our attention takes less time than torch's: measured there too
+_NODES = 24  # at most, of which our attention takes less time than torch's: measured there too
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _not_compiled: WeakSet[nn.Module] = WeakSet()
 
@@ -100,23 +100,22 @@ def _replace_product(graph: fx.Graph, node: fx.Node) -> None:
 def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
     """By `specdec_kernels.attention` where that pays and nothing but the attention itself is used."""
     arguments: Any = dict(zip((a.name for a in _ATTENTION._schema.arguments), node.args, strict=False)) | node.kwargs
-    bias, scale = arguments.get("attn_mask"), arguments.get("scale")
-    if bias is None or arguments.get("dropout_p") or arguments.get("is_causal"):
+    bias, results = arguments.get("attn_mask"), [*node.users]
+    if bias is None or arguments.get("dropout_p") or arguments.get("is_causal") or any(r.args[1] != 0 for r in results):
         return
     operands = arguments["query"], arguments["key"], arguments["value"], bias
     query, *others = (operand.meta["val"] for operand in operands)
-    results: Any = [*node.users]
-    few = query.device.type == "cpu" and query.shape[2] <= _NODES
-    if not few or refusals(query, *others) or any(result.args[1] != 0 for result in results):
+    if query.device.type != "cpu" or query.shape[2] > _NODES or refusals(query, *others):
         return
+    scale = arguments.get("scale")
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    with graph.inserting_before(node):
+        by_node = graph.call_function(torch.ops.specdec.attention.default, (*operands, scale))
+        by_head = graph.call_function(torch.ops.aten.permute.default, (by_node, [0, 2, 1, 3]))
+    batch, heads, nodes, dim = node.meta["val"][0].shape
+    by_node.meta["val"] = query.new_empty(batch, nodes, heads, dim)
+    by_head.meta["val"] = by_node.meta["val"].permute(0, 2, 1, 3)
     for result in results:
-        value = result.meta["val"]
-        with graph.inserting_before(result):
-            scale = query.shape[3] ** -0.5 if scale is None else scale
-            by_node = graph.call_function(torch.ops.specdec.attention.default, (*operands, scale))
-            by_head = graph.call_function(torch.ops.aten.permute.default, (by_node, [0, 2, 1, 3]))
-        by_node.meta["val"] = value.new_empty([value.shape[i] for i in (0, 2, 1, 3)])
-        by_head.meta["val"] = by_node.meta["val"].permute(0, 2, 1, 3)
         result.replace_all_uses_with(by_head)
         graph.erase_node(result)
     graph.erase_node(node)
