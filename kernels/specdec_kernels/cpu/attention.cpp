@@ -53,7 +53,7 @@ struct Rows {
 template <int U, int V>
 static void products(const float* q, Rows k, Rows next, float* scores, int64_t dim, int64_t width) {
   for (int u = 0; u < U; u++)
-    for (int64_t i = 0; i < dim; i += LANES) __builtin_prefetch(next[u] + i);
+    for (int64_t i = 0; i < dim; i += LANES) __builtin_prefetch(next[u] + i, 0, 2);
   Vector sums[U][V] = {};
   for (int64_t i = 0; i < dim; i++) {
     Vector a[V];
@@ -83,7 +83,7 @@ static void mix(const float* weights, int64_t width, Rows v, Rows next, float* s
   for (int64_t s = 0; s < count; s++)
     for (int n = 0; n < N; n++) {
       Vector b = load(v[s] + n * LANES);
-      __builtin_prefetch(next[s] + n * LANES);
+      __builtin_prefetch(next[s] + n * LANES, 0, 2);
       for (int t = 0; t < T; t++) mixed[t][n] += weights[s * width + t] * b;
     }
   for (int t = 0; t < T; t++)
