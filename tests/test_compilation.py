@@ -96,6 +96,7 @@ def traced(query, key, value, bias, **options):
         return out.transpose(1, 2).reshape(len(query), query.shape[2], -1) + 1
 
     before = make_fx(attend, tracing_mode="fake")(query, key, value, bias)
+    before.graph.eliminate_dead_code()
     after = copy.deepcopy(before)
     _ReadOnce()(after.graph)
     after.recompile()
