@@ -106,7 +106,8 @@ def traced(query, key, value, bias, **options):
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
 @pytest.mark.parametrize("nodes", [1, 5, _NODES])
 def test_keys_are_read_once_for_all_heads_of_a_few_nodes(nodes, options):
-    operands = torch.randn(2, 4, nodes, 32), *torch.randn(2, 2, 19, 2, 32).transpose(2, 3), torch.zeros(2, 1, nodes, 19)
+    key, value = torch.randn(2, 2, 19, 2, 32).transpose(2, 3)
+    operands = torch.randn(2, 4, nodes, 32), key, value, torch.zeros(2, 1, nodes, 19)
     operands[3][..., 1:].masked_fill_(torch.rand(2, 1, nodes, 18) < 0.3, -torch.inf)
     before, after, ours = traced(*operands, **options)
     assert ours == 1

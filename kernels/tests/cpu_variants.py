@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-import specdec_kernels  # noqa: F401: defines the ops
 from specdec_kernels.cpu import load
 
 

@@ -17,11 +17,12 @@ def load(*macros: str) -> None:
     from torch._inductor.codecache import CppCodeCache
 
     sources = [files(__name__).joinpath(name).read_text("utf-8") for name in SOURCES]
-    CppCodeCache.load("\n".join([*macros, *sources]), extra_flags=("-ffp-contract=fast",))  # products may be fused into sums
+    fused = "-ffp-contract=fast"  # products into sums, which torch leaves apart in its own
+    CppCodeCache.load("\n".join([*macros, *sources]), extra_flags=(fused,))
 
 
 def define(name: str, schema: str) -> Any:
-    """The op `specdec::name`. The library brings its kernel, and whatever runs it first, compiled code too, loads the library."""
+    """The op `specdec::name`, whose kernel the library brings: what runs it first, compiled code too, loads that."""
     tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
     torch.library.define(f"specdec::{name}", schema, tags=tags)
     op = getattr(torch.ops.specdec, name).default

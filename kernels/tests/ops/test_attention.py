@@ -1,8 +1,11 @@
 """Attention of a few nodes: the kernel for CPUs against float64, whatever the bias hides and however tensors lie."""
 
+from typing import Any
+
 import pytest
 import torch
 from cpu_variants import with_fewer_registers
+from torch import Tensor
 
 from specdec_kernels import attention
 from specdec_kernels.reference.tree_attention import biased_attention as reference
@@ -12,7 +15,7 @@ EXP = 4  # that the exponential may be off, in units of EPSILON, and the divisio
 RATIO = 4 * EXP * EPSILON  # of two weights, each rounded three times more
 
 
-def draw(heads, kv_heads, dim, nodes, slots, batch=1, value_dim=None):
+def draw(heads, kv_heads, dim, nodes, slots, batch=1, value_dim=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Caches as they lie: [batch, slot, head, dim] seen as [batch, head, slot, dim]. Texts of all lengths, and gaps in them."""
     query = torch.randn(batch, nodes, heads, dim).transpose(1, 2)
     key, value = (torch.randn(batch, slots, kv_heads, size).transpose(1, 2) for size in (dim, value_dim or dim))
@@ -69,7 +72,7 @@ def test_wrong_attention_is_seen():
 
 def test_tensors_may_lie_as_they_like():
     query, key, value, bias = draw(4, 2, 32, 5, 100, 2)
-    lie = [torch.randn(x.shape).mT.contiguous().mT.copy_(x) for x in (query, key, value, bias)]
+    lie: Any = [x.mT.contiguous().mT for x in (query, key, value, bias)]
     assert torch.equal(attention(*lie), attention(query, key, value, bias))
     for one in (bias[:1], bias[:, :, :1], bias[:1, :, :1]):  # of every row, of every node
         shared = one.expand_as(bias)
@@ -141,13 +144,14 @@ def test_what_is_no_number_stays_none(where, what):
 )
 def test_shapes_that_do_not_fit_are_refused(changes, refused):
     shapes = {"query": (2, 4, 5, 32), "key": (2, 2, 9, 32), "value": (2, 2, 9, 32), "bias": (2, 1, 5, 9), **changes}
+    operands: Any = [torch.zeros(shape) for shape in shapes.values()]
     with pytest.raises(ValueError, match=refused):
-        attention(*(torch.zeros(shape) for shape in shapes.values()))
+        attention(*operands)
 
 
 @pytest.mark.parametrize("place", range(4))
 def test_other_types_are_refused(place):
-    drawn = [*draw(4, 2, 32, 5, 9)]
+    drawn: Any = [*draw(4, 2, 32, 5, 9)]
     drawn[place] = drawn[place].double()
     with pytest.raises(ValueError, match="float64: only float32"):
         attention(*drawn)
