@@ -1,9 +1,10 @@
-"""Times on the CPU of what is our own in a step: sampling laws, every rule's decision, products and attention of compiled passes.
+"""Times on the CPU of what is our own in a step: sampling laws, rules, products and attention of compiled forward passes.
 
     python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
 
 Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
-matrices, attention with reading keys and values. Everything is run once per round; figures are medians over the rounds, ratios are taken within a round.
+matrices, attention with reading keys and values. Everything is run once per round; figures are medians over the rounds,
+ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from specdec.rules import Rule
 from specdec.sampling import TargetLaw
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.policy import drive
-from specdec_kernels import attention, linear
+from specdec_kernels import linear
 
 LAWS: dict[str, tuple[Sampling, Any]] = {
     "temperature 0.7": (Sampling(0.7), None),
@@ -114,7 +115,8 @@ def attentions(batch: int, heads: int, kv_heads: int, dim: int, slots: int) -> T
     """A few nodes after a text, layer after layer, as keys and values lie in our caches; and reading those."""
     shape = 2, batch, slots, kv_heads, dim
     layers = [torch.randn(shape) for _ in range(READ // (4 * math.prod(shape)))]
-    ways = {"specdec": attention, "torch": partial(scaled_dot_product_attention, enable_gqa=True)}
+    ours = partial(torch.ops.specdec.attention.default, scale=dim**-0.5)
+    ways = {"specdec": ours, "torch": partial(scaled_dot_product_attention, enable_gqa=True)}
     timed: Timed = {"reading": lambda: [layer.amax() for layer in layers]}
     for count in QUERIES:
         query = torch.randn(batch, count, heads, dim).transpose(1, 2)
