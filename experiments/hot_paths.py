@@ -1,14 +1,16 @@
-"""Times on the CPU of what is our own in a step: sampling laws, every rule's decision, products of compiled forward passes.
+"""Times on the CPU of what is our own in a step: sampling laws, rules, products and attention of compiled forward passes.
 
     python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
 
 Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
-matrices. Everything is run once per round; figures are medians over the rounds, ratios are taken within a round.
+matrices, attention with reading keys and values. Everything is run once per round; figures are medians over the rounds,
+ratios are taken within a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -42,7 +45,9 @@ SHAPES = {"chain of 4": Chain(4), "tree 4-2-1, IID": Widths((4, 2, 1), Law.IID),
 NOISE = 1.0  # standard deviation between target and draft logits: about 0.6 of the drafted tokens are accepted
 MATRICES = [(2560, 256), (256, 2560), (4096, 4096)]  # of the enlarged demo target, and of an 8B model
 TOKENS = (1, 3, 4, 5, 8, 16, 24)
-READ = 1 << 28  # bytes of matrices that a product goes through: many times the cache
+CACHES = [(1, 4, 2, 64, 261), (8, 4, 2, 64, 261), (1, 32, 8, 128, 1029), (1, 32, 8, 128, 8197)]
+QUERIES = (1, 5, 16)
+READ = 1 << 28  # bytes of matrices, or of keys and values, that are gone through: many times the cache
 Timed = dict[str, Callable[[], Any]]
 
 
@@ -106,6 +111,24 @@ def products(rows: int, columns: int) -> Timed:
     return timed
 
 
+def attentions(batch: int, heads: int, kv_heads: int, dim: int, slots: int) -> Timed:
+    """A few nodes after a text, layer after layer, as keys and values lie in our caches; and reading those."""
+    shape = 2, batch, slots, kv_heads, dim
+    layers = [torch.randn(shape) for _ in range(READ // (4 * math.prod(shape)))]
+    ours = partial(torch.ops.specdec.attention.default, scale=dim**-0.5)
+    ways = {"specdec": ours, "torch": partial(scaled_dot_product_attention, enable_gqa=True)}
+    timed: Timed = {"reading": lambda: [layer.amax() for layer in layers]}
+    for count in QUERIES:
+        query = torch.randn(batch, count, heads, dim).transpose(1, 2)
+        bias = torch.zeros(batch, 1, count, slots)
+        bias[..., -count:] = torch.full((count, count), -torch.inf).triu(1)
+        for name, way in ways.items():
+            timed[f"{count} | {name}"] = lambda way=way, query=query, bias=bias: [
+                way(query, *layer.transpose(2, 3), bias) for layer in layers
+            ]
+    return timed
+
+
 def measure(timed: Timed, rounds: int, base: str) -> dict[str, dict[str, float]]:
     """Median milliseconds, and the median ratio to that of `base` with the quartiles, over interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in timed}
@@ -142,6 +165,10 @@ def main() -> None:
     jobs = {f"law of {ROWS} x {LAW_VOCAB:,}": (laws, "top-p 0.9 | specdec")}
     for rows, columns in MATRICES:
         jobs[f"tokens times {rows} x {columns}, {READ >> 20} MB"] = (partial(products, rows, columns), "reading")
+    for sizes in CACHES:
+        batch, heads, kv_heads, dim, slots = sizes
+        title = f"attention to {slots:,} slots, batch {batch}, {heads} heads of {dim} over {kv_heads}, {READ >> 20} MB"
+        jobs[title] = (partial(attentions, *sizes), "reading")
     for (batch, vocab), (shape, tree) in ((b, s) for b in BATCHES for s in SHAPES.items()):
         title = f"{shape}, batch {batch}, vocabulary {vocab:,}"
         jobs[title] = (partial(decisions, batch, vocab, tree), "SiblingRejection")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -15,11 +16,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
-from specdec_kernels import linear
+from specdec_kernels.attention import refusals
 
 _SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
 _FEW = range(4, 25)  # tokens, and
 _LARGE = 1 << 17  # weights, for which our product takes less time than MKL's: measured on an AVX-512 Xeon
+_NODES = 24  # at most, of which our attention takes less time than torch's: measured there too
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _not_compiled: WeakSet[nn.Module] = WeakSet()
 
 
@@ -65,25 +68,57 @@ class Compiled:
 
 
 class _ReadOnce(CustomGraphPass):
-    """x @ W.T of a few tokens and a large W by `specdec_kernels.linear` on a CPU.
+    """On a CPU, what a few tokens need of memory is read once: large matrices, keys and values.
 
-    MKL takes as long as memory takes to give W for up to three tokens, and twice as long for four.
+    For x @ W.T, MKL takes as long as memory takes to give W for up to three tokens, and twice as long for four. Torch's
+    attention reads keys and values anew for every head that shares them.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-            operands: Any = node.args
-            x, weight = operands[0], _untransposed(operands[1])
-            if weight is None or not _pays(x.meta["val"], weight.meta["val"]):
-                continue
-            with graph.inserting_before(node):
-                result = graph.call_function(linear._opoverload, (x, weight))
-            result.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+            _replace_product(graph, node)
+        for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+            _replace_attention(graph, node)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, inspect.getfile(refusals)))
+
+
+def _replace_product(graph: fx.Graph, node: fx.Node) -> None:
+    """By `specdec_kernels.linear` where that pays."""
+    operands: Any = node.args
+    x, weight = operands[0], _untransposed(operands[1])
+    if weight is None or not _pays(x.meta["val"], weight.meta["val"]):
+        return
+    with graph.inserting_before(node):
+        result = graph.call_function(torch.ops.specdec.linear.default, (x, weight))
+    result.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
+    """By `specdec_kernels.attention` where that pays and nothing but the attention itself is used."""
+    arguments: Any = dict(zip((a.name for a in _ATTENTION._schema.arguments), node.args, strict=False)) | node.kwargs
+    bias, results = arguments.get("attn_mask"), [*node.users]
+    if bias is None or arguments.get("dropout_p") or arguments.get("is_causal") or any(r.args[1] != 0 for r in results):
+        return
+    operands = arguments["query"], arguments["key"], arguments["value"], bias
+    query, *others = (operand.meta["val"] for operand in operands)
+    if query.device.type != "cpu" or query.shape[2] > _NODES or refusals(query, *others):
+        return
+    scale = arguments.get("scale")
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    with graph.inserting_before(node):
+        by_node = graph.call_function(torch.ops.specdec.attention.default, (*operands, scale))
+        by_head = graph.call_function(torch.ops.aten.permute.default, (by_node, [0, 2, 1, 3]))
+    batch, heads, nodes, dim = node.meta["val"][0].shape
+    by_node.meta["val"] = query.new_empty(batch, nodes, heads, dim)
+    by_head.meta["val"] = by_node.meta["val"].permute(0, 2, 1, 3)
+    for result in results:
+        result.replace_all_uses_with(by_head)
+        graph.erase_node(result)
+    graph.erase_node(node)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:

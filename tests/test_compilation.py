@@ -1,5 +1,6 @@
 """Compiled forward passes give the same text, and are compiled once per shape. Code generation is left out: it takes long."""
 
+import copy
 import functools
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from tiny_models import GATE, PROMPTS, llama
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import scaled_dot_product_attention
 
 import specdec
 from specdec import Sampling
-from specdec.compilation import _FEW, _LARGE, _ReadOnce
+from specdec.compilation import _FEW, _LARGE, _NODES, _ReadOnce
 from specdec.drafters import LayerSkipDrafter, ModelDrafter
 from specdec.trees import Chain, Dynamic
 
@@ -85,3 +87,54 @@ def test_large_matrices_are_read_once_for_a_few_tokens(tokens, columns):
     ours = compiled.graph.find_nodes(op="call_function", target=torch.ops.specdec.linear.default)
     assert len(ours) == (tokens in _FEW and weight.numel() >= _LARGE)
     torch.testing.assert_close(compiled(x, weight), x @ weight.T + 1, atol=ROUNDING * columns**0.5, rtol=0)
+
+
+def traced(query, key, value, bias, **options):
+    """Attention as it stands in a model's graph, before and after `_ReadOnce`; how often ours is in it."""
+
+    def attend(query, key, value, bias):
+        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True, **options)
+        return out.transpose(1, 2).reshape(len(query), query.shape[2], -1) + 1
+
+    before = make_fx(attend, tracing_mode="fake")(query, key, value, bias)
+    before.graph.eliminate_dead_code()
+    after = copy.deepcopy(before)
+    _ReadOnce()(after.graph)
+    after.recompile()
+    return before, after, len(after.graph.find_nodes(op="call_function", target=torch.ops.specdec.attention.default))
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
+@pytest.mark.parametrize("nodes", [1, 5, _NODES])
+def test_keys_are_read_once_for_all_heads_of_a_few_nodes(nodes, options):
+    key, value = torch.randn(2, 2, 19, 2, 32).transpose(2, 3)
+    operands = torch.randn(2, 4, nodes, 32), key, value, torch.zeros(2, 1, nodes, 19)
+    operands[3][..., 1:].masked_fill_(torch.rand(2, 1, nodes, 18) < 0.3, -torch.inf)
+    before, after, ours = traced(*operands, **options)
+    assert ours == 1
+    torch.testing.assert_close(after(*operands), before(*operands), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "nodes, dim, dtype",
+    [
+        (_NODES + 1, 32, torch.float32),
+        (5, 24, torch.float32),
+        (5, 32, torch.float64),
+        (5, 32, torch.bfloat16),
+    ],
+)
+def test_other_attention_is_left_to_torch(nodes, dim, dtype):
+    operands = torch.randn(2, 4, nodes, dim), *torch.randn(2, 2, 2, 19, dim), torch.zeros(2, 1, nodes, 19)
+    before, after, ours = traced(*(x.to(dtype) for x in operands))
+    assert ours == 0 and str(after.graph) == str(before.graph)
+
+
+def test_attention_whose_weights_are_used_is_left_to_torch():
+    def attend(query, key, value, bias):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
+
+    operands = torch.randn(2, 4, 5, 32), *torch.randn(2, 2, 4, 19, 32), torch.zeros(2, 1, 5, 19)
+    compiled = make_fx(attend, tracing_mode="fake")(*operands)
+    _ReadOnce()(compiled.graph)
+    assert not compiled.graph.find_nodes(op="call_function", target=torch.ops.specdec.attention.default)

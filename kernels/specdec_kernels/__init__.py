@@ -1,9 +1,10 @@
 """The ops specdec runs on: tree attention and what else is worth a kernel.
 
 `specdec_kernels.reference` is the specification, in plain torch: it is importable without triton and runs without a GPU.
-On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `linear` alone is for a CPU.
+On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `linear` and `attention` are for a CPU.
 """
 
+from specdec_kernels.attention import attention
 from specdec_kernels.compact import compact
 from specdec_kernels.law import law
 from specdec_kernels.linear import linear
@@ -12,4 +13,4 @@ from specdec_kernels.verify import verify
 
 DEVICES = {"cuda"}  # types of devices that there are kernels for
 
-__all__ = ["DEVICES", "compact", "law", "linear", "tree_attention", "verify"]
+__all__ = ["DEVICES", "attention", "compact", "law", "linear", "tree_attention", "verify"]

@@ -2,22 +2,8 @@
 // A tile is `ROWS` rows of W and up to `TOKENS` of x, whose products are summed in registers; the tile after it is
 // prefetched meanwhile, as rows may be too short for the hardware to see them coming.
 
-#include <cstdint>
-#include <cstring>
-
-#ifdef __AVX512F__
-constexpr int LANES = 16, TOKENS = 6;  // 32 registers
-#else
-constexpr int LANES = 8, TOKENS = 3;
-#endif
+constexpr int TOKENS = LANES == 16 ? 6 : 3;
 constexpr int ROWS = 4;
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-
-static inline Vector load(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 template <int N>
 static inline float sum(const float* p) {
@@ -75,7 +61,7 @@ static void tiles(const float* x, const float* w, float* y, int64_t m, int64_t n
 }
 
 // y[m, n] = x[m, k] w[n, k]^T, all as they lie one row after the other.
-extern "C" void linear(const float* x, const float* w, float* y, int64_t m, int64_t n, int64_t k, int threads) {
+static void linear(const float* x, const float* w, float* y, int64_t m, int64_t n, int64_t k, int threads) {
   int64_t whole = n / ROWS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < whole; i++) tiles<ROWS>(x, w + i * ROWS * k, y + i * ROWS, m, n, k);

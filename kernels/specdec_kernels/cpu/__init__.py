@@ -1,0 +1,38 @@
+"""The ops that are for a CPU, in C++: one library, compiled when the first of them is run."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+SOURCES = ("vectors.h", "linear.cpp", "attention.cpp", "ops.cpp")
+
+
+@cache
+def load(*macros: str) -> None:
+    """Compiled for this machine as torch.compile compiles its own kernels, and kept where it keeps those."""
+    from torch._inductor.codecache import CppCodeCache
+
+    sources = [files(__name__).joinpath(name).read_text("utf-8") for name in SOURCES]
+    fused = "-ffp-contract=fast"  # products into sums, which torch leaves apart in its own
+    CppCodeCache.load("\n".join([*macros, *sources]), extra_flags=(fused,))
+
+
+def define(name: str, schema: str) -> Any:
+    """The op `specdec::name`, whose kernel the library brings: what runs it first, compiled code too, loads that."""
+    tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
+    torch.library.define(f"specdec::{name}", schema, tags=tags)
+    op = getattr(torch.ops.specdec, name).default
+
+    @torch.library.impl(f"specdec::{name}", "default")  # what runs where there is no kernel for the device
+    def first(*args: Any) -> Any:
+        device = args[0].device
+        if device.type != "cpu":
+            raise ValueError(f"specdec::{name} is for a CPU, not {device}.")
+        load()
+        return op(*args)
+
+    return op
