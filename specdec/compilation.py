@@ -21,7 +21,8 @@ from specdec_kernels.attention import refusals
 _SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
 _FEW = range(4, 25)  # tokens, and
 _LARGE = 1 << 17  # weights, for which our product takes less time than MKL's: measured on an AVX-512 Xeon
-_NODES = 24  # at most, of which our attention takes less time than torch's: measured there too
+_NODES = 24  # at most, and at least
+_QUERIES = 4  # that share keys, of which our attention takes less time than torch's: measured there too
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _not_compiled: WeakSet[nn.Module] = WeakSet()
 
@@ -104,17 +105,19 @@ def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
     if bias is None or arguments.get("dropout_p") or arguments.get("is_causal") or any(r.args[1] != 0 for r in results):
         return
     operands = arguments["query"], arguments["key"], arguments["value"], bias
-    query, *others = (operand.meta["val"] for operand in operands)
-    if query.device.type != "cpu" or query.shape[2] > _NODES or refusals(query, *others):
+    query, key, *others = (operand.meta["val"] for operand in operands)
+    _, heads, nodes, dim = query.shape
+    if query.device.type != "cpu" or nodes > _NODES or refusals(query, key, *others):
+        return
+    if nodes * heads < _QUERIES * key.shape[1]:
         return
     scale = arguments.get("scale")
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    scale = dim**-0.5 if scale is None else scale
     with graph.inserting_before(node):
         by_node = graph.call_function(torch.ops.specdec.attention.default, (*operands, scale))
         by_head = graph.call_function(torch.ops.aten.permute.default, (by_node, [0, 2, 1, 3]))
-    batch, heads, nodes, dim = node.meta["val"][0].shape
-    by_node.meta["val"] = query.new_empty(batch, nodes, heads, dim)
-    by_head.meta["val"] = by_node.meta["val"].permute(0, 2, 1, 3)
+    by_head.meta["val"] = node.meta["val"][0]
+    by_node.meta["val"] = by_head.meta["val"].permute(0, 2, 1, 3)
     for result in results:
         result.replace_all_uses_with(by_head)
         graph.erase_node(result)

@@ -105,7 +105,7 @@ def traced(query, key, value, bias, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
-@pytest.mark.parametrize("nodes", [1, 5, _NODES])
+@pytest.mark.parametrize("nodes", [2, 5, _NODES])
 def test_keys_are_read_once_for_all_heads_of_a_few_nodes(nodes, options):
     key, value = torch.randn(2, 2, 19, 2, 32).transpose(2, 3)
     operands = torch.randn(2, 4, nodes, 32), key, value, torch.zeros(2, 1, nodes, 19)
@@ -119,6 +119,7 @@ def test_keys_are_read_once_for_all_heads_of_a_few_nodes(nodes, options):
     "nodes, dim, dtype",
     [
         (_NODES + 1, 32, torch.float32),
+        (1, 32, torch.float32),
         (5, 24, torch.float32),
         (5, 32, torch.float64),
         (5, 32, torch.bfloat16),
