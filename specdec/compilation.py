@@ -106,7 +106,7 @@ def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
         return
     operands = arguments["query"], arguments["key"], arguments["value"], bias
     query, key, *others = (operand.meta["val"] for operand in operands)
-    _, heads, nodes, dim = query.shape
+    batch, heads, nodes, dim = query.shape
     if query.device.type != "cpu" or nodes > _NODES or refusals(query, key, *others):
         return
     if nodes * heads < _QUERIES * key.shape[1]:
@@ -116,8 +116,8 @@ def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         by_node = graph.call_function(torch.ops.specdec.attention.default, (*operands, scale))
         by_head = graph.call_function(torch.ops.aten.permute.default, (by_node, [0, 2, 1, 3]))
-    by_head.meta["val"] = node.meta["val"][0]
-    by_node.meta["val"] = by_head.meta["val"].permute(0, 2, 1, 3)
+    by_node.meta["val"] = query.new_empty(batch, nodes, heads, node.meta["val"][0].shape[3])
+    by_head.meta["val"] = by_node.meta["val"].permute(0, 2, 1, 3)
     for result in results:
         result.replace_all_uses_with(by_head)
         graph.erase_node(result)
