@@ -149,7 +149,7 @@ class Economy:
 
     def _ahead(self, reach: float, nodes: int, level: int, drafts: Accepted) -> float:
         """What the best number of further levels is worth in tokens, at average confidence and one child a node."""
-        best, seconds, sofar, before = 0.0, 0.0, drafts.worth(self._lag), self._verify(nodes)
+        best, seconds, sofar, start = 0.0, 0.0, drafts.worth(self._lag), nodes
         each, price = min(self.calibration * self._confidence(), 1), self._speed * self._draft(self._width)
         end = min(self._limit, level + (self._verify.sizes - nodes) // self._width)
         for further in range(level, end):
@@ -159,7 +159,7 @@ class Economy:
             nodes += self._width
             drafts = drafts.and_at(further, reach)
             seconds += self._pass(further)
-            worth = drafts.worth(self._lag) - sofar - self._speed * (seconds + self._verify(nodes) - before)
+            worth = drafts.worth(self._lag) - sofar - self._speed * seconds - self._price(start, nodes)
             best = max(best, worth)
         return best
 

@@ -118,14 +118,15 @@ class _Owed:
     def draw(self, weights: Tensor, law: Tensor) -> None:
         """Children may have been drawn: by `weights` [batch, vocab], under `law` [batch]."""
         point = (law == POINT)[:, None] | ((law == SAMPLED_THEN_TOP)[:, None] & (self.exists.cumsum(1) > 1))
-        self.draws = point.shape[1]
-        while self.draws and nobody((self.exists & ~point)[:, self.draws - 1]):
+        drawn = self.exists & ~point
+        self.draws = drawn.shape[1]
+        while self.draws and nobody(drawn[:, self.draws - 1]):
             self.draws -= 1
         if not self.draws:
             return
         own = weights.to(self.rest.dtype).gather(1, self.tokens)
         self.weights = weights.to(self.rest.dtype).scatter_add(1, self.tokens, -own.where(self.first, 0))
-        self.own = own.where(self.first & ~point, 0)  # [batch, width]: w of the siblings that could have been drawn
+        self.own = own.where(self.first & drawn, 0)  # [batch, width]: w of the siblings that could have been drawn
         left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(self.own), self.own.sum(1, True))
         # [batch, width]: W
         self.drawable = (self.weights.sum(1, keepdim=True) + left).masked_fill(point, torch.inf)
