@@ -15,7 +15,7 @@ from specdec.drafters import Fallback, LayerSkipDrafter, MedusaDrafter, MedusaHe
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
 from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, economy, estimates
+from specdec.trees import Adaptive, adaptive, economy, estimates
 
 torch.set_num_threads(1)
 STEPS = 400
@@ -62,6 +62,7 @@ def test_sampled_text_is_lossless(sampling, merge, rule):
 
 def test_text_is_lossless_while_it_stops_drafting_and_tries_again(monkeypatch):
     monkeypatch.setattr(estimates, "_FORGET", 0.5)  # try again after a few steps, not a hundred
+    monkeypatch.setattr(adaptive, "_REST", 1)
     target, tree = TabularTarget(2, seed=2), Watched(6, 3, 1, costs=DEAR)
     law = exact_law(target, (0, 1, 0), TabularDrafter(Table(2, seed=1), tree), max_new_tokens=5, merge=False)
     assert law.total_variation(target_law(target, (0, 1, 0), max_new_tokens=5)) == 0
@@ -190,8 +191,8 @@ def test_what_texts_differ_in_is_not_evened_out_by_more_steps():
     assert drafts.worth(estimates.Lag.of(8, 48)) < drafts.worth(last)
 
 
-@pytest.mark.parametrize(("accepted", "silent"), [(0.13, True), (0.9, False)], ids=["hardly_pays", "pays"])
-def test_steps_without_a_draft_are_timed_as_long_as_drafts_hardly_pay(monkeypatch, accepted, silent):
+@pytest.mark.parametrize(("accepted", "percent"), [(0.13, 5), (0.9, 1)], ids=["hardly_pays", "pays"])
+def test_steps_without_a_draft_are_timed_seldom_and_more_often_where_drafts_hardly_pay(monkeypatch, accepted, percent):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(economy.time, "perf_counter", lambda: clock.now)
     books, sizes = economy.Economy(*map(estimates.Times, (2, 1, 1))), []
@@ -206,7 +207,7 @@ def test_steps_without_a_draft_are_timed_as_long_as_drafts_hardly_pay(monkeypatc
         books.learn([(1.0, [accepted, 0.0] if step % 100 < 100 * accepted else [accepted])] if count else [])
         sizes.append(count)
     assert sizes[0] == 0 and sum(sizes[500:]) > 400
-    assert (0 in sizes[500:]) == silent
+    assert percent / 2 <= 100 * sizes[500:].count(0) / 500 <= 2 * percent
 
 
 @pytest.mark.parametrize("drafter", ["model", "second"])

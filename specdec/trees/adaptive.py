@@ -25,6 +25,7 @@ from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, 
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with
+_REST = 7  # steps at most from one thought to the next, where drafts do not pay: thinking takes time too
 _OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at temperature 1; outcomes correct it
 
 
@@ -59,6 +60,8 @@ class Adaptive(TreePolicy):
     _context: Context | None = field(default=None, init=False, repr=False)
     _expected: np.ndarray | None = field(default=None, init=False, repr=False)
     _grown: bool = field(default=False, init=False, repr=False)
+    _rest: int = field(default=0, init=False, repr=False)  # steps without a thought, the last time or still to come
+    _rested: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.nodes < 2 or self.depth < 1 or self.width < 1:
@@ -79,19 +82,22 @@ class Adaptive(TreePolicy):
     def grow(self, context: Context, coins: Coins) -> Growth:
         if context is not self._context:  # a new run
             self._context, self._begun = context, context.host_lengths
-            self._economy = self._begin(len(context.tokens))
+            self._economy, self._rest, self._rested = self._begin(len(context.tokens)), 0, 0
+        if self._rested < self._rest:
+            self._rested += 1
+            return _silent(context)
         economy, self._expected, self._grown = self._economy, None, True
         assert economy is not None
         budgets = context.row_depths.tolist()
         weights = self._weights(context.host_lengths, budgets)
         last = 1 / sum(weight**2 for weight in weights)  # how many rows may be the last
         left = sum(weight * (budget + 1) for weight, budget in zip(weights, budgets, strict=True))
-        economy.begin(min(self.depth, context.max_depth), last, left)
-        going = economy.continues()
+        economy.begin(min(self.depth, context.max_depth), last, left, 1 + self._rested)
+        going, self._rested = economy.continues(), 0
+        self._rest = min(2 * self._rest + 1, _REST) if economy.sure and not going else 0
         if not going:
             economy.finish()
-            silent = root_only(context.root)
-            return Grown(silent, silent.topology.parents)
+            return _silent(context)
         tree, weight = _Growing(context.root, budgets, self.nodes), np.array(weights)[:, None]
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weight * tree.useful()
@@ -144,6 +150,11 @@ class Adaptive(TreePolicy):
         self._economy.learn(
             [(row[0], row[path[:keep] + 1].tolist()) for row, path, keep, stopped in rows if not stopped]
         )
+
+
+def _silent(context: Context) -> Grown:
+    tree = root_only(context.root)
+    return Grown(tree, tree.topology.parents)
 
 
 def _families(logits: Tensor, most: int, sampling: Sampling) -> np.ndarray:

@@ -13,7 +13,7 @@ from specdec.trees.estimates import Accepted, Lag, Rate, Times
 
 _CARRIED = 8.0  # trials: what earlier texts say of the next
 _CLEAR = 1.15  # times as fast as without a draft: where drafts pay less, steps without one are timed
-_OFTEN = 5.0  # times: so often of late
+_OFTEN, _SELDOM = 5.0, 1.5  # times: so often of late, and where drafts clearly pay: then about every hundredth step
 _SPEED = 0.1  # weight of the newest step in the speed
 
 
@@ -37,22 +37,23 @@ class Economy:
     def turn_to_another_text(self) -> None:
         """What drafts came to in the texts before counts as so many trials at most."""
         for rate in (self._accepted, self._confidence):
-            rate.forget(_CARRIED)
+            rate.keep(_CARRIED)
 
-    def begin(self, limit: int, rows: float = 1.0, left: float = math.inf) -> None:
-        """A step that may draft `limit` levels. The first drafts nothing, and some others, to know what that takes.
+    def begin(self, limit: int, rows: float = 1.0, left: float = math.inf, steps: int = 1) -> None:
+        """A step that may draft `limit` levels. The first draft nothing, and some others, to know what that takes.
 
         Args:
             rows: how many may be the last to end.
             left: tokens that they have to go.
+            steps: since the last one that began.
         """
-        self._lag = Lag.of(rows, left)
+        self._lag, self._steps = Lag.of(rows, left), steps
         known = self._verify(1) > 0
         speed = self._tokens / self._seconds if self._seconds else 0.0
         self._speed = max(speed, 1 / self._verify(1)) if known else 0.0  # tokens per second
         clear = not self._first(1) or self._speed * self._verify(1) > _CLEAR
-        sure = known and (clear or self._verify.timed(1) >= _OFTEN)
-        self._limit = min(limit, int(2 * (1 + self._proven))) if sure else 0  # twice what was accepted lately
+        self.sure = self._verify.timed(1) >= (_SELDOM if clear else _OFTEN)
+        self._limit = min(limit, int(2 * (1 + self._proven))) if self.sure else 0  # twice what was accepted lately
         self._level, self._nodes, self._width, self._reach = 0, 1, 1, 1.0
         self._drafting = self._drafted = 0.0
         self._drafts = Accepted()
@@ -137,7 +138,7 @@ class Economy:
         """
         self._verify.see(self._nodes, time.perf_counter() - self._start - self._drafted)
         for rate in (self._accepted, self._confidence):
-            rate.forget()
+            rate.forget(self._steps)
         for weight, path in paths:
             if path:
                 self._accepted.see(weight * (len(path) - 1), weight * sum(path))

@@ -40,9 +40,15 @@ class Rate:
         self.successes += successes
         self.trials += trials
 
-    def forget(self, trials: float | None = None) -> None:
-        """A little of what was seen, or all but so many trials."""
-        left = 1 - _FORGET if trials is None else trials / max(self.trials, trials)
+    def forget(self, steps: int) -> None:
+        """A little of what was seen, with every step."""
+        self._shrink((1 - _FORGET) ** steps)
+
+    def keep(self, trials: float) -> None:
+        """Forget all but so many trials."""
+        self._shrink(trials / max(self.trials, trials))
+
+    def _shrink(self, left: float) -> None:
         self.successes *= left
         self.trials *= left
 
