@@ -27,6 +27,7 @@ from specdec.target import Scores, Target
 from specdec.theory import visits
 from specdec.trace import LEVELS, Step, Trace
 from specdec.tree import DraftTree, Law
+from specdec.trees.policy import TreePolicy
 
 
 class Decoding:
@@ -78,9 +79,11 @@ class Decoding:
             flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
             return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
 
-        models = [part for part in (found.model, *vars(self.drafter).values()) if isinstance(part, nn.Module)]
-        weights = {p.data_ptr() for model in models for p in model.parameters()}
-        parts = (target, drafter, getattr(drafter, "tree", None), type(rule), {**vars(rule)})  # as they are now
+        drafters = _with_inner(self.drafter)
+        held = [found.model, *(part for each in drafters for part in vars(each).values())]
+        weights = {p.data_ptr() for model in held if isinstance(model, nn.Module) for p in model.parameters()}
+        trees = [part for part in held if isinstance(part, TreePolicy)]
+        parts = (target, drafter, drafters, trees, type(rule), {**vars(rule)})  # as they are now
         signature = (*parts, weights, sampling, self.spec, stop, batch, capacity)
         if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
@@ -225,6 +228,12 @@ class Decoding:
         self.finished = not any(left)
         self._least = 0 if fixed else min((n for n in left if n), default=0)  # smallest budget of the running rows
         self.context.max_depth = deepest if fixed else min(deepest, max(left) - 1)
+
+
+def _with_inner(drafter: Drafter) -> list[Drafter]:
+    """It and the drafters that it is made of."""
+    inner = [part for part in vars(drafter).values() if isinstance(part, Drafter)]
+    return [drafter, *(each for part in inner for each in _with_inner(part))]
 
 
 _NO_LAW = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -31,13 +31,13 @@ class Engine:
         """
         return make()
 
-    def perform(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
-        """The result of a stage.
+    def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
+        """The result of a stage, or of a part of one.
 
         Args:
-            longest: `Context.longest`.
-            stage: a method of the run.
+            key: what it depends on besides its name and the shapes of `args`, as `Context.longest`.
+            stage: a function with a name.
             reason: why it cannot be captured; None if it can.
-            args: results of stages before it.
+            args: results of stages before it, or a frontier.
         """
         return stage(*args)

@@ -3,7 +3,8 @@
 A replay repeats what a stage did to the device when it was captured, in the same memory, and runs no Python. A stage may
 therefore be captured if what it does depends on nothing that the host knows but what stands in its key (shapes, and
 `Context.longest`), if it reads nothing back, and if whatever outlives the step is updated in place. The loop is written that
-way; drafters, tree policies, rules and targets say of themselves whether they are (`capturable`).
+way; drafters, tree policies, rules and targets say of themselves whether they are (`capturable`). Where a stage cannot be,
+parts of it may be: the passes of a draft that the host steers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from specdec.drafters.drafter import Acceptance, Report
 from specdec.engine import Engine
 from specdec.target import Scores
 from specdec.tree import DraftTree, Topology
+from specdec.trees.policy import Frontier
 
 _BLOCK = 256  # tokens: texts whose lengths fall in one block share graphs, and attend to as many slots too many at most
 
@@ -56,6 +58,7 @@ class Graphs(Engine):
     def __init__(self, *, compile: bool = False, capture: Callable[[Callable[[], Any]], Graph] | None = None):
         self.compiled, self._capture = compile, capture
         self._made_for: Any = None
+        self._inside = False  # a stage that is captured as a whole
         self._graphs: dict[Hashable, Graph] = {}
 
     @property
@@ -81,13 +84,19 @@ class Graphs(Engine):
                 self._how = partial(CudaGraph, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
         return self._buffers
 
-    def perform(self, longest: int, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
+    def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")
         if reason is not None:
             self._leave_out(name, reason)
-        if self._how is None or name in self._reasons:
+        if self._how is None or self._inside or name in self._reasons:
             return stage(*args)
-        key = (name, longest, *map(_shape, args))
+        self._inside = True
+        try:
+            return self._replayed((name, key, *map(_shape, args)), name, stage, args)
+        finally:
+            self._inside = False
+
+    def _replayed(self, key: Hashable, name: str, stage: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         self._times[key] += 1
         if self._times[key] == 1:  # what happens once (kernels are compiled, constants made) is not to be captured
             return stage(*args)
@@ -199,6 +208,8 @@ def _tensors(value: Any) -> list[Tensor]:
         case DraftTree():
             probs = [] if value.draft_probs is None else [value.draft_probs]
             return [value.tokens, value.topology.parents, value.laws, *probs]
+        case Frontier():
+            return [value.tokens, value.topology.parents]
         case Scores():
             return [t for t in value if t is not None]
         case Acceptance():
@@ -213,6 +224,8 @@ def _with(value: Any, tensors: list[Tensor]) -> Any:
             tokens, parents, laws, *probs = tensors
             shape = value.topology
             return DraftTree(tokens, Topology(parents, shape.depth, shape.width), laws, *probs)
+        case Frontier():
+            return Frontier(tensors[0], Topology(tensors[1], value.topology.depth, value.topology.width))
         case Scores():
             return Scores(tensors[0], tensors[1] if len(tensors) > 1 else None)
         case Acceptance():
@@ -223,4 +236,5 @@ def _with(value: Any, tensors: list[Tensor]) -> Any:
 def _shape(value: Any) -> Hashable:
     """What a captured stage depends on besides the numbers in `_tensors`."""
     shapes = tuple((tuple(t.shape), t.dtype) for t in _tensors(value))
-    return (shapes, value.topology.depth, value.topology.width) if isinstance(value, DraftTree) else shapes
+    grown = isinstance(value, DraftTree | Frontier)
+    return (shapes, value.topology.depth, value.topology.width) if grown else shapes

@@ -27,8 +27,9 @@ from specdec.drafters import (
 )
 from specdec.graphs import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
+from specdec.theory import CostCurve, Costs
 from specdec.tree import chain, root_only
-from specdec.trees import Chain, Dynamic, Static, Widths
+from specdec.trees import Adaptive, Chain, Dynamic, Static, Widths
 from specdec.trees.policy import Grown
 
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
@@ -103,8 +104,14 @@ DRAFTERS = {
     "n-grams": lambda draft: NgramDrafter(4),
     "suffixes": lambda draft: SuffixDrafter(),
     "suffixes, then a model": lambda draft: Fallback(SuffixDrafter(), ModelDrafter(draft, Chain(3))),
+    "adaptive": lambda draft: ModelDrafter(draft, Adaptive(costs=COSTS)),
+    "layers left out, adaptive": lambda draft: LayerSkipDrafter(skip=[1], tree=Adaptive(costs=COSTS)),
+    "heads, adaptive": lambda draft: MedusaDrafter(heads().to(draft.device), Adaptive(depth=3, costs=COSTS)),
+    "as long as they are sure": lambda draft: ModelDrafter(draft, Dynamic(8, 3, 2, threshold=0.05)),
 }
-ON_HOST = ["n-grams", "suffixes", "suffixes, then a model"]
+COSTS = Costs(CostCurve((1, 24), (1.0, 1.4)), CostCurve((1, 3), (0.02, 0.02)))
+ON_HOST = ["n-grams", "suffixes"]
+SCORES_CAPTURED = [*DRAFTERS][-5:]
 SAMPLINGS = {"greedy": Sampling(), "nucleus": Sampling(0.8, top_p=0.9)}
 
 
@@ -127,8 +134,12 @@ def assert_replays(name, sampling, engine, target=TARGET, draft=DRAFT):
     for seed in (3, 4):  # the second run replays the graphs of the first
         expected, found = (texts(*run, **options, seed=seed) for run in runs)
         assert [t[:end].tolist() for t in found] == [t[:end].tolist() for t in expected]
-        # trees of the host come in several sizes
-        assert engine.captured == 4 if name not in ON_HOST else engine.captured >= 2
+        if name in SCORES_CAPTURED:
+            assert any(key[0] == "drafted" for key in engine._graphs)
+        elif name in ON_HOST:  # their trees come in several sizes
+            assert engine.captured >= 2
+        else:
+            assert engine.captured == 4
 
 
 GREEDY = [(name, "greedy") for name in ("dynamic", "suffixes, then a model")]
@@ -224,6 +235,18 @@ def test_weights_that_have_moved_are_captured_again():
         model.float().double()
         for p in model.parameters():
             p.data = p.data.flip(0).clone()
+
+
+def test_an_inner_draft_whose_weights_have_moved_is_captured_again():
+    draft, engine = llama(1), specdec.Graphs(capture=Tape)
+    drafter, made = Fallback(NgramDrafter(2), ModelDrafter(draft, Chain(2))), []
+    for moved in (False, False, True):
+        if moved:
+            for p in draft.parameters():
+                p.data = p.data.clone()
+        texts(drafter, engine)
+        made.append(engine._graphs)
+    assert made[0] is made[1] is not made[2]
 
 
 def test_a_draft_whose_weights_have_moved_and_a_rule_that_was_changed_are_captured_again():
@@ -335,7 +358,7 @@ def reads_of(target, drafter, sampling=SAMPLINGS["nucleus"], rule=SiblingRejecti
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("name", [name for name in DRAFTERS if name not in ON_HOST])
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if name not in ON_HOST + SCORES_CAPTURED])
 def test_nothing_waits_for_the_host(name, sampling, monkeypatch):
     monkeypatch.setattr(specdec_kernels, "DEVICES", {"meta"})
     assert not reads_of(TARGET, DRAFTERS[name](DRAFT), SAMPLINGS[sampling])
@@ -373,6 +396,15 @@ def test_states_are_those_of_the_step_whatever_else_runs_step_by_step(monkeypatc
             settings = {**options, "target": model, "rule": rule, "seed": seed, "prompts": PROMPTS[1:3]}
             expected, found = (texts(drafter, e, **settings) for e in ("eager", engine))
             assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", SCORES_CAPTURED)
+def test_scores_that_are_replayed_fit_those_that_are_not(name):
+    engine, drafters = specdec.Graphs(capture=Tape), [DRAFTERS[name](DRAFT) for _ in range(2)]
+    for seed in range(8):
+        options = {"prompts": PROMPTS[1:3], "sampling": Sampling(1.0), "seed": seed, "max_new_tokens": 9}
+        expected, found = (texts(*each, **options) for each in zip(drafters, ("eager", engine), strict=True))
+        assert all(map(torch.equal, found, expected))
 
 
 def test_engines_that_there_are_not():

@@ -8,7 +8,7 @@ scratch that verification overwrites, and every token of the text has its full k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,16 +32,14 @@ class LayerSkipDrafter(TreeDrafter):
         tree: the tree policy; a chain of 4 by default.
     """
 
+    capturable_scores = True
+
     def __init__(self, skip: Sequence[int] = (), exit_layer: int | None = None, tree: TreePolicy | None = None):
         super().__init__(tree)
         self.skip, self.exit_layer = tuple(skip), exit_layer
 
     def __repr__(self) -> str:
         return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"
-
-    @property
-    def capturable(self) -> bool:
-        return self.tree.capturable
 
     def start(self, target: Target, context: Context) -> None:
         if not isinstance(target, ModelTarget):
@@ -59,8 +57,11 @@ class LayerSkipDrafter(TreeDrafter):
             )
         self._skipped = [layers[i] for i in sorted(skipped)]
 
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
+    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
         self._cached.longest = context.longest - 1
+        return context.longest
+
+    def score(self, frontier: Frontier, context: Context) -> Tensor:
         with passing_through(self._skipped):
             return self._cached.forward(frontier.tokens, frontier.topology)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import torch
@@ -110,18 +110,16 @@ class MedusaDrafter(TreeDrafter):
         tree: the tree policy, no deeper than there are heads.
     """
 
-    uses_hidden = True
+    uses_hidden = capturable_scores = True
 
     def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
         self.heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
         super().__init__(Widths([1] * len(self.heads)) if tree is None else tree)
+        # [batch, head, vocab], of the last root; in one place as long as that is possible, as captured graphs write to it
+        self._logits = torch.empty(0)
 
     def __repr__(self) -> str:
         return f"MedusaDrafter({len(self.heads)} heads, {self.tree})"
-
-    @property
-    def capturable(self) -> bool:
-        return self.tree.capturable
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         spec = super().spec(sampling)
@@ -145,12 +143,19 @@ class MedusaDrafter(TreeDrafter):
             raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {target.vocab}: other heads.")
         self.heads.to(target.device)
 
+    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
+        self._deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
+        return self._deepest
+
     def score(self, frontier: Frontier, context: Context) -> Tensor:
         depth, count = frontier.topology.depth, frontier.tokens.shape[1]
         if depth == 0:  # all heads at once, as deep as this tree may become
             assert context.hidden is not None
-            deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
-            self._logits = self.heads(context.hidden, self._lm_head, deepest)  # [batch, head, vocab]
+            logits = self.heads(context.hidden, self._lm_head, self._deepest)
+            shape = (len(logits), len(self.heads), logits.shape[2])
+            if (self._logits.shape, self._logits.dtype, self._logits.device) != (shape, logits.dtype, logits.device):
+                self._logits = logits.new_empty(shape)
+            self._logits[:, : self._deepest] = logits
         return self._logits[:, depth : depth + 1].expand(-1, count, -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,6 +31,8 @@ class ModelDrafter(TreeDrafter):
             vocabularies differ in size, to check that one is the other plus padding.
     """
 
+    capturable_scores = True
+
     def __init__(self, model: PreTrainedModel, tree: TreePolicy | None = None, tokenizer: Any = None):
         super().__init__(tree)
         self.model, self.tokenizer = model, tokenizer
@@ -37,10 +40,6 @@ class ModelDrafter(TreeDrafter):
 
     def __repr__(self) -> str:
         return f"ModelDrafter({type(self.model).__name__}, {self.tree})"
-
-    @property
-    def capturable(self) -> bool:
-        return self.tree.capturable
 
     def patched(self) -> AbstractContextManager[None]:
         return self._cached.patch
@@ -68,21 +67,27 @@ class ModelDrafter(TreeDrafter):
         self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
         self.asked = None
 
+    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
+        cached, longest = self._cached, context.longest
+        if frontier.topology.depth:
+            cached.longest = longest - 1
+            return longest
+        # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
+        unread = _AFTER_OWN_DRAFT if context.fixed else int((context.lengths - cached.cache.lengths).max())
+        if context.engine.fixed:
+            unread = min(1 << (unread - 1).bit_length(), longest)  # few shapes: each is compiled
+        self._unread, cached.longest = unread, max(longest - unread, 0)
+        return longest, unread
+
     def _read_root(self, context: Context) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
-        cache, longest, lengths = self._cached.cache, context.longest, context.lengths
-        # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
-        count = _AFTER_OWN_DRAFT if context.fixed else int((lengths - cache.lengths).max())
-        if context.engine.fixed:
-            count = min(1 << (count - 1).bit_length(), longest)  # few shapes: each is compiled
+        cache, lengths = self._cached.cache, context.lengths
         # who misses less reads its last tokens again, so that nobody reads past its end
-        cache.lengths.copy_((lengths - count).clamp(min=0))
-        self._cached.longest = max(longest - count, 0)
-        tokens = self._cached.pending(context.tokens, count)
-        logits = self._cached.forward(tokens, chain(len(tokens), count, tokens.device))
+        cache.lengths.copy_((lengths - self._unread).clamp(min=0))
+        tokens = self._cached.pending(context.tokens, self._unread)
+        logits = self._cached.forward(tokens, chain(len(tokens), self._unread, tokens.device))
         last = lengths - 1 - cache.lengths
         cache.lengths.copy_(lengths - 1)
-        self._cached.longest = longest - 1
         return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
 
     def score(self, frontier: Frontier, context: Context) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 
 from torch import Tensor
 
@@ -15,13 +16,14 @@ from specdec.trees.widths import Chain
 
 
 class TreeDrafter(Drafter):
-    """Grows the trees of a policy. Override `score`, and `start` if there is something to prepare.
+    """Grows the trees of a policy. Override `score`, and `start` if there is something to set up.
 
     Args:
         tree: the tree policy; a chain of 4 by default.
     """
 
     asked: Tensor | None = None  # [batch, node] int64: `Grown.asked` of the last tree; None if it was the root alone
+    capturable_scores: bool = False  # True if `score` does the same to the device whenever `prepare` says the same
 
     def __init__(self, tree: TreePolicy | None = None):
         if not isinstance(tree, TreePolicy | None):
@@ -30,8 +32,17 @@ class TreeDrafter(Drafter):
             )
         self.tree = Chain(4) if tree is None else tree
 
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """As a whole; where trees are grown on the host, `capturable_scores` lets scores be, one by one."""
+        return self.capturable_scores and self.tree.capturable
+
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.tree.spec(sampling)
+
+    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
+        """Called before every `score`, on the host: what that is going to depend on besides the shapes in the frontier."""
+        return context.longest
 
     @abstractmethod
     def score(self, frontier: Frontier, context: Context) -> Tensor:
@@ -41,7 +52,15 @@ class TreeDrafter(Drafter):
         self.asked = None
         if context.max_depth == 0:
             return root_only(context.root)
-        grown = drive(self.tree, context, coins, lambda frontier: self.score(frontier, context))
+
+        def drafted(frontier: Frontier) -> Tensor:
+            return self.score(frontier, context)
+
+        def asked(frontier: Frontier) -> Tensor:
+            key = id(self), self.prepare(frontier, context)
+            return context.engine.perform(key, drafted, None, frontier) if self.capturable_scores else drafted(frontier)
+
+        grown = drive(self.tree, context, coins, asked)
         self.asked = grown.asked if grown.tree.topology.depth else None
         return grown.tree
 

@@ -57,7 +57,7 @@ class Adaptive(TreePolicy):
     costs: Costs | None = None
     _known: dict[int, Economy] = field(default_factory=dict, init=False, repr=False)  # by batch
     _economy: Economy | None = field(default=None, init=False, repr=False)
-    _context: Context | None = field(default=None, init=False, repr=False)
+    _texts: list[list[int]] | None = field(default=None, init=False, repr=False)  # of the run
     _expected: np.ndarray | None = field(default=None, init=False, repr=False)
     _grown: bool = field(default=False, init=False, repr=False)
     _rest: int = field(default=0, init=False, repr=False)  # steps without a thought, the last time or still to come
@@ -80,8 +80,8 @@ class Adaptive(TreePolicy):
         return TreeSpec(laws, self.nodes, self.depth, self.width, by_depth=True, by_row=False, by_clock=clock)
 
     def grow(self, context: Context, coins: Coins) -> Growth:
-        if context is not self._context:  # a new run
-            self._context, self._begun = context, context.host_lengths
+        if context.texts is not self._texts:  # a new run
+            self._texts, self._begun = context.texts, context.host_lengths
             self._economy, self._rest, self._rested = self._begin(len(context.tokens)), 0, 0
         if self._rested < self._rest:
             self._rested += 1
