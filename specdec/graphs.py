@@ -38,6 +38,9 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
+_Capture = Callable[[Callable[[], Any]], Graph]
+
+
 class Graphs(Engine):
     """Static buffers, and one CUDA graph per stage and shape. On other devices the same code runs uncaptured.
 
@@ -55,7 +58,7 @@ class Graphs(Engine):
 
     fixed = True
 
-    def __init__(self, *, compile: bool = False, capture: Callable[[Callable[[], Any]], Graph] | None = None):
+    def __init__(self, *, compile: bool = False, capture: _Capture | None = None):
         self.compiled, self._capture = compile, capture
         self._made_for: Any = None
         self._inside = False  # a stage that is captured as a whole
@@ -92,11 +95,13 @@ class Graphs(Engine):
             return stage(*args)
         self._inside = True
         try:
-            return self._replayed((name, key, *map(_shape, args)), name, stage, args)
+            return self._replayed((name, key, *map(_shape, args)), name, self._how, stage, args)
         finally:
             self._inside = False
 
-    def _replayed(self, key: Hashable, name: str, stage: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _replayed(
+        self, key: Hashable, name: str, capture: _Capture, stage: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Any:
         self._times[key] += 1
         if self._times[key] == 1:  # what happens once (kernels are compiled, constants made) is not to be captured
             return stage(*args)
@@ -104,7 +109,7 @@ class Graphs(Engine):
             return self._watched(name, stage, args)
         held = self._hold(key, args)
         if key not in self._graphs:
-            self._graphs[key] = self._how(lambda: stage(*held))
+            self._graphs[key] = capture(lambda: stage(*held))
         self._graphs[key].replay()
         return self._graphs[key].outputs
 
