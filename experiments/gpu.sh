@@ -18,7 +18,7 @@ worst=0
 ended() { worst=$(($1 > worst ? $1 : worst)); }
 
 # side by side, in parts: they mostly wait for the compiler, and most of what it makes belongs to one part of a suite
-declare -A parts=([compact]=1 [law]=1 [verify]=5 [graphs]=3 [tree_attention]=5)
+declare -A parts=([compact]=1 [law]=1 [verify]=5 [graphs]=4 [tree_attention]=5)
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # what is installed here is not ours to choose, nor are its warnings: see -W
 declare -A pids
 for suite in "${!parts[@]}"; do

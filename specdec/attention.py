@@ -49,13 +49,16 @@ class View:
         """Have computed what masks are made of: `cached_property` itself cannot be compiled."""
         _ = self.positions, self._allowed, self._slot_positions, self.topology.ancestors, self.topology.depths
 
-    def sight(self, pattern: Callable[..., Tensor]) -> Tensor | None:
+    def sight(self, window: int | None) -> Tensor | None:
         """[batch, 1, count, 2 + word] int32: the same for the kernel, None for trees and patterns that it does not know.
 
         Of each query the first slot that it sees, the length of its prefix, and the bits of the nodes that it sees. Models
         may slice it like any mask.
+
+        Args:
+            window: how many positions, its own included, a query may see; None if there is another pattern.
         """
-        depths, window = self.topology.depths, _window(pattern)
+        depths = self.topology.depths
         if window is None or depths.shape[1] > MAX_NODES:  # long prompts are read as long chains
             return None
         near = depths[:, -self.count :, None] - depths[:, None] < window
@@ -96,24 +99,46 @@ class View:
 _AND, _SLIDING = and_masks(causal_mask_function).__code__, sliding_window_overlay(0).__code__
 
 
-def _window(pattern: Any) -> int | None:
-    """How many positions, its own included, a query of transformers' causal or sliding pattern sees; None for others."""
+def _window(pattern: Any, size: int | None, custom: bool, config: Any) -> int | None:
+    """How many positions, its own included, a query of transformers' causal or sliding pattern sees; None for others.
+
+    Args:
+        pattern: the function.
+        size: of the sliding window or the chunk that it was made with, if transformers says so.
+        custom: whether other functions were combined with it.
+        config: the model's.
+    """
     if pattern is causal_mask_function:
         return 1 << 30
-    if getattr(pattern, "__code__", None) is _AND:
-        (parts,) = (cell.cell_contents for cell in pattern.__closure__)
-        if len(parts) == 2 and parts[0].__code__ is _SLIDING and parts[1] is causal_mask_function:
-            return parts[0].__closure__[0].cell_contents
+    if getattr(pattern, "__code__", None) is not _AND:
+        return None
+    if torch.compiler.is_compiling():  # which cannot look into functions
+        chunks = getattr(config, "attention_chunk_size", None) is not None
+        return None if custom or chunks else size
+    (parts,) = (cell.cell_contents for cell in pattern.__closure__)
+    if len(parts) == 2 and parts[0].__code__ is _SLIDING and parts[1] is causal_mask_function:
+        return parts[0].__closure__[0].cell_contents
     return None
 
 
 def _mask(
-    *, mask_function: Callable[..., Tensor], q_offset: Any, device: torch.device, dtype: torch.dtype, **_: Any
+    *,
+    mask_function: Callable[..., Tensor],
+    q_offset: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **_: Any,
 ) -> Tensor:
     """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`."""
     view: View = q_offset
-    sight = view.sight(mask_function) if device.type in specdec_kernels.DEVICES else None
-    return view.bias(mask_function, dtype).to(device) if sight is None else sight
+    if device.type in specdec_kernels.DEVICES:
+        sight = view.sight(_window(mask_function, local_size, use_vmap, config))
+        if sight is not None:
+            return sight
+    return view.bias(mask_function, dtype).to(device)
 
 
 class _Counter:

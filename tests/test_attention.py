@@ -10,7 +10,7 @@ from transformers.masking_utils import (
 )
 
 import specdec_kernels
-from specdec.attention import View
+from specdec.attention import View, _window
 from specdec.tree import Topology, chain
 from specdec_kernels.reference import tree_attention as reference
 from specdec_kernels.tree_attention import MAX_NODES
@@ -23,8 +23,8 @@ def told(monkeypatch):
     """The CPU answers as a GPU does; collects whether each answer was a sight."""
     answers, sight = [], View.sight
 
-    def note(view, pattern):
-        answers.append(sight(view, pattern))
+    def note(view, window):
+        answers.append(sight(view, window))
         return answers[-1]
 
     monkeypatch.setattr(specdec_kernels, "DEVICES", {"cpu"})
@@ -44,8 +44,8 @@ def test_ragged_trees_in_one_forward_equal_their_paths_in_the_words_of_the_kerne
 def test_the_walk_finds_wrong_words(column, told, monkeypatch):
     sight = View.sight
 
-    def wrong(view, pattern):
-        words = sight(view, pattern)
+    def wrong(view, window):
+        words = sight(view, window)
         words[..., column] ^= 1
         return words
 
@@ -62,7 +62,7 @@ def test_the_sight_of_a_view_is_its_bias(window, count):
     parents[:, 0] = -1
     view = View(torch.tensor([0, 5, 33]), Topology(parents, depth=39), count, slots=80)
     pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    words = view.sight(pattern)
+    words = view.sight(_window(pattern, window, False, None))
     assert words is not None
     seen = reference.visible(words[:, 0, :, 0], words[:, 0, 0, 1], words[:, 0, :, 2:], slots=80)
     assert torch.equal(seen, view.bias(pattern, torch.float32)[:, 0] == 0)
@@ -71,5 +71,6 @@ def test_the_sight_of_a_view_is_its_bias(window, count):
 def test_patterns_and_trees_without_a_kernel_have_no_sight():
     lengths = torch.tensor([3])
     short, long = (View(lengths, chain(1, nodes), nodes, 3 + nodes) for nodes in (MAX_NODES, MAX_NODES + 1))
-    assert short.sight(causal_mask_function) is not None and long.sight(causal_mask_function) is None
-    assert short.sight(chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))) is None
+    assert short.sight(4) is not None and long.sight(4) is None
+    chunked = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
+    assert short.sight(_window(chunked, 4, False, None)) is None

@@ -5,12 +5,14 @@ import functools
 
 import pytest
 import torch
+from test_models import MODELS
 from tiny_models import GATE, PROMPTS, llama
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 import specdec
+import specdec_kernels
 from specdec import Sampling
 from specdec.compilation import _FEW, _LARGE, _NODES, _ReadOnce
 from specdec.drafters import LayerSkipDrafter, ModelDrafter
@@ -30,6 +32,20 @@ def captured_only(monkeypatch):
 def test_compiled_models_give_the_same_text():
     """Of the models the one with both kinds of layers, causal and sliding."""
     model, drafter = GATE["gemma3_sliding"](), LayerSkipDrafter(skip=[1], tree=Chain(2))
+    expected, found = (
+        specdec.generate(model, PROMPTS, drafter, engine=engine, **OPTIONS) for engine in ("eager", "compile")
+    )
+    assert all(map(torch.equal, found.tokens, expected.tokens))
+
+
+WITH_WINDOWS = ["gemma3_sliding", "mistral_sliding", "gemma2_softcap_sliding", "cohere2_sliding", "llama4_chunked"]
+
+
+@pytest.mark.parametrize("name", WITH_WINDOWS)
+def test_compiled_models_tell_the_kernels_what_eager_ones_do(name, monkeypatch):
+    """Of windows too: the compiler cannot look into transformers' patterns. Text is long enough to leave them."""
+    monkeypatch.setattr(specdec_kernels, "DEVICES", {"cpu"})
+    model, drafter = MODELS[name](torch.float64), LayerSkipDrafter(skip=[1], tree=Chain(2))
     expected, found = (
         specdec.generate(model, PROMPTS, drafter, engine=engine, **OPTIONS) for engine in ("eager", "compile")
     )
