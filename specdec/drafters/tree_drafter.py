@@ -42,7 +42,7 @@ class TreeDrafter(Drafter):
 
     def prepare(self, frontier: Frontier, context: Context) -> Hashable:
         """Called before every `score`, on the host: what that is going to depend on besides the shapes in the frontier."""
-        return context.longest
+        return None
 
     @abstractmethod
     def score(self, frontier: Frontier, context: Context) -> Tensor:
