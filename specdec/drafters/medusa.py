@@ -144,7 +144,8 @@ class MedusaDrafter(TreeDrafter):
         self.heads.to(target.device)
 
     def prepare(self, frontier: Frontier, context: Context) -> Hashable:
-        self._deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
+        if frontier.topology.depth == 0:
+            self._deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
         return self._deepest
 
     def score(self, frontier: Frontier, context: Context) -> Tensor:

@@ -40,8 +40,9 @@ class Adaptive(TreePolicy):
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
     about 2 tokens, and 1 % of the steps: see `specdec.trees.estimates.Rate`. Where drafts hardly pay, 5 % of the steps go
-    without one, to know what that takes. Without `costs` a run begins with what the last one of that batch size has learned,
-    so a policy serves one pair of models, and one run at a time.
+    without one, and about 1 % where they do, to know what that takes; where they do not pay, every eighth step thinks of one.
+    Without `costs` a run begins with what the last one of that batch size has learned, so a policy serves one pair of models,
+    and one run at a time.
 
     Args:
         nodes: most nodes of a tree, the root included.
