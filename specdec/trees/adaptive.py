@@ -40,7 +40,7 @@ class Adaptive(TreePolicy):
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
     about 2 tokens, and 1 % of the steps: see `specdec.trees.estimates.Rate`. Where drafts hardly pay, 5 % of the steps go
-    without one, and about 1 % where they do, to know what that takes; where they do not pay, every eighth step thinks of one.
+    without one, and 2 % where they clearly do, to know what that takes; where they do not pay, every eighth step thinks of one.
     Without `costs` a run begins with what the last one of that batch size has learned, so a policy serves one pair of models,
     and one run at a time.
 

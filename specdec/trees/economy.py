@@ -13,7 +13,7 @@ from specdec.trees.estimates import Accepted, Lag, Rate, Times
 
 _CARRIED = 8.0  # trials: what earlier texts say of the next
 _CLEAR = 1.15  # times as fast as without a draft: where drafts pay less, steps without one are timed
-_OFTEN, _SELDOM = 5.0, 1.5  # times: so often of late, and where drafts clearly pay: then about every hundredth step
+_OFTEN, _SELDOM = 5.0, 1.5  # times: so often of late, and where drafts clearly pay: about every fiftieth step
 _SPEED = 0.1  # weight of the newest step in the speed
 
 
