@@ -228,6 +228,7 @@ class Decoding:
         self.finished = not any(left)
         self._least = 0 if fixed else min((n for n in left if n), default=0)  # smallest budget of the running rows
         self.context.max_depth = deepest if fixed else min(deepest, max(left) - 1)
+        self.context.host_row_depths = [max(n - 1, 0) for n in left]
 
 
 def _with_inner(drafter: Drafter) -> list[Drafter]:

@@ -147,11 +147,6 @@ class TargetLaw:
         self._check(scores, rows)
         return self._context.sampling.probabilities(scores)
 
-    def like(self, count: int) -> Tensor:
-        """[count, vocab]: zeros of the type that laws have."""
-        dtype = torch.float64 if self._logits.dtype == torch.float64 else torch.float32
-        return self._logits.new_zeros(count, self.vocab, dtype=dtype)
-
     def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
         """Sibling rejection against this law: (path, accepted, token) of `specdec_kernels.reference.verify`.
 

@@ -36,9 +36,9 @@ class TreeSpec:
     nodes: int  # largest number of nodes, the root included, and of nodes that the draft is asked to continue
     depth: int  # longest path, in drafted tokens
     width: int  # most children of one node; 1 for chains
-    by_depth: bool = (
-        False  # whether a node exists depends on no token below its depth: `LevelVerification` relies on it
-    )
+    # Whether a node exists depends on no token of its own depth or below, so not on its siblings or cousins either:
+    # `KSeq` and `LevelVerification` rely on it, and `specdec.testing.assert_drafter` checks it.
+    by_depth: bool = False
     by_row: bool = True  # whether a row's tree depends on no other row: `specdec.testing` relies on it
     by_clock: bool = (
         False  # whether trees depend on measured times: processes that share a model would draft different ones

@@ -31,6 +31,7 @@ class Context:
     max_length: int  # tokens that the longest row may grow to, the prompt included
     max_depth: int  # longest path that can still be of use to any row
     row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
+    host_row_depths: list[int]  # the same on the host, 0 for rows that have ended
     sampling: Sampling
     processors: list[tuple[Any, ...]]  # each row's logits processors
     vocab: int  # size of the target's vocabulary
@@ -50,9 +51,8 @@ class Context:
         """Buffers for texts of at most `capacity` tokens."""
         lengths, row_depths = torch.zeros((2, batch), dtype=torch.int64, device=device)
         tokens = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
-        return cls(
-            tokens, lengths, [[] for _ in range(batch)], capacity, 0, row_depths, Sampling(), [()] * batch, vocab
-        )
+        texts: list[list[int]] = [[] for _ in range(batch)]
+        return cls(tokens, lengths, texts, capacity, 0, row_depths, [0] * batch, Sampling(), [()] * batch, vocab)
 
     def begin(
         self,
@@ -185,7 +185,11 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        """Draft trees for the batch, no deeper than `context.max_depth`. Draw by `coins.picks` only."""
+        """Draft trees for the batch, no deeper than `context.max_depth`. Draw by `coins.picks` only.
+
+        A node's number decides which coins are its own. So that a row's text does not depend on its batch, nodes deeper than
+        `context.row_depths` must not take numbers before those of nodes that the row can use.
+        """
 
     def commit(self, acceptance: Acceptance) -> None:  # noqa: B027 - optional
         """Called after every step with what was kept of the last proposal: nothing (`keep` is 0) of rows that had ended,

@@ -37,9 +37,9 @@ class NgramDrafter(Drafter):
         self._lengths = list(context.host_lengths)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        length = min(self.length, context.max_depth)
-        rows = (row[:n] for row, n in zip(self._text, self._lengths, strict=True))
-        return tree_of_points(context.root, [self._draft(row, length) for row in rows])
+        rows = zip(self._text, self._lengths, context.host_row_depths, strict=True)
+        drafts = [self._draft(row[:n], min(self.length, depth)) for row, n, depth in rows]
+        return tree_of_points(context.root, drafts)
 
     def commit(self, acceptance: Acceptance) -> None:
         for b, tokens in enumerate(acceptance.emitted):

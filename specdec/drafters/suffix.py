@@ -111,8 +111,8 @@ class SuffixDrafter(Drafter):
         self._read(context.texts)
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        deepest = min(self.depth, context.max_depth)
-        drafts = [list(self._grow(*self._match(b), deepest)) for b in range(len(self._rows))]
+        depths = (min(self.depth, depth) for depth in context.host_row_depths)
+        drafts = [list(self._grow(*self._match(b), deepest)) for b, deepest in enumerate(depths)]
         return tree_of_points(context.root, drafts)
 
     def commit(self, acceptance: Acceptance) -> None:

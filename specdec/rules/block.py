@@ -69,7 +69,7 @@ class BlockVerification(Rule):
             chance, rest = residual_batch(reach, p, child.excess(reach * p))
             heads = more & (coin.gather(1, node) < chance)
             owed, accepted = torch.where(heads, rest, owed), torch.where(heads, depth, accepted)
-            reach = torch.where(more, (reach * p.gather(1, child.token) / child.probability).clamp(max=1), reach)
+            reach = torch.where(more, child.ratio(reach * p), reach)
             node, length = torch.where(more, siblings.index[:, :1], node), length + more
             path.append(node)
         whole = coin.gather(1, node) < reach

@@ -30,11 +30,12 @@ class Siblings:
 
     @cached_property
     def weights(self) -> Tensor | None:
-        """[batch, vocab]: the node's draft law, not normalised; None where all children are POINT."""
+        """[batch, vocab], at least float32: the node's draft law, not normalised; None where all children are POINT."""
         if self._tree.draft_probs is None:
             return None
         internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)  # the nodes beyond are leaves
-        return self._tree.draft_probs[self._rows, internal]
+        weights = self._tree.draft_probs[self._rows, internal]
+        return weights if weights.dtype == torch.float64 else weights.float()
 
     def child(self, slot: Tensor) -> ChildLaw:
         """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""
@@ -48,7 +49,8 @@ class Siblings:
             earlier = self.exists & (self._law == Law.WITHOUT_REPLACEMENT) & (place < slot)
             weights = _drop(weights, self.tokens, top | earlier)
         point = top.gather(1, slot) | (self._law == Law.POINT)
-        return ChildLaw(token, point, weights / weights.sum(1, keepdim=True).masked_fill(point, torch.inf))
+        total = weights.sum(1, keepdim=True)
+        return ChildLaw(token, point, weights / total.masked_fill(point | (total == 0), torch.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +61,16 @@ class ChildLaw:
     point: Tensor  # [batch, 1] bool: the law is certain of that token
     law: Tensor | None  # [batch, vocab]: the law of the other rows, 0 in these; None if all are
 
-    @property
-    def probability(self) -> Tensor:
-        """[batch, 1]: of the child's own token."""
-        return self.at(self.token)
+    def ratio(self, mass: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """[batch, k]: min(1, mass / law) of `tokens` [batch, k] int64, by default the child's own; 0 where the law is 0.
 
-    def at(self, tokens: Tensor) -> Tensor:
-        """[batch, k]: the probabilities of `tokens` [batch, k] int64."""
-        same = (tokens == self.token).float()
-        return same if self.law is None else torch.where(self.point, same, self.law.gather(1, tokens))
+        mass: [batch, vocab].
+        """
+        tokens = self.token if tokens is None else tokens
+        law = (tokens == self.token).to(mass.dtype)
+        if self.law is not None:
+            law = torch.where(self.point, law, self.law.gather(1, tokens).to(mass.dtype))
+        return (mass.gather(1, tokens) / law.masked_fill(law == 0, torch.inf)).clamp(max=1)
 
     def dense(self, like: Tensor) -> Tensor:
         """[batch, vocab]: the law of every row, of the shape and type of `like`."""
@@ -78,7 +81,7 @@ class ChildLaw:
         """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
         if self.law is None:
             return mass.scatter(1, self.token, 0)
-        rest = (mass - self.law).clamp_(min=0)
+        rest = (mass - self.law.to(mass.dtype)).clamp_(min=0)
         return rest.scatter_(1, self.token, rest.gather(1, self.token).masked_fill(self.point, 0))
 
     def overlap(self, mass: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class ChildLaw:
         own = mass.gather(1, self.token)
         if self.law is None:
             return torch.zeros_like(mass).scatter_(1, self.token, own)
-        both = torch.minimum(mass, self.law)
+        both = torch.minimum(mass, self.law.to(mass.dtype))
         return both.scatter_(1, self.token, torch.where(self.point, own, both.gather(1, self.token)))
 
 

@@ -3,7 +3,7 @@
 The k-sequential selection of SpecTr (Sun et al., arXiv:2310.15141), at every node of a tree.
 
 Why it is lossless: a child x ~ q is accepted with mass m(x) = min(q(x), p(x) / rho); let beta = sum m. Children are
-independent, so that of k of them the accepted one is x with mass m(x) c, where c = 1 + (1 - beta) + ... + (1 - beta)^(k-1).
+independent, and their number does not depend on their tokens, so that of k of them the accepted one is x with mass m(x) c, where c = 1 + (1 - beta) + ... + (1 - beta)^(k-1).
 When all are rejected, what is emitted has law (p - m c) normalised: together that is p, provided that p - m c is nowhere
 negative. Where p / rho is the smaller, m c = p c / rho; where q is, m c <= p c / rho as well. So c <= rho is what
 is needed. rho beta grows with rho and c beta = 1 - (1 - beta)^k falls, so there is a smallest rho that will do, the most
@@ -37,6 +37,11 @@ class KSeq(Rule):
     lossless = True
 
     def check(self, spec: TreeSpec) -> None:
+        if spec.width > 1 and not spec.by_depth:
+            raise ValueError(
+                "KSeq is lossless where how many children a node has does not depend on their tokens, which these trees do not "
+                "promise: set TreeSpec(by_depth=True) if it is so, or use SiblingRejection, which takes every tree."
+            )
         if spec.width > 1 and not spec.laws <= {Law.IID}:  # one child alone is independent, whatever its law
             names = ", ".join(sorted(law.name for law in spec.laws))
             raise ValueError(
@@ -87,8 +92,7 @@ def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) ->
     count = siblings.exists.sum(1, keepdim=True).clamp(min=1)  # [batch, 1]
     child = siblings.child(torch.zeros_like(count))  # the first stands for all
     share = p * _GRID / _rho_batch(p, child, count, width)
-    ratios = share.gather(1, siblings.tokens) / child.at(siblings.tokens)
-    hit = siblings.exists & alive[:, None] & (coin < ratios)
+    hit = siblings.exists & alive[:, None] & (coin < child.ratio(share, siblings.tokens))
     first = hit & (hit.cumsum(1) == 1)
     taken = child.overlap(share)
     miss = 1 - taken.sum(1, keepdim=True)

@@ -21,7 +21,8 @@ and token, by the construction of each try. Given T_d, all tries fail as often a
 child is accepted with its flow, which is so by induction from the deepest level upwards), and that is when the nodes at
 depth d have their turn. So a text that accepts a node goes on with p: f p(x) is accepted in a child or emitted. The root
 accepts with probability 1. Which m is taken only changes the length. The shape of the tree may depend on its tokens, depth
-by depth: whether a node is there must not depend on tokens deeper than itself.
+by depth: whether a node is there must not depend on tokens of its own depth or below, for the laws l are those of tokens that
+were drawn whatever their siblings and cousins were.
 
 Sibling rejection and traversal take m = min(l, w), so that the first child gets most of the flow and the others are hardly
 looked into. Here the children of a depth are tried together, `rounds` times over, each offered an even share of what is
@@ -64,8 +65,8 @@ class LevelVerification(Rule):
     def check(self, spec: TreeSpec) -> None:
         if spec.width > 1 and not spec.by_depth:
             raise ValueError(
-                "LevelVerification is lossless where no node's existence depends on tokens below its depth, which these trees "
-                "do not promise: set TreeSpec(by_depth=True) if it is so, or use TraversalVerification."
+                "LevelVerification is lossless where no node's existence depends on tokens of its own depth or below, which these "
+                "trees do not promise: set TreeSpec(by_depth=True) if it is so, or use TraversalVerification."
             )
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:

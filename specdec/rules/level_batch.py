@@ -1,4 +1,7 @@
-"""Level verification of every row at once: the numbers of the specification in `level.py`, with the same names."""
+"""Level verification of every row at once: the numbers of the specification in `level.py`, with the same names.
+
+All of it in float64: what is left to draw once a draft's likely tokens have failed may be less than float32 can divide by.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class Levels:
         child = self.exists & (topology.parents >= 0)
         self.has_children = torch.zeros_like(self.parents).scatter_add_(1, self.parents, child.long()) > 0
         self.inner = _Members(self.has_children)
-        self.owed = target_law.like(len(self.inner.rows))  # [member, vocab]
         self.flow = torch.zeros_like(self.exists, dtype=torch.float64)
+        self.owed = self.flow.new_zeros(len(self.inner.rows), target_law.vocab)  # [member, vocab]
         self.flow[:, 0] = 1
         self.failed = self.flow.new_ones(len(self.flow), topology.depth + 1)  # by depth
         width = topology.children.shape[-1]
@@ -64,7 +67,7 @@ class Levels:
         parents = _Members(self.has_children & reached & (self.depths == depth))
         place = self.inner.place[parents.rows, parents.nodes]
         law = target_law.at(parents.nodes * parents.holds, parents.rows)
-        mass = law * self.flow[parents.rows, parents.nodes].to(law.dtype)[:, None]
+        mass = law * self.flow[parents.rows, parents.nodes][:, None]
         self.owed.index_copy_(0, place, torch.where(parents.holds[:, None], mass, self.owed[place]))
         children = self.exists & reached.gather(1, self.parents) & (self.depths == depth + 1)
         return _Wave(self, _Members(children), depth)
@@ -74,7 +77,7 @@ class Levels:
         mass = self.flow.clone()
         rows, nodes = self.inner.rows, self.inner.nodes
         tried = self.inner.holds & (self.flow[rows, nodes] > 0)
-        mass[rows, nodes] = torch.where(tried, self.owed.sum(1, dtype=torch.float64), mass[rows, nodes])
+        mass[rows, nodes] = torch.where(tried, self.owed.sum(1), mass[rows, nodes])
         chance = _divide(mass * self.exists, self.failed.gather(1, self.depths.clamp(max=self.failed.shape[1] - 1)))
         elder = (self.depths[:, :, None] == self.depths[:, None]) & (self.index < self.index[:, None])
         left = 1 - (elder.to(chance.dtype) @ chance[..., None])[..., 0]
@@ -128,21 +131,21 @@ class _Wave:
         failed = state.failed[:, self.depth : self.depth + 1]
         reached = failed[rows]
         for _ in range(BOUNDS):
-            take = torch.minimum(law, _divide(share, reached.to(law.dtype)))
-            reached, after = _in_turn(rows, turns, take.sum(1, dtype=torch.float64), failed, len(state.index))
+            take = torch.minimum(law, _divide(share, reached))
+            reached, after = _in_turn(rows, turns, take.sum(1), failed, len(state.index))
         failed.copy_(after)
         hit = _divide(take, law)
-        met = hit.gather(1, self.token[who]).double()
+        met = hit.gather(1, self.token[who])
         unmet, self.unmet = _in_turn(rows, turns, met[:, 0], self.unmet, len(state.index))
         state.flow[rows, nodes] += (unmet * met)[:, 0]
-        state.owed.index_add_(0, parent, take * reached.to(take.dtype), alpha=-1)
+        state.owed.index_add_(0, parent, take * reached, alpha=-1)
         self.weights[who] *= 1 - hit
 
     def _offer(self, who: Tensor, left: int, second: bool) -> tuple[Tensor, Tensor]:
         """The laws [member, vocab] of those who are tried, and their shares of what is owed."""
         state, rows, nodes = self.state, self.members.rows[who], self.members.nodes[who]
         law = _scaled(self.weights[who])
-        share = torch.where(state.point[rows, nodes], 1, 1 / (left * state.sharers[rows, nodes])).to(law.dtype)[:, None]
+        share = torch.where(state.point[rows, nodes], 1, 1 / (left * state.sharers[rows, nodes]).double())[:, None]
         if not self.pairs:
             return law, share
         mate = self.mate[who]

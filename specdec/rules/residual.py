@@ -26,4 +26,5 @@ def residual_batch(reach: Tensor, p: Tensor, rest: Tensor) -> tuple[Tensor, Tens
     """The same for reach [batch, 1], p [batch, vocab] and rest = (reach * p - q)+ [batch, vocab]."""
     total = rest.sum(1, keepdim=True)
     rejected = total + (1 - reach)
-    return (total / rejected).where(rejected > 0, 1), torch.where(total > 0, rest / total, p)
+    law = torch.where(total > 0, rest / total.where(total > 0, 1), p)
+    return torch.where(rejected > 0, total / rejected.where(rejected > 0, 1), 1), law

@@ -72,7 +72,7 @@ class TraversalVerification(Rule):
             p = torch.where(step.first, law, p)
             reach = torch.where(step.first, entered.gather(1, step.parent), reach)
             child = Siblings(tree, step.parent[:, 0]).child(step.slot)
-            chance = (reach * p.gather(1, child.token) / child.probability).clamp(max=1)
+            chance = child.ratio(reach * p)
             entered = entered.scatter(1, step.child, torch.where(live, chance, 0))
             leaf = live & walk.leaf.gather(1, step.child) & (coin.gather(1, step.child) < chance)
             reach, p = residual_batch(reach, p, child.excess(reach * p))

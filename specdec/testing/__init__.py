@@ -8,6 +8,7 @@
 from specdec.audit import Audit, audit, model_log_probs
 from specdec.testing.coins import ExactCoins
 from specdec.testing.drafters import assert_drafter
+from specdec.testing.fast_paths import Nodes, certify_fast_path
 from specdec.testing.laws import ExactLaw, exact_law, target_law
 from specdec.testing.rules import assert_lossless
 from specdec.testing.tables import Table, TabularDrafter, TabularTarget
@@ -16,12 +17,14 @@ __all__ = [
     "Audit",
     "ExactCoins",
     "ExactLaw",
+    "Nodes",
     "Table",
     "TabularDrafter",
     "TabularTarget",
     "assert_drafter",
     "assert_lossless",
     "audit",
+    "certify_fast_path",
     "exact_law",
     "model_log_probs",
     "target_law",

@@ -21,8 +21,8 @@ def probabilities(
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1)
-    if temperature != 1:
-        scores = scores / temperature
+    if temperature != 1:  # from the peak down: what is left of a large logit would be its rounding
+        scores = (scores - scores.amax(-1, keepdim=True)).div_(temperature)
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], -torch.inf)
     probs = scores.softmax(-1)

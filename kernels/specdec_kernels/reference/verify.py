@@ -16,7 +16,10 @@ children were drawn by, not normalised, what is owed stays, up to its sum S,
   As T are siblings, their numbers are simply not touched. Each of them is then struck out as a point.
 
 So siblings are a handful of numbers, all other tokens are one, c, and a pass over the vocabulary is needed only where
-c grows: for S. No sum is a difference of larger ones: a draft that is nearly certain of its children loses no digits.
+c grows: for S. No sum is a difference of larger ones: a draft that is nearly certain of its children loses no digits. Nor is any
+number too large: what is left for the last draw may be as little as the least number there is, and 1 / W would be infinite.
+Off the siblings weights are therefore in units of the last draw's W, as a power of two: no weight there is above that W, and c
+grows by S times the share that it is of a draw's own W, so that c is at most twice the number of draws.
 """
 
 from __future__ import annotations
@@ -112,8 +115,8 @@ class _Owed:
         self.rest = p.scatter_add_(1, tokens, -self.owed)  # [batch, vocab]: exactly 0 at the siblings
         self.rest_total = self.rest.sum(1)  # [batch]
         self.draws = 0  # the first so many children may be draws, the others are points
-        self.weights: Tensor | None = None  # [batch, vocab], if there are draws: w off the siblings
-        self.scale = torch.zeros_like(self.rest_total)  # [batch]: c
+        self.weights: Tensor | None = None  # [batch, vocab], if there are draws: w off the siblings, in units
+        self.scale = torch.zeros_like(self.rest_total)  # [batch]: c, for weights in these units
 
     def draw(self, weights: Tensor, law: Tensor) -> None:
         """Children may have been drawn: by `weights` [batch, vocab], under `law` [batch]."""
@@ -124,13 +127,20 @@ class _Owed:
             self.draws -= 1
         if not self.draws:
             return
-        own = weights.to(self.rest.dtype).gather(1, self.tokens)
-        self.weights = weights.to(self.rest.dtype).scatter_add(1, self.tokens, -own.where(self.first, 0))
-        self.own = own.where(self.first & drawn, 0)  # [batch, width]: w of the siblings that could have been drawn
-        left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(self.own), self.own.sum(1, True))
-        # [batch, width]: W
-        self.drawable = (self.weights.sum(1, keepdim=True) + left).masked_fill(point, torch.inf)
-        self.chance = (own / self.drawable).masked_fill(point, 1)  # [batch, width]: l(x) of each child
+        weights, dtype = weights if weights.dtype == torch.float64 else weights.float(), self.rest.dtype
+        own = weights.gather(1, self.tokens)  # [batch, width]: w of the siblings
+        weights = weights.scatter_add(1, self.tokens, -own.where(self.first, 0))
+        could = own.where(self.first & drawn, 0)  # of those that could have been drawn
+        left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(could), could.sum(1, True))
+        drawable = weights.sum(1, keepdim=True) + left  # [batch, width]: W
+        unit = drawable.where(drawn, torch.finfo(drawable.dtype).max).amin(1, keepdim=True)
+        unit = unit / unit.frexp().mantissa  # a power of two: it divides without rounding
+        self.weights = weights.div_(unit).to(dtype)
+        self.units = (unit / drawable).where(drawn, 0).to(dtype)  # [batch, width]: by which c grows, and S
+        drawable = drawable.masked_fill(~drawn, torch.inf)
+        self.chance = (own / drawable).masked_fill(~drawn, 1).to(dtype)  # [batch, width]: l(x) of each child
+        # [batch, child, sibling]: l at the siblings' tokens, and anything at those that were drawn before
+        self.shares = (could[:, None] / drawable[..., None]).clamp(max=1).to(dtype)
 
     def try_children(self, index: Tensor, coin: Tensor, lenience: float) -> Tensor:
         """The accepted one of the children `index` [batch, width], or 0: [batch] int64."""
@@ -149,7 +159,8 @@ class _Owed:
         """The accepted one of the children that are points, or 0: [batch] int64. Each that is rejected is struck out."""
         points, none = slice(self.draws, None), torch.iinfo(index.dtype).max
         owed = self.owed[:, points]
-        chance = owed / (self.rest_total[:, None] + _from_here_on(owed)) / lenience
+        total = self.rest_total[:, None] + _from_here_on(owed)
+        chance = owed / total.where(owed > 0, 1) / lenience
         hit = self.exists[:, points] & (coin[:, points] < chance)
         taken = index[:, points].where(hit, none).amin(1)  # siblings are numbered in the order in which they were drawn
         self.owed[:, points] = 0  # where none was accepted; of other rows it is not asked again
@@ -157,9 +168,9 @@ class _Owed:
 
     def _reject(self, j: int, where: Tensor, total: Tensor) -> None:
         """Take the law of child j off what is owed, `total` [batch] in all, in the rows `where` [batch] bool."""
-        growth = torch.where(where, total / self.drawable[:, j], 0)
+        growth = torch.where(where, total * self.units[:, j], 0)
         scale = self.scale + growth
-        owed = (self.owed - growth[:, None] * self.own).clamp_(min=0)
+        owed = (self.owed - total[:, None] * self.shares[:, j]).clamp_(min=0)
         owed[:, j] = 0
         rest_total = self.rest_total if nobody(growth > 0) else self._rest(scale).sum(1)
         # nothing left over: all of it was accepted up to rounding, and it stays owed

@@ -1,4 +1,5 @@
-"""Sibling rejection in launches: the laws of all nodes, one for each j below the width, the walk, the mass by block, one token.
+"""Sibling rejection in launches: the laws of all nodes, the weights off their children, one for each j below the width, the
+walk, the mass by block, one token.
 
 What is owed at a node once its first j children are rejected depends on no coin. So launch j works it out at all nodes at
 once, from two things that launch j - 1 left: c (see `specdec_kernels.reference.verify`), and what is owed off the siblings,
@@ -35,21 +36,27 @@ def _law(b_x, o_v, p_law, best, temperature, GREEDY: tl.constexpr):
 
 @triton.jit
 def _owed(
-    p_logits, p_draft, p_law, best, o_v, vocab, b_token, b_owed, scale, temperature,
+    p_logits, p_draft, p_law, best, o_v, vocab, b_token, b_owed, scale, unit, temperature,
     GREEDY: tl.constexpr, DRAFT: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK] owed at the tokens o_v: (p - scale w)+ off the siblings, `b_owed` [WIDTH] on them."""
+    """[BLOCK] owed at the tokens o_v: (p - scale w / unit)+ off the siblings, `b_owed` [WIDTH] on them."""
     mask = o_v < vocab
     b_x = tl.load(p_logits + o_v, mask=mask, other=-float("inf")).to(tl.float64 if WIDE else tl.float32)
     b_p = _law(b_x, o_v, p_law, best, temperature, GREEDY)
     if DRAFT:
         b_w = tl.load(p_draft + o_v, mask=mask, other=0.0).to(b_p.dtype)
-        b_p = tl.maximum(b_p - scale.to(b_p.dtype) * b_w, 0.0)
+        b_p = tl.maximum(b_p - scale.to(b_p.dtype) * (b_w / unit.to(b_p.dtype)), 0.0)
+    return _put(b_p, o_v, b_token, b_owed, WIDTH)
+
+
+@triton.jit
+def _put(b_x, o_v, b_token, b_value, WIDTH: tl.constexpr):
+    """[BLOCK]: x at the tokens o_v, with `b_value` [WIDTH] at the tokens `b_token` [WIDTH]."""
     o_w = tl.arange(0, WIDTH)
     for w in range(WIDTH):  # one after the other: a tile [BLOCK, WIDTH] would take all registers
-        token, owed = tl.sum(tl.where(o_w == w, b_token, 0)), tl.sum(tl.where(o_w == w, b_owed, 0.0))
-        b_p = tl.where(o_v == token.to(tl.int32), owed.to(b_p.dtype), b_p)
-    return b_p
+        token, value = tl.sum(tl.where(o_w == w, b_token, 0)), tl.sum(tl.where(o_w == w, b_value, 0.0))
+        b_x = tl.where(o_v == token.to(tl.int32), value.to(b_x.dtype), b_x)
+    return b_x
 
 
 @triton.jit
@@ -62,46 +69,57 @@ def _children(i_row, node, p_children, p_laws, nodes, width, WIDTH: tl.constexpr
 
 
 @triton.jit
+def _tokens(i_row, b_index, p_tokens, nodes, WIDTH: tl.constexpr):
+    """[WIDTH] tokens of children, -1 and below where there is none, and whether none before it has the same (int32)."""
+    o_w = tl.arange(0, WIDTH)
+    b_token = tl.load(p_tokens + i_row * nodes + b_index, mask=b_index > 0, other=0)
+    b_token = tl.where(b_index > 0, b_token, -1 - o_w)  # these differ, and are no tokens
+    b_same = tl.where(o_w[None, :] < o_w[:, None], (b_token[:, None] == b_token[None, :]).to(tl.int32), 0)
+    return b_token, tl.where(tl.max(b_same, 1) > 0, 0, (b_index > 0).to(tl.int32))
+
+
+@triton.jit
 def _siblings(
     i_row, node, b_index, b_rank, p_logits, p_law, p_best, p_tokens, p_laws, p_draft, p_weight,
-    nodes, internal, vocab, temperature, GREEDY: tl.constexpr, DRAFT: tl.constexpr, WIDTH: tl.constexpr,
+    nodes, internal, vocab, blocks, temperature,
+    GREEDY: tl.constexpr, DRAFT: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """[WIDTH] of a node's children: tokens, p, w where that can be taken away, weight of all that could be drawn (inf of a
-    point), l. And how many of them, the first ones, were drawn.
+    point), l. And how many of them, the first ones, were drawn, and the unit of w: the least of those weights, as a power of
+    two, which divides without rounding.
     """
     o_w = tl.arange(0, WIDTH)
     at, parent = i_row * nodes + node, i_row * internal + tl.minimum(node, internal - 1)
     b_exists = (b_index > 0).to(tl.int32)
-    b_token = tl.load(p_tokens + i_row * nodes + b_index, mask=b_index > 0, other=0)
-    b_token = tl.where(b_index > 0, b_token, -1 - o_w)  # -1 - o_w: differ, and are no tokens
-    b_same = tl.where(o_w[None, :] < o_w[:, None], (b_token[:, None] == b_token[None, :]).to(tl.int32), 0)
-    b_first = tl.where(tl.max(b_same, 1) > 0, 0, b_exists)
+    b_token, b_first = _tokens(i_row, b_index, p_tokens, nodes, WIDTH)
     b_x = tl.load(p_logits + at * vocab + b_token, mask=b_index > 0, other=0.0).to(tl.float64)
     b_p = _law(b_x, b_token, p_law + at * 3, tl.load(p_best + at), temperature, GREEDY)
     b_p = tl.where(b_first > 0, b_p, 0.0)
     b_chance = tl.full([WIDTH], 1.0, tl.float64)
     b_own = tl.zeros([WIDTH], tl.float64)
     b_drawable = tl.full([WIDTH], float("inf"), tl.float64)
-    drawn = 0
+    drawn, unit = 0, tl.full((), 1.0, tl.float64)
     if DRAFT:
         kind = tl.load(p_laws + at)
         b_w = tl.load(p_draft + parent * vocab + b_token, mask=b_index > 0, other=0.0).to(tl.float64)
         b_later = tl.where(kind == _TOP, (b_rank > 0).to(tl.int32), 0)
         b_point = tl.where(kind == _POINT, 1, b_later)
+        b_point = tl.where(b_exists > 0, b_point, 1)
         b_own = tl.where(b_point > 0, 0.0, tl.where(b_first > 0, b_w, 0.0))
-        b_top = tl.where(b_later > 0, tl.where(b_first > 0, b_w, 0.0), 0.0)
-        b_earlier = tl.where(kind == _WITHOUT, tl.cumsum(b_own, 0) - b_own, 0.0)
-        b_left = tl.load(p_weight + parent) - tl.sum(b_top) - b_earlier
-        b_drawable = tl.where(b_point > 0, float("inf"), b_left)
-        b_chance = tl.where(b_point > 0, 1.0, b_w / b_left)
-        drawn = tl.sum(tl.where(b_point > 0, 0, b_exists))
+        o_b = tl.arange(0, BLOCKS)
+        others = tl.sum(tl.load(p_weight + parent * blocks + o_b, mask=o_b < blocks, other=0.0))
+        b_could = tl.where((kind == _WITHOUT) & (o_w[None, :] < o_w[:, None]), 0.0, b_own[None, :])
+        b_drawable = tl.where(b_point > 0, float("inf"), others + tl.sum(b_could, 1))
+        b_chance = tl.where(b_point > 0, 1.0, b_w / b_drawable)
+        drawn, unit = tl.sum(1 - b_point), tl.min(b_drawable)
+        unit = (unit.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
     b_token = tl.where(b_first > 0, b_token, -1 - o_w)
-    return b_token, b_p, b_own, b_drawable, b_chance, drawn
+    return b_token, b_p, b_own, b_drawable, b_chance, drawn, unit
 
 
 @triton.jit
-def _state(rejected, p_scale, p_rest, b_rank, b_p, b_own, blocks, BLOCKS: tl.constexpr):
-    """What is owed once `rejected` drawn children are: after how many, c, on the siblings [WIDTH], elsewhere in all.
+def _state(rejected, p_scale, p_rest, b_rank, b_p, b_own, unit, blocks, BLOCKS: tl.constexpr):
+    """What is owed once `rejected` drawn children are: after how many, c in units, on the siblings [WIDTH], elsewhere in all.
 
     Where nothing was left over all was accepted up to rounding, and what was owed before stays owed.
     """
@@ -111,11 +129,26 @@ def _state(rejected, p_scale, p_rest, b_rank, b_p, b_own, blocks, BLOCKS: tl.con
     while (after > 0) & ~(total > 0):
         after -= 1
         scale = tl.load(p_scale + after - 1, mask=after > 0, other=0.0)
-        b_owed = tl.where(b_rank < after, 0.0, tl.maximum(b_p - scale * b_own, 0.0))
+        b_owed = tl.where(b_rank < after, 0.0, tl.maximum(b_p - scale * (b_own / unit), 0.0))
         b_rest = tl.load(p_rest + (after - 1) * blocks + o_b, mask=o_b < tl.where(after > 0, blocks, 0), other=0.0)
         rest = tl.where(after > 0, tl.sum(b_rest), tl.maximum(1.0 - tl.sum(b_p), 0.0))
         total = rest + tl.sum(b_owed)
     return after, scale, b_owed, rest
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _weight_kernel(
+    p_tokens, p_children, p_laws, p_draft, p_weight, nodes, internal, width, vocab, blocks,
+    WIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The weights off the children, added up by block: a difference from the whole sum would be all rounding."""
+    i_row, node, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    b_index, _ = _children(i_row, node, p_children, p_laws, nodes, width, WIDTH)
+    b_token, _ = _tokens(i_row, b_index, p_tokens, nodes, WIDTH)
+    o_v, parent = i_block * BLOCK + tl.arange(0, BLOCK), i_row * internal + node
+    b_w = tl.load(p_draft + parent * vocab + o_v, mask=o_v < vocab, other=0.0).to(tl.float64 if WIDE else tl.float32)
+    b_w = _put(b_w, o_v, b_token, tl.zeros([WIDTH], tl.float64), WIDTH)
+    tl.store(p_weight + parent * blocks + i_block, tl.sum(b_w.to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "j"])
@@ -130,24 +163,24 @@ def _reject_kernel(
     b_index, b_rank = _children(i_row, node, p_children, p_laws, nodes, width, WIDTH)
     b_next = tl.where(b_rank == j, b_index, 0)
     if tl.max(b_next) > 0:
-        b_token, b_p, b_own, b_drawable, b_chance, drawn = _siblings(
+        b_token, b_p, b_own, b_drawable, b_chance, drawn, unit = _siblings(
             i_row, node, b_index, b_rank, p_logits, p_law, p_best, p_tokens, p_laws, p_draft, p_weight,
-            nodes, internal, vocab, temperature, GREEDY, DRAFT, WIDTH,
+            nodes, internal, vocab, blocks, temperature, GREEDY, DRAFT, WIDTH, BLOCKS,
         )  # fmt: skip
         if j <= drawn:
             at, parent = i_row * nodes + node, i_row * internal + tl.minimum(node, internal - 1)
             p_scale, p_rest = p_scale + parent * width, p_rest + parent * width * blocks
-            _, scale, b_owed, rest = _state(j, p_scale, p_rest, b_rank, b_p, b_own, blocks, BLOCKS)
+            _, scale, b_owed, rest = _state(j, p_scale, p_rest, b_rank, b_p, b_own, unit, blocks, BLOCKS)
             # of later children points stand right: those since child j are struck out one by one; others' launches come
             b_struck = tl.where(b_rank[None, :] < b_rank[:, None], b_rank[None, :], -1) >= j
             b_total = rest + tl.sum(tl.where(b_struck, 0.0, b_owed[None, :]), 1)
             b_limit = b_owed / tl.where(b_owed > 0, b_total * lenience * b_chance, 1.0)
             tl.store(p_limit + i_row * nodes + b_index, b_limit, mask=tl.where(b_rank < j, 0, b_index) > 0)
             if j < drawn:
-                scale += (rest + tl.sum(b_owed)) / tl.sum(tl.where(b_next > 0, b_drawable, 0.0))
+                scale += (rest + tl.sum(b_owed)) * (unit / tl.sum(tl.where(b_next > 0, b_drawable, 0.0)))
                 b_mass = _owed(
                     p_logits + at * vocab, p_draft + parent * vocab, p_law + at * 3, tl.load(p_best + at),
-                    i_block * BLOCK + tl.arange(0, BLOCK), vocab, b_token, b_p * 0, scale, temperature,
+                    i_block * BLOCK + tl.arange(0, BLOCK), vocab, b_token, b_p * 0, scale, unit, temperature,
                     GREEDY, DRAFT, WIDE, WIDTH,
                 )  # fmt: skip
                 tl.store(p_scale + j, scale)
@@ -162,7 +195,7 @@ def _walk_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_w = tl.arange(0, WIDTH)
     node, child, accepted, invalid = i_row * 0, i_row * 0 + 1, i_row * 0 - 1, i_row * 0
-    while child > 0:
+    while (child > 0) & (accepted < depth):  # a tree that is deeper than it says must not write past its row
         accepted += 1
         tl.store(p_path + i_row * (depth + 1) + accepted, node)
         total = tl.load(p_law + (i_row * nodes + node) * 3 + 2)
@@ -187,15 +220,15 @@ def _block_owed(
     """[BLOCK] owed at a node whose children are all rejected."""
     at, parent = i_row * nodes + node, i_row * internal + tl.minimum(node, internal - 1)
     b_index, b_rank = _children(i_row, node, p_children, p_laws, nodes, width, WIDTH)
-    b_token, b_p, b_own, _, _, drawn = _siblings(
+    b_token, b_p, b_own, _, _, drawn, unit = _siblings(
         i_row, node, b_index, b_rank, p_logits, p_law, p_best, p_tokens, p_laws, p_draft, p_weight,
-        nodes, internal, vocab, temperature, GREEDY, DRAFT, WIDTH,
+        nodes, internal, vocab, blocks, temperature, GREEDY, DRAFT, WIDTH, BLOCKS,
     )  # fmt: skip
     p_scale, p_rest = p_scale + parent * width, p_rest + parent * width * blocks
-    after, scale, b_owed, _ = _state(drawn, p_scale, p_rest, b_rank, b_p, b_own, blocks, BLOCKS)
+    after, scale, b_owed, _ = _state(drawn, p_scale, p_rest, b_rank, b_p, b_own, unit, blocks, BLOCKS)
     return _owed(
         p_logits + at * vocab, p_draft + parent * vocab, p_law + at * 3, tl.load(p_best + at), o_v, vocab,
-        b_token, tl.where(after < drawn, b_owed, 0.0), scale, temperature, GREEDY, DRAFT, WIDE, WIDTH,
+        b_token, tl.where(after < drawn, b_owed, 0.0), scale, unit, temperature, GREEDY, DRAFT, WIDE, WIDTH,
     )  # fmt: skip
 
 
@@ -258,13 +291,13 @@ def verify(
     row_law, best = law(logits.flatten(0, 1), temperature, top_k, top_p, min_p)
     drawn, wide = draft_probs is not None, logits.dtype == torch.float64
     draft = draft_probs.contiguous() if drawn else logits  # not read where there is none
-    weight = draft.sum(-1, dtype=torch.float64) if drawn else row_law
     block = min(_BLOCK // 2 if wide else _BLOCK, triton.next_power_of_2(vocab))
     internal, blocks = draft.shape[1], triton.cdiv(vocab, block)
     numbers, integers = accept.new_empty, tokens.new_empty
     # after the rejection of each child: c, and what is owed off the siblings by block
-    scale, rest = numbers(batch, internal, width), numbers(batch, internal, width, blocks)
-    trees = logits, row_law, best, tokens.contiguous(), children, laws, draft, weight, scale, rest
+    scale, rest, weight = (numbers(batch, internal, *shape) for shape in ((width,), (width, blocks), (blocks,)))
+    tokens = tokens.contiguous()
+    trees = logits, row_law, best, tokens, children, laws, draft, weight, scale, rest
     shape = nodes, internal, width, vocab, blocks, temperature or 1.0
     slots, parts = triton.next_power_of_2(max(width, 1)), triton.next_power_of_2(blocks)
     flags = dict(GREEDY=temperature == 0, DRAFT=drawn, WIDE=wide, WIDTH=slots, BLOCK=block, BLOCKS=parts)
@@ -272,6 +305,12 @@ def verify(
     limit, mass = numbers(batch, nodes), numbers(batch, blocks)
     path, invalid = tokens.new_zeros(batch, depth + 1), tokens.new_empty(batch, dtype=torch.bool)
     accepted, node, emitted = integers(batch), integers(batch), integers(batch)
+    if drawn and width:
+        wide_draft = draft.dtype == torch.float64
+        _weight_kernel[(batch, internal, blocks)](
+            tokens, children, laws, draft, weight, nodes, internal, width, vocab, blocks,
+            WIDE=wide_draft, WIDTH=slots, BLOCK=block, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
     for j in range(width if drawn else min(width, 1)):
         grid = batch, internal if j > 0 else nodes, blocks if drawn else 1  # any node may have points for children
         _reject_kernel[grid](*trees, limit, *shape, lenience, j, **flags)

@@ -1,0 +1,80 @@
+"""Laws on which floating point goes wrong: what the certificate of batched code is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from specdec import Law, Sampling
+from specdec.testing import Nodes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LEAST = 2.0**-149  # the smallest float32 above 0
+SAMPLINGS = (Sampling(1.0), Sampling(0.05), Sampling(0.7), Sampling(1.0, top_k=1), Sampling(0.7, top_k=2))
+SHAPES = (  # vocabulary, law, width
+    *((vocab, Law.POINT, 2) for vocab in (3, 8)), *((vocab, law, 1) for vocab in (3, 50) for law in (Law.IID, Law.POINT)),
+    *((vocab, law, 2) for vocab in (3, 8) for law in (Law.IID, Law.WITHOUT_REPLACEMENT)), (5, Law.IID, 3),
+    (5, Law.WITHOUT_REPLACEMENT, 3), *((vocab, Law.SAMPLED_THEN_TOP, 2) for vocab in (3, 50)), (8, Law.SAMPLED_THEN_TOP, 4),
+)  # fmt: skip
+
+
+def _random(vocab: int, seed: int) -> Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _peaked(vocab: int, gap: float, at: int) -> Tensor:
+    """Logits: one token `gap` above the others, which differ a little."""
+    logits = _random(vocab, 3) * 0.3
+    logits[at] = logits.max() + gap
+    return logits
+
+
+def _cases(vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, target's logits [vocab], draft's logits [vocab]), after the temperature."""
+    flat, one, other = torch.zeros(vocab, dtype=torch.float64), _random(vocab, 1), _random(vocab, 2)
+    half = torch.arange(vocab) < vocab // 2
+    stairs = -30.0 * torch.arange(vocab)
+    yield "two random laws", one, other
+    yield "target and draft agree", one, one
+    yield "target and draft nearly agree", one, one + 1e-4 * other
+    yield "target and draft exclude each other", one.masked_fill(half, -torch.inf), other.masked_fill(~half, -torch.inf)
+    yield "ties everywhere", flat, flat
+    yield "ties in the draft", one, flat
+    yield "half of the target's tokens impossible", one.masked_fill(half, -torch.inf), other
+    yield "half of the draft's tokens impossible", one, other.masked_fill(half, -torch.inf)
+    yield "one token left to draw", one, torch.full_like(flat, -torch.inf).index_fill(0, torch.tensor(1), 0.0)
+    for gap in (20, 60, 88, 90, 95, 103, 200):
+        yield f"draft's gap {gap}", 0.03 * one, _peaked(vocab, gap, 0)
+        yield f"target's gap {gap}", _peaked(vocab, gap, 1), 0.3 * other
+    yield "the same peak, gaps 30 and 95", _peaked(vocab, 30, 1), _peaked(vocab, 95, 1)
+    yield "peaks apart, gaps 95 and 95", _peaked(vocab, 95, 0), _peaked(vocab, 95, 1)
+    yield "draft falls in steps of 30", 0.3 * one, stairs
+    yield "both fall in steps of 30", stairs.flip(0), stairs
+    yield "logits around 1000", 1000 + one, 1000 + other
+
+
+def nodes(vocab: int, law: Law, width: int, sampling: Sampling, dtype: torch.dtype) -> Iterator[Nodes]:
+    """All cases of a shape: as drafts are drawn in runs, and by weights that are not normalised, of the least dtypes."""
+    names, target, draft = zip(*_cases(vocab), strict=True)
+    temperature = sampling.temperature
+    logits = (torch.stack(target) * temperature).to(dtype)
+    drafted = (torch.stack(draft) * temperature).to(dtype)
+    probabilities = sampling.probabilities(drafted)
+    yield Nodes(names, logits, probabilities, law, width, sampling)
+    if law == Law.POINT:
+        return
+    for name, weigh in WEIGHTS.items():
+        weights = weigh(probabilities)
+        yield Nodes(tuple(f"{case}; {name}" for case in names), logits, weights, law, width, sampling)
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "weights of bfloat16, not normalised": lambda probs: (129 * probs).bfloat16(),
+    "weights of float16, not normalised": lambda probs: (129 * probs).half(),
+    "weights of float64, cubed": lambda probs: probs.double() ** 3,
+    "all others of the least mass there is": lambda probs: torch.where(
+        probs == probs.amax(-1, keepdim=True), probs, LEAST * (probs > 0)
+    ),
+}

@@ -1,0 +1,249 @@
+"""The certificate of batched code: the law that `Rule.decide_batch` emits at a node, found from its decisions alone.
+
+A decision is a step function of every coin. So the law that a rule emits after a root with drawn children is known once its
+steps are: for every draft that can be drawn, the coin at which each child stops being accepted and, once all are rejected,
+the coins at which the emitted token changes. They are found by bisection of the code that users run, in its own
+arithmetic, and the law is compared with the exact one of the logits as they are given in their dtype.
+
+>>> rows = certify_fast_path(MyRule(), nodes)  # nodes: laws that are hard for floating point, see `Nodes`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from specdec.coins import Coins, Purpose
+from specdec.drafters import Context
+from specdec.rules import Rule
+from specdec.sampling import Sampling, TargetLaw
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
+
+# How far the emitted law may be from the target's, in total variation and per token of the vocabulary: four roundings.
+# Logits of 16 bits are worked on in 32.
+ROUNDINGS = {torch.float64: 4 * 2.0**-53, torch.float32: 4 * 2.0**-24, torch.bfloat16: 4 * 2.0**-24}
+RESOLUTION = 1e-8  # total variation that bisection leaves unknown at each child, and at the emission
+NEVER = 1e-13  # drafts and turns less likely than this are left out
+SURE = 1 - 2.0**-53  # the largest coin there is: a child that it does not reject is always accepted
+_ROWS = 2**13  # decided at once
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """Roots with children that were drawn after them: cases of the certificate which are decided together.
+
+    Args:
+        names: what is hard about each.
+        logits: [node, vocab] of the target, in the dtype that it gives them in.
+        weights: [node, vocab] that children are drawn by, perhaps not normalised, in the dtype that a draft gives them in.
+        law: how children are drawn.
+        width: how many, at most.
+        sampling: from logits to laws; temperature and top-k.
+    """
+
+    names: tuple[str, ...]
+    logits: Tensor
+    weights: Tensor
+    law: Law
+    width: int
+    sampling: Sampling
+
+    @property
+    def spec(self) -> TreeSpec:
+        """What trees these are, for `Rule.check`."""
+        return TreeSpec(frozenset({self.law}), 1 + self.width, 1, self.width, by_depth=True)
+
+    @property
+    def bound(self) -> float:
+        """Largest total variation between the law that is emitted and the exact one."""
+        return ROUNDINGS[self.logits.dtype] * self.logits.shape[1] + (1 + self.width) * RESOLUTION
+
+    def exact(self) -> np.ndarray:
+        """[node, vocab] float64: the target's laws, as exact as float64 is."""
+        logits, sampling = self.logits.double().numpy(), self.sampling
+        with np.errstate(invalid="raise"):
+            weights = np.exp((logits - logits.max(1, keepdims=True)) / sampling.temperature)
+        if sampling.top_k is not None:
+            least = np.sort(logits, axis=1)[:, -min(sampling.top_k, logits.shape[1])]
+            weights[logits < least[:, None]] = 0
+        return weights / weights.sum(1, keepdims=True)
+
+    def drafts(self) -> list[tuple[int, float, tuple[int, ...]]]:
+        """(node, probability, tokens) of every draft that may be drawn; fewer tokens where the support ends."""
+        return [
+            (node, chance, tokens)
+            for node, weights in enumerate(self.weights.double().numpy())
+            for chance, tokens in _drafts(weights, self.law, self.width)
+            if chance > NEVER
+        ]
+
+
+def _drafts(weights: np.ndarray, law: Law, width: int) -> Iterator[tuple[float, tuple[int, ...]]]:
+    ranked = [int(x) for x in np.argsort(-weights, kind="stable") if weights[x] > 0]
+    top = tuple(ranked[: width - 1])
+    if law == Law.POINT or (law == Law.SAMPLED_THEN_TOP and len(ranked) < width):
+        yield 1.0, tuple(ranked[:width])
+    elif law == Law.SAMPLED_THEN_TOP:
+        yield from ((chance, (x, *top)) for x, chance in _chances(weights, top).items())
+    elif law == Law.IID:
+        for tokens in product(ranked, repeat=width):
+            yield float(np.prod(weights[list(tokens)] / weights.sum())), tokens
+    else:
+        for tokens in permutations(ranked, min(width, len(ranked))):
+            yield float(np.prod([_chances(weights, tokens[:j])[x] for j, x in enumerate(tokens)])), tokens
+
+
+def _chances(weights: np.ndarray, without: tuple[int, ...]) -> dict[int, float]:
+    """Probability of each token that may be drawn by `weights` [vocab] from all but those."""
+    left = weights.copy()
+    left[list(without)] = 0
+    return {int(x): float(left[x] / left.sum()) for x in np.flatnonzero(left)}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Coins at which decisions change, all [step]: those of a child when all before it are rejected, or of the emission."""
+
+    draft: Tensor  # int64
+    child: Tensor  # int64; the width stands for the emission
+    coin: Tensor  # float64
+
+    def coins(self, width: int) -> tuple[Tensor, Tensor]:
+        """Coins [step, width] of the children and [step] of the emission that lie there."""
+        accept = torch.full((len(self.coin), width + 1), SURE, dtype=torch.float64)
+        accept.scatter_(1, self.child[:, None], self.coin[:, None])
+        return accept[:, :width], self.coin.where(self.child == width, 0)
+
+
+def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Steps]:
+    """The laws [node, vocab] float64 that `rule.decide_batch` emits, by bisection of its decisions, and where those change."""
+    decide, laws = Decide(rule, nodes), torch.zeros(nodes.logits.shape, dtype=torch.float64)
+    owner, share, tokens, found = decide.owner, decide.chances.clone(), decide.tokens, []
+    index, vocab = torch.arange(len(owner)), nodes.logits.shape[1]
+    for child in range(nodes.width):  # `share` [draft]: that it is drawn, and all children before this one are rejected
+        live = index[(tokens[:, child] >= 0) & (share > NEVER)]
+        coin = bisect(lambda rows, coin, live=live, child=child: decide.accepts(live[rows], child, coin), share[live])
+        found.append((live, torch.full_like(live, child), coin))
+        laws.index_put_((owner[live], tokens[live, child]), share[live] * coin, accumulate=True)
+        share[live] *= 1 - coin
+    last = index[share > NEVER]
+    rows, most = (part.flatten() for part in torch.meshgrid(last, torch.arange(vocab - 1), indexing="ij"))
+    coin = bisect(lambda at, coin: decide.emits(rows[at], coin) <= most[at], share[rows])
+    found.append((rows, torch.full_like(rows, nodes.width), coin))
+    edges = pad(pad(coin.view(len(last), -1), (1, 0)), (0, 1), value=1.0)
+    laws.index_add_(0, owner[last], share[last, None] * edges.diff())
+    return laws, Steps(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def bisect(holds: Callable[[Tensor, Tensor], Tensor], share: Tensor) -> Tensor:
+    """[row] float64: the coin in [0, 1] up to which `holds` is true, known to RESOLUTION over all rows together.
+
+    Args:
+        holds: (rows [n] int64, coins [n] float64) -> [n] bool: true below a coin of each row's own and false above.
+        share: [row] float64, how much of the law depends on it.
+    """
+    low, high = torch.zeros_like(share), torch.ones_like(share)
+    width = RESOLUTION / (share * len(share))
+    unsure = torch.arange(len(share))
+    while len(unsure := unsure[(high - low > width)[unsure]]):
+        for rows in unsure.split(_ROWS):
+            middle = (low[rows] + high[rows]) / 2
+            below = holds(rows, middle)
+            low[rows], high[rows] = torch.where(below, middle, low[rows]), torch.where(below, high[rows], middle)
+    return (low + high) / 2
+
+
+class Decide:
+    """The batched code on every draft, with coins of our choice."""
+
+    def __init__(self, rule: Rule, nodes: Nodes):
+        drafts = nodes.drafts()
+        self.rule, self.nodes = rule, nodes
+        self.owner = torch.tensor([node for node, _, _ in drafts])  # [draft] int64: of which node it is
+        self.chances = torch.tensor([chance for _, chance, _ in drafts], dtype=torch.float64)  # [draft]
+        # [draft, width] int64, -1 where there is no such child
+        self.tokens = torch.tensor([[*each, *[-1] * (nodes.width - len(each))] for _, _, each in drafts])
+
+    def accepts(self, drafts: Tensor, child: int, coin: Tensor) -> Tensor:
+        """[row] bool: whether these drafts' `child` is accepted with a `coin` [row], when no other is unless it is certain."""
+        accept = torch.full((len(drafts), self.nodes.width), SURE, dtype=torch.float64)
+        accept[:, child] = coin
+        node, _ = self(drafts, accept, torch.zeros_like(coin))
+        return node == child + 1
+
+    def emits(self, drafts: Tensor, coin: Tensor) -> Tensor:
+        """[row] int64: the token emitted when all children are rejected, with a `coin` [row]."""
+        accept = torch.full((len(drafts), self.nodes.width), SURE, dtype=torch.float64)
+        return self(drafts, accept, coin)[1]
+
+    def __call__(self, drafts: Tensor, accept: Tensor, emit: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide drafts [row] with coins `accept` [row, width] and `emit` [row].
+
+        Returns:
+            [row] int64 each: the accepted node, 0 where no child is, and the token emitted after it.
+        """
+        made = self.rule.decide_batch(*self.inputs(drafts, accept, emit))
+        return torch.where(made.accepted > 0, pad(made.path, (0, 1))[:, 1], 0), made.token
+
+    def inputs(self, drafts: Tensor, accept: Tensor, emit: Tensor) -> tuple[DraftTree, TargetLaw, Coins]:
+        """What the rule is given."""
+        nodes, rows, width = self.nodes, len(drafts), self.nodes.width
+        owner, children = self.owner[drafts], self.tokens[drafts]
+        # as `specdec.trees.draw` has it: where the top tokens are the whole support, nothing was sampled
+        sampled = (children[:, -1:] >= 0) | (nodes.law != Law.SAMPLED_THEN_TOP)
+        root = torch.where(sampled, nodes.law, Law.POINT)
+        laws = torch.cat([root, torch.where(children >= 0, Law.POINT, Law.PADDING)], 1)
+        topology = Topology(torch.tensor([-1] + [0] * width).expand(rows, -1), 1, width)
+        probs = None if nodes.law == Law.POINT else nodes.weights[owner][:, None]
+        tree = DraftTree(pad(children.clamp(min=0), (1, 0)), topology, laws.to(torch.uint8), probs)
+        context = Context.empty(rows, 1, nodes.logits.shape[1], nodes.logits.device)
+        context.sampling = nodes.sampling
+        law = TargetLaw(nodes.logits[owner][:, None].expand(-1, 1 + width, -1), tree, context)
+        return tree, law, GivenCoins(pad(accept, (1, 0)), emit[:, None].expand(-1, 1 + width))
+
+
+class GivenCoins(Coins):
+    """Coins [row, node] of our choice."""
+
+    def __init__(self, accept: Tensor, emit: Tensor):
+        self.batch, self.nodes, self.device = *accept.shape, accept.device
+        self._given = {Purpose.ACCEPT: accept, Purpose.EMIT: emit}
+
+    def uniforms(self, purpose: Purpose) -> Tensor:
+        return self._given[purpose]
+
+
+class NoNaN(TorchDispatchMode):
+    """Notes in `any` whether an operation gave NaN: none may decide anything, so none may come up."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "empty" not in func.overloadpacket.__name__:  # memory that has not been written to may hold anything
+            made = (t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
+            self.any = self.any or any(bool(t.isnan().any()) for t in made)
+        return out
+
+
+def certify_fast_path(rule: Rule, nodes: Nodes) -> list[dict[str, Any]]:
+    """One row for each of the nodes: how far the law that is emitted is from the exact one, how far it may be, and whether
+    any operation of the batched code gives NaN where its decisions change.
+    """
+    laws, steps = emitted_laws(rule, nodes)
+    distances = np.abs(laws.numpy() - nodes.exact()).sum(1) / 2
+    with NoNaN() as watch:
+        Decide(rule, nodes)(steps.draft, *steps.coins(nodes.width))
+    return [
+        {"case": name, "total_variation": float(distance), "bound": nodes.bound, "nan": watch.any}
+        for name, distance in zip(nodes.names, distances, strict=True)
+    ]
