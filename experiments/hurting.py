@@ -55,26 +55,21 @@ def _cases(vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "logits around 1000", 1000 + one, 1000 + other
 
 
-def nodes(vocab: int, law: Law, width: int, sampling: Sampling, dtype: torch.dtype) -> Iterator[Nodes]:
-    """All cases of a shape: as drafts are drawn in runs, and by weights that are not normalised, of the least dtypes."""
-    names, target, draft = zip(*_cases(vocab), strict=True)
-    temperature = sampling.temperature
-    logits = (torch.stack(target) * temperature).to(dtype)
-    drafted = (torch.stack(draft) * temperature).to(dtype)
-    probabilities = sampling.probabilities(drafted)
-    yield Nodes(names, logits, probabilities, law, width, sampling)
-    if law == Law.POINT:
-        return
-    for name, weigh in WEIGHTS.items():
-        weights = weigh(probabilities)
-        yield Nodes(tuple(f"{case}; {name}" for case in names), logits, weights, law, width, sampling)
-
-
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "weights of bfloat16, not normalised": lambda probs: (129 * probs).bfloat16(),
-    "weights of float16, not normalised": lambda probs: (129 * probs).half(),
-    "weights of float64, cubed": lambda probs: probs.double() ** 3,
-    "all others of the least mass there is": lambda probs: torch.where(
+    "as they are drawn": lambda probs: probs,
+    "bfloat16, not normalised": lambda probs: (129 * probs).bfloat16(),
+    "float16, not normalised": lambda probs: (129 * probs).half(),
+    "float64, cubed": lambda probs: probs.double() ** 3,
+    "all but the largest the least number there is": lambda probs: torch.where(
         probs == probs.amax(-1, keepdim=True), probs, LEAST * (probs > 0)
     ),
 }
+
+
+def nodes(
+    vocab: int, law: Law, width: int, sampling: Sampling, dtype: torch.dtype, weights: str = "as they are drawn"
+) -> Nodes:
+    """All cases of a shape, decided together."""
+    names, target, draft = zip(*_cases(vocab), strict=True)
+    logits, drafted = ((torch.stack(part) * sampling.temperature).to(dtype) for part in (target, draft))
+    return Nodes(names, logits, WEIGHTS[weights](sampling.probabilities(drafted)), law, width, sampling)

@@ -37,16 +37,16 @@ class KSeq(Rule):
     lossless = True
 
     def check(self, spec: TreeSpec) -> None:
-        if spec.width > 1 and not spec.by_depth:
-            raise ValueError(
-                "KSeq is lossless where how many children a node has does not depend on their tokens, which these trees do not "
-                "promise: set TreeSpec(by_depth=True) if it is so, or use SiblingRejection, which takes every tree."
-            )
         if spec.width > 1 and not spec.laws <= {Law.IID}:  # one child alone is independent, whatever its law
             names = ", ".join(sorted(law.name for law in spec.laws))
             raise ValueError(
                 f"KSeq needs children drawn independently, and these trees have {names} children: draft "
                 "Widths(..., law=Law.IID) at a temperature above 0, or use SiblingRejection, which takes every law."
+            )
+        if spec.width > 1 and not spec.by_depth:
+            raise ValueError(
+                "KSeq is lossless where how many children a node has does not depend on their tokens, which these trees do not "
+                "promise: set TreeSpec(by_depth=True) if it is so, or use SiblingRejection, which takes every tree."
             )
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:

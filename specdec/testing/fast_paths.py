@@ -34,6 +34,7 @@ ROUNDINGS = {torch.float64: 4 * 2.0**-53, torch.float32: 4 * 2.0**-24, torch.bfl
 RESOLUTION = 1e-8  # total variation that bisection leaves unknown at each child, and at the emission
 NEVER = 1e-13  # drafts and turns less likely than this are left out
 SURE = 1 - 2.0**-53  # the largest coin there is: a child that it does not reject is always accepted
+LEAST = 2.0**-53  # the least above 0, which accepts at any chance that has not underflowed
 _ROWS = 2**13  # decided at once
 
 
@@ -116,12 +117,14 @@ class Steps:
     draft: Tensor  # int64
     child: Tensor  # int64; the width stands for the emission
     coin: Tensor  # float64
+    share: Tensor  # float64: how much of a node's law the coin decides
 
-    def coins(self, width: int) -> tuple[Tensor, Tensor]:
-        """Coins [step, width] of the children and [step] of the emission that lie there."""
-        accept = torch.full((len(self.coin), width + 1), SURE, dtype=torch.float64)
-        accept.scatter_(1, self.child[:, None], self.coin[:, None])
-        return accept[:, :width], self.coin.where(self.child == width, 0)
+    def coins(self, width: int, by: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+        """Coins [step, width] of the children and [step] of the emission that lie there, or `by` so much above."""
+        coin = (self.coin + by).clamp(LEAST, SURE)
+        accept = torch.full((len(coin), width + 1), SURE, dtype=torch.float64)
+        accept.scatter_(1, self.child[:, None], coin[:, None])
+        return accept[:, :width], coin.where(self.child == width, 0)
 
 
 def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Steps]:
@@ -132,20 +135,20 @@ def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Steps]:
     for child in range(nodes.width):  # `share` [draft]: that it is drawn, and all children before this one are rejected
         live = index[(tokens[:, child] >= 0) & (share > NEVER)]
         coin = bisect(lambda rows, coin, live=live, child=child: decide.accepts(live[rows], child, coin), share[live])
-        found.append((live, torch.full_like(live, child), coin))
+        found.append((live, torch.full_like(live, child), coin, share[live]))
         laws.index_put_((owner[live], tokens[live, child]), share[live] * coin, accumulate=True)
         share[live] *= 1 - coin
     last = index[share > NEVER]
     rows, most = (part.flatten() for part in torch.meshgrid(last, torch.arange(vocab - 1), indexing="ij"))
     coin = bisect(lambda at, coin: decide.emits(rows[at], coin) <= most[at], share[rows])
-    found.append((rows, torch.full_like(rows, nodes.width), coin))
+    found.append((rows, torch.full_like(rows, nodes.width), coin, share[rows]))
     edges = pad(pad(coin.view(len(last), -1), (1, 0)), (0, 1), value=1.0)
     laws.index_add_(0, owner[last], share[last, None] * edges.diff())
     return laws, Steps(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
 def bisect(holds: Callable[[Tensor, Tensor], Tensor], share: Tensor) -> Tensor:
-    """[row] float64: the coin in [0, 1] up to which `holds` is true, known to RESOLUTION over all rows together.
+    """[row] float64: the coin in [0, 1] up to which `holds` is true, known to RESOLUTION for all rows together.
 
     Args:
         holds: (rows [n] int64, coins [n] float64) -> [n] bool: true below a coin of each row's own and false above.

@@ -133,8 +133,7 @@ class _Owed:
         could = own.where(self.first & drawn, 0)  # of those that could have been drawn
         left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(could), could.sum(1, True))
         drawable = weights.sum(1, keepdim=True) + left  # [batch, width]: W
-        unit = drawable.where(drawn, torch.finfo(drawable.dtype).max).amin(1, keepdim=True)
-        unit = unit / unit.frexp().mantissa  # a power of two: it divides without rounding
+        unit = _power_of_two(drawable.where(drawn, torch.finfo(drawable.dtype).max).amin(1, keepdim=True))
         self.weights = weights.div_(unit).to(dtype)
         self.units = (unit / drawable).where(drawn, 0).to(dtype)  # [batch, width]: by which c grows, and S
         drawable = drawable.masked_fill(~drawn, torch.inf)
@@ -188,6 +187,11 @@ class _Owed:
     def pick(self, coin: Tensor) -> Tensor:
         """Tokens [batch] int64 drawn from what is owed."""
         return inverse_cdf(self._rest(self.scale).scatter_add(1, self.tokens, self.owed), coin)
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The least powers of two above the values: dividing by them does not round."""
+    return values / values.frexp().mantissa
 
 
 def _from_here_on(values: Tensor) -> Tensor:

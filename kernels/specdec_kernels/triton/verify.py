@@ -45,7 +45,8 @@ def _owed(
     b_p = _law(b_x, o_v, p_law, best, temperature, GREEDY)
     if DRAFT:
         b_w = tl.load(p_draft + o_v, mask=mask, other=0.0).to(b_p.dtype)
-        b_p = tl.maximum(b_p - scale.to(b_p.dtype) * (b_w / unit.to(b_p.dtype)), 0.0)
+        in_units = tl.minimum(b_w, 2 * unit.to(b_p.dtype)) / unit.to(b_p.dtype)  # siblings alone have larger weights
+        b_p = tl.maximum(b_p - scale.to(b_p.dtype) * in_units, 0.0)
     return _put(b_p, o_v, b_token, b_owed, WIDTH)
 
 

@@ -1,0 +1,85 @@
+"""Whether Triton's kernel of sibling rejection decides as torch does, on coins at the steps of torch's decisions.
+
+    TRITON_INTERPRET=1 python -m experiments.kernel_decisions 2000
+
+Prints as JSON how many sets of coins were decided, and how many of them otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.hurting import nodes
+from specdec import Law, Sampling
+from specdec.rules import SiblingRejection
+from specdec.testing.fast_paths import ROUNDINGS, Decide, Nodes, Steps, emitted_laws
+
+Kernel = Callable[..., Any]
+_ULP = 2.0**-53
+
+
+def shapes() -> Iterator[Nodes]:
+    """What is compared: every law, in float32, bfloat16 and float64."""
+    least = "all but the largest the least number there is"
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        yield nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), dtype)
+        yield nodes(5, Law.WITHOUT_REPLACEMENT, 3, Sampling(0.05), dtype)
+        yield nodes(3, Law.IID, 2, Sampling(0.7, top_k=2), dtype)
+        yield nodes(3, Law.POINT, 2, Sampling(1.0), dtype)
+    yield nodes(3, Law.WITHOUT_REPLACEMENT, 2, Sampling(1.0), torch.float32, least)
+    yield nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), torch.float32, "bfloat16, not normalised")
+
+
+def disagreements(kernel: Kernel, sets: int) -> Iterator[tuple[int, int]]:
+    """(sets of coins decided, those decided otherwise) for every shape, of `sets` in all.
+
+    The kernel's arithmetic is not torch's, so that its step may lie elsewhere: by no more than the bound on the law, divided
+    by the share of the law that the step decides.
+    """
+    compared = list(shapes())
+    for hard in compared:
+        decide = Decide(SiblingRejection(), hard)
+        steps = _some(emitted_laws(decide.rule, hard)[1], sets // len(compared) // 5)
+        room = ROUNDINGS[hard.logits.dtype] * hard.logits.shape[1] / steps.share
+        for by in (0.0, -_ULP, _ULP, -room, room):
+            found = _of_kernel(kernel, decide, steps, by)
+            allowed = [_of_torch(decide, steps, by + shift) for shift in (-room, 0 * room, room)]
+            right = torch.stack([(found == each).all(1) for each in allowed]).any(0)
+            yield len(right), int((~right).sum())
+
+
+def _some(steps: Steps, count: int) -> Steps:
+    """`count` of the steps, spread over all of them, whose share of the law is above rounding."""
+    kept = (steps.share > 1e-6).nonzero()[:, 0]
+    kept = kept[torch.linspace(0, len(kept) - 1, min(count, len(kept))).long()]
+    return replace(steps, **{name: value[kept] for name, value in vars(steps).items()})
+
+
+def _of_torch(decide: Decide, steps: Steps, by: float | Tensor) -> Tensor:
+    """[step, 2] int64: accepted node and token."""
+    return torch.stack(decide(steps.draft, *steps.coins(decide.nodes.width, by)), 1)
+
+
+def _of_kernel(kernel: Kernel, decide: Decide, steps: Steps, by: float | Tensor) -> Tensor:
+    accept, emit = steps.coins(decide.nodes.width, by)
+    tree, _, coins = decide.inputs(steps.draft, accept, emit)
+    logits = decide.nodes.logits[decide.owner[steps.draft]][:, None].expand(-1, tree.tokens.shape[1], -1)
+    drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs
+    flips = coins.uniforms(1).contiguous(), coins.uniforms(2).contiguous()
+    path, accepted, token, _ = kernel(logits, *drafted, *flips, 1, *decide.nodes.sampling.filters, 1.0)
+    return torch.stack([torch.where(accepted > 0, path[:, 1], 0), token], 1)
+
+
+if __name__ == "__main__":
+    import specdec_kernels.triton.verify as triton_verify
+
+    torch.set_num_threads(1)
+    found = list(disagreements(triton_verify.verify, int(sys.argv[1])))
+    print(json.dumps({"sets": sum(count for count, _ in found), "otherwise": sum(wrong for _, wrong in found)}))
