@@ -22,8 +22,9 @@ from specdec.attention import View
 from specdec_kernels.reference.compact import compact
 
 _NAMES = "cache", "past_key_values"  # of a cache among arguments: from transformers 5.24 on, and before
-_hands_on = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-GENERATE_CACHE = next(name for name in _NAMES if name in _hands_on)  # the name that `model.generate` itself uses
+_mixin: Any = GenerationMixin  # whose own annotations only models satisfy
+_inputs = inspect.signature(_mixin.prepare_inputs_for_generation).parameters
+GENERATE_CACHE = next(name for name in _NAMES if name in _inputs)  # the name that `model.generate` itself uses
 
 
 def cache_argument(model: PreTrainedModel) -> str:
