@@ -26,7 +26,7 @@ test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs som
 	@$(if $(ARGS),,for suite in interpret gate; do $(VENV)/bin/python -m pytest kernels/tests/$$suite || exit; done)
 
 test-versions: $(OLDEST)/ready ## run the tests that transformers decides on its oldest version (make test: on the newest)
-	@export PYTHONPATH=$(CURDIR)/$(OLDEST) OMP_NUM_THREADS=1; \
+	@export PYTHONPATH=$(abspath $(OLDEST)) OMP_NUM_THREADS=1; \
 	$(VENV)/bin/python -c 'import transformers as t; print(f"transformers {t.__version__} from {t.__path__[0]}")' && \
 	$(VENV)/bin/python -m pytest $(CORES) $(VERSIONED)
 
