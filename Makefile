@@ -4,16 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/ready
+OLDEST := $(VENV)/oldest
 PINS := $(VENV)/constraints.txt
 # whole files to a process: their tests share models
 CORES := -n logical --maxprocesses 4 --dist loadfile
+# what transformers decides: attention, masks, caches, its `generate` and its processors
+VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test lint gpu engine install clean
+.PHONY: help demo test test-versions lint gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ' ## ' '/^[a-z]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-9s%s\n", $$1, $$2}' Makefile
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-15s%s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## the bundled pair of models, methods compared in one table; make demo ARGS=--help lists the settings
 	@$(VENV)/bin/python experiments/benchmark.py $(or $(ARGS),$(DEMO))
@@ -21,6 +24,11 @@ demo: $(READY) ## the bundled pair of models, methods compared in one table; mak
 test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs some
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(or $(ARGS),$(CORES))
 	@$(if $(ARGS),,for suite in interpret gate; do $(VENV)/bin/python -m pytest kernels/tests/$$suite || exit; done)
+
+test-versions: $(OLDEST)/ready ## run the tests that transformers decides on its oldest version (make test: on the newest)
+	@export PYTHONPATH=$(abspath $(OLDEST)) OMP_NUM_THREADS=1; \
+	$(VENV)/bin/python -c 'import transformers as t; print(f"transformers {t.__version__} from {t.__path__[0]}")' && \
+	$(VENV)/bin/python -m pytest $(CORES) $(VERSIONED)
 
 lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff check
@@ -40,6 +48,11 @@ install: $(READY) ## only the set-up: .venv with the tested versions
 clean: ## remove .venv, caches and build products (not outputs/)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find specdec kernels experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(OLDEST)/ready: constraints-oldest.txt $(READY)
+	@rm -rf $(OLDEST)
+	@$(PIP) install --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+	@touch $@
 
 # torch comes first and says which triton: its CUDA builds require the one they were made with, so our pin is dropped;
 # its CPU builds require none.

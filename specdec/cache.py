@@ -8,17 +8,33 @@ once.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 import specdec_kernels
 from specdec.attention import View
 from specdec_kernels.reference.compact import compact
+
+_NAMES = "cache", "past_key_values"  # of a cache among arguments: from transformers 5.24 on, and before
+_mixin: Any = GenerationMixin  # whose own annotations only models satisfy
+_inputs = inspect.signature(_mixin.prepare_inputs_for_generation).parameters
+GENERATE_CACHE = next(name for name in _NAMES if name in _inputs)  # the name that `model.generate` itself uses
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which `model.forward` takes its cache.
+
+    A model of somebody's own may say `past_key_values` where transformers no longer does. A forward pass that hands all
+    of its arguments on, `forward(self, **kwargs)`, is taken to hand them to a model of transformers.
+    """
+    shown = inspect.signature(model.forward).parameters
+    return next((name for name in (GENERATE_CACHE, *_NAMES) if name in shown), GENERATE_CACHE)
 
 
 @dataclass(frozen=True)

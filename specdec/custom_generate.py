@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.cache import GENERATE_CACHE
 from specdec.decoding import Decoding
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
@@ -22,7 +23,7 @@ from specdec.rules.rule import Rule
 from specdec.sampling import Sampling, split
 from specdec.trace import Trace
 
-_READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
 _OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -132,10 +133,10 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[s
         raise ValueError(
             f"{unread}: only input_ids and attention_mask are read; leave out what a text alone does not need."
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(GENERATE_CACHE)
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         raise ValueError(
-            "past_key_values: specdec has a cache of its own and does not go on from another; leave it out."
+            f"{GENERATE_CACHE}: specdec has a cache of its own and does not go on from another; leave it out."
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.attention import NAME, Patch, View, counting_calls
-from specdec.cache import RecordingCache, Slab
+from specdec.cache import RecordingCache, Slab, cache_argument
 from specdec.tree import Topology, TreeSpec
 
 Layout = list[tuple[Slab, Slab] | None]
@@ -89,8 +89,8 @@ def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layo
         logits = model(
             input_ids=_tokens(model, *_PROBE),
             position_ids=view.positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(model): cache},
         ).logits[0]
     if not calls:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.attention import Patch, View
-from specdec.cache import TreeCache
+from specdec.cache import TreeCache, cache_argument
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.support import context_length_of, embedding, layout_of
@@ -75,6 +75,7 @@ class CachedModel:
     def __init__(self, model: PreTrainedModel):
         _check_mode(model)
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
+        self._cache_argument = cache_argument(model)
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length = context_length_of(model)
         self.device, self._dtype = embedding(model).device, embedding(model).dtype
@@ -133,9 +134,8 @@ class CachedModel:
         return self.compiled((*tokens.shape, view.slots), tokens, positions, self.cache, count)
 
     def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
-        return self.model(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
-        ).logits
+        named = {self._cache_argument: cache}
+        return self.model(input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=keep, **named).logits
 
     def compile(self) -> None:
         """Compile the forward passes that follow: those of steps, whose shapes recur."""

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from specdec import Sampling
+from specdec.cache import GENERATE_CACHE
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.rules import BlockVerification
 from specdec.sampling import split
@@ -174,7 +175,8 @@ def test_several_texts_of_one_prompt_are_samples_of_their_own():
 def test_a_result_in_full_has_the_text_and_the_trace():
     expected, got = both(TARGET, RAGGED, return_dict_in_generate=True)
     assert isinstance(got, GenerateDecoderOnlyOutput) and torch.equal(got.sequences, expected.sequences)
-    assert got.scores is got.logits is got.attentions is got.hidden_states is got.past_key_values is None
+    assert got.scores is got.logits is got.attentions is got.hidden_states is None
+    assert got.get(GENERATE_CACHE) is None
     assert got.trace.summary()["acceptance_length"] >= 1
 
 
@@ -246,7 +248,7 @@ REFUSED = {
     "assistant": ({"assistant_model": DRAFT}, "ModelDrafter"),
     "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores.*leave them out"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
-    "cache": ({"past_key_values": DynamicCache()}, "past_key_values.*leave it out"),
+    "cache": ({GENERATE_CACHE: DynamicCache()}, f"{GENERATE_CACHE}: .*leave it out"),
     "quantised cache": ({"cache_implementation": "quantized"}, "in full and on the model's device"),
     "synchronised processes": ({"synced_gpus": True}, "synced_gpus"),
     "embeddings": ({"inputs_embeds": torch.zeros(4, 12, 32)}, "inputs_embeds"),

@@ -6,6 +6,7 @@ from tiny_models import GATE, MATRIX, PROMPTS, llama, reference, state
 
 import specdec
 from specdec import Law, Sampling
+from specdec.cache import GENERATE_CACHE
 from specdec.drafters import LayerSkipDrafter, NgramDrafter
 from specdec.drafters.layer_skip import decoder_layers
 from specdec.testing import TabularTarget, exact_law, target_law
@@ -60,9 +61,9 @@ def test_drafts_are_those_of_the_model_without_the_skipped_layers():
     specdec.generate(model, prompt, Listening(skip=[1], tree=Chain(1)), max_new_tokens=12, stop_tokens=())
     shallow = llama()
     for text, tokens in drafted[:1]:  # afterwards the cache holds what the whole model wrote, as it should
-        full = model.model(torch.tensor([text[:-1]]), use_cache=True).past_key_values
+        full = model.model(torch.tensor([text[:-1]]), use_cache=True)[GENERATE_CACHE]
         shallow.model.layers[1].forward = lambda hidden_states, **_: hidden_states
-        expected = shallow(torch.tensor([text[-1:]]), past_key_values=full).logits[0, -1].argmax()
+        expected = shallow(torch.tensor([text[-1:]]), **{GENERATE_CACHE: full}).logits[0, -1].argmax()
         assert tokens[1] == int(expected)
 
 

@@ -69,7 +69,9 @@ MATRIX = {
     "phi3": partial(build, "Phi3", **SIZES),
     "mistral_sliding": partial(build, "Mistral", **SLIDING),
     "qwen3_moe": partial(build, "Qwen3Moe", **SIZES, **EXPERTS, moe_intermediate_size=24),
-    "gemma2_softcap_sliding": partial(build, "Gemma2", **MIXED, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+    "gemma2_softcap_sliding": partial(
+        build, "Gemma2", **MIXED, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, attn_implementation="eager"
+    ),
     "gemma3n_shared_layers": partial(
         build, "Gemma3n", **SHARED, laurel_rank=8, activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0]
     ),
