@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, check_kind
 from specdec.coins import Coins
 from specdec.decoding import Decoding
 from specdec.drafters.drafter import Context, Drafter
@@ -137,7 +138,7 @@ def texts(
         count: how many texts; greedily one is enough, as they are all the same.
         options: `max_new_tokens`, `stop_tokens`, as for `generate`.
     """
-    prompts = [prompt] * count
+    prompts = [prompt] * as_int("count", count, 1)
     written = generate(target, prompts, sampling=sampling, seed=seed, **options).tokens
     along = _Along(written)
     longest = along.tokens.shape[1]
@@ -185,6 +186,7 @@ class _Along(TreePolicy):
 
 
 def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> None:
+    check_kind("rule", rule, Rule)
     spec = Static(parents, law).spec(sampling)
     if type(rule) not in _ACCEPTING:
         names = ", ".join(known.__name__ for known in _ACCEPTING)

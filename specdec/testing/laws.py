@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, as_ints, check_kind
 from specdec.coins import Coins
 from specdec.decoding import Decoding
 from specdec.drafters import Drafter
@@ -59,6 +60,8 @@ def exact_law(
             which takes far longer and also sees state that leaks from step to step.
     """
     options = (rule or SiblingRejection(), sampling or Sampling(temperature=1.0))
+    prompt, max_new_tokens = as_ints("prompt", prompt), as_int("max_new_tokens", max_new_tokens, 1)
+    check_kind("merge", merge, bool, "pass True or False")
     ended: dict[Text, Fraction] = defaultdict(Fraction)
     open_texts: dict[Text, Fraction] = {(): Fraction(1)}
     paths, expected = 0, Fraction(0)
@@ -119,6 +122,9 @@ def target_law(
 ) -> dict[Text, Fraction]:
     """The law that the target has by itself: the product of its laws after every prefix, without the loop."""
     sampling = sampling or Sampling(temperature=1.0)
+    check_kind("target", target, (PreTrainedModel, TabularTarget), "pass a transformers model or a TabularTarget")
+    check_kind("sampling", sampling, Sampling)
+    prompt, max_new_tokens = as_ints("prompt", prompt, 0), as_int("max_new_tokens", max_new_tokens, 1)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
     open_texts: dict[Text, Fraction] = {(): Fraction(1)}
     while open_texts:
