@@ -15,23 +15,25 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+_MOST = 2**31 - 1  # no count here is larger, and torch takes none above 2**63
 
-def as_int(name: str, value: Any, least: int | None = None, most: int | None = None, cure: str = "") -> int:
+
+def as_int(name: str, value: Any, least: int = -_MOST, most: int = _MOST, cure: str = "") -> int:
     """`value` as a Python integer from `least` to `most`; ValueError, with the cure, if it is none."""
     number, cure = _plain(value), cure and f"; {cure}"
-    limit = "" if least is None else f" >= {least}" if most is None else f" from {least} to {most}"
     if not _is_number(number, Integral):
         whole = isinstance(number, float) and number.is_integer()
-        example = int(number) if whole else 1 if least is None else least
-        raise ValueError(f"{name}={brief(value)}: must be an integer{limit}, such as {example}{cure}.")
-    if (least is not None and number < least) or (most is not None and number > most):
-        raise ValueError(f"{name}={brief(value)}: must be{limit}{cure}.")
+        limit = f" >= {least}" if least > -_MOST else ""
+        raise ValueError(
+            f"{name}={brief(value)}: must be an integer{limit}, such as {int(number) if whole else max(least, 1)}{cure}."
+        )
+    if not least <= number <= most:
+        limit = f">= {least}" if number < least else f"<= {most}"
+        raise ValueError(f"{name}={brief(value)}: must be {limit}{cure}.")
     return int(number)
 
 
-def as_ints(
-    name: str, values: Any, least: int | None = None, most: int | None = None, cure: str = ""
-) -> tuple[int, ...]:
+def as_ints(name: str, values: Any, least: int = -_MOST, most: int = _MOST, cure: str = "") -> tuple[int, ...]:
     """A sequence of such integers, from any library."""
     given = as_tuple(name, values, "integers", cure)
     return tuple(as_int(f"{name}[{i}]", value, least, most, cure) for i, value in enumerate(given))
@@ -88,6 +90,12 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], cure: str =
         (text for other, text in known.items() if isinstance(value, other)), f"pass a specdec {wanted.__name__}"
     )
     raise ValueError(f"{name} is a {type(value).__name__}; {cure or known}. Got {brief(value)}.")
+
+
+def check_callable(name: str, value: Any, cure: str) -> None:
+    """Raise ValueError, with the cure, unless `value` can be called."""
+    if not callable(value):
+        raise ValueError(f"{name} is a {type(value).__name__}; {cure}. Got {brief(value)}.")
 
 
 def check_logits(

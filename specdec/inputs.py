@@ -95,8 +95,8 @@ def as_engine(engine: Engine | str) -> Engine:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError unless it is None or can read and write text."""
-    if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode")):
+    """Raise ValueError unless it is None or can write text; whether it reads any is seen when a prompt is text."""
+    if tokenizer is None or (hasattr(tokenizer, "decode") and not isinstance(tokenizer, bytes)):
         return
     cure = "pass one of transformers, such as AutoTokenizer.from_pretrained(name)"
     raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; {cure}. Got {brief(tokenizer)}.")
@@ -137,13 +137,15 @@ def _as_list(prompts: Any) -> list[Any]:
 
 def _as_tokens(prompt: Any, index: int, tokenizer: Any) -> Tensor:
     if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"prompt {index} is text but there is no tokenizer; pass tokenizer=... or token ids.")
-        prompt = tokenizer(prompt)["input_ids"]
+        if not callable(tokenizer):
+            lacking = "there is no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__} reads none"
+            raise ValueError(f"prompt {index} is text but {lacking}; pass tokenizer=... or token ids.")
+        encoding: Any = tokenizer(prompt)
+        prompt = encoding["input_ids"]
     if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "biuf":
         prompt = torch.from_numpy(np.ascontiguousarray(prompt))
     if isinstance(prompt, (list, tuple, range)):
-        return torch.tensor(as_ints(f"prompt {index}", prompt, -(2**63), 2**63 - 1, _NO_PADDING), dtype=torch.int64)
+        return torch.tensor(as_ints(f"prompt {index}", prompt, cure=_NO_PADDING), dtype=torch.int64)
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
         got = f"a tensor of shape {list(prompt.shape)}" if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
         cure = f"{_CHAT}, else {_NO_PADDING}" if isinstance(prompt, Mapping) else _NO_PADDING

@@ -76,7 +76,7 @@ class Sampling:
             "use None to keep every token",
         )
         put = partial(object.__setattr__, self)
-        put("temperature", as_float("temperature", self.temperature, "[0, inf)", cure))
+        put("temperature", as_float("temperature", self.temperature, "[0, 1e38]", cure))
         if 0 < self.temperature < _COLDEST:
             raise ValueError(f"temperature={self.temperature}: {cure}.")
         put("top_k", None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every))

@@ -6,7 +6,7 @@ width one, the autoregressive step a tree of one node, and a greedy draft a tree
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cache, cached_property
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.checks import as_int
+from specdec.checks import as_int, check_kind
 from specdec.coins import RowCoins
 
 
@@ -52,6 +52,7 @@ class TreeSpec:
     )
 
     def __post_init__(self) -> None:
+        check_kind("TreeSpec.laws", self.laws, (Set, Sequence), "pass a set of the laws that children may have")
         object.__setattr__(self, "laws", frozenset(map(as_law, self.laws)))
         for name, least in (("nodes", 1), ("depth", 0), ("width", 0)):
             object.__setattr__(self, name, as_int(f"TreeSpec.{name}", getattr(self, name), least))

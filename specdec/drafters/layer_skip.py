@@ -37,8 +37,8 @@ class LayerSkipDrafter(TreeDrafter):
 
     def __init__(self, skip: Sequence[int] = (), exit_layer: int | None = None, tree: TreePolicy | None = None):
         super().__init__(tree)
-        self.skip = as_ints("skip", sorted(skip) if isinstance(skip, Set) else skip, 0, cure="give indices of layers")
-        self.exit_layer = None if exit_layer is None else as_int("exit_layer", exit_layer, 1)
+        self.skip = as_ints("skip", sorted(skip) if isinstance(skip, Set) else skip, cure="give indices of layers")
+        self.exit_layer = None if exit_layer is None else as_int("exit_layer", exit_layer)
 
     def __repr__(self) -> str:
         return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.checks import as_float, as_int, as_ints, check_kind
+from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind
 from specdec.coins import Coins
 from specdec.drafters import Context, Drafter
 from specdec.generate import generate
@@ -47,6 +47,9 @@ def assert_drafter(
     """
     check_kind("drafter", drafter, Drafter)
     horizon, tolerance = as_int("horizon", horizon, 1), as_float("tolerance", tolerance, "[0, 1]")
+    for i, sampling in enumerate(as_tuple("samplings", samplings, "Sampling")):
+        check_kind(f"samplings[{i}]", sampling, Sampling)
+    prompts = as_tuple("prompts", prompts, "prompts, each a sequence of token ids")
     if len(prompts) < 2:
         raise ValueError(
             f"prompts={list(prompts)}: must be at least two, as rows of a batch are compared with each alone."

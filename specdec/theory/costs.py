@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from reprlib import repr as brief
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_kind
+from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind
 from specdec.clock import finish
 from specdec.target import CachedModel
 from specdec.tree import chain
@@ -38,6 +37,7 @@ class CostCurve:
 
     def __call__(self, nodes: int) -> float:
         """Seconds of a forward pass over this many nodes per row."""
+        nodes = as_int("nodes", nodes)
         if not self.nodes[0] <= nodes <= self.nodes[-1]:
             raise ValueError(
                 f"{nodes} nodes: costs were measured from {self.nodes[0]} to {self.nodes[-1]}; measure more."
@@ -56,8 +56,8 @@ class Costs:
     def __post_init__(self) -> None:
         for name in ("verify", "draft", "other"):
             curve = getattr(self, name)
-            if not (callable(curve) or (curve is None and name != "verify")):
-                raise ValueError(f"{name} is a {type(curve).__name__}; pass a CostCurve. Got {brief(curve)}.")
+            if curve is not None or name == "verify":
+                check_callable(name, curve, "pass a CostCurve, as measure_costs(target, draft) makes them")
 
     def step(self, parents: Sequence[int]) -> float:
         """Draft the tree level by level (each level with children is one forward pass), verify it at once."""
@@ -90,6 +90,8 @@ def measure_costs(
         batch: rows.
         repeats: rounds, after one that is not counted.
     """
+    for name, model, none in (("target", target, ()), ("draft", draft, (type(None),))):
+        check_kind(name, model, (PreTrainedModel, *none), "pass a transformers model")
     sizes = sorted({1, *as_ints("nodes", nodes, 1)})
     context, batch = as_int("context", context, 0), as_int("batch", batch, 1)
     repeats = as_int("repeats", repeats, 1)

@@ -155,7 +155,9 @@ def search(
         least, most: how many of them have to, and may.
         seed: of the order of exchanges.
     """
-    layers, least, most = as_ints("layers", layers, 0), as_int("least", least, 0), as_int("most", most, 0, len(layers))
+    layers = as_ints("layers", layers, 0)
+    most = as_int("most", most, 0, len(layers))
+    least = as_int("least", least, 0, most)
     seed = as_seed(seed)
     tried: dict[Skip, Trial] = {}
 
