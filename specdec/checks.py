@@ -5,10 +5,10 @@ Numbers may be Python's, NumPy's or 0-d tensors. A bool is not a number here, an
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
-from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], cure: str =
         (text for other, text in known.items() if isinstance(value, other)), f"pass a specdec {wanted.__name__}"
     )
     raise ValueError(f"{name} is a {type(value).__name__}; {cure or known}. Got {brief(value)}.")
+
+
+def brief(value: Any) -> str:
+    """`value` as a message shows it: on one line, and cut where it is long."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def check_callable(name: str, value: Any, cure: str) -> None:

@@ -259,7 +259,7 @@ _NO_LAW = (
 _NO_DRAFT = (
     "The drafter proposed trees for prompt(s) {rows} that cannot have been drawn as they say: node 0 must be the root "
     "(context.root), tokens must be below context.vocab, and where laws are sampled, draft_probs must be there, finite, and "
-    "positive at the drawn tokens. NaN in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 "
-    "does not)."
+    "positive at the drawn tokens; a TreeDrafter's logits must not be NaN, inf, or -inf for all tokens. NaN comes from the "
+    "draft model's weights or dtype (float16 overflows where bfloat16 does not)."
 )
 _INTERRUPTED = "{part} has begun another text since this one's last step; give each interleaved stream its own."

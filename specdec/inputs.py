@@ -7,7 +7,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from numbers import Integral
-from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from specdec.checks import as_int, as_ints
+from specdec.checks import as_int, as_ints, brief
 from specdec.engine import Engine
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling

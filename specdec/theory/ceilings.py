@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from reprlib import repr as brief
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from specdec.checks import as_int, as_ints
+from specdec.checks import as_int, as_ints, brief
 from specdec.divergence import divergence
 from specdec.record import Record
 from specdec.rules.rule import Rule
