@@ -71,10 +71,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if callable(self.processors):
             raise ValueError(f"processors is one {type(self.processors).__name__}; pass a sequence of them.")
-        cure, every = (
-            f"it must be finite and at least {_COLDEST}, or 0 for greedy decoding",
-            "use None to keep every token",
-        )
+        cure = f"it must be finite and at least {_COLDEST}, or 0 for greedy decoding"
+        every = "use None to keep every token"
         put = partial(object.__setattr__, self)
         put("temperature", as_float("temperature", self.temperature, "[0, 1e38]", cure))
         if 0 < self.temperature < _COLDEST:
