@@ -66,6 +66,7 @@ def _unknown(node: Any, key: str, path: str) -> str | None:
 
 
 def _arguments(target: str) -> Iterable[str] | None:
-    """The arguments of a constructor; None if it takes any."""
+    """The arguments of a constructor; None if it takes any. `**unknown: Never` takes none: it is there to tell the cure."""
     parameters = inspect.signature(get_object(target)).parameters
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else list(parameters)
+    known = {name: p for name, p in parameters.items() if p.annotation != "Never"}
+    return None if any(p.kind is p.VAR_KEYWORD for p in known.values()) else list(known)

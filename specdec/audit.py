@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.checks import as_float, as_int, check_callable, check_kind
 from specdec.sampling import Sampling
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]  # (prompt, continuation) -> [len(continuation), vocab]
@@ -80,14 +81,19 @@ def audit(
     `detectable` is for a bias that moves probability from one half of an order to the other; one that is spread over
     many directions at once needs more tokens, and one that depends on nothing the orders see may not show.
     """
-    if not 0 < alpha < 1 or max_tokens < 1:
-        raise ValueError(f"alpha={alpha}, max_tokens={max_tokens}: must be in (0, 1), and at least 1.")
+    alpha, max_tokens = as_float("alpha", alpha, "(0, 1)"), as_int("max_tokens", max_tokens, 1)
+    seed = as_int("seed", seed, 0, 2**63 - 1)
+    check_callable("generate", generate, "pass a function from a seed to (prompt, continuation) pairs")
+    for name, law in (("log_probs", log_probs), ("draft_log_probs", draft_log_probs or log_probs)):
+        check_callable(name, law, "pass a function of (prompt, continuation), such as model_log_probs(model, sampling)")
     orders = ("probability", "token id", *(["draft"] if draft_log_probs else []))
     bets = _Bets(orders, alpha)
     noise = np.random.default_rng([seed, _NOISE])
     for prompt, text in _texts(generate, seed):
         tokens = text[: max_tokens - bets.tokens].cpu()
         target, draft = log_probs(prompt, tokens), draft_log_probs and draft_log_probs(prompt, tokens)
+        if not isinstance(target, Tensor):
+            raise ValueError(f"log_probs returned a {type(target).__name__}, not a tensor [len(continuation), vocab].")
         if target.dim() != 2 or len(target) != len(tokens):
             raise ValueError(
                 f"log_probs returned {list(target.shape)}, not [len(continuation) = {len(tokens)}, vocab]."
@@ -101,6 +107,9 @@ def audit(
 
 def model_log_probs(model: PreTrainedModel, sampling: Sampling) -> LogProbs:
     """`log_probs` of a transformers model under `sampling`, in one plain forward pass per text."""
+
+    check_kind("model", model, PreTrainedModel, "pass a transformers model")
+    check_kind("sampling", sampling, Sampling)
 
     def log_probs(prompt: Tensor, continuation: Tensor) -> Tensor:
         text = torch.cat([prompt, continuation])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.checks import as_int, as_seed
 from specdec_kernels.reference.inverse_cdf import inverse_cdf
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio as a signed 64-bit integer (SplitMix64's increment)
@@ -31,7 +32,7 @@ class Coins:
     """Uniforms for a batch, addressed by (row, step, purpose, node).
 
     Args:
-        seed: any integer; the same seed gives the same coins.
+        seed: an integer of 64 bits, from -2**63 to 2**64 - 1; the same seed gives the same coins.
         batch: number of rows.
         nodes: largest tree (in nodes, the root included) that will be addressed.
         device: where the tensors of the batched face live.
@@ -40,13 +41,14 @@ class Coins:
     enumerates = False  # True for coins that follow every outcome: rules then run their scalar specification
 
     def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu"):
-        self.batch, self.nodes, self.device = batch, nodes, torch.device(device)
-        self._current = torch.empty(len(Purpose), batch, nodes, dtype=torch.float64, device=self.device)
+        self.batch, self.nodes = as_int("batch", batch, 1), as_int("nodes", nodes, 1)
+        self.device = torch.device(device)
+        self._current = torch.empty(len(Purpose), self.batch, self.nodes, dtype=torch.float64, device=self.device)
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
         """Begin again, at step 0, with another seed."""
-        self._seed = (seed + 2**63) % 2**64 - 2**63
+        self._seed = (as_seed(seed) + 2**63) % 2**64 - 2**63  # with a sign, as torch's integers have
         self._first = -_BLOCK
         self.turn_to(0)
 

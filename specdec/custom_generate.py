@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, 
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.cache import GENERATE_CACHE
+from specdec.checks import as_seed, check_kind
 from specdec.decoding import Decoding
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
-from specdec.inputs import as_engine, as_target
+from specdec.inputs import as_engine, as_target, check_tokenizer
 from specdec.rules import SiblingRejection
 from specdec.rules.rule import Rule
 from specdec.sampling import Sampling, split
@@ -42,6 +43,7 @@ def custom_generate(
     seed: int | None = None,
     tokenizer: Any = None,
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
+    **unknown: Never,
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for `model.generate`, which returns what it returns; its other arguments mean what they mean there.
 
@@ -57,7 +59,15 @@ def custom_generate(
         seed: of the sampled tokens; None draws one from torch's global generator at each call, so that
             `torch.manual_seed` repeats a run.
     """
-    engine = as_engine(engine)
+    for name in unknown:
+        raise ValueError(
+            f"custom_generate has no argument {name!r}: it takes drafter, rule, seed, tokenizer and engine. What "
+            f"model.generate knows, pass there: model.generate(..., {name}=..., custom_generate=...)."
+        )
+    check_kind("drafter", drafter, (Drafter, type(None)))
+    check_kind("rule", rule, Rule)
+    check_tokenizer(tokenizer)
+    engine, seed = as_engine(engine), None if seed is None else as_seed(seed)
 
     def decode(
         model: PreTrainedModel,

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, as_seed, check_kind, check_logits
 from specdec.clock import Clock, finish
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
 from specdec.drafters.nothing import NoDrafter
 from specdec.engine import Engine
-from specdec.inputs import Prompts, as_engine, as_int, as_prompts, as_stop_tokens, as_target, check_kind
+from specdec.inputs import (
+    Prompts,
+    as_engine,
+    as_prompts,
+    as_stop_tokens,
+    as_target,
+    check_tokenizer,
+    refuse_unknown,
+)
 from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
@@ -49,8 +59,10 @@ class Decoding:
         engine: Engine | str = "eager",
         resume: bool = False,
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
+        **unknown: Never,
     ):
         began = time.perf_counter()
+        refuse_unknown(unknown, _OPTIONS)
         if trace not in LEVELS:
             raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
         self.engine, self.level = as_engine(engine), trace
@@ -59,7 +71,9 @@ class Decoding:
             ("drafter", self.drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)
         ):  # fmt: skip
             check_kind(name, part, kind)
-        max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens), as_int("seed", seed)
+        check_kind("resume", resume, bool, "pass True or False")
+        check_tokenizer(tokenizer)
+        max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens, 1), as_seed(seed)
         found = as_target(target, resume)
         rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
         sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
@@ -157,6 +171,7 @@ class Decoding:
         """The drafter's trees without what is deeper than a row's own budget: its text must not depend on other rows'."""
         context = self.context
         tree = self.drafter.propose(context, self.coins)
+        check_kind(f"what {type(self.drafter).__name__} proposed", tree, DraftTree)
         tree.check(self.spec, len(context.lengths), context.max_depth, context.vocab)
         if self.engine.fixed:
             tree = tree.padded(self.spec)
@@ -168,9 +183,8 @@ class Decoding:
     def _score(self, tree: DraftTree) -> Scores:
         """The target's logits, and states if the drafter uses them."""
         logits = self.target.score(tree.within(self.target.vocab), self.context)
-        if logits.shape != (*tree.tokens.shape, self.target.vocab):
-            due = [*tree.tokens.shape, self.target.vocab]
-            raise ValueError(f"{self.target}.score returned {list(logits.shape)}, not [batch, node, vocab] = {due}.")
+        shape = (*tree.tokens.shape, self.target.vocab)
+        check_logits(f"{type(self.target).__name__}.score", logits, "[batch, node, vocab]", shape)
         return Scores(logits, self.target.hidden)
 
     def _decide(self, tree: DraftTree, scores: Scores) -> Acceptance:
@@ -237,6 +251,8 @@ def _with_inner(drafter: Drafter) -> list[Drafter]:
     return [drafter, *(each for part in inner for each in _with_inner(part))]
 
 
+# what `generate` takes
+_OPTIONS = [name for name in inspect.signature(Decoding).parameters if name not in ("coins", "unknown")]
 _NO_LAW = (
     "The target's logits are NaN, or all -inf, at a node that decides the text of prompt(s) {rows}. Check the model's "
     "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."
@@ -244,7 +260,7 @@ _NO_LAW = (
 _NO_DRAFT = (
     "The drafter proposed trees for prompt(s) {rows} that cannot have been drawn as they say: node 0 must be the root "
     "(context.root), tokens must be below context.vocab, and where laws are sampled, draft_probs must be there, finite, and "
-    "positive at the drawn tokens. NaN in it comes from the draft model's weights or dtype (float16 overflows where bfloat16 "
-    "does not)."
+    "positive at the drawn tokens; a TreeDrafter's logits must not be NaN, inf, or -inf for all tokens. NaN comes from the "
+    "draft model's weights or dtype (float16 overflows where bfloat16 does not)."
 )
 _INTERRUPTED = "{part} has begun another text since this one's last step; give each interleaved stream its own."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ def generate(
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
     resume: bool = False,
+    **unknown: Never,
 ) -> Generation:
     """Continue the prompts; with a lossless rule, exactly as the target by itself would.
 
@@ -61,7 +62,8 @@ def generate(
 
     Args:
         target: any supported causal LM from transformers, in eval mode. It is left as it was found.
-        prompts: a 1-D int64 tensor of token ids, a list of them (of any lengths), or text (with `tokenizer`).
+        prompts: one prompt or a list of them: token ids (a 1-D tensor or array, or a list), of any lengths and without
+            padding, or text (with `tokenizer`).
         drafter: who proposes; None decodes autoregressively in the same loop.
         rule: who decides what is kept.
         sampling: how tokens are chosen; greedy by default.
@@ -69,7 +71,7 @@ def generate(
         stop_tokens: ids that end a text (and are its last token); None: the EOS ids of `sampling`'s generation config,
             or else the target's; (): none.
         tokenizer: needed for text prompts; gives `Generation.text`.
-        seed: every random decision is a function of (seed, index of the prompt, step).
+        seed: every random decision is a function of (seed of 64 bits, index of the prompt, step).
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
             `divergence`; "laws" the trees and both models' laws, for `specdec.trace.replay` (large: see
@@ -81,12 +83,12 @@ def generate(
             The text is the same. Of changes to a model in between, those that training or loading makes are noticed.
 
     Raises:
-        ValueError: bad input, an unsupported model, a rule that is not lossless for the drafter's trees, or logits
-            that are no distribution; the message names the cure.
+        ValueError: bad input, an argument that belongs elsewhere (as `temperature` does), an unsupported model, a rule that
+            is not lossless for the drafter's trees, or logits that are no distribution; the message names the cure.
     """
     run = Decoding(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume,
+        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume, **unknown,
     )  # fmt: skip
     while not run.finished:
         run.step()

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specdec.checks import check_callable, check_kind
 from specdec.drafters.drafter import Acceptance, Report
 from specdec.engine import Engine
 from specdec.target import Scores
@@ -59,6 +60,9 @@ class Graphs(Engine):
     fixed = True
 
     def __init__(self, *, compile: bool = False, capture: _Capture | None = None):
+        check_kind("compile", compile, bool, "pass True or False")
+        if capture is not None:
+            check_callable("capture", capture, "pass a function that captures a stage, or None")
         self.compiled, self._capture = compile, capture
         self._made_for: Any = None
         self._inside = False  # a stage that is captured as a whole

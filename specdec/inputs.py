@@ -1,43 +1,71 @@
-"""What users pass, checked and put into one form. Every refusal states the value, the limit and the cure."""
+"""What users pass to a run, checked and put into one form. Every refusal states the value, the limit and the cure."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from specdec.checks import as_int, as_ints, brief
 from specdec.engine import Engine
 from specdec.graphs import Graphs
+from specdec.sampling import Sampling
 from specdec.target import ModelTarget, Target
 
-Prompts = Tensor | str | Sequence[Tensor] | Sequence[str]
+Prompt = Tensor | np.ndarray | Sequence[int] | str
+Prompts = Prompt | Sequence[Prompt]
+
+_NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
+_ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
+_CHAT = "of chat messages pass tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
+# arguments of other libraries whose names do not say which one is meant here
+_ELSEWHERE = {
+    "do_sample": "pass sampling=specdec.Sampling(temperature=1.0) to sample, Sampling() for greedy decoding",
+    "generation_config": "pass sampling=specdec.Sampling.from_generation_config(config)",
+    "logits_processor": "pass sampling=specdec.Sampling(processors=[...])",
+    "max_length": "pass max_new_tokens, which does not count the prompt",
+    "num_beams": "only greedy decoding and sampling can be drafted for; leave it out",
+    "num_return_sequences": "pass the prompt so many times",
+    "input_ids": "pass the token ids as prompts",
+    "inputs": "pass the token ids as prompts",
+    "attention_mask": "leave it out, and pass prompts without padding",
+    "eos_token_id": "pass stop_tokens",
+    "stop": "pass stop_tokens, which are ids",
+    "stop_strings": "pass stop_tokens, which are ids, or call model.generate(custom_generate=specdec.custom_generate(drafter))",
+    "stopping_criteria": "call model.generate(custom_generate=specdec.custom_generate(drafter))",
+    "streamer": "iterate over specdec.stream(...), or call model.generate(custom_generate=specdec.custom_generate(drafter))",
+    "assistant_model": "pass drafter=specdec.drafters.ModelDrafter(assistant_model)",
+    "tree": "pass it to the drafter, as in ModelDrafter(model, tree)",
+}  # fmt: skip
 
 
-def check_kind(name: str, value: Any, kind: type) -> None:
-    """Raise ValueError unless `value` is a `kind`."""
-    if isinstance(value, kind):
-        return
-    if isinstance(value, type):
-        raise ValueError(f"{name} is the class {value.__name__}; pass an instance, {value.__name__}(...).")
-    cures = {
-        PreTrainedModel: "wrap a draft model: ModelDrafter(model)",
-        GenerationConfig: "convert it: Sampling.from_generation_config(config)",
-    }
-    cure = next((cure for other, cure in cures.items() if isinstance(value, other)), f"pass a specdec {kind.__name__}")
-    raise ValueError(f"{name} is a {type(value).__name__}; {cure}.")
+def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise ValueError if there are arguments that `generate` does not know, and say where each of them belongs."""
+    if given:
+        cures = "; ".join(f"{name}={brief(value)}: {_home(name, value, list(known))}" for name, value in given.items())
+        raise ValueError(f"generate and stream have no such argument: {cures}.")
 
 
-def as_int(name: str, value: Any) -> int:
-    """`value` as a Python integer."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r}: must be an integer.") from None
+def _home(name: str, value: Any, known: Sequence[str]) -> str:
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    if name in {field.name for field in fields(Sampling)}:
+        sampled = "" if name in ("temperature", "processors") else "temperature=1.0, "
+        return f"pass sampling=specdec.Sampling({sampled}{name}={brief(value)})"
+    if close := get_close_matches(name, known, n=1):
+        return f"did you mean {close[0]!r}?"
+    if hasattr(GenerationConfig(), name):
+        config = f"GenerationConfig({name}={brief(value)})"
+        return f"pass sampling=specdec.Sampling.from_generation_config({config})"
+    return f"there are {', '.join(known)}"
 
 
 def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
@@ -51,7 +79,8 @@ def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
             cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
             raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
         return ModelTarget(target)
-    raise ValueError(f"target is a {type(target).__name__}; pass a transformers PreTrainedModel (or a specdec Target).")
+    cure = "pass a transformers PreTrainedModel (or a specdec Target)"
+    raise ValueError(f"target is a {type(target).__name__}; {cure}. Got {brief(target)}.")
 
 
 def as_engine(engine: Engine | str) -> Engine:
@@ -59,23 +88,24 @@ def as_engine(engine: Engine | str) -> Engine:
     if isinstance(engine, Engine):
         return engine
     made = {"eager": Engine, "graph": Graphs, "compile": partial(Graphs, compile=True)}
-    if engine not in made:
+    if not isinstance(engine, str) or engine not in made:
         raise ValueError(f"engine={engine!r}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
     return made[engine]()
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ValueError unless it is None or can write text; whether it reads any is seen when a prompt is text."""
+    if tokenizer is None or (hasattr(tokenizer, "decode") and not isinstance(tokenizer, bytes)):
+        return
+    cure = "pass one of transformers, such as AutoTokenizer.from_pretrained(name)"
+    raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; {cure}. Got {brief(tokenizer)}.")
+
+
 def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens: int) -> list[Tensor]:
     """Prompts as 1-D int64 CPU tensors, each checked against the target."""
-    if isinstance(prompts, (str, Tensor)):
-        prompts = [prompts]  # type: ignore[assignment]
-    if isinstance(prompts, Mapping):
-        cure = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
-        raise ValueError(f"prompts is a {type(prompts).__name__}; {cure}.")
-    given = list(prompts)
+    given = _as_list(prompts)
     if not given:
         raise ValueError("prompts is an empty list; pass at least one prompt.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: must be >= 1.")
     rows = [_as_tokens(prompt, i, tokenizer) for i, prompt in enumerate(given)]
     for i, row in enumerate(rows):
         _check_row(row, i, target, max_new_tokens)
@@ -93,15 +123,33 @@ def as_stop_tokens(stop_tokens: Any, eos: Any, vocab: int) -> tuple[int, ...]:
     return tokens
 
 
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or several as a list of them."""
+    if isinstance(prompts, (str, Tensor, np.ndarray)):
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping, Set)) or not isinstance(prompts, Iterable):
+        cure = _ALONE if isinstance(prompts, Mapping) else "pass token ids or text, or a list of such prompts"
+        raise ValueError(f"prompts is a {type(prompts).__name__}; {cure}. Got {brief(prompts)}.")
+    given = list(prompts)
+    return [given] if given and all(isinstance(part, Integral) for part in given) else given
+
+
 def _as_tokens(prompt: Any, index: int, tokenizer: Any) -> Tensor:
     if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"prompt {index} is text but there is no tokenizer; pass tokenizer=... or token ids.")
-        prompt = torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.int64)
+        if not callable(tokenizer):
+            lacking = "there is no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__} reads none"
+            raise ValueError(f"prompt {index} is text but {lacking}; pass tokenizer=... or token ids.")
+        encoding: Any = tokenizer(prompt)
+        prompt = encoding["input_ids"]
+    if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "biuf":
+        prompt = torch.from_numpy(np.ascontiguousarray(prompt))
+    if isinstance(prompt, (list, tuple, range)):
+        return torch.tensor(as_ints(f"prompt {index}", prompt, cure=_NO_PADDING), dtype=torch.int64)
     if not isinstance(prompt, Tensor) or prompt.dim() != 1:
         got = f"a tensor of shape {list(prompt.shape)}" if isinstance(prompt, Tensor) else f"a {type(prompt).__name__}"
-        raise ValueError(f"prompt {index} is {got}; pass 1-D tensors of token ids, one per prompt, without padding.")
-    if prompt.dtype.is_floating_point or prompt.dtype == torch.bool:
+        cure = f"{_CHAT}, else {_NO_PADDING}" if isinstance(prompt, Mapping) else _NO_PADDING
+        raise ValueError(f"prompt {index} is {got}; {cure}. Got {brief(prompt)}.")
+    if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
         raise ValueError(f"prompt {index} has dtype {prompt.dtype}; token ids are integers (int64).")
     return prompt.detach().to("cpu", torch.int64)
 

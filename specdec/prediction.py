@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, as_tuple, check_callable, check_kind
 from specdec.coins import Coins
 from specdec.decoding import Decoding
 from specdec.drafters.drafter import Context, Drafter
@@ -137,11 +138,14 @@ def texts(
         count: how many texts; greedily one is enough, as they are all the same.
         options: `max_new_tokens`, `stop_tokens`, as for `generate`.
     """
-    prompts = [prompt] * count
+    check_callable("drafter", drafter, "pass a function from a tree policy to a drafter: partial(ModelDrafter, draft)")
+    prompts = [prompt] * as_int("count", count, 1)
     written = generate(target, prompts, sampling=sampling, seed=seed, **options).tokens
     along = _Along(written)
+    made = drafter(along)
+    check_kind("what drafter(tree) returned", made, Drafter)
     longest = along.tokens.shape[1]
-    run = Decoding(target, prompts, drafter(along), sampling=sampling, max_new_tokens=longest, trace="laws")
+    run = Decoding(target, prompts, made, sampling=sampling, max_new_tokens=longest, trace="laws")
     run.step()
     record = run.trace.steps[0].record
     assert record is not None
@@ -156,6 +160,11 @@ def acceptance_length(
     texts: Sequence[Text], parents: Sequence[int], rule: Rule = SiblingRejection(), law: Law = Law.SAMPLED_THEN_TOP
 ) -> float:
     """Tokens over expected steps, as `Trace.summary` counts them; arguments as for `Text.starts`."""
+    texts = as_tuple("texts", texts, "texts, as from specdec.prediction.texts")
+    if not texts:
+        raise ValueError("texts=[]: must be at least one.")
+    for i, text in enumerate(texts):
+        check_kind(f"texts[{i}]", text, Text)
     return sum(len(text.tokens) for text in texts) / sum(text.starts(parents, rule, law).sum() for text in texts)
 
 
@@ -185,6 +194,7 @@ class _Along(TreePolicy):
 
 
 def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> None:
+    check_kind("rule", rule, Rule)
     spec = Static(parents, law).spec(sampling)
     if type(rule) not in _ACCEPTING:
         names = ", ".join(known.__name__ for known in _ACCEPTING)

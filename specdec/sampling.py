@@ -10,21 +10,25 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 import specdec_kernels
+from specdec.checks import as_float, as_int, as_tuple, check_kind
 from specdec.coins import RowCoins
 from specdec.tree import DraftTree
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import walk
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from specdec.drafters.drafter import Context
 
@@ -67,18 +71,19 @@ class Sampling:
     def __post_init__(self) -> None:
         if callable(self.processors):
             raise ValueError(f"processors is one {type(self.processors).__name__}; pass a sequence of them.")
-        object.__setattr__(self, "processors", tuple(self.processors))
-        if not (self.temperature == 0 or _COLDEST <= self.temperature < math.inf):
-            raise ValueError(
-                f"temperature={self.temperature}: must be finite and at least {_COLDEST}, or 0 for greedy decoding."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: must be >= 1; use None to keep every token.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]; use None to keep every token.")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p}: must be in [0, 1]; use None to keep every token.")
-        for processor in self.processors:
+        cure = f"it must be finite and at least {_COLDEST}, or 0 for greedy decoding"
+        every = "use None to keep every token"
+        put = partial(object.__setattr__, self)
+        put("temperature", as_float("temperature", self.temperature, "[0, 1e38]", cure))
+        if 0 < self.temperature < _COLDEST:
+            raise ValueError(f"temperature={self.temperature}: {cure}.")
+        put("top_k", None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every))
+        put("top_p", None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every))
+        put("min_p", None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every))
+        put("processors", as_tuple("processors", self.processors, "logits processors", "pass a sequence of them"))
+        for i, processor in enumerate(self.processors):
+            if not callable(processor):
+                raise ValueError(f"processors[{i}] is {processor!r}; pass transformers LogitsProcessors.")
             _refuse_stateful(processor)
 
     @classmethod
@@ -88,6 +93,11 @@ class Sampling:
         The processors are the ones that transformers itself builds from the config, the target's defaults and the
         prompt, so they are built per row when generation starts.
         """
+        check_kind("config", config, GenerationConfig, "pass a transformers GenerationConfig")
+        if unknown := [name for name in overrides if not hasattr(config, name)]:
+            close = get_close_matches(unknown[0], vars(config), n=1)
+            cure = f"did you mean {close[0]!r}?" if close else "leave it out."
+            raise ValueError(f"{unknown[0]}={overrides[unknown[0]]!r}: GenerationConfig has no such field; {cure}")
         return cls(generation_config=type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config)
 
     def bind(

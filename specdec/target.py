@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from specdec.attention import Patch, View
 from specdec.cache import TreeCache, cache_argument
+from specdec.checks import check_kind
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.support import context_length_of, embedding, layout_of
@@ -73,6 +74,8 @@ class CachedModel:
     """A Hugging Face causal LM over a batch of rows with lengths of their own."""
 
     def __init__(self, model: PreTrainedModel):
+        cure = "load one, such as AutoModelForCausalLM.from_pretrained(name), and pass it without a wrapper"
+        check_kind("model", model, PreTrainedModel, cure)
         _check_mode(model)
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
         self._cache_argument = cache_argument(model)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.checks import check_kind
 from specdec.record import Record
 from specdec.rules.rule import Rule
 
@@ -156,6 +157,8 @@ def replay(trace: Trace, rule: Rule) -> Trace:
         trace: recorded with trace="laws".
         rule: one that the drafter's trees admit, or ValueError.
     """
+    check_kind("trace", trace, Trace)
+    check_kind("rule", rule, Rule)
     return Trace(steps=[_decided_by(rule, step) for step in trace.steps])
 
 

@@ -6,7 +6,7 @@ width one, the autoregressive step a tree of one node, and a greedy draft a tree
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cache, cached_property
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.checks import as_int, check_kind
 from specdec.coins import RowCoins
 
 
@@ -26,6 +27,12 @@ class Law(IntEnum):
     WITHOUT_REPLACEMENT = 2  # each from the draft law without the earlier siblings, renormalised
     SAMPLED_THEN_TOP = 3  # first child from the law outside its top k - 1, then the top k - 1 themselves
     PADDING = 4  # there is no such node (a row with fewer nodes than the batch's budget)
+
+
+def as_law(law: Law | int) -> Law:
+    """The law of this number; raises ValueError if there is none."""
+    names = ", ".join(f"Law.{each.name}" for each in Law)
+    return Law(as_int("law", law, 0, len(Law) - 1, f"choose one of {names}"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,12 @@ class TreeSpec:
     by_clock: bool = (
         False  # whether trees depend on measured times: processes that share a model would draft different ones
     )
+
+    def __post_init__(self) -> None:
+        check_kind("TreeSpec.laws", self.laws, (Set, Sequence), "pass a set of the laws that children may have")
+        object.__setattr__(self, "laws", frozenset(map(as_law, self.laws)))
+        for name, least in (("nodes", 1), ("depth", 0), ("width", 0)):
+            object.__setattr__(self, name, as_int(f"TreeSpec.{name}", getattr(self, name), least))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +154,12 @@ class DraftTree:
         ]
         limits = (("nodes", nodes, spec.nodes), ("depth", self.topology.depth, min(spec.depth, max_depth)))
         wrong += [f"{name} {got}, at most {most} may be drafted now" for name, got, most in limits if got > most]
+        integers = (("tokens", self.tokens), ("topology.parents", self.topology.parents))
+        wrong += [f"{name} of {t.dtype}, not torch.int64" for name, t in integers if t.dtype != torch.int64]
+        if self.laws.dtype != torch.uint8:
+            wrong.append(f"laws of {self.laws.dtype}, not torch.uint8")
+        if self.draft_probs is not None and not self.draft_probs.is_floating_point():
+            wrong.append(f"draft_probs of {self.draft_probs.dtype}, not of floating-point numbers")
         if wrong:
             raise ValueError(
                 f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Context.max_depth)."

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import PROMPTS, VOCAB, llama
-from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, SynthIDTextWatermarkLogitsProcessor
+from transformers import (
+    BatchEncoding,
+    GenerationConfig,
+    RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
 
 import specdec
 from specdec import DraftTree, Law, Sampling
@@ -26,6 +31,19 @@ from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
 
+
+class Decodes:
+    def decode(self, tokens, skip_special_tokens=False):
+        return " ".join(map(str, tokens))
+
+
+class Ids(Decodes):
+    """Text that consists of token ids."""
+
+    def __call__(self, text):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
 ARGUMENTS = {
     "empty prompt": ([torch.tensor([], dtype=torch.int64)], {}, "give at least one token"),
     "no prompts": ([], {}, "at least one prompt"),
@@ -34,7 +52,34 @@ ARGUMENTS = {
     "negative token": (torch.tensor([-1]), {}, "ids 0 to 49"),
     "batched tensor": (torch.ones(2, 3, dtype=torch.int64), {}, "one per prompt"),
     "float tokens": (torch.ones(3), {}, "integers"),
-    "list of ids": ([1, 2, 3], {}, "1-D tensors"),
+    "numbers that are no ids": ([1.0, 2.0], {}, "prompt 0 is a float; pass 1-D tensors"),
+    "bools": ([True, False], {}, r"prompt 0\[0\]=True: must be an integer"),
+    "ids and text": ([1, "two"], {}, "prompt 0 is a int; pass 1-D tensors"),
+    "nested floats": ([[1, 2.5]], {}, r"prompt 0\[1\]=2.5: must be an integer.*without padding"),
+    "nested twice": ([[[1, 2]]], {}, r"prompt 0\[0\]=\[1, 2\]: must be an integer.*one per prompt"),
+    "huge ids": ([[1, 2**70]], {}, r"prompt 0\[1\]=1180591620717411303424: must be"),
+    "ids out of range": ([[1, VOCAB]], {}, "ids 0 to 49"),
+    "one empty prompt of several": ([[1], []], {}, "prompt 1 is empty"),
+    "array of rows": (np.ones((2, 3), dtype=np.int64), {}, "one per prompt"),
+    "array of floats": (np.ones(3), {}, "integers"),
+    "array of bools": (np.ones(3, dtype=bool), {}, "integers"),
+    "array of text": (np.array(["a"]), {}, "prompt 0 is a ndarray; pass 1-D tensors"),
+    "complex tokens": (torch.ones(3, dtype=torch.complex64), {}, "integers"),
+    "scalar": (torch.tensor(3), {}, r"shape \[\]; pass 1-D tensors"),
+    "bytes": (b"ab", {}, "prompts is a bytes; pass token ids or text"),
+    "set": ({1, 2}, {}, "prompts is a set; pass token ids or text"),
+    "no prompt at all": (None, {}, "prompts is a NoneType; pass token ids or text"),
+    "chat": ([{"role": "user", "content": "hello"}], {}, r"prompt 0 is a dict; of chat.*apply_chat_template"),
+    "BatchEncoding": (BatchEncoding({"input_ids": [[1, 2]]}), {}, "token ids alone"),
+    "empty text": ("", {"tokenizer": Ids()}, "prompt 0 is empty"),
+    "text and a tokenizer that reads none": ("12", {"tokenizer": Decodes()}, "a Decodes reads none; pass tokenizer"),
+    "bool budget": (PROMPTS, {"max_new_tokens": True}, "max_new_tokens=True: must be an integer"),
+    "bool stop token": (PROMPTS, {"stop_tokens": True}, "stop_tokens=True: must be an integer"),
+    "name of a tokenizer": (
+        PROMPTS,
+        {"tokenizer": "gpt2"},
+        r"tokenizer is a str; .*from_pretrained\(name\). Got 'gpt2'",
+    ),
     "encoding": ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, {}, "token ids alone"),
     "text without tokenizer": ("hello", {}, "pass tokenizer"),
     "zero budget": (PROMPTS, {"max_new_tokens": 0}, "must be >= 1"),
@@ -60,6 +105,75 @@ def test_arguments(case):
     prompts, options, cure = ARGUMENTS[case]
     with pytest.raises(ValueError, match=cure):
         specdec.generate(llama(), prompts, **options)
+
+
+IDS = [[5, 6, 7], [8, 9]]
+ONE = {
+    "list": IDS[0],
+    "tuple": tuple(IDS[0]),
+    "range": range(5, 8),
+    "array": np.array(IDS[0], dtype=np.uint16),
+    "tensor of int32": torch.tensor(IDS[0], dtype=torch.int32),
+    "generator": (token for token in IDS[0]),
+    "NumPy's integers": [np.int64(token) for token in IDS[0]],
+}
+SEVERAL = {
+    "lists": IDS,
+    "tuple of tuples": tuple(map(tuple, IDS)),
+    "arrays": list(map(np.array, IDS)),
+    "generator of lists": (ids for ids in IDS),
+    "a list and a tensor": [IDS[0], torch.tensor(IDS[1])],
+    "text": [" ".join(map(str, ids)) for ids in IDS],
+}
+
+
+@pytest.mark.parametrize("form", [*ONE, *SEVERAL])
+def test_a_prompt_may_be_ids_in_any_sequence(form):
+    ids, prompts = ([IDS[0]], ONE[form]) if form in ONE else (IDS, SEVERAL[form])
+    options = {"max_new_tokens": 6, "tokenizer": Ids()}
+    expected = specdec.generate(llama(), [torch.tensor(one) for one in ids], **options).tokens
+    found = specdec.generate(llama(), prompts, **options).tokens
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+ELSEWHERE = {
+    "temperature": (0.8, r"temperature=0.8: pass sampling=specdec.Sampling\(temperature=0.8\)"),
+    "top_k": (5, r"pass sampling=specdec.Sampling\(temperature=1.0, top_k=5\)"),
+    "top_p": (0.9, r"pass sampling=specdec.Sampling\(temperature=1.0, top_p=0.9\)"),
+    "processors": ([], r"pass sampling=specdec.Sampling\(processors=\[\]\)"),
+    "do_sample": (True, r"Sampling\(temperature=1.0\) to sample, Sampling\(\) for greedy"),
+    "repetition_penalty": (1.2, r"from_generation_config\(GenerationConfig\(repetition_penalty=1.2\)\)"),
+    "generation_config": (GenerationConfig(), r"from_generation_config\(config\)"),
+    "max_length": (30, "pass max_new_tokens, which does not count the prompt"),
+    "max_tokens": (3, "did you mean 'max_new_tokens'?"),
+    "max_new_token": (3, "max_new_token=3: did you mean 'max_new_tokens'?"),
+    "num_beams": (4, "num_beams=4: only greedy decoding and sampling"),
+    "eos_token_id": (7, "pass stop_tokens"),
+    "attention_mask": (None, "without padding"),
+    "assistant_model": (None, r"ModelDrafter\(assistant_model\)"),
+    "streamer": (None, "specdec.stream"),
+    "sed": (3, "did you mean 'seed'?"),
+    "nonsense": (3, "nonsense=3: there are target, prompts, drafter, rule, sampling, max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize(
+    "call", [specdec.generate, lambda *a, **k: list(specdec.stream(*a, **k))], ids=["generate", "stream"]
+)
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_argument_that_belongs_elsewhere_is_told_where(name, call):
+    value, cure = ELSEWHERE[name]
+    with pytest.raises(ValueError, match=f"no such argument: .*{cure}"):
+        call(llama(), PROMPTS, max_new_tokens=3, **{name: value})
+
+
+def test_every_argument_that_belongs_elsewhere_is_told_at_once():
+    with pytest.raises(ValueError, match=r"temperature=0.8: .*; max_lenght=3: .*"):
+        specdec.generate(llama(), PROMPTS, temperature=0.8, max_lenght=3)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"custom_generate has no argument 'temperature'.*model.generate\(..., temperature"
+    ):
+        specdec.custom_generate(temperature=0.8)  # type: ignore[arg-type]
 
 
 def test_numbers_of_other_libraries_are_numbers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from specdec.checks import as_int, check_kind
 from specdec.display.picture import FAINT, PATH, PLAIN, Picture, Span
 from specdec.display.text import kind_of_last
 from specdec.record import Record
@@ -23,7 +24,8 @@ def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
         row: which prompt.
         tokenizer: for text; token ids otherwise.
     """
-    record = step.record
+    check_kind("step", step, Step)
+    row, record = as_int("row", row, 0, len(step.emitted) - 1), step.record
     if record is None:
         raise ValueError('There is no tree in this step: record the run with trace="laws".')
     if not step.emitted[row]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
@@ -26,6 +27,8 @@ class Fallback(Drafter):
     """
 
     def __init__(self, first: Drafter, second: Drafter):
+        for name, part in (("first", first), ("second", second)):
+            check_kind(name, part, Drafter)
         self.first, self.second = first, second
         self.uses_hidden = first.uses_hidden or second.uses_hidden
 

@@ -8,12 +8,13 @@ scratch that verification overwrites, and every token of the text has its full k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, as_ints
 from specdec.drafters.drafter import Context
 from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.target import ModelTarget, Target
@@ -36,7 +37,8 @@ class LayerSkipDrafter(TreeDrafter):
 
     def __init__(self, skip: Sequence[int] = (), exit_layer: int | None = None, tree: TreePolicy | None = None):
         super().__init__(tree)
-        self.skip, self.exit_layer = tuple(skip), exit_layer
+        self.skip = as_ints("skip", sorted(skip) if isinstance(skip, Set) else skip, cure="give indices of layers")
+        self.exit_layer = None if exit_layer is None else as_int("exit_layer", exit_layer)
 
     def __repr__(self) -> str:
         return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"
@@ -47,7 +49,7 @@ class LayerSkipDrafter(TreeDrafter):
         layers, self._cached = decoder_layers(target.cached.model), target.cached
         end = len(layers) if self.exit_layer is None else self.exit_layer
         skipped = {*self.skip, *range(end, len(layers))}
-        if not skipped < set(range(len(layers))) or not skipped:
+        if not skipped < set(range(len(layers))) or not skipped or end > len(layers):
             raise ValueError(
                 f"{self}: the target has layers 0 to {len(layers) - 1}; skip at least one of them and keep at least one."
             )

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from specdec.checks import as_int, check_kind
 from specdec.drafters.drafter import Context
 from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.sampling import Sampling
@@ -35,6 +36,8 @@ class MedusaHeads(nn.Module):
 
     def __init__(self, heads: int, blocks: int, hidden: int, vocab: int | None = None):
         super().__init__()
+        heads, blocks, hidden = as_int("heads", heads, 1), as_int("blocks", blocks, 1), as_int("hidden", hidden, 1)
+        vocab = None if vocab is None else as_int("vocab", vocab, 1, cure="use None to share the target's LM head")
         self.weight = nn.Parameter(
             torch.zeros(blocks, heads, hidden, hidden)
         )  # zeros: each begins as the LM head alone
@@ -113,6 +116,7 @@ class MedusaDrafter(TreeDrafter):
     uses_hidden = capturable_scores = True
 
     def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
+        check_kind("heads", heads, (MedusaHeads, str, Path), "pass MedusaHeads, or the folder they are in")
         self.heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
         super().__init__(Widths([1] * len(self.heads)) if tree is None else tree)
         # [batch, head, vocab], of the last root; in one place as long as that is possible, as captured graphs write to it

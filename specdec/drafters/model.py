@@ -35,6 +35,9 @@ class ModelDrafter(TreeDrafter):
 
     def __init__(self, model: PreTrainedModel, tree: TreePolicy | None = None, tokenizer: Any = None):
         super().__init__(tree)
+        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+            cure = "pass the draft's own, such as AutoTokenizer.from_pretrained(name)"
+            raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; {cure}. Got {tokenizer!r}.")
         self.model, self.tokenizer = model, tokenizer
         self._cached = self._alone = CachedModel(model)
 

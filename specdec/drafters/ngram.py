@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.checks import as_int
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
@@ -21,9 +22,8 @@ class NgramDrafter(Drafter):
     """
 
     def __init__(self, length: int = 8, max_ngram: int = 3, branches: int = 1):
-        self.length, self.max_ngram, self.branches = length, max_ngram, branches
-        if length < 1 or max_ngram < 1 or branches < 1:
-            raise ValueError(f"{self}: all three must be >= 1.")
+        self.length, self.max_ngram = as_int("length", length, 1), as_int("max_ngram", max_ngram, 1)
+        self.branches = as_int("branches", branches, 1)
 
     def __repr__(self) -> str:
         return f"NgramDrafter(length={self.length}, max_ngram={self.max_ngram}, branches={self.branches})"

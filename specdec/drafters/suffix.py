@@ -12,11 +12,13 @@ from heapq import heappop, heappush
 
 from torch import Tensor
 
+from specdec.checks import as_float, as_ints, as_tuple
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
 from specdec.target import Target
 from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
+from specdec.trees.policy import check_size
 
 _LINKS = 32  # most suffixes counted per token: text that repeats one token for ever has one for each place
 
@@ -89,16 +91,14 @@ class SuffixDrafter(Drafter):
         threshold: float = 0.15,
         corpus: Sequence[Tensor | Sequence[int]] = (),
     ):
-        if nodes < 2 or depth < 1 or width < 1 or not 0 < threshold <= 1:
-            raise ValueError(
-                f"nodes={nodes}, depth={depth}, width={width}, threshold={threshold}: need nodes >= 2, depth >= 1, width >= 1 "
-                "and a threshold in (0, 1]."
-            )
-        self.nodes, self.depth, self.width, self.threshold = nodes, depth, width, threshold
+        self.nodes, self.depth, self.width = nodes, depth, width
+        check_size(self)
+        self.threshold = as_float("threshold", threshold, "(0, 1]")
         self._corpus = SuffixAutomaton()
-        for i, text in enumerate(corpus):
-            for token in (*text, -1 - i):  # a token that no text has: nothing runs on into the next one
-                self._corpus.extend(int(token))
+        for i, text in enumerate(as_tuple("corpus", corpus, "texts, each a sequence of token ids")):
+            # the last is a token that no text has: nothing runs on into the next one
+            for token in (*as_ints(f"corpus[{i}]", text, 0, cure="texts are token ids"), -1 - i):
+                self._corpus.extend(token)
 
     def __repr__(self) -> str:
         return f"SuffixDrafter(nodes={self.nodes}, depth={self.depth}, width={self.width}, threshold={self.threshold})"

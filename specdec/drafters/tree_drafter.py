@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from specdec.checks import check_kind, check_logits
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
@@ -26,10 +29,8 @@ class TreeDrafter(Drafter):
     capturable_scores: bool = False  # True if `score` does the same to the device whenever `prepare` says the same
 
     def __init__(self, tree: TreePolicy | None = None):
-        if not isinstance(tree, TreePolicy | None):
-            raise ValueError(
-                f"tree is a {type(tree).__name__}; pass a tree policy such as Chain(4) or Widths([4, 2, 1])."
-            )
+        cure = "pass a tree policy such as Chain(4) or Widths([4, 2, 1])"
+        check_kind("tree", tree, (TreePolicy, type(None)), cure)
         self.tree = Chain(4) if tree is None else tree
 
     @property
@@ -46,23 +47,37 @@ class TreeDrafter(Drafter):
 
     @abstractmethod
     def score(self, frontier: Frontier, context: Context) -> Tensor:
-        """[batch, count, vocab]: logits after the nodes of the frontier. In each tree the root comes first, alone."""
+        """[batch, count, vocab]: logits after the nodes of the frontier. In each tree the root comes first, alone.
+
+        Each must give a law: NaN, inf or -inf for all tokens are told as the drafter's fault after the step.
+        """
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         self.asked = None
         if context.max_depth == 0:
             return root_only(context.root)
 
+        broken = torch.zeros_like(context.lengths, dtype=torch.bool)  # [batch] bool: rows with logits that are no law
+
         def drafted(frontier: Frontier) -> Tensor:
-            return self.score(frontier, context)
+            logits = self.score(frontier, context)
+            shape = (*frontier.tokens.shape, context.vocab)
+            check_logits(f"{type(self).__name__}.score", logits, "[batch, count, vocab]", shape, frontier.tokens.device)
+            return logits
 
         def asked(frontier: Frontier) -> Tensor:
             key = id(self), self.prepare(frontier, context)
-            return context.engine.perform(key, drafted, None, frontier) if self.capturable_scores else drafted(frontier)
+            if not self.capturable_scores:
+                logits = drafted(frontier)
+            else:
+                logits = context.engine.perform(key, drafted, None, frontier)
+            broken.logical_or_(~logits.amax(-1).isfinite().all(1))
+            return logits
 
         grown = drive(self.tree, context, coins, asked)
         self.asked = grown.asked if grown.tree.topology.depth else None
-        return grown.tree
+        # no token is the root's: `DraftTree.invalid` tells the host with the step
+        return replace(grown.tree, tokens=grown.tree.tokens.masked_fill(broken[:, None], -1))
 
     def commit(self, acceptance: Acceptance) -> None:
         self.tree.commit(acceptance)

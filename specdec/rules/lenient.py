@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.checks import as_float
 from specdec.rules.residual import residual
 from specdec.rules.sibling import SiblingRejection
 
@@ -22,9 +23,7 @@ class LenientRejection(SiblingRejection):
     lossless = False
 
     def __init__(self, lenience: float = 0.5):
-        if not 0 < lenience <= 1:
-            raise ValueError(f"lenience={lenience}: must be in (0, 1]; 1 is SiblingRejection.")
-        self.lenience = lenience
+        self.lenience = as_float("lenience", lenience, "(0, 1]", "1 is SiblingRejection")
 
     def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hit = np.divide(owed, self.lenience * law, out=np.ones_like(owed), where=law > 0)

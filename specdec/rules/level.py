@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from specdec.checks import as_int
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.rules.level_batch import BOUNDS, Levels
 from specdec.rules.rule import Decision, Decisions, Rule
@@ -58,9 +59,7 @@ class LevelVerification(Rule):
     lossless = True
 
     def __init__(self, rounds: int = 2):
-        if rounds < 1:
-            raise ValueError(f"rounds={rounds}: every child has to be tried at least once.")
-        self.rounds = rounds
+        self.rounds = as_int("rounds", rounds, 1, cure="every child has to be tried at least once")
 
     def check(self, spec: TreeSpec) -> None:
         if spec.width > 1 and not spec.by_depth:

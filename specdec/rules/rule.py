@@ -108,7 +108,7 @@ class Rule(ABC):
         """`decide`, and a check that its answer is one: what another's rule gets wrong must not become text."""
         decision = self.decide(tree, target_law, coins)
         if not isinstance(decision, Decision):
-            raise TypeError(f"{type(self).__name__}.decide returned {decision!r}; return a Decision(path, token).")
+            raise ValueError(f"{type(self).__name__}.decide returned {decision!r}; return a Decision(path, token).")
         path, token = decision.path, decision.token
         if path[:1] != [0] or any(child not in tree.children(node) for node, child in pairwise(path)):
             raise ValueError(

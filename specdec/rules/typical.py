@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 
+from specdec.checks import as_float
 from specdec.coins import Coins, RowCoins
 from specdec.rules.draft_law import Siblings
 from specdec.rules.rule import Decision, Decisions, Rule
@@ -29,9 +30,7 @@ class TypicalAcceptance(Rule):
     lossless = False
 
     def __init__(self, epsilon: float = 0.09, alpha: float = 0.3):
-        if not (0 <= epsilon <= 1 and 0 <= alpha <= 1):
-            raise ValueError(f"epsilon={epsilon}, alpha={alpha}: both must be in [0, 1].")
-        self.epsilon, self.alpha = epsilon, alpha
+        self.epsilon, self.alpha = as_float("epsilon", epsilon, "[0, 1]"), as_float("alpha", alpha, "[0, 1]")
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
         paths = [[0]]

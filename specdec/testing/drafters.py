@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind
 from specdec.coins import Coins
 from specdec.drafters import Context, Drafter
 from specdec.generate import generate
@@ -44,6 +45,16 @@ def assert_drafter(
         horizon: new tokens of the greedy and the batched runs.
         tolerance: largest total variation; what float64 logits of one text differ between shapes of a batch.
     """
+    check_kind("drafter", drafter, Drafter)
+    horizon, tolerance = as_int("horizon", horizon, 1), as_float("tolerance", tolerance, "[0, 1]")
+    for i, sampling in enumerate(as_tuple("samplings", samplings, "Sampling")):
+        check_kind(f"samplings[{i}]", sampling, Sampling)
+    prompts = as_tuple("prompts", prompts, "prompts, each a sequence of token ids")
+    if len(prompts) < 2:
+        raise ValueError(
+            f"prompts={list(prompts)}: must be at least two, as rows of a batch are compared with each alone."
+        )
+    prompts = [as_ints(f"prompts[{i}]", prompt, 0) for i, prompt in enumerate(prompts)]
     texts = [torch.tensor(prompt) for prompt in prompts]
     for sampling in samplings:
         options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}

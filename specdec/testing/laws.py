@@ -10,9 +10,11 @@ from fractions import Fraction
 import torch
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, as_ints, check_kind
 from specdec.coins import Coins
 from specdec.decoding import Decoding
 from specdec.drafters import Drafter
+from specdec.inputs import as_stop_tokens
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.target import Target
@@ -58,14 +60,19 @@ def exact_law(
         merge: start anew from each committed text, so that equal texts are followed once. False follows whole runs,
             which takes far longer and also sees state that leaks from step to step.
     """
-    options = (rule or SiblingRejection(), sampling or Sampling(temperature=1.0))
+    rule = SiblingRejection() if rule is None else rule
+    sampling = Sampling(temperature=1.0) if sampling is None else sampling
+    for name, part, kind in (("drafter", drafter, (Drafter, type(None))), ("sampling", sampling, Sampling)):
+        check_kind(name, part, kind)
+    prompt, max_new_tokens = as_ints("prompt", prompt), as_int("max_new_tokens", max_new_tokens, 1)
+    check_kind("merge", merge, bool, "pass True or False")
     ended: dict[Text, Fraction] = defaultdict(Fraction)
     open_texts: dict[Text, Fraction] = {(): Fraction(1)}
     paths, expected = 0, Fraction(0)
     while open_texts:
         text = min(open_texts, key=len)
         mass, budget = open_texts.pop(text), max_new_tokens - len(text)
-        outcomes = _enumerate(target, [*prompt, *text], drafter, *options, budget, stop_tokens, merge)
+        outcomes = _enumerate(target, [*prompt, *text], drafter, rule, sampling, budget, stop_tokens, merge)
         for emitted, stopped, probability in outcomes:
             paths += 1
             expected += probability * len(emitted) * (not text)
@@ -118,7 +125,12 @@ def target_law(
     stop_tokens: Sequence[int] = (),
 ) -> dict[Text, Fraction]:
     """The law that the target has by itself: the product of its laws after every prefix, without the loop."""
-    sampling = sampling or Sampling(temperature=1.0)
+    sampling = Sampling(temperature=1.0) if sampling is None else sampling
+    check_kind("target", target, (PreTrainedModel, TabularTarget), "pass a transformers model or a TabularTarget")
+    check_kind("sampling", sampling, Sampling)
+    vocab = target.config.get_text_config().vocab_size if isinstance(target, PreTrainedModel) else target.vocab
+    prompt, max_new_tokens = as_ints("prompt", prompt, 0), as_int("max_new_tokens", max_new_tokens, 1)
+    stop_tokens = as_stop_tokens(stop_tokens, None, vocab)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
     open_texts: dict[Text, Fraction] = {(): Fraction(1)}
     while open_texts:

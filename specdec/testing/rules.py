@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from specdec.checks import as_int, as_tuple, check_kind
 from specdec.drafters import Drafter, NgramDrafter
 from specdec.rules import Rule
 from specdec.sampling import Sampling
@@ -22,6 +23,11 @@ def assert_lossless(
     The battery: chains, IID, without-replacement, sampled-then-top and dynamic trees and n-grams, at temperatures 0.7
     and 1 and with top-k and top-p, with a stop token. `drafters` replaces those of the battery.
     """
+    check_kind("rule", rule, Rule)
+    vocab, max_new_tokens = as_int("vocab", vocab, 2), as_int("max_new_tokens", max_new_tokens, 1)
+    drafters = as_tuple("drafters", () if drafters is None else drafters, "drafters")
+    for i, drafter in enumerate(drafters):
+        check_kind(f"drafters[{i}]", drafter, Drafter)
     name, admitted, refusal, prompt = type(rule).__name__, 0, None, (0, 1, 0)
     assert rule.lossless, (
         f"{name} does not claim to be lossless (`lossless` is False), so there is nothing to assert: "

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.checks import as_int, check_kind
 from specdec.drafters import Context, TreeDrafter
 from specdec.drafters.drafter import Acceptance
 from specdec.target import Target
@@ -19,7 +20,7 @@ class Table:
     """A random law for every text: context-dependent logits [vocab] float64, a function of (seed, text)."""
 
     def __init__(self, vocab: int, seed: int = 0):
-        self.vocab, self.seed = vocab, seed
+        self.vocab, self.seed = as_int("vocab", vocab, 1), as_int("seed", seed, 0)
         self._known: dict[Text, Tensor] = {}
 
     def logits(self, text: Text) -> Tensor:
@@ -49,6 +50,7 @@ class TabularDrafter(TreeDrafter):
 
     def __init__(self, table: Table, tree: TreePolicy):
         super().__init__(tree)
+        check_kind("table", table, Table)
         self.table = table
 
     def score(self, frontier: Frontier, context: Context) -> Tensor:

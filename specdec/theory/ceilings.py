@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from specdec.checks import as_int, as_ints, brief
 from specdec.divergence import divergence
 from specdec.record import Record
 from specdec.rules.rule import Rule
 from specdec.trace import Visit
-from specdec.tree import Law, RowTree
+from specdec.tree import Law, RowTree, as_law
 
 _STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12
 _DECAY = 40.0  # exp(-40) < 1e-17: where integrands are cut off
@@ -41,12 +42,15 @@ def one_step_ceiling(
         count: number of children, for IID and WITHOUT_REPLACEMENT.
         top: tokens of the children that are not random: all of them for POINT, all but the first for SAMPLED_THEN_TOP.
     """
-    p, law, top = normalised(p), Law(law), sorted(set(top))
+    p, law, count = normalised(p), as_law(law), as_int("count", count, 0)
+    top = sorted(set(as_ints("top", top, 0, len(p) - 1, "tokens are indices of p")))
     if law == Law.POINT:
         return float(p[top].sum())
     if q is None or law == Law.PADDING:
         raise ValueError(f"law={law.name}, q={q}: give a sampled law and q, the law that the children are drawn from.")
     q = normalised(q)
+    if len(q) != len(p):
+        raise ValueError(f"q has {len(q)} weights and p {len(p)}: must be laws of one vocabulary.")
     if law == Law.SAMPLED_THEN_TOP:
         q[top] = 0
         both = np.minimum(p, normalised(q))
@@ -93,9 +97,13 @@ def _all_among_first(q: np.ndarray, count: int) -> np.ndarray:
 
 def normalised(weights: ArrayLike) -> np.ndarray:
     """[vocab]: the law that has these weights."""
-    law = np.array(weights, dtype=np.float64)
+    try:
+        law = np.array(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        law = np.empty(0)  # what cannot be read as numbers is no law
     if not (law.ndim == 1 and (law >= 0).all() and 0 < law.sum() < np.inf):
-        raise ValueError("A law is a vector of finite non-negative weights [vocab], not all of them 0.")
+        cure = "a law is a vector of finite non-negative weights [vocab], not all of them 0"
+        raise ValueError(f"weights={brief(weights)}: {cure}.")
     return law / law.sum()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind
 from specdec.clock import finish
 from specdec.target import CachedModel
 from specdec.tree import chain
@@ -22,8 +24,20 @@ class CostCurve:
     nodes: Sequence[int]  # increasing
     seconds: Sequence[float]
 
+    def __post_init__(self) -> None:
+        nodes = as_ints("nodes", self.nodes, 1)
+        given = as_tuple("seconds", self.seconds, "times")
+        seconds = tuple(as_float(f"seconds[{i}]", each, "[0, inf)") for i, each in enumerate(given))
+        if not nodes or len(nodes) != len(seconds) or any(a >= b for a, b in pairwise(nodes)):
+            raise ValueError(
+                f"nodes={nodes}, seconds={seconds}: must be equally many, at least one, and nodes must increase."
+            )
+        object.__setattr__(self, "nodes", nodes)
+        object.__setattr__(self, "seconds", seconds)
+
     def __call__(self, nodes: int) -> float:
         """Seconds of a forward pass over this many nodes per row."""
+        nodes = as_int("nodes", nodes)
         if not self.nodes[0] <= nodes <= self.nodes[-1]:
             raise ValueError(
                 f"{nodes} nodes: costs were measured from {self.nodes[0]} to {self.nodes[-1]}; measure more."
@@ -39,8 +53,15 @@ class Costs:
     draft: CostCurve | None = None  # the draft model's, by nodes of a level; None if drafting is free
     other: CostCurve | None = None  # the loop's own time, by nodes of the tree; None if it is not counted
 
+    def __post_init__(self) -> None:
+        for name in ("verify", "draft", "other"):
+            curve = getattr(self, name)
+            if curve is not None or name == "verify":
+                check_callable(name, curve, "pass a CostCurve, as measure_costs(target, draft) makes them")
+
     def step(self, parents: Sequence[int]) -> float:
         """Draft the tree level by level (each level with children is one forward pass), verify it at once."""
+        parents = as_parents(parents)
         depth, levels = [0], {}
         for parent in parents[1:]:
             depth.append(depth[parent] + 1)
@@ -69,7 +90,11 @@ def measure_costs(
         batch: rows.
         repeats: rounds, after one that is not counted.
     """
-    sizes = sorted({1, *nodes})
+    for name, model, none in (("target", target, ()), ("draft", draft, (type(None),))):
+        check_kind(name, model, (PreTrainedModel, *none), "pass a transformers model")
+    sizes = sorted({1, *as_ints("nodes", nodes, 1)})
+    context, batch = as_int("context", context, 0), as_int("batch", batch, 1)
+    repeats = as_int("repeats", repeats, 1)
     forwards = [_forward(model, sizes[-1], context, batch) for model in (target, draft) if model is not None]
     times = [[[forward(size) for size in sizes] for forward in forwards] for _ in range(repeats + 1)][1:]
     medians = np.median(times, axis=0).tolist()  # [model][size]
@@ -98,4 +123,6 @@ def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Cal
 
 def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: Costs) -> float:
     """Over drafting nothing: acceptance length x t(1) / t(step). What is measured falls short of it by the loop's own time."""
+    acceptance_length = as_float("acceptance_length", acceptance_length, "[0, inf)")
+    check_kind("costs", costs, Costs, "measure them: specdec.theory.measure_costs(target, draft)")
     return acceptance_length * costs.step([-1]) / costs.step(parents)

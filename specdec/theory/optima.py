@@ -9,8 +9,9 @@ from itertools import permutations, product
 import numpy as np
 from numpy.typing import ArrayLike
 
+from specdec.checks import as_int, as_ints, check_callable
 from specdec.theory.ceilings import normalised
-from specdec.tree import Law
+from specdec.tree import Law, as_law
 
 TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
 
@@ -26,6 +27,9 @@ def chain_optimum(target: TextLaw, draft: TextLaw, depth: int, prompt: Sequence[
         target, draft: laws after any text.
         depth: length of the path.
     """
+
+    depth, prompt = as_int("depth", depth, 0), as_ints("prompt", prompt)
+    _check_laws(target, draft)
 
     def accepted(text: tuple[int, ...], reach: float) -> float:
         if reach == 0 or len(text) - len(prompt) == depth:
@@ -59,8 +63,10 @@ def tree_optimum(target: TextLaw, draft: TextLaw, widths: Sequence[int], law: La
         from scipy.sparse import coo_array
     except ImportError as error:
         raise ImportError("tree_optimum solves a linear program: pip install 'specdec[experiments]'") from error
-    trees = _draft_trees(draft, tuple(prompt), tuple(widths), law)
-    mass, gain, entries = _program(target, trees, tuple(prompt))
+    _check_laws(target, draft)
+    prompt, widths = as_ints("prompt", prompt), as_ints("widths", widths, 1)
+    trees = _draft_trees(draft, prompt, widths, as_law(law))
+    mass, gain, entries = _program(target, trees, prompt)
     rows = {equation: i for i, equation in enumerate(mass)}
     values, at = zip(*((value, (rows[equation], column)) for equation, column, value in entries), strict=True)
     matrix = coo_array((values, tuple(zip(*at, strict=True))), shape=(len(mass), len(gain)))
@@ -68,6 +74,11 @@ def tree_optimum(target: TextLaw, draft: TextLaw, widths: Sequence[int], law: La
     if found.status != 0:
         raise RuntimeError(f"The linear program was not solved: {found.message}")
     return 1 - found.fun
+
+
+def _check_laws(target: TextLaw, draft: TextLaw) -> None:
+    for name, law in (("target", target), ("draft", draft)):
+        check_callable(name, law, "pass a function from a text to the law of its next token")
 
 
 def _program(target: TextLaw, trees: dict[frozenset, float], prompt: tuple[int, ...]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
+from specdec.checks import as_float, as_int, as_parents, as_tuple, check_kind
 from specdec.theory.costs import Costs, predicted_speed_up
 from specdec.trace import Trace
 
@@ -17,6 +19,7 @@ def positional_acceptance(trace: Trace) -> list[list[float]]:
     Siblings exclude each other, so that the sum over slots is the chance to get one level deeper. With sampled laws the
     figures hold for the widths that they were recorded with: where a child stands says how it was drawn.
     """
+    check_kind("trace", trace, Trace)
     rows = [row for step in trace.steps for row in step.visits or ()]
     depths = range(max(map(len, rows), default=0))
     levels = [[row[depth] for row in rows if len(row) > depth] for depth in depths]
@@ -36,6 +39,7 @@ def expected_length(parents: Sequence[int], acceptance: Sequence[Sequence[float]
         parents: [node] of every node, -1 for the root; parents precede children, siblings in the order they are drawn.
         acceptance: [depth][slot], as from `positional_acceptance`, taken to be independent from depth to depth.
     """
+    parents, acceptance = as_parents(parents), _levels(acceptance)
     depth, chance, children = [0], [1.0], [0] * len(parents)
     for node, parent in enumerate(parents[1:], 1):
         level, slot = (acceptance[depth[parent]] if depth[parent] < len(acceptance) else ()), children[parent]
@@ -56,6 +60,7 @@ def chain_speed_ups(rates: Sequence[float], costs: Costs) -> list[float]:
     Args:
         rates: acceptance rate by depth, as in `Trace.summary`. No longer chain is considered.
     """
+    rates = _rates("rates", rates)
     chains = [list(range(-1, length)) for length in range(len(rates) + 1)]
     return [predicted_speed_up(expected_length(c, [[rate] for rate in rates]), c, costs) for c in chains]
 
@@ -75,6 +80,7 @@ def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 
         acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
         nodes: the most nodes, the root included.
     """
+    acceptance, nodes = _levels(acceptance), as_int("nodes", nodes, 1)
     depths = range(len(acceptance) + 1)
     trees = [[-1], *(tree for depth in depths for tree in _longest(acceptance[:depth], nodes))]
     return max(trees, key=lambda tree: predicted_speed_up(expected_length(tree, acceptance), tree, costs))
@@ -87,7 +93,19 @@ def longest_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> list[int]
         acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
         nodes: the root included.
     """
-    return _longest(acceptance, nodes)[-1]
+    return _longest(_levels(acceptance), as_int("nodes", nodes, 1))[-1]
+
+
+def _rates(name: str, rates: Any) -> tuple[float, ...]:
+    """Chances, each from 0 to 1."""
+    given = as_tuple(name, rates, "acceptance rates, as in Trace.summary()['acceptance_rate']")
+    return tuple(as_float(f"{name}[{i}]", rate, "[0, 1]") for i, rate in enumerate(given))
+
+
+def _levels(acceptance: Any) -> tuple[tuple[float, ...], ...]:
+    """The same by depth and slot."""
+    given = as_tuple("acceptance", acceptance, "levels, as from positional_acceptance(trace)")
+    return tuple(_rates(f"acceptance[{depth}]", level) for depth, level in enumerate(given))
 
 
 def _longest(acceptance: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.checks import as_int, check_kind
+
 
 def cross_entropy(target_law: Tensor | None, draft_law: Tensor, tokens: Tensor) -> Tensor:
     """Of the tokens that were drawn; the target's law is not looked at."""
@@ -35,8 +37,8 @@ def expected_tau(target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: i
         depth: drafted tokens.
         block: verified by block verification; otherwise by token-level rejection.
     """
-    drafted = tokens[:, : tokens.shape[1] - depth + 1] >= 0
     accepted = acceptance_by_depth(target_law, draft_law, tokens, depth, block)
+    drafted = tokens[:, : accepted.shape[1]] >= 0
     return -1 - accepted.sum(-1)[drafted].mean()
 
 
@@ -67,6 +69,8 @@ def acceptance_by_depth(
     A chain that outlives its text (tokens < 0) accepts nothing more, and neither does one after a token of probability 0
     under the target's law: where laws have zeros, rounding puts some of its tokens there when it reads what it wrote.
     """
+    depth = as_int("depth", depth, 1)
+    check_kind("block", block, bool, "pass True or False")
     starts = tokens.shape[1] - depth + 1
     if starts < 1:
         raise ValueError(f"Texts of {tokens.shape[1]} places have no room for a chain of {depth}; use longer ones.")

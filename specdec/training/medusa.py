@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int
 from specdec.drafters.medusa import MedusaHeads
 from specdec.training.distillation import lk
 
@@ -40,6 +41,8 @@ class States:
     """
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], prompt_length: int, heads: int, window: int):
+        prompt_length, heads = as_int("prompt_length", prompt_length, 1), as_int("heads", heads, 1)
+        window = as_int("window", window, 1)
         head = model.get_output_embeddings()
         assert head is not None
         self.lm_head, self.heads, self.window = head.requires_grad_(False), heads, window

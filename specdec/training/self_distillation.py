@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.checks import as_int, as_seed
 from specdec.generate import generate
 from specdec.sampling import Sampling
 
@@ -29,6 +30,7 @@ def continuations(
         sampling: as the drafter will meet it; a temperature of 1 shows it the most different texts.
         batch: prompts decoded together.
     """
+    batch, seed = as_int("batch", batch, 1), as_seed(seed)
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         new = generate(target, part, sampling=sampling, max_new_tokens=new_tokens, seed=seed + start).tokens

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
 from specdec.drafters.layer_skip import decoder_layers, passing_through, skippable
 from specdec.sampling import Sampling
 from specdec.target import CachedModel
@@ -42,6 +43,8 @@ class Rehearsal:
     """
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], depth: int, sampling: Sampling):
+        depth = as_int("depth", depth, 1)
+        check_kind("sampling", sampling, Sampling)
         self._cached, self._sampling = CachedModel(model), sampling
         self.layers = decoder_layers(model)
         lengths = torch.tensor([len(text) for text in texts])
@@ -89,7 +92,8 @@ class LayerCosts:
 
     def least_skipped(self, budget: float, layers: int, most: int) -> int:
         """How many of the target's `layers`, of at most `most`, to leave out for a token to cost `budget` target passes."""
-        for count in range(1, most + 1):
+        budget = as_float("budget", budget, "(0, inf)")
+        for count in range(1, as_int("most", most, 1) + 1):
             if self.draft(layers - count) <= budget * self.verify(1):
                 return count
         least = self.draft(layers - most) / self.verify(1)
@@ -101,6 +105,7 @@ class LayerCosts:
 
 def measure_layer_costs(model: PreTrainedModel, nodes: int, context: int, repeats: int = 15) -> LayerCosts:
     """From passes through all layers and through as few as can be kept; `nodes`, `context` as in `measure_costs`."""
+    nodes = as_int("nodes", nodes, 1)
     layers, free = decoder_layers(model), skippable(model)
     sizes = range(1, nodes + 1)
     whole = measure_costs(model, nodes=sizes, context=context, repeats=repeats).verify
@@ -150,6 +155,10 @@ def search(
         least, most: how many of them have to, and may.
         seed: of the order of exchanges.
     """
+    layers = as_ints("layers", layers, 0)
+    most = as_int("most", most, 0, len(layers))
+    least = as_int("least", least, 0, most)
+    seed = as_seed(seed)
     tried: dict[Skip, Trial] = {}
 
     def attempt(skip: Skip) -> Attempt:

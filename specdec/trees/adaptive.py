@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
@@ -21,7 +22,7 @@ from specdec.theory import Costs
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
 from specdec.trees.economy import Economy
 from specdec.trees.estimates import Times
-from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
+from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, check_size, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with
@@ -65,8 +66,10 @@ class Adaptive(TreePolicy):
     _rested: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.nodes < 2 or self.depth < 1 or self.width < 1:
-            raise ValueError(f"{self}: need nodes >= 2, depth >= 1 and width >= 1.")
+        check_size(self)
+        check_kind(
+            "costs", self.costs, (Costs, type(None)), "measure them: specdec.theory.measure_costs(target, draft)"
+        )
         if self.costs is not None and self.costs.verify.nodes[-1] < self.nodes:
             raise ValueError(
                 f"nodes={self.nodes}, but costs.verify was measured up to {self.costs.verify.nodes[-1]}: measure more "
@@ -166,6 +169,7 @@ def _families(logits: Tensor, most: int, sampling: Sampling) -> np.ndarray:
     """
     logits = logits.float() / sampling.temperature if sampling.temperature else logits.float()
     mass = logits.softmax(-1).topk(most, -1).values.cpu().numpy().cumsum(-1, dtype=np.float64)
+    mass = np.nan_to_num(mass)  # of logits that are no law, which the drafter tells; what is learned outlives the run
     if sampling.temperature == 0:
         return np.sqrt(mass)
     sure = np.concatenate([mass[..., :1] ** 2, mass[..., :-1]], -1)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.checks import as_float
 from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, check_size
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ class Dynamic(TreePolicy):
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.nodes < 2 or self.depth < 1 or self.width < 1:
-            raise ValueError(f"{self}: need nodes >= 2, depth >= 1 and width >= 1.")
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold={self.threshold}: a confidence, at least 0 and below 1.")
+        check_size(self)
+        cure = "a confidence is at least 0 and below 1"
+        object.__setattr__(self, "threshold", as_float("threshold", self.threshold, "[0, 1)", cure))
 
     @property
     def capturable(self) -> bool:

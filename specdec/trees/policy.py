@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec.checks import as_int, check_kind
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Law, Topology, TreeSpec, as_law
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ def drive(tree: TreePolicy, context: Context, coins: Coins, score: Callable[[Fro
     try:
         frontier = next(growth)
         while True:
+            check_kind(f"what {type(tree).__name__}.grow yielded", frontier, Frontier)
             asked = frontier.topology.parents.shape[1]
             if asked > most:  # caches have no room for them but that of the next row
                 raise ValueError(
@@ -71,6 +74,7 @@ def drive(tree: TreePolicy, context: Context, coins: Coins, score: Callable[[Fro
                 )
             frontier = growth.send(score(frontier))
     except StopIteration as stop:
+        check_kind(f"what {type(tree).__name__}.grow returned", stop.value, Grown)
         return stop.value
 
 
@@ -84,11 +88,19 @@ class Children:
     draft_probs: Tensor | None  # [batch, count, vocab]
 
 
+def check_size(of: Any) -> None:
+    """Make the `nodes`, `depth` and `width` of a policy or a drafter that drafts something Python integers."""
+    for name, least in (("nodes", 2), ("depth", 1), ("width", 1)):
+        cure = "a draft has nodes >= 2, depth >= 1 and width >= 1; use drafter=None to draft nothing"
+        object.__setattr__(of, name, as_int(name, getattr(of, name), least, cure=cure))  # frozen dataclasses too
+
+
 def drawable(law: Law | int) -> Law:
-    """`law` as one that children can be drawn under; raises ValueError for PADDING."""
-    if Law(law) == Law.PADDING:
+    """`law` as one that children can be drawn under; raises ValueError for PADDING, and for what is no law."""
+    law = as_law(law)
+    if law == Law.PADDING:
         raise ValueError("law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP.")
-    return Law(law)
+    return law
 
 
 def drawn_laws(law: Law, sampling: Sampling) -> frozenset[Law]:

@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from specdec.checks import as_parents
 from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
@@ -39,12 +40,8 @@ class Static(TreePolicy):
     capturable = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parents", tuple(self.parents))
+        object.__setattr__(self, "parents", as_parents(self.parents))
         object.__setattr__(self, "law", drawable(self.law))
-        if self.parents[:1] != (-1,) or not all(0 <= p < i for i, p in enumerate(self.parents[1:], start=1)):
-            raise ValueError(
-                f"parents={list(self.parents)}: must be -1 and then, for each node, the index of an earlier one."
-            )
         if len(self.parents) < 2:
             raise ValueError("parents=[-1]: this tree drafts nothing; use drafter=None.")
 

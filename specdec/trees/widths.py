@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from specdec.checks import as_int, as_ints
 from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
@@ -33,10 +34,11 @@ class Widths(TreePolicy):
     capturable = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
+        cure = "a tree needs at least one level, and each level at least one child, as [4, 2, 1] has"
+        object.__setattr__(self, "widths", as_ints("widths", self.widths, 1, cure=cure))
         object.__setattr__(self, "law", drawable(self.law))
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"{self}: needs at least one level, each with at least one child.")
+        if not self.widths:
+            raise ValueError(f"widths=(): {cure}.")
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         nodes = 1 + sum(accumulate(self.widths, lambda a, b: a * b))
@@ -65,8 +67,7 @@ class Chain(Widths):
     """One path of `length` tokens, each drawn from the draft's law after the one before."""
 
     def __init__(self, length: int):
-        if length < 1:
-            raise ValueError(f"length={length}: a chain drafts at least one token; use drafter=None to draft nothing.")
+        length = as_int("length", length, 1, cure="use drafter=None to draft nothing")
         super().__init__((1,) * length, Law.IID)
 
     def __repr__(self) -> str:
