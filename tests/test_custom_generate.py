@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import GATE, PROMPTS, VOCAB, llama, state
+from tiny_models import GATE, PROMPTS, VOCAB, llama, padded, state
 from tiny_models import REFUSED as REFUSED_MODELS
 from transformers import (
     DynamicCache,
@@ -33,14 +33,6 @@ torch.set_num_threads(1)
 ROUNDING = 1e-12  # the same float64 operations in another order
 PAIR = specdec.demo.load()
 TARGET, DRAFT, TWIN = llama(0), llama(1), llama(0)  # the twin's drafts are accepted: steps of many tokens
-
-
-def padded(prompts):
-    """What a tokenizer that pads on the left gives for them."""
-    longest = max(map(len, prompts))
-    rows = [torch.nn.functional.pad(p, (longest - len(p), 0)) for p in prompts]
-    mask = [torch.arange(longest) >= longest - len(p) for p in prompts]
-    return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(mask).long()}
 
 
 ONE, RAGGED = padded(PROMPTS[:1]), padded(PROMPTS)

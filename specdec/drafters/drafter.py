@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.coins import Coins
 from specdec.engine import Engine
+from specdec.processors import Processors
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec
 
@@ -32,7 +33,7 @@ class Context:
     max_depth: int  # longest path that can still be of use to any row
     row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
     sampling: Sampling
-    processors: list[tuple[Any, ...]]  # each row's logits processors
+    processors: Sequence[Processors]  # each row's logits processors, as they are after the text so far
     vocab: int  # size of the target's vocabulary
     stop_tokens: tuple[int, ...] = ()  # that end a text
     tokenizer: Any = None
@@ -51,7 +52,15 @@ class Context:
         lengths, row_depths = torch.zeros((2, batch), dtype=torch.int64, device=device)
         tokens = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
         return cls(
-            tokens, lengths, [[] for _ in range(batch)], capacity, 0, row_depths, Sampling(), [()] * batch, vocab
+            tokens,
+            lengths,
+            [[] for _ in range(batch)],
+            capacity,
+            0,
+            row_depths,
+            Sampling(),
+            [Processors()] * batch,
+            vocab,
         )
 
     def begin(
@@ -59,7 +68,7 @@ class Context:
         rows: Sequence[Tensor],
         max_length: int,
         sampling: Sampling,
-        processors: list[tuple[Any, ...]],
+        processors: Sequence[Processors],
         stop_tokens: tuple[int, ...],
         tokenizer: Any,
         engine: Engine,

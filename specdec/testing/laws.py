@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from specdec.coins import Coins
 from specdec.decoding import Decoding
 from specdec.drafters import Drafter
+from specdec.processors import Processors
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.target import Target
@@ -120,22 +121,26 @@ def target_law(
     """The law that the target has by itself: the product of its laws after every prefix, without the loop."""
     sampling = sampling or Sampling(temperature=1.0)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
-    open_texts: dict[Text, Fraction] = {(): Fraction(1)}
+    # with what the processors are before the call for this text
+    open_texts: dict[Text, tuple[Fraction, Processors]] = {(): (Fraction(1), Processors(sampling.processors))}
     while open_texts:
-        text, mass = open_texts.popitem()
+        text, (mass, processors) = open_texts.popitem()
         tokens = torch.tensor([*prompt, *text])
         if isinstance(target, PreTrainedModel):
             with torch.inference_mode():
                 scores = target(input_ids=tokens[None], use_cache=False).logits[:, -1]
         else:
             scores = target.logits(tuple(tokens.tolist()))[None]
-        for processor in sampling.processors:
-            scores = processor(tokens[None], scores.clone())
+        scores, processors = processors(tokens, scores.clone())
         weights = fractions(sampling.probabilities(scores)[0].double().numpy())
         total = sum(weights)
         for token, weight in enumerate(weights):
             if weight:
                 longer = (*text, token)
                 done = token in stop_tokens or len(longer) == max_new_tokens
-                (ended if done else open_texts)[longer] = mass * weight / total
+                share = mass * weight / total
+                if done:
+                    ended[longer] = share
+                else:
+                    open_texts[longer] = share, processors
     return dict(ended)
