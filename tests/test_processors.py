@@ -234,7 +234,7 @@ class Idle(Generated):
     ],
 )
 def test_what_cannot_be_copied_is_refused_where_several_texts_are_looked_at(rule, tree, level):
-    options = {"rule": rule, "trace": level, "sampling": Sampling(1.0, processors=[Idle()]), "max_new_tokens": 14}
+    options = {"rule": rule, "trace": level, "sampling": Sampling(0.1, processors=[Idle()]), "max_new_tokens": 14}
     with pytest.raises(ValueError, match=r"Idle.*cannot pickle 'generator'.*__deepcopy__.*SiblingRejection"):
         specdec.generate(TARGET, PROMPTS[0], ModelDrafter(DRAFT, tree), **options)
 
