@@ -112,14 +112,18 @@ class Decoding:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
         run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        with torch.inference_mode(), self._patched():
+        with torch.inference_mode(), self._patched() as patches:
             tree = run(self._propose, self._why_on_host)
             clock.mark()
             scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
             clock.mark()
+            if any(self.context.processors):
+                patches.close()  # they may run a model themselves: it is to be as its owner left it
             acceptance = run(self._decide, self._why_not_captured(), tree, scores)
             acceptance.report.forget()
             clock.mark()
+            if any(self.context.processors):
+                patches.enter_context(self._patched())
             run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 import specdec
 from experiments.cases import PROMPT
 from specdec import Sampling
-from specdec.drafters import ModelDrafter, NgramDrafter, SuffixDrafter
+from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.processors import copied
 from specdec.rules import BlockVerification, LevelVerification, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
@@ -264,6 +264,25 @@ class Copies(Generated):
 
 def test_the_cure_for_what_cannot_be_copied_cures():
     assert same(RAGGED, Copies, "traversal")
+
+
+class Guided(LogitsProcessor):
+    """Runs a model: the target or the draft, which decoding keeps in another state in the meantime."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores):
+        return scores - 0.5 * self.model(input_ids=input_ids).logits[:, -1]
+
+
+@pytest.mark.parametrize("model", [TARGET, DRAFT], ids=["target", "draft"])
+@pytest.mark.parametrize("skips", [False, True], ids=["draft model", "layer skip"])
+def test_a_processor_may_run_the_models_of_the_pair(model, skips):
+    drafter = LayerSkipDrafter(exit_layer=2) if skips else ModelDrafter(DRAFT, Widths([3, 2]))
+    options = {**RAGGED, "max_new_tokens": 14, "do_sample": False, "logits_processor": [Guided(model)]}
+    got = TARGET.generate(**options, custom_generate=specdec.custom_generate(drafter))
+    assert torch.equal(got, TARGET.generate(**options))
 
 
 class Heavy(torch.nn.Linear):
