@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.batch_processors import BatchProcessors
 from specdec.decoding import Decoding
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
@@ -50,11 +50,11 @@ def custom_generate(
     >>> model.generate(**inputs, do_sample=True, custom_generate=specdec.custom_generate(ModelDrafter(draft)))
 
     Greedy search and sampling, with any logits processors and stopping criteria. Criteria are asked about the whole batch,
-    once for every length, and the text is cut where they say so. Each row has logits processors of its own, copies of the
-    ones given, which are called once for every token of its text and of the drafts that are looked at, and see that row as
-    it is and the others as they might go on: yours stay as they are (see `Sampling`). A streamer is told the end after an
-    error too. What is not supported is refused: beams, assistants, scores and other outputs of the model, caches to go on
-    from. The cache is specdec's own, and not returned.
+    once for every length, and the text is cut where they say so. Each row is processed by copies of the logits processors,
+    which are called once for every token of its text and of each draft that is looked at, and which see the other rows as
+    they might go on; yours stay as they are (see `Sampling`). A streamer is told the end after an error too. The function
+    may be wrapped in one of yours; for stop strings, with `functools.wraps`. What is not supported is refused: beams,
+    assistants, scores and other outputs of the model, caches to go on from. The cache is specdec's own, and not returned.
 
     Args:
         drafter, rule, tokenizer, engine: as in `specdec.generate`. An engine is kept from call to call.
@@ -118,43 +118,12 @@ class _Prepared(Sampling):
         self, model: Any, prompts: Any, max_new_tokens: int, tokenizer: Any = None
     ) -> tuple[Sampling, Sequence[Processors]]:
         check_copies(self.processors, len(prompts))
-        padding = [self.prompts.shape[1] - len(prompt) for prompt in prompts]
-        return Sampling(*self.filters), [_OfBatch(self.processors, *row, self) for row in enumerate(padding)]
-
-
-class _OfBatch(Processors):
-    """One row's, of processors that may count padding, know the rows by their place and keep something of each.
-
-    They are shown the whole batch. The texts of the other rows are not known for this length: each goes on with the
-    likeliest tokens that the processors leave it, which a grammar of that row is content with.
-
-    Args:
-        own: the processors.
-        row: whose they are.
-        padding: how many tokens of it stand before the row's prompt.
-        sampling: the prompts of the batch, and how texts end.
-    """
-
-    def __init__(self, own: Sequence[Any], row: int, padding: int, sampling: _Prepared):
-        super().__init__(own)
-        self._row, self._padding, self._sampling = row, padding, sampling
-        self._texts = texts = (
-            sampling.prompts
-        )  # [batch, length] int64: what is shown next, but for the row's own tokens
-        self._over = torch.zeros(len(texts), dtype=torch.bool, device=texts.device)  # [batch]: texts that have ended
-
-    def __call__(self, text: Tensor, scores: Tensor) -> tuple[Tensor, Processors]:
-        filler, after = self._sampling.filler, copy(self)
-        missing = self._padding + len(text) - self._texts.shape[1]
-        texts = torch.nn.functional.pad(self._texts, (0, missing), value=filler).to(text.device)
-        texts[self._row, self._padding :] = text
-        after.own, scores = self._next(), scores.repeat(len(texts), 1)
-        for processor in after.own:
-            scores = processor(texts, scores)
-        following = scores.argmax(1).where(~self._over.to(text.device), filler)
-        after._over = self._over.to(text.device) | torch.isin(following, following.new_tensor(self._sampling.ends))
-        after._texts = torch.cat([texts, following[:, None]], 1)
-        return scores[self._row : self._row + 1], after
+        ends = torch.tensor(self.ends, dtype=torch.int64)
+        rows = [
+            BatchProcessors(self.processors, row, len(prompt), self.prompts, ends, self.filler)
+            for row, prompt in enumerate(prompts)
+        ]
+        return Sampling(*self.filters), rows
 
 
 def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[str, Any], batch: int) -> None:

@@ -348,6 +348,16 @@ def test_stop_strings_and_their_tokenizer_mean_what_they_mean_to_transformers(ro
     assert not torch.equal(got, longer[:, : got.shape[1]]) or got.shape[1] < longer.shape[1]  # some text has been cut
 
 
+def test_stop_strings_pass_through_a_function_that_wraps_the_loop():
+    options = PAIR.tokenizer(PAIR.prompts[0].text, return_tensors="pt") | {
+        "max_new_tokens": 24,
+        "stop_strings": "if not",
+    }
+    expected = PAIR.target.generate(**options, tokenizer=PAIR.tokenizer)
+    method = WRAPS["named"](specdec.custom_generate(ModelDrafter(PAIR.draft)))
+    assert torch.equal(PAIR.target.generate(**options, tokenizer=PAIR.tokenizer, custom_generate=method), expected)
+
+
 def test_stop_strings_without_a_tokenizer_are_refused():
     with pytest.raises(ValueError, match="`tokenizer` argument"):
         PAIR.target.generate(**ONE, max_new_tokens=2, stop_strings="x", custom_generate=specdec.custom_generate())

@@ -136,6 +136,14 @@ def test_a_processor_with_state_gives_the_text_of_transformers(kind, inputs):
     assert same(inputs, PROCESSORS[kind], "sibling")
 
 
+def test_a_processor_with_state_gives_the_text_of_transformers_under_an_engine_that_captures():
+    method = specdec.custom_generate(ModelDrafter(TWIN, Chain(2)), engine="graph")
+    options = {**RAGGED, "max_new_tokens": 14, "do_sample": False}
+    for _ in range(2):
+        got = TARGET.generate(**options, logits_processor=[Cycle()], custom_generate=method)
+        assert torch.equal(got, TARGET.generate(**options, logits_processor=[Cycle()]))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_row_follows_a_grammar_of_its_own(way):
     assert same(RAGGED, lambda: Grammars(*SEVERAL), way)
