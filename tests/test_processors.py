@@ -136,6 +136,7 @@ def test_a_processor_with_state_gives_the_text_of_transformers(kind, inputs):
     assert same(inputs, PROCESSORS[kind], "sibling")
 
 
+@pytest.mark.filterwarnings("ignore:engine. the stage 'decide' runs step by step")
 def test_a_processor_with_state_gives_the_text_of_transformers_under_an_engine_that_captures():
     method = specdec.custom_generate(ModelDrafter(TWIN, Chain(2)), engine="graph")
     options = {**RAGGED, "max_new_tokens": 14, "do_sample": False}
