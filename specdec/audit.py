@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, check_callable, check_kind
+from specdec.processors import Processors
 from specdec.sampling import Sampling
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]  # (prompt, continuation) -> [len(continuation), vocab]
@@ -116,10 +117,9 @@ def model_log_probs(model: PreTrainedModel, sampling: Sampling) -> LogProbs:
         with torch.inference_mode():
             logits = model(input_ids=text[None].to(model.device), use_cache=False).logits[0]
         logits = logits[len(prompt) - 1 : -1].cpu().clone()  # a clone, to be written to outside of inference mode
-        for i in range(len(continuation) if sampling.processors else 0):
-            scores = logits[i : i + 1].clone()
-            for processor in sampling.processors:
-                scores = processor(text[None, : len(prompt) + i], scores)
+        processors = Processors(sampling.processors)
+        for i in range(len(continuation) if processors else 0):
+            scores, processors = processors(text[: len(prompt) + i], logits[i : i + 1].clone())
             logits[i] = scores[0]
         return sampling.probabilities(logits).log()
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, Never
 
 import torch
@@ -13,16 +12,20 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.batch_processors import BatchProcessors
 from specdec.cache import GENERATE_CACHE
 from specdec.checks import as_seed, check_kind
 from specdec.decoding import Decoding
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
 from specdec.inputs import as_engine, as_target, check_tokenizer
+from specdec.processors import Processors, check_copies
 from specdec.rules import SiblingRejection
 from specdec.rules.rule import Rule
 from specdec.sampling import Sampling, split
+from specdec.stopping import Stopping
 from specdec.trace import Trace
+from specdec.transformers_call import Loop, asked
 
 _READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
 _OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}
@@ -49,10 +52,12 @@ def custom_generate(
 
     >>> model.generate(**inputs, do_sample=True, custom_generate=specdec.custom_generate(ModelDrafter(draft)))
 
-    Greedy search and sampling, with any logits processors and stopping criteria. Criteria are asked row by row, for every
-    token of a step, and the text is cut where they say so. What is not supported is refused: beams, assistants, scores and
-    other outputs of the model, caches to go on from. The cache is specdec's own, and not returned. Stop strings are given as
-    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`, as transformers hands its tokenizer to its own loops only.
+    Greedy search and sampling, with any logits processors and stopping criteria. Criteria are asked about the whole batch,
+    once for every length, and the text is cut where they say so. Each row is processed by copies of the logits processors,
+    which are called once for every token of its text and of each draft that is looked at, and which see the other rows as
+    they might go on; yours stay as they are (see `Sampling`). A streamer is told the end after an error too. The function
+    may be wrapped in one of yours; for stop strings, with `functools.wraps`. What is not supported is refused: beams,
+    assistants, scores and other outputs of the model, caches to go on from. The cache is specdec's own, and not returned.
 
     Args:
         drafter, rule, tokenizer, engine: as in `specdec.generate`. An engine is kept from call to call.
@@ -67,7 +72,8 @@ def custom_generate(
     check_kind("drafter", drafter, (Drafter, type(None)))
     check_kind("rule", rule, Rule)
     check_tokenizer(tokenizer)
-    engine, seed = as_engine(engine), None if seed is None else as_seed(seed)
+    engine, given = as_engine(engine), tokenizer
+    seed = None if seed is None else as_seed(seed)
 
     def decode(
         model: PreTrainedModel,
@@ -75,47 +81,61 @@ def custom_generate(
         logits_processor: list[Any],
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        vocab = as_target(model).vocab  # what is wrong with a model comes before what its arguments are
-        asked, config, batch = sys._getframe(1).f_locals, generation_config, len(input_ids)
-        streamer = asked.get("streamer")  # which only its own loops are given, and two more that `_check` looks for
-        _check(config, model_kwargs, asked, batch)
-        mask = _mask(input_ids, **model_kwargs)
-        stop_tokens, limit, others = _ends(stopping_criteria, batch)
-        law, processors = split(config, logits_processor)
-        rows, padding = ([ids[own] for ids, own in zip(input_ids, part, strict=True)] for part in (mask, ~mask))
-        drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
-        run = Decoding(
-            model, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, padding),
-            max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer, seed=drawn, engine=engine,
-            stop_tokens=[token for token in stop_tokens if 0 <= token < vocab],  # others, such as -1, end no text there
-        )  # fmt: skip
-        _finish(run, others, input_ids, streamer)
-        sequences: Any = _sequences(input_ids, run.emitted, config.pad_token_id, stop_tokens)
+        call = asked()
+        with _ended(call.get("streamer")) as streamer:
+            vocab = as_target(model).vocab  # what is wrong with a model comes before what its arguments are
+            config, batch = generation_config, len(input_ids)
+            _check(config, model_kwargs, call, batch)
+            mask = _mask(input_ids, **model_kwargs)
+            stop_tokens, limit, others = _ends(stopping_criteria)
+            filler = config.pad_token_id if config.pad_token_id is not None else next(iter(stop_tokens), 0)
+            law, processors = split(config, logits_processor)
+            rows = [ids[own] for ids, own in zip(input_ids, mask, strict=True)]
+            drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
+            run = Decoding(
+                model, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, input_ids, stop_tokens, filler),
+                max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer or given, seed=drawn, engine=engine,
+                stop_tokens=[token for token in stop_tokens if 0 <= token < vocab],  # others, such as -1, end no text there
+            )  # fmt: skip
+            pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+            _finish(run, Stopping(others, input_ids, filler, pads) if others else None, streamer)
+        sequences: Any = _sequences(input_ids, run.emitted, filler)
         return SpeculativeOutput(sequences, trace=run.trace) if config.return_dict_in_generate else sequences
 
-    return decode
+    return Loop(decode)
+
+
+@contextmanager
+def _ended(streamer: Any) -> Iterator[Any]:
+    """The streamer, which is told the end even if there is an error: its reader would wait for ever."""
+    try:
+        yield streamer
+    finally:
+        if streamer is not None:
+            streamer.end()
 
 
 @dataclass(frozen=True, eq=False)
 class _Prepared(Sampling):
     """Sampling with the processors that transformers has made for the batch."""
 
-    padding: list[Tensor] = field(default_factory=list)  # of each row, before its prompt
+    prompts: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [batch, length] int64, with their padding
+    ends: Sequence[int] = ()  # tokens that end a text
+    filler: int = 0  # the token after it
 
-    def bind(self, model: Any, prompts: Any, max_new_tokens: int) -> tuple[Sampling, list[tuple[Any, ...]]]:
-        batch = len(self.padding)
+    def bind(
+        self, model: Any, prompts: Any, max_new_tokens: int, tokenizer: Any = None
+    ) -> tuple[Sampling, Sequence[Processors]]:
+        check_copies(self.processors, len(prompts))
+        ends = torch.tensor(self.ends, dtype=torch.int64)
         rows = [
-            tuple(partial(_of_row, row, batch, own, p) for p in self.processors) for row, own in enumerate(self.padding)
+            BatchProcessors(self.processors, row, len(prompt), self.prompts, ends, self.filler)
+            for row, prompt in enumerate(prompts)
         ]
         return Sampling(*self.filters), rows
-
-
-def _of_row(row: int, batch: int, padding: Tensor, processor: Any, text: Tensor, scores: Tensor) -> Tensor:
-    """[1, vocab]: processors may count padding, and know the rows by their place, so this text stands in all of them."""
-    whole = torch.cat([padding.to(text), text[0]])
-    return processor(whole.repeat(batch, 1), scores.repeat(batch, 1))[row : row + 1]
 
 
 def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[str, Any], batch: int) -> None:
@@ -165,48 +185,29 @@ def _mask(
     return mask.bool()
 
 
-def _ends(criteria: StoppingCriteriaList, batch: int) -> tuple[tuple[int, ...], int, StoppingCriteriaList]:
+def _ends(criteria: StoppingCriteriaList) -> tuple[tuple[int, ...], int, StoppingCriteriaList]:
     """Tokens that end a text, the length that does, and what else may."""
     tokens = [token for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()]
     limit = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
-    others = StoppingCriteriaList(c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria)))
-    if others and batch > 1 and not tokens:
-        raise ValueError(
-            f"stopping_criteria with {batch} prompts and no EOS: transformers pads no row that has ended then, but goes on "
-            "with it; set eos_token_id, or pass one prompt at a time."
-        )
-    return tuple(tokens), limit, others
+    others = (c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria)))
+    return tuple(tokens), limit, StoppingCriteriaList(others)
 
 
-def _finish(run: Decoding, criteria: StoppingCriteriaList, input_ids: Tensor, streamer: Any) -> None:
+def _finish(run: Decoding, stopping: Stopping | None, streamer: Any) -> None:
     """Decode to the end, asking the criteria and serving the streamer after each step."""
+    told = 0
     while not run.finished:
         run.step()
-        if criteria:
-            _cut(run, criteria, input_ids)
+        if stopping is not None:
+            stopping.ask(run)
         if streamer is not None:
-            for token in run.emitted[0][-run.trace.steps[-1].emitted[0] :]:
+            for token in run.emitted[0][told:]:
                 streamer.put(torch.tensor([token]))
-    if streamer is not None:
-        streamer.end()
+            told = len(run.emitted[0])
 
 
-def _cut(run: Decoding, criteria: StoppingCriteriaList, input_ids: Tensor) -> None:
-    """Ask about every token of the last step, and end the texts that are done."""
-    for row, count in enumerate(run.trace.steps[-1].emitted):
-        text = torch.cat([input_ids[row], torch.tensor(run.emitted[row], dtype=torch.int64).to(input_ids)])
-        for kept in range(1, count + 1):
-            until = text[: len(text) - count + kept].repeat(len(input_ids), 1)
-            if criteria(until, None)[row]:  # type: ignore[arg-type] - its stub wants a LongTensor
-                run.end(row, kept)
-                break
-
-
-def _sequences(
-    input_ids: Tensor, emitted: list[list[int]], pad_token: int | None, stop_tokens: tuple[int, ...]
-) -> Tensor:
-    """[batch, prompt + longest text] int64: texts that are shorter end in padding, which is the first EOS if it is not set."""
+def _sequences(input_ids: Tensor, emitted: list[list[int]], filler: int) -> Tensor:
+    """[batch, prompt + longest text] int64: texts that are shorter end in the filler."""
     longest = max(map(len, emitted))
-    filler = pad_token if pad_token is not None else next(iter(stop_tokens), 0)  # no row is shorter without stop tokens
     new = torch.tensor([row + [filler] * (longest - len(row)) for row in emitted])
     return torch.cat([input_ids, new.to(input_ids.device)], 1)

@@ -12,7 +12,7 @@ from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StopStringCriteria
 
 from specdec.checks import as_int, as_seed, check_kind, check_logits
 from specdec.clock import Clock, finish
@@ -76,12 +76,13 @@ class Decoding:
         max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens, 1), as_seed(seed)
         found = as_target(target, resume)
         rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
-        sampling, processors = sampling.bind(found.model, rows, max_new_tokens)
+        sampling, processors = sampling.bind(found.model, rows, max_new_tokens, tokenizer)
         self.spec = self.drafter.spec(sampling)
         rule.check(self.spec)
         check_clock(self.spec, found.model)
         config = sampling.generation_config
-        eos = found.stop_tokens if config is None else config.eos_token_id
+        eos, strings = (found.stop_tokens, None) if config is None else (config.eos_token_id, config.stop_strings)
+        self._stop_strings = StopStringCriteria(tokenizer, strings) if strings else None
         stop = as_stop_tokens(stop_tokens, eos, found.vocab)
         batch, nodes = len(rows), self.spec.nodes
         longest = max(map(len, rows)) + max_new_tokens
@@ -106,7 +107,7 @@ class Decoding:
         self.context.begin(rows, longest, sampling, processors, stop, tokenizer, self.engine, fixed, resume)
         self.context.row_depths.fill_(max_new_tokens - 1)
         self.coins.reseed(self.seed)
-        self._prompts = self.context.host_lengths
+        self._prompts, self._kept = self.context.host_lengths, [max_new_tokens] * batch
         self._look_ahead([max_new_tokens] * batch)
         self._why_on_host = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
         self._ticket = object()
@@ -125,14 +126,18 @@ class Decoding:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
         run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        with torch.inference_mode(), self._patched():
+        with torch.inference_mode(), self._patched() as patches:
             tree = run(self._propose, self._why_on_host)
             clock.mark()
             scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
             clock.mark()
+            if any(self.context.processors):
+                patches.close()  # they may run a model themselves: it is to be as its owner left it
             acceptance = run(self._decide, self._why_not_captured(), tree, scores)
             acceptance.report.forget()
             clock.mark()
+            if any(self.context.processors):
+                patches.enter_context(self._patched())
             run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)
@@ -145,21 +150,42 @@ class Decoding:
         seconds = draft + follow, verify, decide + end
         step = Step(tree.tokens.shape[1], rows, report.accepted, report.tried, *seconds, visited, record)
         self.trace.steps.append(step)
+        if self._stop_strings is not None:
+            self._end_at(self._stop_strings)
         return acceptance
 
     def end(self, row: int, kept: int) -> None:
-        """End the text of this row with the first `kept` >= 1 tokens that the last step gave it."""
-        step = self.trace.steps[-1]
-        del self.context.texts[row][len(self.context.texts[row]) - step.emitted[row] + kept :]
-        for counts in (step.emitted, step.accepted, step.tried):
-            counts[row] = min(counts[row], kept)
+        """End the text of this row with the first `kept` >= 1 of its new tokens, whichever steps gave them."""
+        beyond = len(self.emitted[row]) - kept
+        self._kept[row] = kept
+        for step in reversed(self.trace.steps):
+            gone = min(step.emitted[row], beyond)
+            if gone <= 0:
+                break
+            step.cut(row, step.emitted[row] - gone)
+            beyond -= gone
         self.context.row_depths[row] = -1
         self._look_ahead((self.context.row_depths + 1).tolist())
+
+    def _end_at(self, strings: StopStringCriteria) -> None:
+        """End the rows in whose last tokens a stop string is complete."""
+        for row, count in enumerate(self.trace.steps[-1].emitted):
+            text = torch.tensor([self.context.texts[row]])
+            for beyond in reversed(range(count)):
+                if strings(text[:, : text.shape[1] - beyond], None):  # type: ignore[arg-type] - its stub wants LongTensor
+                    self.end(row, len(self.emitted[row]) - beyond)
+                    break
+
+    @property
+    def running(self) -> list[bool]:
+        """Rows that have not ended."""
+        return [n > 0 for n in self._left]
 
     @property
     def emitted(self) -> list[list[int]]:
         """Each row's new tokens so far."""
-        return [text[start:] for text, start in zip(self.context.texts, self._prompts, strict=True)]
+        texts = zip(self.context.texts, self._prompts, self._kept, strict=True)
+        return [text[start:][:kept] for text, start, kept in texts]
 
     def _patched(self) -> ExitStack:
         stack = ExitStack()
@@ -193,14 +219,16 @@ class Decoding:
         invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
         law = TargetLaw(logits, tree, self.context)
         decisions = self.rule(tree, law, self.coins)
+        no_law = law.invalid()
         if self.level != "summary":
-            self._noted = self._note(logits, tree, decisions)  # now: processors read the text so far
-        acceptance = self._accept(tree, decisions, law.invalid(), invalid)
+            self._noted = self._note(law, tree, decisions)  # now: processors read the text so far
+        if any(self.context.processors):
+            self.context.processors = law.processors(decisions.last)
+        acceptance = self._accept(tree, decisions, no_law, invalid)
         self.target.commit(acceptance)
         return acceptance
 
-    def _note(self, logits: Tensor, tree: DraftTree, decisions: Decisions) -> Record:
-        law = TargetLaw(logits, tree, self.context)  # one of its own: what no rule visits need not be a law
+    def _note(self, law: TargetLaw, tree: DraftTree, decisions: Decisions) -> Record:
         run = {"seed": self.seed, "step": self.coins.step, "spec": self.spec, "stop_tokens": self.stop_tokens}
         return Record.of(tree, law, decisions, **run, budget=self.context.row_depths + 1)
 
@@ -239,7 +267,7 @@ class Decoding:
     def _look_ahead(self, left: list[int]) -> None:
         """Adapt to the `left` tokens that each row may still emit."""
         fixed, deepest = self.context.fixed, self.spec.depth
-        self.finished = not any(left)
+        self._left, self.finished = left, not any(left)
         self._least = 0 if fixed else min((n for n in left if n), default=0)  # smallest budget of the running rows
         self.context.max_depth = deepest if fixed else min(deepest, max(left) - 1)
         self.context.host_row_depths = [max(n - 1, 0) for n in left]

@@ -69,8 +69,8 @@ def generate(
         sampling: how tokens are chosen; greedy by default.
         max_new_tokens: most new tokens per prompt.
         stop_tokens: ids that end a text (and are its last token); None: the EOS ids of `sampling`'s generation config,
-            or else the target's; (): none.
-        tokenizer: needed for text prompts; gives `Generation.text`.
+            or else the target's; (): none. Stop strings are those of the generation config.
+        tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: every random decision is a function of (seed of 64 bits, index of the prompt, step).
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
@@ -107,4 +107,6 @@ def stream(
     """
     run = Decoding(target, prompts, drafter, **options)
     while not run.finished:
-        yield [torch.tensor(row, dtype=torch.int64) for row in run.step().emitted]
+        run.step()
+        news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
+        yield [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]

@@ -23,6 +23,8 @@ from transformers.generation.configuration_utils import GenerationMode
 import specdec_kernels
 from specdec.checks import as_float, as_int, as_tuple, check_kind
 from specdec.coins import RowCoins
+from specdec.processors import Processors, check_copies
+from specdec.transformers_call import Loop
 from specdec.tree import DraftTree
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import walk
@@ -57,7 +59,9 @@ class Sampling:
         top_p: keep the smallest set of largest probabilities with mass >= top_p. Ties with the smallest one kept stay
             too; transformers keeps some of them, depending on its sort.
         min_p: keep tokens at least this fraction as probable as the most probable one.
-        processors: transformers `LogitsProcessor`s, called with the text up to each node that a rule visits.
+        processors: transformers `LogitsProcessor`s, called with the text up to each node that a rule visits. Those that keep
+            state (a grammar, a counter) follow every text on copies of their own: yours stay as they are, except one that
+            cannot be copied, which goes along with the text, and for which several texts at once are refused.
     """
 
     temperature: float = 0.0
@@ -101,22 +105,23 @@ class Sampling:
         return cls(generation_config=type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config)
 
     def bind(
-        self, model: PreTrainedModel | None, prompts: Sequence[Tensor], max_new_tokens: int
-    ) -> tuple[Sampling, list[tuple[Any, ...]]]:
+        self, model: PreTrainedModel | None, prompts: Sequence[Tensor], max_new_tokens: int, tokenizer: Any = None
+    ) -> tuple[Sampling, Sequence[Processors]]:
         """This sampling with every field resolved, `generation_config` included, and each row's processors."""
         if self.generation_config is None:
-            return self, [self.processors] * len(prompts)
+            check_copies(self.processors, len(prompts))
+            return self, [Processors(self.processors)] * len(prompts)
         if model is None:
             raise ValueError("Sampling.from_generation_config needs a transformers target; give the fields by hand.")
         bound, rows = self, []
         for prompt in prompts:
-            config, built = _transformers_processors(model, prompt, self.generation_config, max_new_tokens)
+            config, built = _transformers_processors(model, prompt, self.generation_config, max_new_tokens, tokenizer)
             if config.max_time is not None:
                 raise ValueError(
                     f"max_time={config.max_time}: there is no time limit here; leave `stream` when it is reached."
                 )
             bound, processors = split(config, built)
-            rows.append(processors)
+            rows.append(Processors(processors))
         return bound, rows
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -146,6 +151,9 @@ class TargetLaw:
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
         self._known: dict[tuple[int, int], Tensor] = {}  # (row, node) -> [vocab], if there are processors
+        self._after: dict[
+            tuple[int, int], Processors
+        ] = {}  # (row, node) -> these, after the call for the text up to it
 
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
@@ -187,6 +195,12 @@ class TargetLaw:
         """[vocab]: the law at one node of one row."""
         return self._context.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
 
+    def processors(self, last: Tensor) -> list[Processors]:
+        """Each row's after the text up to its node `last` [batch] int64: those that the next step begins with."""
+        for row, node in enumerate(last.tolist()):
+            self._processed(row, node)  # whatever the rule asked for
+        return [self._processors(row, node) for row, node in enumerate(last.tolist())]
+
     def invalid(self) -> Tensor:
         """[batch] bool: rows in which a visited law was no law (NaN, or every token at -inf)."""
         return self._no_law > 0
@@ -201,10 +215,16 @@ class TargetLaw:
             logits, text = self._logits[row, node], self._text(row, node)
             scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
             if text is not None:
-                for processor in self._context.processors[row]:
-                    scores = processor(text[None], scores)
+                before = self._processors(row, int(self._tree.topology.parents[row, node]))
+                scores, self._after[row, node] = before(text, scores)
             self._known[row, node] = scores[0]
         return self._known[row, node]
+
+    def _processors(self, row: int, node: int) -> Processors:
+        """As they are after the last call along the path to a node; -1 is above the root."""
+        while node >= 0 and (row, node) not in self._after:
+            node = int(self._tree.topology.parents[row, node])
+        return self._after.get((row, node), self._context.processors[row])
 
     def _text(self, row: int, node: int) -> Tensor | None:
         """The text up to a node; None if it is never emitted, as processors may refuse to go on from such a text."""
@@ -237,18 +257,20 @@ def _refuse_stateful(processor: Any) -> None:
         )
 
 
-def _transformers_processors(model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, max_new_tokens: int):
+def _transformers_processors(
+    model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, max_new_tokens: int, tokenizer: Any
+):
     """(prepared config, processors) as `model.generate` would use them, by its public hook for custom decoding loops."""
     caught: list[Any] = []
 
-    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, tokenizer=None, **kwargs):
         caught.append((generation_config, logits_processor))
         return input_ids
 
     run: Any = model.generate
     config = copy.deepcopy(config)
     config.max_new_tokens, config.max_length = max_new_tokens, None
-    run(prompt[None].to(model.device), generation_config=config, custom_generate=catch)
+    run(prompt[None].to(model.device), generation_config=config, tokenizer=tokenizer, custom_generate=Loop(catch))
     return caught[0]
 
 

@@ -41,6 +41,15 @@ class Step:
     visits: list[list[Visit]] | None = None  # the `tried` nodes of every row, from the root down, if trace="ceiling"
     record: Record | None = None  # what was decided on, if trace="laws"
 
+    def cut(self, row: int, kept: int) -> None:
+        """Forget all but the first `kept` tokens of a row."""
+        for counts in (self.emitted, self.accepted, self.tried):
+            counts[row] = min(counts[row], kept)
+        if self.visits is not None:
+            del self.visits[row][self.tried[row] :]
+        if self.record is not None:
+            self.record.budget[row] = kept
+
 
 @dataclass
 class Trace:

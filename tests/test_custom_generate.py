@@ -1,8 +1,12 @@
 """`model.generate(custom_generate=specdec.custom_generate(...))` returns what `model.generate` returns."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial, wraps
+
 import pytest
 import torch
-from tiny_models import GATE, PROMPTS, VOCAB, llama, state
+from tiny_models import GATE, PROMPTS, VOCAB, llama, padded, state
 from tiny_models import REFUSED as REFUSED_MODELS
 from transformers import (
     DynamicCache,
@@ -22,7 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec import Sampling
+from specdec import Law, Sampling
 from specdec.cache import GENERATE_CACHE
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.rules import BlockVerification
@@ -34,14 +38,6 @@ torch.set_num_threads(1)
 ROUNDING = 1e-12  # the same float64 operations in another order
 PAIR = specdec.demo.load()
 TARGET, DRAFT, TWIN = llama(0), llama(1), llama(0)  # the twin's drafts are accepted: steps of many tokens
-
-
-def padded(prompts):
-    """What a tokenizer that pads on the left gives for them."""
-    longest = max(map(len, prompts))
-    rows = [torch.nn.functional.pad(p, (longest - len(p), 0)) for p in prompts]
-    mask = [torch.arange(longest) >= longest - len(p) for p in prompts]
-    return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(mask).long()}
 
 
 ONE, RAGGED = padded(PROMPTS[:1]), padded(PROMPTS)
@@ -193,13 +189,66 @@ class Recorder(BaseStreamer):
         self.told.append("end")
 
 
+def wrapped(method):
+    """As a user would to time it."""
+
+    def timed(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    return timed
+
+
+WRAPS = {
+    "itself": lambda method: method,
+    "wrapped": wrapped,
+    "partial": partial,
+    "named": lambda m: wraps(m)(wrapped(m)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("ends", [None, 30])
-def test_a_streamer_is_told_what_transformers_tells_it(ends):
+def test_a_streamer_is_told_what_transformers_tells_it(ends, wrap):
     expected, got = Recorder(), Recorder()
     options = {**ONE, "max_new_tokens": 12, "eos_token_id": ends}
     TARGET.generate(**options, streamer=expected)
-    TARGET.generate(**options, streamer=got, custom_generate=specdec.custom_generate(ModelDrafter(TWIN)))
+    method = WRAPS[wrap](specdec.custom_generate(ModelDrafter(TWIN)))
+    TARGET.generate(**options, streamer=got, custom_generate=method)
     assert got.told == expected.told
+
+
+def test_a_streamer_is_told_the_end_after_an_error():
+    def fail(input_ids, scores):
+        if input_ids.shape[1] > 8:
+            raise RuntimeError("of a processor")
+        return scores
+
+    streamer, refused = Recorder(), Recorder()
+    options = {**ONE, "max_new_tokens": 12, "custom_generate": specdec.custom_generate()}
+    with pytest.raises(RuntimeError, match="of a processor"):
+        TARGET.generate(**options, streamer=streamer, logits_processor=[fail])
+    assert len(streamer.told) == 1 + 4 + 1 and streamer.told[-1] == "end"
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        TARGET.generate(**{**options, **RAGGED}, streamer=refused)
+    assert len(refused.told) == 2 and refused.told[-1] == "end"
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_an_assistant_is_refused_however_the_loop_is_called(wrap):
+    method = WRAPS[wrap](specdec.custom_generate())
+    with pytest.raises(ValueError, match="ModelDrafter"):
+        TARGET.generate(**ONE, max_new_tokens=2, assistant_model=DRAFT, custom_generate=method)
+
+
+def test_a_loop_in_another_thread_is_refused_as_it_cannot_see_the_streamer():
+    method, streamer = specdec.custom_generate(), Recorder()
+
+    def elsewhere(*args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(method, *args, **kwargs).result()
+
+    with pytest.raises(ValueError, match="in the same thread"):
+        TARGET.generate(**ONE, max_new_tokens=2, streamer=streamer, custom_generate=elsewhere)
 
 
 class Sum(StoppingCriteria):
@@ -220,6 +269,56 @@ def test_stopping_criteria_cut_where_transformers_stops(inputs):
         assert all(accepted <= tried <= emitted for emitted, accepted, tried in told)
 
 
+class OddRows(ModelDrafter):
+    """Drafts for every other row, so that rows grow by unequal steps."""
+
+    def propose(self, context, coins):
+        tree = super().propose(context, coins)
+        laws = tree.laws.clone()
+        laws[::2, 1:] = Law.PADDING
+        return replace(tree, laws=laws)
+
+
+class Asked(StoppingCriteria):
+    """Keeps what it is asked about, and answers as `end` says."""
+
+    def __init__(self, end):
+        self.end, self.texts = end, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.texts.append(input_ids.tolist())
+        return self.end(input_ids, len(self.texts))
+
+
+def each(truth):
+    return lambda ids, calls: torch.full((len(ids),), truth(ids, calls))
+
+
+CRITERIA = {
+    "never": each(lambda ids, calls: False),
+    "after some calls": each(lambda ids, calls: calls >= 8),
+    "when every row has a token": each(lambda ids, calls: bool((ids[:, 12:] > 40).any(1).all())),
+    "when any row has a token": each(lambda ids, calls: bool((ids[:, 12:] > 40).any())),
+    "one row after the other": lambda ids, calls: torch.arange(len(ids)) * 3 + 1 == calls,
+    "all but the first": lambda ids, calls: (torch.arange(len(ids)) > 0) & (calls >= 2),
+    "by what a row holds": lambda ids, calls: ids.sum(1) % 11 == 0,
+}
+
+
+@pytest.mark.parametrize("ends", [None, 7, [7, 30], -1], ids="EOS {}".format)
+@pytest.mark.parametrize("inputs", [ONE, RAGGED], ids=["one", "ragged"])
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_criteria_are_asked_what_transformers_asks_and_end_the_same_texts(kind, inputs, ends):
+    drafter = OddRows(TWIN, Chain(4))
+    answers, asked = [], []
+    for options in ({}, {"custom_generate": specdec.custom_generate(drafter)}):
+        criterion = Asked(CRITERIA[kind])
+        options |= {**inputs, "eos_token_id": ends, "max_new_tokens": 20, "stopping_criteria": [criterion]}
+        answers.append(TARGET.generate(**options, do_sample=False).tolist())
+        asked.append(criterion.texts)
+    assert answers[0] == answers[1] and asked[0] == asked[1]
+
+
 def test_a_time_limit_ends_a_text():
     _, got = both(TARGET, ONE, max_time=0.0)
     assert got.shape[1] == len(PROMPTS[0]) + 1
@@ -233,6 +332,37 @@ def test_a_stop_string_ends_a_text():
     method = specdec.custom_generate(ModelDrafter(PAIR.draft))
     expected, got = both(PAIR.target, inputs, method, stopping_criteria=criteria)
     assert torch.equal(got, expected) and PAIR.tokenizer.decode(got[0]).endswith("if not")
+
+
+@pytest.mark.parametrize("as_config", [False, True], ids=["argument", "generation config"])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 24, 8)], ids=["one prompt", "ragged batch of 3"])
+def test_stop_strings_and_their_tokenizer_mean_what_they_mean_to_transformers(rows, as_config):
+    texts = [p.text for p in PAIR.prompts[rows]]
+    inputs = PAIR.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    options = {"max_new_tokens": 24, "do_sample": False, "stop_strings": ["if not", "return", "_"]}
+    if as_config:
+        options = {"generation_config": GenerationConfig(**options, eos_token_id=0, pad_token_id=0)}
+    options |= {**inputs, "tokenizer": PAIR.tokenizer}
+    expected = PAIR.target.generate(**options)
+    got = PAIR.target.generate(**options, custom_generate=specdec.custom_generate(ModelDrafter(PAIR.draft)))
+    assert torch.equal(got, expected)
+    longer = PAIR.target.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert not torch.equal(got, longer[:, : got.shape[1]]) or got.shape[1] < longer.shape[1]  # some text has been cut
+
+
+def test_stop_strings_pass_through_a_function_that_wraps_the_loop():
+    options = PAIR.tokenizer(PAIR.prompts[0].text, return_tensors="pt") | {
+        "max_new_tokens": 24,
+        "stop_strings": "if not",
+    }
+    expected = PAIR.target.generate(**options, tokenizer=PAIR.tokenizer)
+    method = WRAPS["named"](specdec.custom_generate(ModelDrafter(PAIR.draft)))
+    assert torch.equal(PAIR.target.generate(**options, tokenizer=PAIR.tokenizer, custom_generate=method), expected)
+
+
+def test_stop_strings_without_a_tokenizer_are_refused():
+    with pytest.raises(ValueError, match="`tokenizer` argument"):
+        PAIR.target.generate(**ONE, max_new_tokens=2, stop_strings="x", custom_generate=specdec.custom_generate())
 
 
 def test_an_engine_serves_one_call_after_the_other():
@@ -255,9 +385,6 @@ REFUSED = {
     "streamed batch": ({"streamer": Recorder()}, "one prompt at a time"),
     "right padding": ({"attention_mask": RAGGED["attention_mask"].flip(1)}, "padding_side='left'"),
     "positions": ({"position_ids": torch.arange(12).expand(4, -1)}, "position_ids"),
-    "criteria without EOS": (
-        {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([Sum()])}, "set eos_token_id",
-    ),
     "too long": ({"max_length": 12, "max_new_tokens": None}, "max_length"),
     "longer than the context": ({"max_new_tokens": 256}, "context of 256"),
     "negative guidance": ({"guidance_scale": 2.0}, "keeps state"),

@@ -16,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec import Graphs, Sampling, generate
+import specdec
+from specdec import Graphs, Sampling, generate, stream
 from specdec.drafters import ModelDrafter
 from specdec.rules import (
     BlockVerification,
@@ -213,3 +214,32 @@ def test_a_generation_config_of_another_mode_has_no_law():
         sampling = Sampling.from_generation_config(GenerationConfig(**options))
         with pytest.raises(ValueError, match="only greedy search and sampling"):
             generate(llama(0), torch.tensor(PROMPT), sampling=sampling, max_new_tokens=4)
+
+
+STOPS = GenerationConfig(stop_strings=["if not", "return", "_"], max_new_tokens=24)
+
+
+@pytest.mark.parametrize("default", [False, True], ids=["of the config", "of the model"])
+def test_stop_strings_of_a_generation_config_end_texts_where_transformers_does(default, monkeypatch):
+    pair, config = specdec.demo.load(), STOPS
+    if default:
+        monkeypatch.setattr(pair.target.generation_config, "stop_strings", STOPS.stop_strings)
+        config = GenerationConfig(max_new_tokens=24)
+    texts = [p.text for p in pair.prompts[:24:8]]
+    options = {"sampling": Sampling.from_generation_config(config), "tokenizer": pair.tokenizer, "max_new_tokens": 24}
+    out = generate(pair.target, texts, ModelDrafter(pair.draft, Widths((2, 1, 1))), trace="laws", **options)
+    streamed = list(stream(pair.target, texts, ModelDrafter(pair.draft), **options))
+    for row, text in enumerate(texts):
+        prompt = pair.tokenizer(text, return_tensors="pt")
+        expected = pair.target.generate(**prompt, generation_config=config, tokenizer=pair.tokenizer)
+        expected = expected[0, prompt["input_ids"].shape[1] :].tolist()
+        assert out.tokens[row].tolist() == torch.cat([step[row] for step in streamed]).tolist() == expected
+        assert sum(step.emitted[row] for step in out.trace.steps) == len(expected)
+    assert any(len(tokens) < 24 for tokens in out.tokens)
+    again = replay(out.trace, SiblingRejection()).steps
+    assert [step.emitted for step in again] == [step.emitted for step in out.trace.steps]
+
+
+def test_stop_strings_without_a_tokenizer_are_refused():
+    with pytest.raises(ValueError, match="`tokenizer` argument"):
+        generate(llama(0), torch.tensor(PROMPT), sampling=Sampling.from_generation_config(STOPS), max_new_tokens=4)

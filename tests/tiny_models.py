@@ -22,6 +22,14 @@ def build(kind, dtype=torch.float32, seed=0, **config):
     return model
 
 
+def padded(prompts):
+    """What a tokenizer that pads on the left gives for them."""
+    longest = max(map(len, prompts))
+    rows = [torch.nn.functional.pad(p, (longest - len(p), 0)) for p in prompts]
+    mask = [torch.arange(longest) >= longest - len(p) for p in prompts]
+    return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(mask).long()}
+
+
 def reference(model, prompt, **options):
     """The new tokens of transformers' own greedy generate."""
     return model.generate(prompt[None], **{"max_new_tokens": 24, "do_sample": False, **options})[0, len(prompt) :]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.coins import Coins
 from specdec.engine import Engine
+from specdec.processors import Processors
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec
 
@@ -33,7 +34,7 @@ class Context:
     row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
     host_row_depths: list[int]  # the same on the host, 0 for rows that have ended
     sampling: Sampling
-    processors: list[tuple[Any, ...]]  # each row's logits processors
+    processors: Sequence[Processors]  # each row's logits processors, as they are after the text so far
     vocab: int  # size of the target's vocabulary
     stop_tokens: tuple[int, ...] = ()  # that end a text
     tokenizer: Any = None
@@ -52,14 +53,15 @@ class Context:
         lengths, row_depths = torch.zeros((2, batch), dtype=torch.int64, device=device)
         tokens = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
         texts: list[list[int]] = [[] for _ in range(batch)]
-        return cls(tokens, lengths, texts, capacity, 0, row_depths, [0] * batch, Sampling(), [()] * batch, vocab)
+        plain, ended = [Processors()] * batch, [0] * batch
+        return cls(tokens, lengths, texts, capacity, 0, row_depths, ended, Sampling(), plain, vocab)
 
     def begin(
         self,
         rows: Sequence[Tensor],
         max_length: int,
         sampling: Sampling,
-        processors: list[tuple[Any, ...]],
+        processors: Sequence[Processors],
         stop_tokens: tuple[int, ...],
         tokenizer: Any,
         engine: Engine,

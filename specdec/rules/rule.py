@@ -32,6 +32,11 @@ class Decisions:
     accepted: Tensor  # [batch] int64: number of accepted drafted tokens (the root does not count)
     token: Tensor  # [batch] int64: the recovered or bonus token
 
+    @property
+    def last(self) -> Tensor:
+        """[batch] int64: the last accepted nodes."""
+        return self.path.gather(1, self.accepted[:, None])[:, 0]
+
     def cut(self, tree: DraftTree, stop_tokens: Tensor, budget: Tensor) -> Cut:
         """What is left of it after the first stop token, and within the `budget` [batch] of new tokens."""
         accepted, place = self.accepted[:, None], torch.arange(self.path.shape[1], device=self.path.device)
@@ -40,8 +45,7 @@ class Decisions:
         ends = (tokens[..., None] == stop_tokens).any(-1) & (place <= accepted)
         first_end = torch.where(ends, place, self.path.shape[1]).amin(1)
         count = torch.minimum(torch.minimum(self.accepted, first_end) + 1, budget)
-        last = self.path.gather(1, accepted)
-        more = ((tree.topology.parents == last) & (tree.laws != Law.PADDING)).any(1)  # it has children
+        more = ((tree.topology.parents == self.last[:, None]) & (tree.laws != Law.PADDING)).any(1)  # it has children
         tried = torch.minimum(self.accepted + more, count)
         left = torch.where(first_end < count, 0, budget - count)
         return Cut(tokens, count, torch.minimum(self.accepted, count), tried, left)

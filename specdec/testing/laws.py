@@ -15,6 +15,7 @@ from specdec.coins import Coins
 from specdec.decoding import Decoding
 from specdec.drafters import Drafter
 from specdec.inputs import as_stop_tokens
+from specdec.processors import Processors
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.target import Target
@@ -132,22 +133,26 @@ def target_law(
     prompt, max_new_tokens = as_ints("prompt", prompt, 0), as_int("max_new_tokens", max_new_tokens, 1)
     stop_tokens = as_stop_tokens(stop_tokens, None, vocab)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
-    open_texts: dict[Text, Fraction] = {(): Fraction(1)}
+    # with what the processors are before the call for this text
+    open_texts: dict[Text, tuple[Fraction, Processors]] = {(): (Fraction(1), Processors(sampling.processors))}
     while open_texts:
-        text, mass = open_texts.popitem()
+        text, (mass, processors) = open_texts.popitem()
         tokens = torch.tensor([*prompt, *text])
         if isinstance(target, PreTrainedModel):
             with torch.inference_mode():
                 scores = target(input_ids=tokens[None], use_cache=False).logits[:, -1]
         else:
             scores = target.logits(tuple(tokens.tolist()))[None]
-        for processor in sampling.processors:
-            scores = processor(tokens[None], scores.clone())
+        scores, processors = processors(tokens, scores.clone())
         weights = fractions(sampling.probabilities(scores)[0].double().numpy())
         total = sum(weights)
         for token, weight in enumerate(weights):
             if weight:
                 longer = (*text, token)
                 done = token in stop_tokens or len(longer) == max_new_tokens
-                (ended if done else open_texts)[longer] = mass * weight / total
+                share = mass * weight / total
+                if done:
+                    ended[longer] = share
+                else:
+                    open_texts[longer] = share, processors
     return dict(ended)

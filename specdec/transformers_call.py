@@ -1,0 +1,61 @@
+"""What a `model.generate` that calls a decoding loop of another's keeps from it, and what it was asked for."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import update_wrapper
+from types import FrameType
+from typing import Any
+
+from transformers import GenerationMixin
+
+
+class Loop:
+    """A decoding loop for `custom_generate` that is given the `tokenizer` too, which transformers hands to its own loops only.
+
+    It asks for the signature of a loop to learn which arguments belong to it, when it has put the tokenizer aside. It is put
+    back among them then; without that, `stop_strings` would be refused for want of the tokenizer that was passed.
+    """
+
+    def __init__(self, decode: Callable[..., Any]):
+        self._decode = decode
+        update_wrapper(self, decode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._decode(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        asking = _running("GenerationMixin._extract_generation_mode_kwargs")
+        if asking is not None:
+            aside, arguments = (asking.f_locals.get(name) for name in ("generation_mode_kwargs", "kwargs"))
+            if aside and arguments is not None and aside.get("tokenizer") is not None:
+                arguments["tokenizer"] = aside["tokenizer"]
+        return inspect.signature(self._decode)
+
+
+def asked() -> dict[str, Any]:
+    """The arguments of the `model.generate` that is running, however many calls lie between it and this one.
+
+    Raises:
+        ValueError: none is.
+    """
+    running = _running("GenerationMixin.generate")
+    if running is None:
+        raise ValueError(
+            "This decoding loop was not called by model.generate, or in another thread: whether there is a streamer to serve "
+            "is not known. Pass it as model.generate(..., custom_generate=specdec.custom_generate(...)), or call it within "
+            "the function that is passed there, in the same thread."
+        )
+    return running.f_locals
+
+
+def _running(method: str) -> FrameType | None:
+    """The innermost call of a method of transformers' `GenerationMixin`, by its qualified name."""
+    frame: FrameType | None = sys._getframe(1)
+    home = GenerationMixin.__module__
+    while frame is not None and (frame.f_code.co_qualname, frame.f_globals.get("__name__")) != (method, home):
+        frame = frame.f_back
+    return frame
