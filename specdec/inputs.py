@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.engine import Engine
 from specdec.graphs import Graphs
+from specdec.support import cure_for
 from specdec.target import ModelTarget, Target
 
 Prompts = Tensor | str | Sequence[Tensor] | Sequence[str]
@@ -51,7 +52,7 @@ def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
             cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
             raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
         return ModelTarget(target)
-    raise ValueError(f"target is a {type(target).__name__}; pass a transformers PreTrainedModel (or a specdec Target).")
+    raise ValueError(f"target is a {type(target).__name__}; {cure_for(target)} (or a specdec Target).")
 
 
 def as_engine(engine: Engine | str) -> Engine:
@@ -117,7 +118,8 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
         )
     limit = target.context_length
     if limit is not None and len(row) + max_new_tokens > limit:
+        reason = f" ({target.context_reason})" if target.context_reason else ""
         raise ValueError(
             f"prompt {index} has {len(row)} tokens, and {max_new_tokens} new ones would exceed the target's context of "
-            f"{limit}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
+            f"{limit}{reason}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
         )
