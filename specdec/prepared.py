@@ -39,5 +39,5 @@ def difference_from_text(inputs: dict[str, Any], tokens: Tensor) -> str | None:
     if positions is not None and not (
         positions.shape[-1:] == counted.shape and bool((positions.to(counted) == counted).all())
     ):
-        return "positions that are not 0, 1, 2, ..."
+        return "positions that do not count from 0"
     return None
