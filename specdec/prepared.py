@@ -5,6 +5,7 @@ Most hand over the tokens, and so do we. Others put something before them or in 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from transformers import Cache, PreTrainedModel
 
 def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
     """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
+    options: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # else none are given
+        options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     prepare: Any = model.prepare_inputs_for_generation
-    return prepare(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, is_first_iteration=first)
+    return prepare(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, is_first_iteration=first, **options)
 
 
 def preparer(model: PreTrainedModel) -> str:

@@ -117,8 +117,12 @@ def _probe(model: PreTrainedModel) -> Layout:
         raise UnsupportedModel(model, _OUTSIDE_INTERFACE)
     layers = DynamicCache(config=model.config).layers
     odd = sorted({type(layer).__name__ for layer in layers} - _PLAIN_LAYERS)
-    if odd or model._is_stateful:
+    if model._is_stateful or any("Linear" in name for name in odd):
         raise UnsupportedModel(model, f"{_RECURRENT} (cache layers: {', '.join(odd) or 'stateful'})")
+    if odd:
+        raise UnsupportedModel(
+            model, f"its cache holds more than plain keys and values (cache layers: {', '.join(odd)})"
+        )
     with torch.inference_mode():
         logits, layout = _score_probe_tree(model, len(layers))
         _compare_with_paths(model, logits)
@@ -223,7 +227,10 @@ def _rows(model: PreTrainedModel, *ids: int) -> Tensor:
 
 def embedding(model: PreTrainedModel) -> Tensor:
     """[vocab, hidden]: the input embedding; on the meta device while accelerate keeps it elsewhere."""
-    return cast(Tensor, model.get_input_embeddings().weight)
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise UnsupportedModel(model, "it does not read one token at a time through one embedding")
+    return cast(Tensor, weight)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
