@@ -22,7 +22,8 @@ from specdec.cache import TreeCache
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.fingerprint import fingerprint
-from specdec.support import check_ready, check_text, device_of, embedding, layout_of, reach_of
+from specdec.reach import reach_of
+from specdec.support import check_ready, check_text, device_of, embedding, layout_of
 from specdec.tree import DraftTree, Topology, chain, text_chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
