@@ -38,7 +38,8 @@ RULES: list[Rule] = [
     SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(), KSeq()
 ]  # fmt: skip
 KEYS = (
-    "rule", "law", "width", "vocab", "sampling", "dtype", "weights", "due", "refused", "total_variation", "bound", "worst", "nan"
+    "rule", "law", "width", "vocab", "sampling", "dtype", "weights", "due", "refused", "total_variation", "bound", "worst",
+    "nan",
 )  # fmt: skip
 
 

@@ -131,9 +131,14 @@ def _mask(
     use_vmap: bool = False,
     config: Any = None,
     **_: Any,
-) -> Tensor:
-    """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`."""
-    view: View = q_offset
+) -> Tensor | None:
+    """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`.
+
+    None where no cache was asked, as for attention to another text than this one.
+    """
+    if not isinstance(q_offset, View):
+        return None
+    view = q_offset
     if device.type in specdec_kernels.DEVICES:
         sight = view.sight(_window(mask_function, local_size, use_vmap, config))
         if sight is not None:
@@ -151,7 +156,10 @@ def _attend(
     if _Counter.calls is not None:
         _Counter.calls.append(1)
     if attention_mask is None:
-        raise ValueError(f"{type(module).__name__} asked for no attention mask: its attention cannot follow a tree.")
+        raise ValueError(
+            f"{type(module).__name__} attends without a causal mask over its cache, so it cannot follow a tree: it reads both "
+            "ways (a BERT-like model has to be loaded with is_decoder=True), or something else than the text."
+        )
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if attention_mask.is_floating_point():
         return reference.biased_attention(query, key, value, attention_mask, *options), None

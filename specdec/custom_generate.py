@@ -158,7 +158,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[s
     outputs = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
     if outputs:
         raise ValueError(f"{outputs}: the loop does not keep them; leave them out, and run the model on `sequences`.")
-    unread = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _READ)
+    unread = _unread(model_kwargs)
     if unread:
         raise ValueError(
             f"{unread}: only input_ids and attention_mask are read; leave out what a text alone does not need."
@@ -168,6 +168,13 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[s
         raise ValueError(
             f"{GENERATE_CACHE}: specdec has a cache of its own and does not go on from another; leave it out."
         )
+
+
+def _unread(model_kwargs: dict[str, Any]) -> list[str]:
+    """What else the model is to read. Images and the like reach us encoded: in a dict by kind, empty for a text alone."""
+    given = {name: value for name, value in model_kwargs.items() if value is not None and name not in _READ}
+    encoded = given.pop("mm_encoder_outputs", {})
+    return sorted([*given, *(f"{kind} inputs such as pixel_values" for kind in encoded)])
 
 
 def _mask(

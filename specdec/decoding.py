@@ -20,6 +20,7 @@ from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
 from specdec.drafters.nothing import NoDrafter
 from specdec.engine import Engine
+from specdec.fingerprint import fingerprint
 from specdec.inputs import (
     Prompts,
     as_engine,
@@ -96,10 +97,10 @@ class Decoding:
 
         drafters = _with_inner(self.drafter)
         held = [found.model, *(part for each in drafters for part in vars(each).values())]
-        weights = {p.data_ptr() for model in held if isinstance(model, nn.Module) for p in model.parameters()}
+        models = fingerprint(*(model for model in held if isinstance(model, nn.Module)), numbers=False)
         trees = [part for part in held if isinstance(part, TreePolicy)]
         parts = (target, drafter, drafters, trees, type(rule), {**vars(rule)})  # as they are now
-        signature = (*parts, weights, sampling, self.spec, stop, batch, capacity)
+        signature = (*parts, models, sampling, self.spec, stop, batch, capacity)
         if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)

@@ -71,7 +71,8 @@ def generate(
         stop_tokens: ids that end a text (and are its last token); None: the EOS ids of `sampling`'s generation config,
             or else the target's; (): none. Stop strings are those of the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
-        seed: every random decision is a function of (seed of 64 bits, index of the prompt, step).
+        seed: every random decision is a function of (seed of 64 bits, index of the prompt, step): equal prompts in two calls
+            get equal samples unless the seeds differ, and it is 0 by default.
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
             `divergence`; "laws" the trees and both models' laws, for `specdec.trace.replay` (large: see
@@ -80,7 +81,8 @@ def generate(
             too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
         resume: begin in the caches that the last run of this target (a `specdec.ModelTarget`) and of this drafter left:
             each prompt is read from where it parts from the text of its row there, in a conversation what was said since.
-            The text is the same. Of changes to a model in between, those that training or loading makes are noticed.
+            The text is the same. Of changes to a model in between, those that training, loading or a switch of adapters makes
+            are noticed.
 
     Raises:
         ValueError: bad input, an argument that belongs elsewhere (as `temperature` does), an unsupported model, a rule that

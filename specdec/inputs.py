@@ -18,6 +18,7 @@ from specdec.checks import as_int, as_ints, brief
 from specdec.engine import Engine
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling
+from specdec.support import cure_for
 from specdec.target import ModelTarget, Target
 
 Prompt = Tensor | np.ndarray | Sequence[int] | str
@@ -39,7 +40,7 @@ _ELSEWHERE = {
     "attention_mask": "leave it out, and pass prompts without padding",
     "eos_token_id": "pass stop_tokens",
     "stop": "pass stop_tokens, which are ids",
-    "stop_strings": "pass stop_tokens, which are ids, or call model.generate(custom_generate=specdec.custom_generate(drafter))",
+    "stop_strings": "pass sampling=specdec.Sampling.from_generation_config(GenerationConfig(stop_strings=...)) and tokenizer",
     "stopping_criteria": "call model.generate(custom_generate=specdec.custom_generate(drafter))",
     "streamer": "iterate over specdec.stream(...), or call model.generate(custom_generate=specdec.custom_generate(drafter))",
     "assistant_model": "pass drafter=specdec.drafters.ModelDrafter(assistant_model)",
@@ -79,8 +80,9 @@ def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
             cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
             raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
         return ModelTarget(target)
-    cure = "pass a transformers PreTrainedModel (or a specdec Target)"
-    raise ValueError(f"target is a {type(target).__name__}; {cure}. Got {brief(target)}.")
+    raise ValueError(
+        f"target is a {type(target).__name__}; {cure_for(target)} (or a specdec Target). Got {brief(target)}."
+    )
 
 
 def as_engine(engine: Engine | str) -> Engine:
@@ -165,7 +167,8 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
         )
     limit = target.context_length
     if limit is not None and len(row) + max_new_tokens > limit:
+        reason = f" ({target.context_reason})" if target.context_reason else ""
         raise ValueError(
             f"prompt {index} has {len(row)} tokens, and {max_new_tokens} new ones would exceed the target's context of "
-            f"{limit}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
+            f"{limit}{reason}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
         )

@@ -6,7 +6,8 @@ key-value layers, and a small tree scored in one forward pass gives the logits o
 
 from __future__ import annotations
 
-from typing import cast
+from functools import partial
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.attention import NAME, Patch, View, counting_calls
 from specdec.cache import RecordingCache, Slab, cache_argument
+from specdec.fingerprint import fingerprint
+from specdec.prepared import difference_from_text, prepared, preparer
 from specdec.tree import Topology, TreeSpec
 
 Layout = list[tuple[Slab, Slab] | None]
@@ -36,27 +39,72 @@ _REFUSED = {
 }
 _PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
+_SUPPORTED = "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2."
+_TOKENS_ALONE = (
+    "Only the tokens of a text are read here: train what goes beside them into the weights (LoRA does), give it as tokens of "
+    "the prompt, or call model.generate without specdec."
+)
+
 _layouts: WeakKeyDictionary[PreTrainedModel, tuple[tuple, Layout]] = WeakKeyDictionary()
 
 
 class UnsupportedModel(ValueError):
     """The model cannot score trees; the message says why."""
 
-    def __init__(self, model: PreTrainedModel, reason: str):
-        cure = "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2."
+    def __init__(self, model: PreTrainedModel, reason: str, cure: str = _SUPPORTED):
         super().__init__(f"{type(model).__name__} cannot be decoded speculatively: {reason}. {cure}")
 
 
+def check_ready(model: PreTrainedModel) -> None:
+    """Raise ValueError if this is no transformers model, or in no state to decode with; cheap, so asked before every run."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"The model is a {type(model).__name__}; {cure_for(model)}.")
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
+    if any(_given_by_hooks(model).get("alora_offsets") or ()):
+        raise UnsupportedModel(
+            model,
+            "its activated LoRA counts the tokens it adapts from the end of each forward pass, and passes end elsewhere here",
+            "Call model.generate without specdec, or train the adapter as a plain LoRA.",
+        )
+
+
+def cure_for(wrapper: object) -> str:
+    """What to pass in place of something that is no transformers model, but may hold one."""
+    named = wrapper.named_modules() if isinstance(wrapper, torch.nn.Module) else ()
+    inner = next((name for name, part in named if isinstance(part, PreTrainedModel)), None)
+    if inner is None:
+        return "pass a transformers PreTrainedModel"
+    return f"pass the model in it, .{inner} (without what the wrapper does by itself, such as PEFT's soft prompts)"
+
+
+def check_text(model: PreTrainedModel, text: list[int]) -> None:
+    """Raise UnsupportedModel if `model.generate` would hand other things to the model than the tokens of this text."""
+    _inputs_for(model, torch.tensor([text], device=device_of(model)), first=True)
+
+
+def _inputs_for(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
+    inputs = prepared(model, tokens, first)
+    if difference := difference_from_text(inputs, tokens):
+        raise UnsupportedModel(model, f"{preparer(model)} hands over {difference}", _TOKENS_ALONE)
+    return inputs
+
+
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per model."""
-    weight = embedding(model)
-    kind = weight.device.type
+    """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per state of the model."""
+    kind = device_of(model).type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None  # the cache takes its dtype
-    signature = (weight.dtype, weight.device, weight.shape, autocast)
+    signature = (autocast, fingerprint(model, numbers=False))
     known = _layouts.get(model)
     if known is None or known[0] != signature:
         known = _layouts[model] = (signature, _probe(model))
     return known[1]
+
+
+def _given_by_hooks(model: PreTrainedModel) -> dict[str, Any]:
+    """What hooks that the caller has set hand to layers, row by row: PEFT's `adapter_names` and `alora_offsets`."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return {name: value for hook in hooks if isinstance(hook, partial) for name, value in hook.keywords.items()}
 
 
 def _probe(model: PreTrainedModel) -> Layout:
@@ -69,8 +117,12 @@ def _probe(model: PreTrainedModel) -> Layout:
         raise UnsupportedModel(model, _OUTSIDE_INTERFACE)
     layers = DynamicCache(config=model.config).layers
     odd = sorted({type(layer).__name__ for layer in layers} - _PLAIN_LAYERS)
-    if odd or model._is_stateful:
+    if model._is_stateful or any("Linear" in name for name in odd):
         raise UnsupportedModel(model, f"{_RECURRENT} (cache layers: {', '.join(odd) or 'stateful'})")
+    if odd:
+        raise UnsupportedModel(
+            model, f"its cache holds more than plain keys and values (cache layers: {', '.join(odd)})"
+        )
     with torch.inference_mode():
         logits, layout = _score_probe_tree(model, len(layers))
         _compare_with_paths(model, logits)
@@ -81,17 +133,16 @@ _PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these id
 
 
 def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
-    device = embedding(model).device
-    topology = Topology(torch.tensor([[-1, 0, 0]], device=device), depth=1, width=2)
-    view = View(torch.zeros(1, dtype=torch.int64, device=device), topology, count=3, slots=3)
+    """[row, node, vocab] logits, and the layout."""
+    tokens = _rows(model, *_PROBE)
+    batch, device = len(tokens), tokens.device
+    topology = Topology(torch.tensor([[-1, 0, 0]] * batch, device=device), depth=1, width=2)
+    view = View(torch.zeros(batch, dtype=torch.int64, device=device), topology, count=3, slots=3)
     cache = RecordingCache(layers, view)
     with Patch(model), counting_calls() as calls:
         logits = model(
-            input_ids=_tokens(model, *_PROBE),
-            position_ids=view.positions,
-            use_cache=True,
-            **{cache_argument(model): cache},
-        ).logits[0]
+            input_ids=tokens, position_ids=view.positions, use_cache=True, **{cache_argument(model): cache}
+        ).logits
     if not calls:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
     layout: Layout = [(r.slabs[0], r.slabs[1]) if r.is_initialized else None for r in cache.records]
@@ -101,31 +152,41 @@ def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layo
 
 
 def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
+    """With what the model makes of the paths as `model.generate` hands them to it, in a first pass and in a later one."""
     root, *children = _PROBE
-    for node, child in enumerate(children, start=1):
-        alone = model(input_ids=_tokens(model, root, child), use_cache=False).logits[0, -1]
-        difference = float((logits[node] - alone).abs().max() / alone.abs().max())
-        quantised = getattr(model, "is_quantized", False)
-        limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
-        if not difference <= limit and bool(alone.isfinite().all()):
-            reason = f"a tree in one forward pass differs from its paths by {difference:.1e} of the largest logit"
-            cure = "if its own attention leaves something out, model.set_attn_implementation('eager') puts it in"
-            raise UnsupportedModel(model, f"{reason} (limit {limit:.0e}; {cure})")
+    for node, (child, first) in enumerate(zip(children, (True, False), strict=True), start=1):
+        path = _rows(model, root, child)
+        inputs = _inputs_for(model, path, first)
+        if apart := _apart(model, logits[:, node], model(**inputs).logits[:, -1]):
+            alone = model(input_ids=path, use_cache=False).logits[:, -1]
+            if not _apart(model, logits[:, node], alone):
+                raise UnsupportedModel(
+                    model, f"{preparer(model)} hands over {_beside(inputs)} beside the tokens", _TOKENS_ALONE
+                )
+            raise UnsupportedModel(model, _why_apart(model, path, alone, apart))
 
 
-def context_length_of(model: PreTrainedModel) -> int | None:
-    """Longest text, in tokens, whose logits do not depend on how it was cut into forward passes; None if unbounded."""
-    config = model.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for law in [rope, *(law for law in rope.values() if isinstance(law, dict))]:
-        if law.get("rope_type") == "longrope":  # a longer text rotates every key anew, those in the cache included
-            limits.append(law["original_max_position_embeddings"])
-    if getattr(
-        config, "attn_temperature_tuning", False
-    ):  # Llama 4: a scale that steps up with the slot, not the position
-        limits.append(config.floor_scale - 1)
-    return min((limit for limit in limits if limit is not None), default=None)
+def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor) -> str | None:
+    """How far logits of the tree are from those of its path, both [row, vocab]; None if near enough."""
+    difference = float((found - alone).abs().max() / alone.abs().max())
+    quantised = getattr(model, "is_quantized", False)
+    limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
+    near = difference <= limit or not bool(alone.isfinite().all())
+    return None if near else f"{difference:.1e} of the largest logit (limit {limit:.0e}"
+
+
+def _why_apart(model: PreTrainedModel, path: Tensor, alone: Tensor, apart: str) -> str:
+    later = torch.arange(path.shape[1], device=path.device).expand_as(path) * 2
+    if torch.equal(model(input_ids=path, position_ids=later, use_cache=False).logits[:, -1], alone):
+        return "it numbers tokens by their place in the cache, whatever position_ids say"
+    cure = "if its own attention leaves something out, model.set_attn_implementation('eager') puts it in"
+    return f"a tree in one forward pass differs from its paths by {apart}; {cure})"
+
+
+def _beside(inputs: dict[str, Any]) -> str:
+    """The names of what these inputs hold besides a text."""
+    text = ("input_ids", "attention_mask", "position_ids", "use_cache")
+    return ", ".join(name for name, value in inputs.items() if value is not None and name not in text)
 
 
 def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
@@ -138,11 +199,27 @@ def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
         )
 
 
-def _tokens(model: PreTrainedModel, *ids: int) -> Tensor:
-    weight = embedding(model)
-    return torch.tensor([ids], device=weight.device) % weight.shape[0]
+def _rows(model: PreTrainedModel, *ids: int) -> Tensor:
+    """[row, length] int64: the same text in every row, of which there are as many as hooks of the caller expect."""
+    rows = len(_given_by_hooks(model).get("adapter_names") or [0])
+    return torch.tensor([ids] * rows, device=device_of(model)) % embedding(model).shape[0]
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
-    """[vocab, hidden]: the input embedding; token ids go to its device."""
-    return cast(Tensor, model.get_input_embeddings().weight)
+    """[vocab, hidden]: the input embedding; on the meta device while accelerate keeps it elsewhere."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise UnsupportedModel(model, "it does not read one token at a time through one embedding")
+    return cast(Tensor, weight)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    weight = embedding(model)
+    if not weight.is_meta:
+        return weight.device
+    with torch.inference_mode():  # offloaded: only who fetches it knows where to
+        device = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.int64)).device
+    if device.type == "meta":
+        raise UnsupportedModel(model, "its weights are on the meta device", "Load them: from_pretrained(...).")
+    return device

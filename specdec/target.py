@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from specdec.attention import Patch, View
 from specdec.cache import TreeCache, cache_argument
-from specdec.checks import check_kind
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
-from specdec.support import context_length_of, embedding, layout_of
+from specdec.fingerprint import fingerprint
+from specdec.reach import reach_of
+from specdec.support import check_ready, check_text, device_of, embedding, layout_of
 from specdec.tree import DraftTree, Topology, chain, text_chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
@@ -40,6 +41,7 @@ class Target(ABC):
 
     vocab: int  # size of the vocabulary: the last axis of `score`
     context_length: int | None = None  # longest text it can read, in tokens; None if unbounded
+    context_reason: str = ""  # why no longer one, for the message that refuses it
     device: torch.device = torch.device("cpu")
     stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
@@ -74,14 +76,12 @@ class CachedModel:
     """A Hugging Face causal LM over a batch of rows with lengths of their own."""
 
     def __init__(self, model: PreTrainedModel):
-        cure = "load one, such as AutoModelForCausalLM.from_pretrained(name), and pass it without a wrapper"
-        check_kind("model", model, PreTrainedModel, cure)
-        _check_mode(model)
+        check_ready(model)
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
         self._cache_argument = cache_argument(model)
         self.vocab: int = model.config.get_text_config().vocab_size
-        self.context_length = context_length_of(model)
-        self.device, self._dtype = embedding(model).device, embedding(model).dtype
+        self.context_length, self.context_reason = reach_of(model)
+        self.device, self._home = device_of(model), _home(model)
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
         self._compiled: Compiled | None = None  # whether in use now or not; for the cache there is
@@ -91,21 +91,20 @@ class CachedModel:
     def begin(self, context: Context, capacity: int, unread: int = 1) -> None:
         """Begin a run by reading the prompts but for their last tokens; what a run to be resumed has read, is not again."""
         goals = [max(n - unread, 0) for n in context.host_lengths]
-        weights = [(p.data_ptr(), p.is_inference() or p._version) for p in self.model.parameters()]
+        computes = fingerprint(self.model, numbers=True)
         kept = [0] * len(goals)
-        if context.resume and len(self._texts) == len(goals) and self._weights == weights:
+        if context.resume and len(self._texts) == len(goals) and self._computed == computes:
             alike = (sum(takewhile(bool, map(eq, *pair))) for pair in zip(self._texts, context.texts, strict=True))
             kept = list(map(min, goals, alike, self.cache.lengths.tolist()))
         self.start(len(goals), capacity, kept)
-        self._texts, self._weights = context.texts, weights
+        self._texts, self._computed = context.texts, computes
         self.read(context.tokens, goals)
 
     def start(self, batch: int, capacity: int, kept: list[int] | None = None) -> None:
         """Begin with the first kept[b] slots of each row, by default none; in the cache of the last run if of that size."""
         kept, last, self._texts = kept or [0] * batch, self.cache, []
-        _check_mode(self.model)
-        weight = embedding(self.model)
-        if (weight.dtype, weight.device) != (self._dtype, self.device):
+        check_ready(self.model)
+        if _home(self.model) != self._home:
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
         if (len(last.lengths), last.capacity) != (batch, capacity):
             self.cache, self._compiled = TreeCache(self.layout, batch, capacity, self.device), None
@@ -176,9 +175,9 @@ class CachedModel:
             handle.remove()
 
 
-def _check_mode(model: PreTrainedModel) -> None:
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
+def _home(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
+    weight = embedding(model)
+    return weight.dtype, weight.device
 
 
 class ModelTarget(Target):
@@ -189,7 +188,7 @@ class ModelTarget(Target):
     def __init__(self, model: PreTrainedModel):
         self.cached = CachedModel(model)
         self.model, self.vocab, self.device = model, self.cached.vocab, self.cached.device
-        self.context_length = self.cached.context_length
+        self.context_length, self.context_reason = self.cached.context_length, self.cached.context_reason
         self.stop_tokens = None if model.generation_config is None else model.generation_config.eos_token_id
         self._capture = nullcontext
 
@@ -199,6 +198,8 @@ class ModelTarget(Target):
             yield
 
     def start(self, context: Context, capacity: int, hidden: bool) -> None:
+        for text in context.texts:
+            check_text(self.cached.model, text)
         self._capture = self.cached.capturing_hidden if hidden else nullcontext
         self._context = context
         with self._capture():

@@ -66,11 +66,10 @@ def test_the_drafts_that_are_certified_are_those_that_trees_draw(law):
     """`draw` followed through every coin gives the drafts and probabilities that the certificate enumerates."""
     sampling, width = Sampling(1.0), 2
     hard = nodes(3, law, width, sampling, torch.float32)
-    named = dict(enumerate(hard.names))
-    enumerated = [{} for _ in named]
+    enumerated = [{} for _ in hard.names]
     for node, chance, tokens in hard.drafts():
         enumerated[node][tokens] = chance
-    for node in named:
+    for node, name in enumerate(hard.names):
         found, queue = {}, [[]]
         while queue:
             coins = ExactCoins([queue.pop()], 1 + width)
@@ -80,7 +79,7 @@ def test_the_drafts_that_are_certified_are_those_that_trees_draw(law):
             found[tokens] = found.get(tokens, 0) + float(coins.probabilities[0])
             queue += coins.branches
         found = {tokens: chance for tokens, chance in found.items() if chance > 1e-13}
-        assert found == pytest.approx(enumerated[node], abs=1e-12), named[node]
+        assert found == pytest.approx(enumerated[node], abs=1e-12), name
 
 
 def _draw(hard, node, coins):

@@ -61,6 +61,8 @@ def _case(rule, law, width=2, vocab=3, temperature=1.0, dtype=torch.float32, wei
 
 _OVERFLOW = (verify, "_power_of_two", torch.ones_like)
 _HALF = (draft_law.Siblings, "weights", property(in_their_own_dtype))
+_AS_REACHED = (traversal, "residual_batch", without_reach)
+_RHO = (kseq, "_rho_batch", lambda p, child, count, width: 0 * count + kseq._GRID)
 FAST = [
     Mutant("siblings: weights not in units, the first sampled", _case(SiblingRejection(), _TOP), (_OVERFLOW,)),
     Mutant("siblings: weights not in units, no replacement", _case(SiblingRejection(), _WITHOUT), (_OVERFLOW,)),
@@ -69,7 +71,9 @@ FAST = [
     *(
         Mutant(f"{name}: weights of 16 bits normalised as they are", _case(rule, _IID, width, weights=_BF16), (_HALF,))
         for name, rule, width in (
-            ("block", BlockVerification(), 1), ("traversal", TraversalVerification(), 2), ("level", LevelVerification(), 2),
+            ("block", BlockVerification(), 1),
+            ("traversal", TraversalVerification(), 2),
+            ("level", LevelVerification(), 2),
             ("kseq", KSeq(), 2),
         )
     ),
@@ -79,6 +83,6 @@ FAST = [
         ((sampling, "probabilities", of_the_logit),),
     ),
     Mutant("block: nothing taken off", _case(BlockVerification(), _IID, 1), ((block, "residual_batch", stays_owed),)),
-    Mutant("traversal: residual as if reached", _case(TraversalVerification(), _IID), ((traversal, "residual_batch", without_reach),)),
-    Mutant("kseq: rho is one", _case(KSeq(), _IID), ((kseq, "_rho_batch", lambda p, child, count, width: 0 * count + kseq._GRID),)),
-]  # fmt: skip
+    Mutant("traversal: residual as if reached", _case(TraversalVerification(), _IID), (_AS_REACHED,)),
+    Mutant("kseq: rho is one", _case(KSeq(), _IID), (_RHO,)),
+]

@@ -199,5 +199,9 @@ class Drafter(ABC):
         """
 
     def patched(self) -> AbstractContextManager[None]:
-        """Entered around every step: for drafters that need a model in another state than its owner left it."""
+        """Entered around every step, the target's own pass included: for what drafting needs of a model of its own.
+
+        What the target computes must stay as it is. To draft with the target's model in another state (an adapter switched
+        off, say), change it inside `propose` and back before that returns, and keep a cache of its own for it.
+        """
         return nullcontext()

@@ -69,10 +69,17 @@ class LayerSkipDrafter(TreeDrafter):
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, in order."""
+    """The model's layers, in order; raises ValueError if it does not run each of them once."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    return next(lists)
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
+    parts = {part for outer in lists for part in outer.modules() if part is not outer}  # of a layer
+    found = next((m for m in lists if len(m) == count and m not in parts), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of the {count} layers that its cache is for (it may run some of them more "
+            "than once), so none can be left out; use another drafter, such as NgramDrafter()."
+        )
+    return found
 
 
 def skippable(model: PreTrainedModel) -> range:

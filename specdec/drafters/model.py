@@ -51,8 +51,9 @@ class ModelDrafter(TreeDrafter):
         self._cached = self._in_tokens_of(target.vocab, context.tokenizer)
         limit, capacity = self._cached.context_length, context.tokens.shape[1]
         if limit is not None and context.max_length > limit:
+            reason = f" ({self._cached.context_reason})" if self._cached.context_reason else ""
             raise ValueError(
-                f"The draft model reads at most {limit} tokens, but a text may grow to {context.max_length}; lower "
+                f"The draft model reads at most {limit} tokens{reason}, but a text may grow to {context.max_length}; lower "
                 "max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
         self.asked = None

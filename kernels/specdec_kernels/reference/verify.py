@@ -16,8 +16,8 @@ children were drawn by, not normalised, what is owed stays, up to its sum S,
   As T are siblings, their numbers are simply not touched. Each of them is then struck out as a point.
 
 So siblings are a handful of numbers, all other tokens are one, c, and a pass over the vocabulary is needed only where
-c grows: for S. No sum is a difference of larger ones: a draft that is nearly certain of its children loses no digits. Nor is any
-number too large: what is left for the last draw may be as little as the least number there is, and 1 / W would be infinite.
+c grows: for S. No sum is a difference of larger ones: a draft that is nearly certain of its children loses no digits. And no
+number is too large: what is left for the last draw may be as little as the least number there is, whose inverse is infinite.
 Off the siblings weights are therefore in units of the last draw's W, as a power of two: no weight there is above that W, and c
 grows by S times the share that it is of a draw's own W, so that c is at most twice the number of draws.
 """

@@ -1,0 +1,47 @@
+"""What `model.generate` hands to a model for a text, which the model's own `prepare_inputs_for_generation` decides.
+
+Most hand over the tokens, and so do we. Others put something before them or in their place, as PEFT does for soft prompts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+
+def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
+    """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
+    options: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # else none are given
+        options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    prepare: Any = model.prepare_inputs_for_generation
+    return prepare(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, is_first_iteration=first, **options)
+
+
+def preparer(model: PreTrainedModel) -> str:
+    """The name of the function that decides."""
+    function: Any = model.prepare_inputs_for_generation
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
+
+
+def difference_from_text(inputs: dict[str, Any], tokens: Tensor) -> str | None:
+    """How these inputs differ from the text alone, tokens [batch, length] int64; None if they do not."""
+    ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if inputs.get("inputs_embeds") is not None:
+        return "embeddings in place of tokens"
+    if ids is None or ids.shape != tokens.shape or not torch.equal(ids.to(tokens), tokens):
+        return "other tokens than those of the text"
+    if any(isinstance(value, Cache) and value.get_seq_length() for value in inputs.values()):
+        return "keys and values to go before the text"
+    if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.shape != tokens.shape or not mask.all()):
+        return "a mask that is not of the text alone"
+    counted = torch.arange(tokens.shape[1], device=tokens.device)
+    if positions is not None and not (
+        positions.shape[-1:] == counted.shape and bool((positions.to(counted) == counted).all())
+    ):
+        return "positions that do not count from 0"
+    return None
