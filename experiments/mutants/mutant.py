@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from experiments.cases import Case
 from specdec import Law
 from specdec.testing import Table
 from specdec.trees import Chain, Dynamic, Widths
@@ -28,7 +27,7 @@ class Mutant:
     """One planted bug, and a case in which it shows."""
 
     name: str
-    case: Case
+    case: Any  # a `Case`, or a `FastCase` of the batched code
     patches: tuple[
         tuple[Any, str, Any], ...
     ] = ()  # (owner, attribute, wrong value), where the library itself is changed

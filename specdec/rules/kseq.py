@@ -6,9 +6,9 @@ Why it is lossless: a child x ~ q is accepted with mass m(x) = min(q(x), p(x) / 
 independent, and how many there are does not depend on their tokens, so that of k of them the accepted one is x with mass
 m(x) c, where c = 1 + (1 - beta) + ... + (1 - beta)^(k-1). When all are rejected, what is emitted has law (p - m c) normalised:
 together that is p, provided that p - m c is nowhere negative. Where p / rho is the smaller, m c = p c / rho; where q is,
-m c <= p c / rho as well. So c <= rho is what is needed. rho beta grows with rho and c beta = 1 - (1 - beta)^k falls, so there is
-a smallest rho that will do, the most generous to drafts, and every larger one does too; k is one, for c <= k. Children below
-are verified against the law after their parent, whatever it was.
+m c <= p c / rho as well. So c <= rho is what is needed. rho beta grows with rho and c beta = 1 - (1 - beta)^k falls, so there
+is a smallest rho that will do, the most generous to drafts, and every larger one does too; k is one, for c <= k. Children
+below are verified against the law after their parent, whatever it was.
 
 rho is a multiple of 1 / 2**16, rounded up: acceptance is lower by less than that fraction, and p / rho is exact
 in any arithmetic.
