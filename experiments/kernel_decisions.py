@@ -18,6 +18,7 @@ from torch import Tensor
 
 from experiments.hurting import nodes
 from specdec import Law, Sampling
+from specdec.coins import Purpose
 from specdec.rules import SiblingRejection
 from specdec.testing.fast_paths import ROUNDINGS, Decide, Nodes, Steps, emitted_laws
 
@@ -72,7 +73,7 @@ def _of_kernel(kernel: Kernel, decide: Decide, steps: Steps, by: float | Tensor)
     tree, _, coins = decide.inputs(steps.draft, accept, emit)
     logits = decide.nodes.logits[decide.owner[steps.draft]][:, None].expand(-1, tree.tokens.shape[1], -1)
     drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs
-    flips = coins.uniforms(1).contiguous(), coins.uniforms(2).contiguous()
+    flips = coins.uniforms(Purpose.ACCEPT).contiguous(), coins.uniforms(Purpose.EMIT).contiguous()
     path, accepted, token, _ = kernel(logits, *drafted, *flips, 1, *decide.nodes.sampling.filters, 1.0)
     return torch.stack([torch.where(accepted > 0, path[:, 1], 0), token], 1)
 
