@@ -9,11 +9,11 @@ PINS := $(VENV)/constraints.txt
 CORES := -n logical --maxprocesses 4 --dist loadfile
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test lint gpu engine install clean
+.PHONY: help demo test lint gpu-smoke gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ' ## ' '/^[a-z]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-9s%s\n", $$1, $$2}' Makefile
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / {sub(/:.*/, "", $$1); printf "  make %-11s%s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## the bundled pair of models, methods compared in one table; make demo ARGS=--help lists the settings
 	@$(VENV)/bin/python experiments/benchmark.py $(or $(ARGS),$(DEMO))
@@ -27,13 +27,14 @@ lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff format --check
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 
-gpu: ## test and time the kernels on the GPU here, with the python3 here: under nine minutes, installs nothing
-	@PYTHON=$(PYTHON) experiments/gpu.sh
+gpu-smoke: ## the first of three calls for a GPU: every op launched, checked, captured; under nine minutes, installs nothing
+	@$(PYTHON) experiments/gpu.py smoke
 
-engine: ## time whole steps and a large LM head on the GPU here, beside transformers: under nine minutes, installs nothing
-	@export PYTHONPATH=$(CURDIR):$(CURDIR)/kernels PYTHONUNBUFFERED=1; worst=0; \
-	for bench in 'head.py' 'engine.py --seconds 380'; do \
-	$(PYTHON) kernels/bench/bench_$$bench --results $${RESULTS:-experiments/results} || worst=1; done; exit $$worst
+gpu: ## the second: the kernels tested and timed beside their rivals
+	@$(PYTHON) experiments/gpu.py kernels
+
+engine: ## the third: whole steps and a large LM head timed, beside transformers
+	@$(PYTHON) experiments/gpu.py engine
 
 install: $(READY) ## only the set-up: .venv with the tested versions
 
