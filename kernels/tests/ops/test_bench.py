@@ -27,7 +27,7 @@ RIVALS = {
     "sdpa math": lambda arguments: baselines.sdpa(SDPBackend.MATH, arguments),
     "flex": lambda arguments: baselines.flex(arguments, compiled=False),
     "flash + tree + merge": baselines.flash_then_tree,
-    "specdec": bench.candidates(SMALL)["specdec"],
+    "specdec": bench.candidates()["specdec"],
 }
 
 
