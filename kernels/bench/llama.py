@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +21,8 @@ WIDTH = 4  # children of a node
 
 def llama3(device: str, dtype: torch.dtype, tiny: bool = False) -> LlamaForCausalLM:
     """Of random weights, in eval mode."""
-    config = LlamaConfig(**(TINY if tiny else SHAPE), max_position_embeddings=131072, rms_norm_eps=1e-5)
+    shape: dict[str, Any] = TINY if tiny else SHAPE
+    config = LlamaConfig(**shape, max_position_embeddings=131072, rms_norm_eps=1e-5)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
     assert model.generation_config is not None

@@ -8,7 +8,7 @@ Every op has a process of its own (see `apart`), so that the first failure is no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import apart
@@ -34,7 +34,7 @@ OPS: dict[str, list[Shape | Laws | Compaction]] = {
 }  # fmt: skip
 
 
-def shapes_of(method: str, dry: bool) -> list[Shape | Laws | Compaction]:
+def shapes_of(method: str, dry: bool) -> Sequence[Shape | Laws | Compaction]:
     if not dry:
         return OPS[method]
     return attention.DRY if method == "tree_attention" else [s for s in bench_verify.DRY if s.op == method]
