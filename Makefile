@@ -12,7 +12,7 @@ CORES := -n logical --maxprocesses 4 --dist loadfile
 VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test test-versions lint gpu engine install clean
+.PHONY: help demo test test-versions lint gpu-smoke gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -35,13 +35,14 @@ lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff format --check
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 
-gpu: ## test and time the kernels on the GPU here, with the python3 here: under nine minutes, installs nothing
-	@PYTHON=$(PYTHON) experiments/gpu.sh
+gpu-smoke: ## the first of three calls for a GPU: every op launched, checked, captured; under nine minutes, installs nothing
+	@$(PYTHON) experiments/gpu.py smoke
 
-engine: ## time whole steps and a large LM head on the GPU here, beside transformers: under nine minutes, installs nothing
-	@export PYTHONPATH=$(CURDIR):$(CURDIR)/kernels PYTHONUNBUFFERED=1; worst=0; \
-	for bench in 'head.py' 'engine.py --seconds 380'; do \
-	$(PYTHON) kernels/bench/bench_$$bench --results $${RESULTS:-experiments/results} || worst=1; done; exit $$worst
+gpu: ## the second: the kernels tested and timed beside their rivals
+	@$(PYTHON) experiments/gpu.py kernels
+
+engine: ## the third: whole steps and a large LM head timed, beside transformers
+	@$(PYTHON) experiments/gpu.py engine
 
 install: $(READY) ## only the set-up: .venv with the tested versions
 

@@ -2,26 +2,31 @@
 
     python kernels/bench/bench_engine.py --seconds 500
 
-The targets are the demo target made as large as models of 8 and 1 billion parameters, computing what it does (see
-`experiments/enlarge.py`; their vocabulary stays small: `bench_head.py` times a large one), so that acceptance is real and costs
-are full. They are drafted for by the demo's draft, as it is and made as large as a model of 1 billion, by the target without
-some of its layers, and by the demo's Medusa heads, made as wide as the target. Texts longer than the demo models were trained
-on are read all the same. Needs torch, triton and transformers, but no hydra.
+Two kinds of target. "8B" and "1B" are the demo target made as large as such models, computing what it does (see
+`experiments/enlarge.py`), so that acceptance is real; their heads and vocabulary are not those of a published model. They are
+drafted for by the demo's draft, as it is and made as large as a model of 1 billion, by the target without some of its layers,
+and by the demo's Medusa heads, made as wide as the target. "Llama-3-8B" has the exact shape of that model and random weights:
+there the verification of trees of some sizes, of which nothing is accepted, is compared with its floor, the reading of the
+weights. Texts longer than the demo models were trained on are read all the same. Every method has a process of its own.
+Needs torch, triton and transformers, but no hydra.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import apart
 import report
 import torch
+from llama import FixedTree, llama3
+from load import Load
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -30,13 +35,15 @@ import specdec
 from experiments import baseline
 from experiments.enlarge import enlarge, widen
 from specdec import Generation
-from specdec.drafters import LayerSkipDrafter, MedusaDrafter, MedusaHeads, ModelDrafter
+from specdec.clock import finish
+from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter
 from specdec.trees import Chain, Widths
 
 SIZES = {"8B": (32, 14336, 4096), "1B": (16, 8192, 2048), "tiny": (6, 640, 256)}  # layers, intermediate, hidden
 SKIPPED = (1, 2, 3, 5)  # layers that the demo target drafts best without: experiments/search_skip.py
 RUNS = 3  # timed, after one that is not
 PROFILED = 4  # steps
+LISTED = 15  # kernels of a profile
 SLOW = ["compile"]
 
 
@@ -48,89 +55,91 @@ class Case(NamedTuple):
     context: int
 
 
+RANDOM = "Llama-3-8B"
 CASES = [
-    Case("8B", 1, 1024), Case("8B", 1, 8192), Case("1B", 1, 1024), Case("8B", 8, 1024), Case("8B", 32, 1024),
-    Case("1B", 8, 1024), Case("1B", 32, 1024), Case("8B", 8, 8192), Case("1B", 1, 8192),
+    Case("8B", 1, 1024), Case(RANDOM, 1, 1024), Case(RANDOM, 1, 8192), Case("8B", 1, 8192), Case("1B", 1, 1024),
+    Case("8B", 8, 1024), Case(RANDOM, 8, 1024), Case("8B", 32, 1024), Case("1B", 8, 1024), Case("1B", 32, 1024),
+    Case("8B", 8, 8192), Case("1B", 1, 8192),
 ]  # fmt: skip
+DRY = [Case("tiny", 1, 40), Case("tiny random", 1, 40)]
 
 
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--seconds", type=float, default=500, help="begin no method after so long")
-    options.add_argument("--device", default="cuda")
+    options.add_argument("--dry-run", action="store_true", help="on the CPU, small: no GPU is needed")
     options.add_argument("--cases", nargs="*", help="SIZE,BATCH,CONTEXT; by default all of the published table")
     options.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
+    options.add_argument("--few", action="store_true", help="the most telling methods alone")
     options.add_argument("--new-tokens", type=int, default=96)
     options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
+    options.add_argument("--method", help="only this one, of the first case, in this process")
+    options.add_argument("--start", help="0: a process has one method")
+    options.add_argument("--rows", type=Path, help="where --method writes its row")
     chosen = options.parse_args()
     cases = [Case(s, int(b), int(c)) for s, b, c in (case.split(",") for case in chosen.cases or ())] or CASES
-    source, rows, left = report.provenance(), [], []
-    rate, end = report.bandwidth(chosen.device), time.monotonic() + chosen.seconds
+    if chosen.method is not None:
+        device = "cpu" if chosen.dry_run else "cuda"
+        work = partial(figures, cases[0], chosen.method, device, chosen.new_tokens)
+        apart.write_row(chosen.rows, device, work, (*cases[0], chosen.method))
+        return
+    run_all(DRY if chosen.dry_run else cases, chosen)
+
+
+def run_all(cases: list[Case], chosen: argparse.Namespace) -> None:
+    """Every method in a process of its own; what compiles takes minutes, and has half of the time that is left."""
+    notes, rows, profiles, left = {**report.provenance(), "runs": RUNS, "new tokens": chosen.new_tokens}, [], [], []
+    end, base = time.monotonic() + chosen.seconds, {}  # tokens/s of autoregressive decoding, by case and engine
+    shared = ["--new-tokens", str(chosen.new_tokens), *(["--dry-run"] if chosen.dry_run else [])]
     for case, engines in parts(cases, chosen.engines):
         now = time.monotonic()
         until = now + (end - now) / 2 if engines == SLOW and case == cases[0] != cases[-1] else end
-        for row in figures(case, chosen.device, engines, chosen.new_tokens, rate, until):
-            if row is None:
-                left.append("{}, batch {}, context {}: {}".format(*case, ", ".join(engines)))
+        for method in methods(case, engines, chosen.few):
+            text = ",".join(map(str, case))
+            command = [__file__, "--method", method, "--cases", text, *shared]
+            found = apart.rows_of(command, 1, until - time.monotonic()) or [{"reason": "left out for want of time"}]
+            made: dict[str, Any] = {**case._asdict(), "method": method, **found[0]}
+            profiles += [{**case._asdict(), "method": method, **kernel} for kernel in made.pop("kernels", ())]
+            if "tokens/s" in made:
+                place = case, method.split(", ")[-1]
+                base.setdefault(place, made["tokens/s"] if method.startswith("autoregressive") else None)
+                made["speed-up"] = made["tokens/s"] / base[place] if base[place] else None
             else:
-                rows.append(row)
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-            notes = {
-                **source,
-                "copy bandwidth, bytes/s": rate,
-                "new tokens": chosen.new_tokens,
-                "runs": RUNS,
-                "left out, in whole or in part": left,
-            }
-            report.write(rows, notes, chosen.results, "engine_{gpu}_{date}")  # now: time may run out
-    print(f"left out, in whole or in part: {left}")
+                left.append(f"{text}: {method}: {made['reason']}")
+            rows.append(made)
+            report.write(rows, {**notes, "without figures": left}, chosen.results, "engine_{gpu}_{date}")
+        report.write(profiles, notes, chosen.results, "engine_{gpu}_{date}_profile")  # now: time may run out
+    print(f"without figures: {left}")
 
 
 def parts(cases: list[Case], engines: list[str]) -> Iterator[tuple[Case, list[str]]]:
-    """What compiles takes minutes: it comes second of the first case, for half of the time left, and last of the others."""
+    """What compiles comes second of the first case, and last of the others."""
     fast, slow = ([engine for engine in engines if (engine in SLOW) == late] for late in (False, True))
     first, *others = cases
     order = [(first, fast), (first, slow), *((case, fast) for case in others), *((case, slow) for case in others)]
     yield from (part for part in order if part[1])
 
 
-def figures(
-    case: Case, device: str, engines: list[str], new_tokens: int, rate: float, end: float
-) -> Iterator[dict[str, Any] | None]:
-    """One row per method of a case, with a reason in place of figures if it fails; None if time ran out.
-
-    Method after method, not in turns: the caches and graphs of all of them at once do not fit the largest cases.
-    """
-    if time.monotonic() > end:
-        yield None
-        return
-    pair, dtype = specdec.demo.load(), torch.bfloat16 if device == "cuda" else torch.float32
-    target, large = (grown(model, case, device, dtype) for model in (pair.target, pair.draft))
-    small = grown(pair.draft, case._replace(size=""), device, dtype)
-    heads, prompts = widen(pair.heads, target.config.hidden_size).to(target.dtype), texts(pair, case)
+def figures(case: Case, method: str, device: str, new_tokens: int) -> dict[str, Any]:
+    """The row of one method of a case."""
+    torch.manual_seed(0)
+    rate, dtype = report.bandwidth(device), torch.bfloat16 if device == "cuda" else torch.float32
+    if "random" in case.size or case.size == RANDOM:
+        target = llama3(device, dtype, tiny=case.size != RANDOM)
+        prompts = [torch.randint(target.config.vocab_size, (case.context + 1,)) for _ in range(case.batch)]
+        run = random_method(method)
+    else:
+        pair = specdec.demo.load()
+        target, prompts = grown(pair.target, case, device, dtype), texts(pair, case)
+        run = demo_method(method, pair, target, case, device, dtype)
     weights = sum(p.numel() * p.element_size() for p in target.parameters())
-    base: dict[str, float] = {}  # of autoregressive decoding, by engine
-    for name, make in methods(case, engines, target, large, small, heads).items():
-        if time.monotonic() > end:
-            yield None
-            return
-        engine, found = name.split(", ")[-1], {**case._asdict(), "method": name}
-        try:
-            run = make()
-            run(target, prompts, max_new_tokens=new_tokens)  # captures and compiles
-            outs = [run(target, prompts, max_new_tokens=new_tokens) for _ in range(RUNS)]
-            if name.startswith("autoregressive"):
-                base[engine] = speed(outs)
-            found |= row(outs, base.get(engine), weights / rate)
-            if engine in ENGINES and device == "cuda":
-                found |= profiled(run, target, prompts)
-        except Exception as error:
-            found["reason"] = report.reason(error)
-        yield found
-        run = outs = None
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    first = timed(run, target, prompts, new_tokens)  # captures and compiles
+    with Load(device) as load:
+        runs = [timed(run, target, prompts, new_tokens) for _ in range(RUNS)]
+    found = {**row(first, runs, weights / rate), **load.columns()}
+    engine = getattr(run, "keywords", {}).get("engine")
+    found["graphs"] = getattr(engine, "captured", None)
+    return found | (profiled(run, target, prompts) if engine is not None else {})
 
 
 ENGINES: dict[str, Callable[[], Any]] = {
@@ -140,39 +149,59 @@ ENGINES: dict[str, Callable[[], Any]] = {
 }
 
 
-def methods(
-    case: Case,
-    engines: list[str],
-    target: PreTrainedModel,
-    large: PreTrainedModel,
-    small: PreTrainedModel,
-    heads: MedusaHeads,
-) -> dict[str, Callable]:
-    """What is compared: makers of calls, each with an engine of its own."""
-    skipped = (*SKIPPED, *range(6, target.config.num_hidden_layers))
-    drafters = {
-        "autoregressive": lambda: None,
-        "small draft, chain of 4": lambda: ModelDrafter(small, Chain(4)),
-        "small draft, tree of 4-2-2-1": lambda: ModelDrafter(small, Widths((4, 2, 2, 1))),
-        "1B draft, chain of 4": lambda: ModelDrafter(large, Chain(4)),
-        "layers left out, chain of 4": lambda: LayerSkipDrafter(skipped, tree=Chain(4)),
-        "Medusa heads, chain of 4": lambda: MedusaDrafter(heads, Chain(4)),
-    }
-    ours = {
-        f"{name}, {engine}": partial(_ours, drafter, ENGINES[engine])
-        for engine in engines
-        for name, drafter in drafters.items()
-    }
-    if engines == SLOW:  # the rest of a case that was timed before
+DRAFTERS = {
+    "autoregressive": "none",
+    "small draft, chain of 4": "small",
+    "small draft, tree of 4-2-2-1": "small",
+    "1B draft, chain of 4": "large",
+    "layers left out, chain of 4": "layers",
+    "Medusa heads, chain of 4": "heads",
+}
+FEW = ("autoregressive", "small draft, chain of 4")
+NODES = (64, 16, 5)  # of trees that random weights verify
+
+
+def methods(case: Case, engines: list[str], few: bool) -> list[str]:
+    """What is compared, each method with an engine of its own."""
+    if "random" in case.size or case.size == RANDOM:
+        names = ["autoregressive", *(f"tree of {nodes} nodes" for nodes in (NODES[:1] if few else NODES))]
+        return [f"{name}, {engine}" for engine in engines for name in names]
+    ours = [f"{name}, {engine}" for engine in engines for name in (FEW if few else DRAFTERS)]
+    if engines == SLOW or few:  # the rest of a case that was timed before
         return ours
-    theirs: dict[str, Callable] = {"transformers": lambda: baseline.generate}
-    if case.batch == 1:
-        theirs["transformers, assisted by the small draft"] = lambda: partial(baseline.generate, assistant=small)
-    return {**ours, **theirs}
+    theirs = ["transformers", *(["transformers, assisted by the small draft"] if case.batch == 1 else [])]
+    return [*ours, *theirs]
 
 
-def _ours(drafter: Callable[[], Any], engine: Callable[[], Any]) -> Callable[..., Generation]:
-    return partial(specdec.generate, drafter=drafter(), engine=engine(), stop_tokens=())
+def random_method(method: str) -> Callable[..., Generation]:
+    """Of a target of random weights: nothing, or a tree of so many nodes, is drafted."""
+    name, engine = method.rsplit(", ", 1)
+    drafter = None if name == "autoregressive" else FixedTree(int(name.split()[2]))
+    return partial(specdec.generate, drafter=drafter, engine=ENGINES[engine](), stop_tokens=())
+
+
+def demo_method(
+    method: str, pair: Any, target: PreTrainedModel, case: Case, device: str, dtype: torch.dtype
+) -> Callable[..., Generation]:
+    """Of the enlarged demo pair."""
+    small = grown(pair.draft, case._replace(size=""), device, dtype)
+    if method == "transformers":
+        return baseline.generate
+    if method.startswith("transformers"):
+        return partial(baseline.generate, assistant=small)
+    name, engine = method.rsplit(", ", 1)
+    tree = Widths((4, 2, 2, 1)) if "tree" in name else Chain(4)
+    drafter: Any = None
+    match DRAFTERS[name]:
+        case "small":
+            drafter = ModelDrafter(small, tree)
+        case "large":
+            drafter = ModelDrafter(grown(pair.draft, case, device, dtype), tree)
+        case "layers":
+            drafter = LayerSkipDrafter((*SKIPPED, *range(6, target.config.num_hidden_layers)), tree=tree)
+        case "heads":
+            drafter = MedusaDrafter(widen(pair.heads, target.config.hidden_size).to(target.device, target.dtype), tree)
+    return partial(specdec.generate, drafter=drafter, engine=ENGINES[engine](), stop_tokens=())
 
 
 def grown(model: Any, case: Case, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -200,53 +229,89 @@ def texts(pair: Any, case: Case) -> list[Tensor]:
     return rows
 
 
-def speed(found: list[Generation]) -> float:
-    """Tokens per second: the median run."""
-    return statistics.median(out.summary()["tokens_per_second"] for out in found)
+class Timed(NamedTuple):
+    """A run and the seconds from the call to its return."""
+
+    out: Generation
+    wall: float
+
+    @property
+    def decoding(self) -> float:
+        """Seconds of the wall clock, of the host's, but for the prefill's: of ours and of transformers' runs alike."""
+        return self.wall - self.out.trace.prefill_seconds
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of it."""
+        return self.out.summary()["tokens"] / self.decoding
 
 
-def row(found: list[Generation], base: float | None, floor: float) -> dict[str, Any]:
+def timed(run: Callable[..., Generation], target: PreTrainedModel, prompts: list[Tensor], new_tokens: int) -> Timed:
+    finish(target.device)
+    began = time.perf_counter()
+    out = run(target, prompts, max_new_tokens=new_tokens)
+    finish(target.device)
+    return Timed(out, time.perf_counter() - began)
+
+
+def row(first: Timed, runs: list[Timed], floor: float) -> dict[str, Any]:
     """The figures of one method; times in milliseconds per step, the median run.
 
     Args:
-        base: tokens per second of autoregressive decoding by the same engine.
+        first: the run in which kernels are compiled and graphs captured.
         floor: seconds that reading the target's weights takes.
     """
-    summaries = [out.summary() for out in found]
+    summaries, speeds = [run.out.summary() for run in runs], [run.speed for run in runs]
     steps = summaries[0]["target_forwards"]
     draft, verify, other = (
         1e3 * statistics.median(s[f"{part}_seconds"] for s in summaries) / steps
         for part in ("draft", "verify", "other")
     )
+    wall = statistics.median(run.wall for run in runs)
     return {
-        "tokens/s": speed(found),
-        "spread": max(s["tokens_per_second"] for s in summaries) / min(s["tokens_per_second"] for s in summaries),
-        "speed-up": speed(found) / base if base else None,
+        "tokens/s": statistics.median(speeds),
+        "spread": max(speeds) / min(speeds),
         "acceptance length": summaries[0]["acceptance_length"],
+        "step ms": 1e3 * statistics.median(run.decoding for run in runs) / steps,
         "draft ms": draft,
         "verify ms": verify,
         "other ms": other,
+        "weight floor ms": 1e3 * floor,
         "verify / weight floor": verify / (1e3 * floor),
-        "other share": other / (draft + verify + other),
+        "run s": wall,
+        "first use s": first.wall - wall,
     }
 
 
 def profiled(run: Callable[..., Generation], target: PreTrainedModel, prompts: list[Tensor]) -> dict[str, Any]:
-    """Kernels per step, and the share of the time in which the device is at work, over a few steps."""
-    arguments = getattr(run, "keywords", {})
-    steps = specdec.stream(target, prompts, max_new_tokens=96, **arguments)
+    """Kernels per step, the share of the time in which the device is at work, and each kernel's, over a few steps."""
+    if target.device.type != "cuda":
+        return {}
+    steps = specdec.stream(target, prompts, max_new_tokens=96, **getattr(run, "keywords", {}))
     for _ in range(PROFILED):  # shapes that are new are captured
         next(steps)
-    torch.cuda.synchronize()
+    finish(target.device)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         began = time.perf_counter()
         for _ in range(PROFILED):
             next(steps)
-        torch.cuda.synchronize()
+        finish(target.device)
         wall = time.perf_counter() - began
     kernels = [event for event in seen.events() or () if str(event.device_type).endswith("CUDA")]
     busy = sum(event.device_time for event in kernels) / 1e6
-    return {"kernels per step": len(kernels) / PROFILED, "device busy": busy / wall}
+    return {"kernels per step": len(kernels) / PROFILED, "device busy": busy / wall, "kernels": by_kernel(kernels)}
+
+
+def by_kernel(events: list[Any]) -> list[dict[str, Any]]:
+    """The kernels that take most of a step, in microseconds per step, and all the others together."""
+    calls, seconds = Counter(event.name for event in events), defaultdict[str, float](float)
+    for event in events:
+        seconds[event.name] += event.device_time / PROFILED
+    first = sorted(seconds, key=lambda name: -seconds[name])[:LISTED]
+    listed = [{"kernel": name[:80], "calls": calls[name] / PROFILED, "us": seconds[name]} for name in first]
+    rest = [name for name in seconds if name not in first]
+    others = {"calls": sum(calls[n] for n in rest) / PROFILED, "us": sum(seconds[n] for n in rest)}
+    return [*listed, {"kernel": f"{len(rest)} others", **others}]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ leaves it out (`bench_engine.py`). Weights are random: times do not depend on th
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,28 @@ import specdec_kernels
 NODES = (1, 16, 64)
 SAMPLINGS = ("greedy", "temperature", "top-p")
 CALLS = 8  # in one graph
-REPEATS = 5  # where there are no graphs
 
 
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("--device", default="cuda")
+    options.add_argument("--seconds", type=float, default=60, help="begin no shape after so long")
+    options.add_argument("--dry-run", action="store_true", help="on the CPU, small")
     options.add_argument("--hidden", type=int, default=4096)
     options.add_argument("--vocab", type=int, default=Laws.vocab)
     options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
     chosen = options.parse_args()
-    rate = report.bandwidth(chosen.device)
-    weight = torch.randn(chosen.vocab, chosen.hidden, device=chosen.device, dtype=torch.bfloat16)
-    shapes = [Laws("verify", sampling, "POINT", 1, nodes, chosen.vocab) for sampling in SAMPLINGS for nodes in NODES]
+    device, end = "cpu" if chosen.dry_run else "cuda", time.monotonic() + chosen.seconds
+    hidden, vocab = (32, 300) if chosen.dry_run else (chosen.hidden, chosen.vocab)
+    rate = report.bandwidth(device)
+    weight = torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16)
+    shapes = [Laws("verify", sampling, "POINT", 1, nodes, vocab) for sampling in SAMPLINGS for nodes in NODES]
     rows = []
-    notes = {**report.provenance(), "copy bandwidth, bytes/s": rate, "hidden": chosen.hidden, "vocab": chosen.vocab}
+    notes = {**report.provenance(), "copy bandwidth, bytes/s": rate, "hidden": hidden, "vocab": vocab}
     for shape in shapes:
-        rows.append(figures(shape, weight, rate))
+        if time.monotonic() > end:
+            rows.append({"sampling": shape.sampling, "nodes": shape.nodes, "reason": "left out for want of time"})
+        else:
+            rows.append(figures(shape, weight, rate))
         path = report.write(rows, notes, chosen.results, "head_{gpu}_{date}")  # now: the next may fail
     print(path)
 
@@ -62,7 +67,11 @@ def figures(shape: Laws, weight: torch.Tensor, rate: float) -> dict[str, Any]:
         "verify": lambda: specdec_kernels.verify(logits, *drafted),
     }
     parts["together"] = lambda: (parts["head"](), parts["verify"]())  # of logits for which drafts are accepted
-    timings = {name: timed(call, device) for name, call in parts.items()}
+    try:
+        timings = {name: report.measure([call] * CALLS, device) for name, call in parts.items()}
+    except Exception as error:
+        traceback.print_exc()
+        return {**row, "reason": report.reason(error)}
     floor = weight.numel() * weight.element_size() / rate
     found = {
         **row,
@@ -71,22 +80,10 @@ def figures(shape: Laws, weight: torch.Tensor, rate: float) -> dict[str, Any]:
         "weight floor us": 1e6 * floor,
         "head, % of floor": 100 * floor / timings["head"].seconds,
         "together, % of floor": 100 * floor / timings["together"].seconds,
+        **timings["together"].load,
     }
     print({k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
     return found
-
-
-def timed(call: Callable[[], object], device: str) -> report.Timing:
-    """Of one call: by replays of a graph, or by the clock where there are none."""
-    if device == "cuda":
-        return report.measure([call] * CALLS)
-    times = []
-    for _ in range(1 + REPEATS):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    median = statistics.median(times[1:])
-    return report.Timing(median, (max(times[1:]) - min(times[1:])) / median)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Times tree attention beside its floor and its rivals on a GPU: experiments/gpu.sh runs it after the tests.
+"""Times tree attention beside its floor and its rivals on a GPU: `make gpu` runs it after the tests.
 
-python kernels/bench/bench_tree_attention.py --tests outputs/gpu_tests --seconds 300
+python kernels/bench/bench_tree_attention.py --seconds 300
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
+import apart
 import report
 import torch
 from baselines import BASELINES, Call
@@ -23,6 +22,7 @@ LLAMA3, LLAMA2, QWEN25 = ("Llama-3-8B", 32, 8, 128), ("Llama-2-7B", 32, 32, 128)
 GEMMA2 = ("Gemma-2-9B", 16, 8, 256)
 ROTATED = 200 << 20  # bytes of keys and values that calls go through in turn: several times an L2 cache
 LARGEST = 0.5  # of the free memory that one shape may take
+DRY = [Shape("dry", 4, 2, 16, nodes, 140, 1) for nodes in (5, 33)]
 TOLERANCE = 8e-3  # relative error against float64 in bfloat16, norm over norm: see kernels/tests/attention_cases.py
 
 
@@ -38,21 +38,31 @@ def shapes() -> Iterator[Shape]:
         yield from (Shape(*LLAMA3, nodes, length, batch) for nodes in counts for length in lengths)
 
 
-def main() -> None:
-    chosen = report.asked(300, "tree_attention")
-    source, began, rows, left, path = report.provenance(), time.monotonic(), [], [], None
-    for shape in shapes():
-        buffers = max(4, math.ceil(ROTATED / shape.cache_bytes))
-        fits = buffers * shape.cache_bytes < LARGEST * torch.cuda.mem_get_info()[0]
-        if fits and time.monotonic() - began <= chosen.seconds:
-            rows += time_shape(shape, [inputs(shape, "cuda", seed) for seed in range(buffers)])
-            torch.cuda.empty_cache()
-        else:
-            left.append(f"{asdict(shape)}: {'time' if fits else 'memory'}")
-        notes = {**source, "left out": left}
-        path = report.write(rows, notes, chosen.results, "kernels_{gpu}_{date}_tree_attention")  # now: time may run out
-    print(path)
-    report.require_ours(rows)
+def shapes_of(method: str, dry: bool) -> list[Shape]:
+    """The rivals have neither windows nor softcaps."""
+    every = DRY if dry else shapes()
+    return [shape for shape in every if method == apart.OURS or (shape.softcap is None and shape.window is None)]
+
+
+def figures(shape: Shape, method: str, device: str) -> dict[str, Any]:
+    """Of calls that go through several caches in turn; raises if a result is wrong or refused."""
+    turns = buffers(shape, device)
+    call = candidates()[method](turns[0])
+    found = error(call, turns[0])
+    if not found < TOLERANCE:
+        raise RuntimeError(f"wrong: error {found:.1e}, at most {TOLERANCE:.0e} is rounding")
+    timing = report.measure([lambda b=b: call(b) for b in turns], device)
+    return {"error": found, **report.figures(shape, timing)}
+
+
+def buffers(shape: Shape, device: str) -> list[dict[str, Any]]:
+    """Arguments of as many calls as go through `ROTATED` bytes, at least 4."""
+    if device != "cuda":
+        return [inputs(shape, device, seed) for seed in range(2)]
+    count = max(4, math.ceil(ROTATED / shape.cache_bytes))
+    if count * shape.cache_bytes > LARGEST * torch.cuda.mem_get_info()[0]:
+        raise MemoryError(f"{count} caches of {shape.cache_bytes / 1e9:.1f} GB do not fit")
+    return [inputs(shape, device, seed) for seed in range(count)]
 
 
 def inputs(shape: Shape, device: str, seed: int) -> dict[str, Any]:
@@ -80,28 +90,9 @@ def inputs(shape: Shape, device: str, seed: int) -> dict[str, Any]:
     }
 
 
-def candidates(shape: Shape) -> dict[str, Any]:
-    """What can compute this shape: the op, and rivals where there is neither window nor softcap."""
-    rivals = BASELINES if shape.softcap is None and shape.window is None else {}
-    return {"specdec": lambda arguments: lambda a: tree_attention(**a)[0], **rivals}
-
-
-def time_shape(shape: Shape, buffers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each candidate; one that is wrong or refuses has a reason in place of figures."""
-    rows = []
-    for name, prepare in candidates(shape).items():
-        row = {**asdict(shape), "method": name}
-        try:
-            call = prepare(buffers[0])
-            row["error"] = error(call, buffers[0])
-            if not row["error"] < TOLERANCE:
-                raise RuntimeError(f"wrong: error {row['error']:.1e}, at most {TOLERANCE:.0e} is rounding")
-            row |= report.figures(shape, report.measure([lambda b=b, call=call: call(b) for b in buffers]))
-        except Exception as refusal:  # rivals refuse shapes, masks and devices by raising; ours must not: see main
-            row["reason"] = report.reason(refusal)
-        rows.append(row)
-        print({k: v for k, v in row.items() if v is not None}, flush=True)
-    return rows
+def candidates() -> dict[str, Any]:
+    """What can compute tree attention: the op, and rivals."""
+    return {apart.OURS: lambda arguments: lambda a: tree_attention(**a)[0], **BASELINES}
 
 
 def error(call: Call, arguments: dict[str, Any]) -> float:
@@ -116,5 +107,15 @@ def error(call: Call, arguments: dict[str, Any]) -> float:
     return float((call(arguments)[:1, :, :groups].double() - right).norm() / right.norm())
 
 
+BENCHMARK = apart.Benchmark(
+    __file__,
+    "kernels_{gpu}_{date}_tree_attention",
+    ("tree_attention",),
+    (apart.OURS, *BASELINES),
+    shapes_of,
+    figures,
+    {},
+)
+
 if __name__ == "__main__":
-    main()
+    apart.main(BENCHMARK, 300)

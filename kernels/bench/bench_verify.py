@@ -1,22 +1,23 @@
-"""Times laws, verification and compaction beside their floors and rivals on a GPU: experiments/gpu.sh runs it after the tests.
+"""Times laws, verification and compaction beside their floors and rivals on a GPU: `make gpu` runs it after the tests.
 
-python kernels/bench/bench_verify.py --tests outputs/gpu_tests --seconds 90
+python kernels/bench/bench_verify.py --seconds 90
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
+import apart
 import report
-import torch
 import verification
 from floors import Compaction, Laws
 
 ROTATED = 200 << 20  # bytes that calls go through in turn: several times an L2 cache
+DRY = [Compaction("compact", 3, layers=2, kv_heads=2, head_dim=4, kept=4)] + [
+    Laws(op, "top-p", "IID", 6, nodes=9, vocab=60, width=3) for op in ("law", "verify")
+]
 TARGET = "verify (laws, walk and draw) of 64 nodes x 128k tokens within 60 us"
 
 
@@ -35,45 +36,32 @@ def shapes() -> Iterator[Laws | Compaction]:
             yield Laws("verify", sampling, children, batch)
 
 
-def main() -> None:
-    chosen = report.asked(90, "law", "verify", "compact")
-    source, began, rows, left, path = report.provenance(), time.monotonic(), [], [], None
-    for shape in shapes():
-        if time.monotonic() - began <= chosen.seconds:
-            rows += time_shape(shape, buffers(shape, "cuda"))
-            torch.cuda.empty_cache()
-        else:
-            left.append(f"{asdict(shape)}: time")
-        notes = {**source, "target": TARGET, "left out": left}
-        path = report.write(rows, notes, chosen.results, "kernels_{gpu}_{date}_verification")  # now: time may run out
-    print(path)
-    report.require_ours(rows)
+def shapes_of(method: str, dry: bool) -> list[Laws | Compaction]:
+    """Those that this method computes."""
+    return [shape for shape in (DRY if dry else shapes()) if method in verification.candidates(shape)]
+
+
+def figures(shape: Laws | Compaction, method: str, device: str) -> dict[str, Any]:
+    """Of calls that go through several inputs in turn; raises if a result is wrong or refused."""
+    turns, call = buffers(shape, device), verification.candidates(shape)[method]
+    if fault := verification.fault(shape, call, turns):
+        raise RuntimeError(f"wrong: {fault}")
+    return report.figures(shape, report.measure([lambda turn=turn: call(*turn) for turn in turns], device))
 
 
 def buffers(shape: Laws | Compaction, device: str) -> list[verification.Arguments]:
     """Arguments of as many calls as go through `ROTATED` bytes, at least 4."""
-    calls = max(4, math.ceil(ROTATED / shape.bytes))
+    calls = max(4, math.ceil(ROTATED / shape.bytes)) if device == "cuda" else 4
     if isinstance(shape, Compaction):
         return verification.compact_inputs(shape, device, 0, calls)
     draw = verification.law_inputs if shape.op == "law" else verification.verify_inputs
     return [draw(shape, device, seed) for seed in range(calls)]
 
 
-def time_shape(shape: Laws | Compaction, turns: list[verification.Arguments]) -> list[dict[str, Any]]:
-    """One row for each candidate; one that is wrong or refuses has a reason in place of figures."""
-    rows = []
-    for name, call in verification.candidates(shape).items():
-        row = {**asdict(shape), "method": name}
-        try:
-            if fault := verification.fault(shape, call, turns):
-                raise RuntimeError(f"wrong: {fault}")
-            row |= report.figures(shape, report.measure([lambda turn=turn, call=call: call(*turn) for turn in turns]))
-        except Exception as refusal:
-            row["reason"] = report.reason(refusal)
-        rows.append(row)
-        print({k: v for k, v in row.items() if v is not None}, flush=True)
-    return rows
-
+BENCHMARK = apart.Benchmark(
+    __file__, "kernels_{gpu}_{date}_verification", ("law", "verify", "compact"),
+    (apart.OURS, "torch", "torch sort", "torch by layer"), shapes_of, figures, {"target": TARGET},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    apart.main(BENCHMARK, 90)

@@ -1,8 +1,7 @@
-"""What every benchmark of a kernel does: ask whether its tests passed, measure, and write down what produced the figures."""
+"""What every benchmark of a kernel does: measure, say which tests are red, and write down what produced the figures."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -18,6 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from floors import RATES, Compaction, Laws, Shape, floor
+from load import Load
+
+from specdec.clock import Clock, finish
 
 ROOT = Path(__file__).resolve().parents[2]
 REPLAYS = 20
@@ -30,74 +32,67 @@ class Timing(NamedTuple):
 
     seconds: float  # median
     spread: float  # between the first and the last decile, relative to the median
+    load: dict[str, Any] = {}  # noqa: RUF012  clock, power and temperature meanwhile: see `Load.columns`
 
 
-def asked(seconds: float, *ops: str) -> argparse.Namespace:
-    """The command line of a benchmark of these ops; exits unless their tests were green."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--tests", type=Path, required=True, help="folder of JUnit XML of kernels/tests/gpu")
-    options.add_argument("--seconds", type=float, default=seconds, help="begin no shape after so long")
-    options.add_argument("--results", type=Path, default=ROOT / "experiments/results")
-    chosen = options.parse_args()
-    require_green(chosen.tests, *ops)
-    return chosen
-
-
-def require_green(tests: Path, *ops: str) -> None:
-    """Exit unless there are reports OP.*.xml (JUnit's) of tests of each op on the device and every one of them passed."""
+def red(tests: Path, *ops: str) -> list[str]:
+    """The tests of these ops on the device that did not pass, of reports OP.*.xml (JUnit's), and reports that are empty."""
+    found = []
     for op in ops:
-        if fault := _fault(sorted(tests.glob(f"{op}.*.xml"))):
-            sys.exit(f"{op}: no timings of a kernel whose tests are not green ({fault}). See {tests}.")
+        reports = sorted(tests.glob(f"{op}.*.xml"))
+        found += [f"{path.stem} did not end" for path in reports if not path.read_bytes()]
+        cases = [case for path in reports if path.read_bytes() for case in ElementTree.parse(path).iter("testcase")]
+        ends = [
+            (case, next((e for e in ("failure", "error", "skipped") if case.find(e) is not None), None))
+            for case in cases
+        ]
+        found += [f"{op}: {case.get('name')} ({end})" for case, end in ends if end]
+        if not cases:
+            found.append(f"{op}: none ran")
+    return found
 
 
-def _fault(tests: list[Path]) -> str | None:
-    if unended := [path.stem for path in tests if not path.read_bytes()]:
-        return f"{', '.join(unended)} did not end"
-    cases = [case for path in tests for case in ElementTree.parse(path).iter("testcase")]
-    bad = [
-        case.get("name") for case in cases if any(case.find(end) is not None for end in ("failure", "error", "skipped"))
-    ]
-    if not cases:
-        return "none ran"
-    return f"{len(bad)} of {len(cases)} did not pass: {', '.join(map(str, bad[:5]))}" if bad else None
-
-
-def measure(calls: Sequence[Callable[[], object]]) -> Timing:
-    """Of one call, by replays of a CUDA graph that makes each of `calls` once, after warming up."""
-    for call in calls[:2]:
-        call()
+def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Replays of a CUDA graph of this call, which must have been made before; on a CPU the call itself stands in for it."""
+    if device != "cuda":
+        return call
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    began = time.perf_counter()
-    while time.perf_counter() - began < WARM:
+        outputs = call()
+
+    def replay() -> Any:
         graph.replay()
-        torch.cuda.synchronize()
+        return outputs
+
+    return replay
+
+
+def measure(calls: Sequence[Callable[[], object]], device: str = "cuda") -> Timing:
+    """Of one call, by replays of a CUDA graph that makes each of `calls` once, after warming up under the load's meter."""
+    for call in calls[:2]:
+        call()
+    replay = captured(lambda: [call() for call in calls], device)
+    with Load(device) as load:
+        began = time.perf_counter()
+        while time.perf_counter() - began < WARM:
+            replay()
+            finish(torch.device(device))
     times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    for _ in range(REPLAYS if device == "cuda" else 2):
+        clock = Clock(torch.device(device))
+        replay()
+        clock.mark()
+        times.append(clock.seconds()[0] / len(calls))
     median, deciles = statistics.median(times), statistics.quantiles(times, n=10)
-    return Timing(median, (deciles[-1] - deciles[0]) / median)
+    return Timing(median, (deciles[-1] - deciles[0]) / median, load.columns())
 
 
 def bandwidth(device: str) -> float:
     """Bytes per second of copying a large tensor, read and written."""
     source = torch.ones(COPIED[device] // 4, device=device)
-    goal, times = torch.empty_like(source), []
-    if device == "cuda":
-        return 2 * COPIED[device] / measure([lambda: goal.copy_(source)]).seconds
-    for _ in range(5):
-        began = time.perf_counter()
-        goal.copy_(source)
-        times.append(time.perf_counter() - began)
-    return 2 * COPIED[device] / statistics.median(times)
+    goal = torch.empty_like(source)
+    return 2 * COPIED[device] / measure([lambda: goal.copy_(source)], device).seconds
 
 
 def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
@@ -110,18 +105,15 @@ def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
         "% of floor": 100 * floor(shape, rates) / seconds if rates else None,
         "GB/s": shape.bytes / seconds / 1e9,
         "TFLOP/s": shape.flops / seconds / 1e12 if shape.flops else None,
+        **timing.load,
     }
 
 
 def reason(error: Exception) -> str:
-    """Why there are no figures, in one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:120]
-
-
-def require_ours(rows: list[dict[str, Any]]) -> None:
-    """Exit if shapes have no figures of our own kernels."""
-    if ours := [row for row in rows if row["method"] == "specdec" and "reason" in row]:
-        sys.exit(f"{len(ours)} shapes have no figures of ours: {ours}")
+    """Why there are no figures, in one line: also of what was raised before, on whose way out this was raised."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    before = error.__context__
+    return f"{text}; before that {reason(before)}" if isinstance(before, Exception) else text
 
 
 def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, pattern: str) -> Path:
@@ -145,7 +137,7 @@ def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, patte
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (COMMIT names it where there is no git), versions, device, clocks and date."""
+    """Commit (COMMIT names it where there is no git), versions, device, its limits and date."""
     status = _run("git", "status", "--porcelain")
     return {
         "commit": os.environ.get("COMMIT") or _run("git", "rev-parse", "HEAD"),
@@ -156,9 +148,7 @@ def provenance() -> dict[str, Any]:
         },
         "cuda": torch.version.cuda,
         "gpu": gpu(),
-        "clocks": _run(
-            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader"
-        ),
+        "limits": _run("nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

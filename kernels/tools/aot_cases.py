@@ -107,6 +107,10 @@ def _verification() -> list[Launch]:
         Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_reject_kernel", quick=True),
         Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_reject_kernel"),
         Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_reject_kernel"),
+        *(
+            Launch(f"law {name}", partial(law, rows, 0.7, top_k, top_p, None), "_law_kernel", (PREFETCH,))
+            for name, top_k, top_p in (("plain", None, None), ("top-k", 50, None), ("top-p", None, 0.9))
+        ),
         Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", (PREFETCH,), quick=True),
         Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
     ]

@@ -118,6 +118,9 @@ def _law_kernel(
     tl.store(p_best + i_row, best.to(tl.int64))
 
 
+# Tokens a program of 512 threads looks at, without filters or in float64, and with filters: with 8 to a thread ptxas holds
+# those down to 64 registers, so that two programs fit a multiprocessor, and spills; with 16 to a thread it does not.
+_BLOCK, _FILTERED = 4096, 8192
 _SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0, torch.float64: 0}  # bits a float32 copy has too many
 
 
@@ -126,13 +129,15 @@ def law(
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     out = logits.new_empty((rows, 3), dtype=torch.float64), logits.new_empty(rows, dtype=torch.int64)
-    temperature = temperature or 1.0
+    temperature, wide = temperature or 1.0, logits.dtype == torch.float64
     spared = 0.0 if top_p is None else 1 - top_p
     below = temperature * math.log(spared / vocab) if spared > 0 else 0.0
     drop = temperature * math.log(min_p) if min_p else -math.inf
+    by_count, by_mass = top_k is not None and top_k < vocab, spared > 0
+    block = _FILTERED if (by_count or by_mass) and not wide else _BLOCK
     _law_kernel[(rows,)](
         logits.contiguous(), *out, vocab, temperature, top_k or 0, spared, below, drop,
-        TOP_K=top_k is not None and top_k < vocab, TOP_P=spared > 0, SHIFT=_SHIFT[logits.dtype],
-        BLOCK=min(4096, triton.next_power_of_2(vocab)), WIDE=logits.dtype == torch.float64, num_warps=16, enable_fp_fusion=True,
+        TOP_K=by_count, TOP_P=by_mass, SHIFT=_SHIFT[logits.dtype],
+        BLOCK=min(block, triton.next_power_of_2(vocab)), WIDE=wide, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     return out

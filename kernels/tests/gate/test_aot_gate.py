@@ -1,8 +1,11 @@
 """Every kernel compiles within its budget for GPUs that are not here, and the gate finds planted defects."""
 
 import json
+import sys
+import tarfile
 
 import aot_gate
+import precompile
 import pytest
 from aot_cases import CASES
 
@@ -41,3 +44,16 @@ def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
     assert faults == [
         f"sm_90 {PLAIN.name} tree_attention_kernel: no UTMALDG instruction: it does not use the unit it is meant for"
     ]
+
+
+def test_kernels_compiled_beforehand_are_a_cache_of_tritons(tmp_path, monkeypatch):
+    some = {launch.func: launch for launch in precompile.launches()}
+    assert len(some) == 4  # ops
+    monkeypatch.setenv("TRITON_CACHE_DIR", "set by main")
+    monkeypatch.setattr(precompile, "launches", lambda: [some[precompile._attention], some[precompile._compact]])
+    monkeypatch.setattr(sys, "argv", ["precompile.py", str(tmp_path / "made.tar.gz")])
+    precompile.main()
+    with tarfile.open(tmp_path / "made.tar.gz") as archive:
+        names = archive.getnames()
+    for kernel in ("tree_attention_kernel", "_compact_kernel"):
+        assert any(name.endswith(f"/{kernel}.cubin") for name in names)

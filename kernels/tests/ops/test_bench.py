@@ -2,13 +2,18 @@
 
 import json
 import re
+import time
+from importlib.metadata import version
 
+import apart
 import baselines
 import bench_tree_attention as bench
 import bench_verify
 import floors
+import load
 import pytest
 import report
+import smoke
 import torch
 import verification
 from torch.nn.attention import SDPBackend
@@ -22,7 +27,7 @@ RIVALS = {
     "sdpa math": lambda arguments: baselines.sdpa(SDPBackend.MATH, arguments),
     "flex": lambda arguments: baselines.flex(arguments, compiled=False),
     "flash + tree + merge": baselines.flash_then_tree,
-    "specdec": bench.candidates(SMALL)["specdec"],
+    "specdec": bench.candidates()["specdec"],
 }
 
 
@@ -34,13 +39,13 @@ def test_rivals_compute_the_same(name):
 
 
 def test_a_wrong_rival_is_not_timed(monkeypatch):
-    monkeypatch.setattr(report, "measure", lambda calls: report.Timing(1e-5, 0.0))
-    monkeypatch.setattr(
-        bench, "BASELINES", {"right": RIVALS["sdpa math"], "wrong": lambda _: lambda a: a["query"].transpose(1, 2)}
-    )
-    ours, right, wrong = bench.time_shape(SMALL, [bench.inputs(SMALL, "cpu", seed) for seed in range(2)])
-    assert ours["us"] == right["us"] == pytest.approx(10)
-    assert "us" not in wrong and wrong["reason"].startswith("wrong: error")
+    monkeypatch.setattr(report, "measure", lambda calls, device: report.Timing(1e-5, 0.0))
+    rivals = {"right": RIVALS["sdpa math"], "wrong": lambda _: lambda a: a["query"].transpose(1, 2)}
+    monkeypatch.setattr(bench, "BASELINES", rivals)
+    for method in ("specdec", "right"):
+        assert bench.figures(SMALL, method, "cpu")["us"] == pytest.approx(10)
+    with pytest.raises(RuntimeError, match="wrong: error"):
+        bench.figures(SMALL, "wrong", "cpu")
 
 
 TREES = {"batch": 6, "nodes": 9, "vocab": 60, "width": 3}
@@ -53,8 +58,7 @@ VERIFICATION = [
 
 
 @pytest.mark.parametrize("shape", VERIFICATION, ids=str)
-def test_rivals_of_verification_compute_the_same(shape, monkeypatch):
-    monkeypatch.setattr(bench_verify, "ROTATED", 0)  # as few calls as there may be
+def test_rivals_of_verification_compute_the_same(shape):
     turns = bench_verify.buffers(shape, "cpu")
     calls = verification.candidates(shape)
     assert len(calls) >= 2
@@ -72,12 +76,12 @@ WRONG = {
 @pytest.mark.parametrize("op", WRONG)
 def test_wrong_verification_is_not_timed(op, monkeypatch):
     shape = next(s for s in reversed(VERIFICATION) if s.op == op)
-    monkeypatch.setattr(report, "measure", lambda calls: report.Timing(1e-5, 0.0))
-    monkeypatch.setattr(bench_verify, "ROTATED", 0)
+    monkeypatch.setattr(report, "measure", lambda calls, device: report.Timing(1e-5, 0.0))
     monkeypatch.setattr(verification, "candidates", lambda shape: {"right": right, "wrong": WRONG[op]})
     right = getattr(verification.specdec_kernels, op)
-    good, bad = bench_verify.time_shape(shape, bench_verify.buffers(shape, "cpu"))
-    assert good["us"] == pytest.approx(10) and "us" not in bad and bad["reason"].startswith("wrong")
+    assert bench_verify.figures(shape, "right", "cpu")["us"] == pytest.approx(10)
+    with pytest.raises(RuntimeError, match="wrong"):
+        bench_verify.figures(shape, "wrong", "cpu")
 
 
 def test_floors_are_those_of_the_slowest_resource():
@@ -102,30 +106,81 @@ def test_every_shape_is_asked_for_once():
         assert len(set(shapes)) == len(shapes) and len(shapes) > least
 
 
-PASSED = '<testcase classname="kernels.tests.gpu.test_tree_attention" name="a"/>'
-TESTS = {
-    "green": (PASSED, None),
-    "red": (PASSED + PASSED.replace("/>", "><failure/></testcase>"), "1 of 3 did not pass"),
-    "skipped": (PASSED.replace("/>", "><skipped/></testcase>"), "1 of 2 did not pass"),
-    "absent": ("", "none ran"),
-}
+def test_red_tests_are_listed_and_so_are_those_that_did_not_end(tmp_path):
+    passed = '<testcase name="a"/>'
+    failed, skipped = (f'<testcase name="{n}"><{end}/></testcase>' for n, end in (("b", "failure"), ("c", "skipped")))
+    for name, cases in (("verify.1", passed + failed), ("verify.2", skipped), ("law.1", passed)):
+        (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    (tmp_path / "law.2.xml").touch()
+    assert report.red(tmp_path, "verify") == ["verify: b (failure)", "verify: c (skipped)"]
+    assert report.red(tmp_path, "law", "compact") == ["law.2 did not end", "compact: none ran"]
 
 
-@pytest.mark.parametrize("outcome", TESTS)
-def test_a_kernel_is_timed_only_after_its_tests_passed(outcome, tmp_path):
-    cases, message = TESTS[outcome]
-    for name, ended in (("verify.1", PASSED), ("law.1", PASSED if cases else ""), ("law.2", cases)):
-        (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{ended}</testsuite></testsuites>")
-    if message is None:
-        report.require_green(tmp_path, "verify", "law")
-    else:
-        with pytest.raises(SystemExit, match=message):
-            report.require_green(tmp_path, "verify", "law")
-    with pytest.raises(SystemExit, match="none ran"):
-        report.require_green(tmp_path, "verify", "compact")
-    (tmp_path / "verify.2.xml").touch()
-    with pytest.raises(SystemExit, match=r"verify\.2 did not end"):
-        report.require_green(tmp_path, "verify")
+def test_the_first_cause_of_a_failure_is_in_its_reason():
+    def failing():
+        try:
+            raise ValueError("the cause")
+        finally:
+            raise RuntimeError("on the way out")
+
+    with pytest.raises(RuntimeError) as caught:
+        failing()
+    assert report.reason(caught.value) == "RuntimeError: on the way out; before that ValueError: the cause"
+
+
+DYING = """
+import argparse, json, os, sys
+options = argparse.ArgumentParser()
+for name in ("start", "rows", "seconds"):
+    options.add_argument("--" + name)
+chosen = options.parse_args()
+for i in range(int(chosen.start), 4):
+    if i == 1:
+        os.abort()
+    with open(chosen.rows, "a") as file:
+        file.write(json.dumps({"us": i}) + "\\n")
+    if i == 2:
+        sys.exit(3)
+"""
+
+
+def test_a_process_that_dies_costs_one_shape(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    rows = apart.rows_of([str(tmp_path / "dying.py")], 4, 60)
+    assert [row.get("us") for row in rows] == [0, None, 2, 3]
+    assert rows[1]["reason"] == "the process died: exit status -6"
+
+
+def test_what_time_does_not_suffice_for_has_no_row():
+    assert apart.rows_of(["never started"], 4, 0) == []
+
+
+def test_the_load_is_read_while_the_work_is_done(monkeypatch):
+    monkeypatch.setattr(load, "read", lambda: (1980, 700.0, 60))
+    with load.Load("cuda") as meter:
+        time.sleep(10 * load.EVERY)
+    assert meter.columns() == {"SM MHz": 1980, "W": 700.0, "deg C": 60}
+    monkeypatch.setattr(load, "read", lambda: 1 / 0)
+    with load.Load("cuda") as meter:
+        time.sleep(10 * load.EVERY)
+    assert meter.columns() == {"load": "ZeroDivisionError: division by zero"}
+
+
+@pytest.mark.parametrize("method", smoke.OPS)
+def test_smoke_checks_launches_and_replays(method):
+    for shape in smoke.shapes_of(method, dry=True):
+        assert smoke.figures(shape, method, "cpu")["us"] > 0
+
+
+def test_smoke_finds_a_replay_that_does_not_read_its_inputs(monkeypatch):
+    def stale(call, device):
+        outputs = call()
+        return lambda: outputs
+
+    monkeypatch.setattr(report, "captured", stale)
+    for method in ("tree_attention", "law"):
+        with pytest.raises(RuntimeError, match="wrong when replayed"):
+            smoke.figures(smoke.shapes_of(method, dry=True)[0], method, "cpu")
 
 
 def test_the_report_holds_figures_and_what_produced_them(tmp_path):
@@ -133,6 +188,6 @@ def test_the_report_holds_figures_and_what_produced_them(tmp_path):
     path = report.write(rows, report.provenance(), tmp_path, "kernels_{gpu}_{date}_tree_attention")
     stored = json.loads(path.read_text())
     assert path.name.startswith("kernels_no_gpu_") and path.name.endswith("_tree_attention.json")
-    assert stored["rows"] == rows and stored["versions"]["torch"] == torch.__version__ and stored["gpu"] == "no GPU"
+    assert stored["rows"] == rows and stored["versions"]["torch"] == version("torch") and stored["gpu"] == "no GPU"
     table = path.with_suffix(".md").read_text()
     assert re.search(r"\| method \| us \| reason \|\n.*\n\| specdec \| 12.3 \|  \|\n\| flex \|  \| refused \|", table)

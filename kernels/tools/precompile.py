@@ -1,0 +1,119 @@
+"""Compiles the kernels of the calls for a GPU beforehand, where there is none: minutes that the lent machine does not spend.
+
+    python kernels/tools/precompile.py kernels_sm_90.tar.gz          then there: KERNELS=kernels_sm_90.tar.gz make gpu-smoke
+
+The archive is a cache of Triton's, which knows a kernel by its source, by what it was specialised on, and by the exact build of
+Triton (that of the same version for another Python is another one). So use the Python and Triton of that machine; what is not
+found there is compiled there. Launches are made on tensors without memory, so any size will do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "kernels" / folder) for folder in ("", "bench", "tools"))]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("archive", type=Path)
+    options.add_argument("--arch", default="sm_90")
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        import ahead_of_time
+
+        with ahead_of_time.compiling(chosen.arch) as kernels:
+            for launch in launches():
+                launch()
+        with tarfile.open(chosen.archive, "w:gz") as archive:
+            for path in sorted(Path(folder).iterdir()):
+                archive.add(path, arcname=path.name)
+    print(f"{len(kernels)} launches, {chosen.archive.stat().st_size / 1e6:.1f} MB")
+
+
+def launches() -> Iterator[partial]:
+    """Those of the smoke call, of the sweep of splits and of the kernels' benchmarks; each once."""
+    import bench_splits
+    import bench_tree_attention
+    import bench_verify
+    import smoke
+    from floors import Compaction, Laws, Shape
+
+    shapes = [*(s for some in smoke.OPS.values() for s in some), *bench_splits.shapes_of("", False)]
+    shapes += [*bench_tree_attention.shapes(), *bench_verify.shapes()]
+    for shape in dict.fromkeys(shapes):
+        if isinstance(shape, Shape):
+            yield partial(_attention, shape, getattr(shape, "splits", None))
+        elif isinstance(shape, Compaction):
+            yield partial(_compact, shape)
+        elif isinstance(shape, Laws):
+            yield partial(_law if shape.op == "law" else _verify, shape)
+
+
+def _attention(shape, splits) -> None:
+    import torch
+
+    from specdec_kernels.triton.tree_attention import tree_attention
+
+    batch, nodes, dim, slots = shape.batch, shape.nodes, shape.head_dim, shape.length + shape.nodes
+    query, key, value = (
+        _empty(batch, count, heads, dim, torch.bfloat16).transpose(1, 2)
+        for count, heads in ((nodes, shape.heads), (slots, shape.kv_heads), (slots, shape.kv_heads))
+    )
+    first, lengths = _empty(batch, nodes, torch.int32), _empty(batch, torch.int32)
+    ancestors = _empty(batch, nodes, -(-nodes // 32), torch.int32)
+    tree_attention(query, key, value, first, lengths, ancestors, None, shape.softcap, None, splits)
+
+
+def _law(shape) -> None:
+    import torch
+    import verification
+
+    from specdec_kernels.triton.law import law
+
+    law(_empty(shape.batch * shape.nodes, shape.vocab, torch.bfloat16), *verification.SAMPLINGS[shape.sampling])
+
+
+def _verify(shape) -> None:
+    import torch
+    import verification
+
+    from specdec_kernels.triton.verify import verify
+
+    batch, nodes, width = shape.batch, shape.nodes, shape.width
+    integers, coins = _empty(batch, nodes, torch.int64), _empty(batch, nodes, torch.float64)
+    children, laws = _empty(batch, nodes, width, torch.int64), _empty(batch, nodes, torch.uint8)
+    draft = None if shape.children == "POINT" else _empty(batch, shape.internal, shape.vocab, torch.float32)
+    logits = _empty(batch, nodes, shape.vocab, torch.bfloat16)
+    filters = verification.SAMPLINGS[shape.sampling]
+    verify(logits, integers, children, laws, draft, coins, coins, shape.depth, *filters, lenience=1.0)
+
+
+def _compact(shape) -> None:
+    import torch
+
+    from specdec_kernels.triton.compact import compact
+
+    stack = _empty(2 * shape.layers, shape.batch, 64, shape.kv_heads, shape.head_dim, torch.bfloat16)
+    counts = _empty(shape.batch, torch.int64)
+    compact(stack, _empty(shape.batch, shape.kept, torch.int64), counts, counts)
+
+
+def _empty(*what):
+    import torch
+
+    *sizes, dtype = what
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+if __name__ == "__main__":
+    main()
