@@ -117,7 +117,6 @@ class Decoding:
             scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
             clock.mark()
             acceptance = run(self._decide, self._why_not_captured(), tree, scores)
-            acceptance.report.forget()
             clock.mark()
             run(self._follow, self._why_on_host, acceptance)
             clock.mark()
