@@ -184,9 +184,10 @@ def counting_calls() -> Iterator[list[int]]:
 
 
 class Patch:
-    """Routes a model's attention through specdec while entered, and restores it exactly on exit."""
+    """Routes a model's attention through specdec, or another of that name, while entered, and restores it on exit."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, name: str = NAME):
+        self._name = name
         configs = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
         configs += [sub for config in configs for sub in _subconfigs(config)]
         self._configs = list({id(c): c for c in configs}.values())  # parents before children: setting one sets those
@@ -195,7 +196,7 @@ class Patch:
     def __enter__(self) -> None:
         self._found.append([c._attn_implementation for c in self._configs])
         for config in self._configs:
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = self._name
 
     def __exit__(self, *_: object) -> None:
         for config, found in zip(self._configs, self._found.pop(), strict=True):

@@ -135,7 +135,6 @@ class Decoding:
             if any(self.context.processors):
                 patches.close()  # they may run a model themselves: it is to be as its owner left it
             acceptance = run(self._decide, self._why_not_captured(), tree, scores)
-            acceptance.report.forget()
             clock.mark()
             if any(self.context.processors):
                 patches.enter_context(self._patched())

@@ -5,6 +5,9 @@ therefore be captured if what it does depends on nothing that the host knows but
 `Context.longest`), if it reads nothing back, and if whatever outlives the step is updated in place. The loop is written that
 way; drafters, tree policies, rules and targets say of themselves whether they are (`capturable`). Where a stage cannot be,
 parts of it may be: the passes of a draft that the host steers.
+
+A capture runs the stage's Python and nothing on the device. If it fails the stage is run again as it stands, from then on in
+every step: what its Python leaves behind must not depend on how often it has run.
 """
 
 from __future__ import annotations
@@ -12,18 +15,18 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
-from functools import partial
-from typing import Any, Protocol
+from copy import copy
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from specdec.checks import check_callable, check_kind
+from specdec.cuda_graph import CudaCapture
 from specdec.drafters.drafter import Acceptance, Report
 from specdec.engine import Engine
+from specdec.host_reads import HostReads
 from specdec.target import Scores
 from specdec.tree import DraftTree, Topology
 from specdec.trees.policy import Frontier
@@ -40,6 +43,11 @@ class Graph(Protocol):
 
 
 _Capture = Callable[[Callable[[], Any]], Graph]
+
+
+class _Captured(NamedTuple):
+    graph: Graph
+    args: tuple[Any, ...]  # in the memory that the stage was captured with
 
 
 class Graphs(Engine):
@@ -66,7 +74,7 @@ class Graphs(Engine):
         self.compiled, self._capture = compile, capture
         self._made_for: Any = None
         self._inside = False  # a stage that is captured as a whole
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, _Captured] = {}
 
     @property
     def captured(self) -> int:
@@ -82,13 +90,14 @@ class Graphs(Engine):
     def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if (device, signature) != self._made_for:
             self._made_for, self._buffers = (device, signature), make()
+            self._device = device
             self._times: Counter[Hashable] = Counter()  # that stages were run
-            self._held: dict[Hashable, tuple[Any, ...]] = {}  # what stages are captured with
             self._graphs = {}
+            self._filled: dict[tuple[int, ...], Hashable] = {}  # by which graph, by the ids of the tensors
             self._reasons: dict[str, str] = {}  # of stages that cannot be captured
             self._how = self._capture
             if self._how is None and device.type == "cuda":
-                self._how = partial(CudaGraph, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+                self._how = CudaCapture(device)
         return self._buffers
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
@@ -104,39 +113,44 @@ class Graphs(Engine):
             self._inside = False
 
     def _replayed(
-        self, key: Hashable, name: str, capture: _Capture, stage: Callable[..., Any], args: tuple[Any, ...]
+        self, key: tuple[Hashable, ...], name: str, capture: _Capture, stage: Callable[..., Any], args: tuple[Any, ...]
     ) -> Any:
         self._times[key] += 1
         if self._times[key] == 1:  # what happens once (kernels are compiled, constants made) is not to be captured
             return stage(*args)
         if self._times[key] == 2:
             return self._watched(name, stage, args)
-        held = self._hold(key, args)
-        if key not in self._graphs:
-            self._graphs[key] = capture(lambda: stage(*held))
-        self._graphs[key].replay()
-        return self._graphs[key].outputs
+        # a graph reads what others fill where they fill it: with arguments from elsewhere it would be another
+        sources = [self._filled.get(_ids(arg)) for arg in args]
+        key = (*key, *sources)
+        try:
+            if key not in self._graphs:
+                held = tuple(map(self._held, args, sources))
+                self._graphs[key] = _Captured(capture(lambda: stage(*held)), held)
+                self._filled[_ids(self._graphs[key].graph.outputs)] = key
+            graph, held = self._graphs[key]
+            for to, arg, source in zip(held, args, sources, strict=True):
+                if source is None:
+                    for target, new in zip(_tensors(to), _tensors(arg), strict=True):
+                        target.copy_(new)
+            graph.replay()
+        except Exception as error:
+            self._leave_out(name, f"capturing or replaying it failed ({_summary(error)})")
+            return stage(*args)
+        return _anew(graph.outputs)
 
     def _watched(self, name: str, stage: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        with HostReads() as host:
+        with HostReads(self._device) as host:
             result = stage(*args)
         if host.reads:
             self._leave_out(name, f"it waits for the device ({', '.join(sorted(host.reads))})")
         return result
 
-    def _hold(self, key: Hashable, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """`args` in the memory that the stage is captured with: where they are, if they were captured themselves."""
-        if key not in self._held:
-            made = {id(graph.outputs) for graph in self._graphs.values()}
-            self._held[key] = tuple(
-                arg if id(arg) in made else _with(arg, [t.clone() for t in _tensors(arg)]) for arg in args
-            )
-        held = self._held[key]
-        for to, arg in zip(held, args, strict=True):
-            if to is not arg:
-                for target, source in zip(_tensors(to), _tensors(arg), strict=True):
-                    target.copy_(source)
-        return held
+    def _held(self, arg: Any, source: Hashable | None) -> Any:
+        """`arg` in the memory that a stage is captured with: where it is, if the graph `source` fills it."""
+        if source is None:
+            return _with(arg, [tensor.clone() for tensor in _tensors(arg)])
+        return _anew(self._graphs[source].graph.outputs)
 
     def _leave_out(self, name: str, reason: str) -> None:
         if name not in self._reasons:
@@ -144,71 +158,6 @@ class Graphs(Engine):
             warnings.warn(
                 f"engine: the stage {name!r} runs step by step, the others as graphs: {reason}.", stacklevel=2
             )
-
-
-class CudaGraph:
-    """A stage captured on a stream, and thereby on its device, which need not be the current one."""
-
-    def __init__(self, stream: Any, pool: Any, stage: Callable[[], Any]):
-        self._graph = torch.cuda.CUDAGraph()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # not every drafter follows
-            # of this thread alone: what others do to the device (load data, serve) must not undo the capture
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = stage()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class HostReads(TorchFunctionMode):
-    """Notes in `reads` for what the device waits for the host, or the host for it: none of that can be captured."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads: set[str] = set()
-        self._below = _Waits(self.reads)
-
-    def __enter__(self) -> HostReads:
-        self._below.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._below.__exit__(*exception)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        indexed = func in (Tensor.__getitem__, Tensor.__setitem__) and _by_list(args[1])
-        if indexed or func in (torch.tensor, torch.as_tensor, torch.from_numpy):
-            self.reads.add("a tensor made from Python numbers")
-        return func(*args, **(kwargs or {}))
-
-
-def _by_list(index: Any) -> bool:
-    return isinstance(index, list) or (isinstance(index, tuple) and any(isinstance(i, (list, tuple)) for i in index))
-
-
-class _Waits(TorchDispatchMode):
-    def __init__(self, reads: set[str]):
-        super().__init__()
-        self._reads = reads
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waits = _WAITING.intersection(func.tags) or func.overloadpacket in _MORE
-        if func.overloadpacket == torch.ops.aten.index:  # by a mask it waits, by numbers it does not
-            waits = any(t.dtype == torch.bool for t in tree_leaves(args[1]) if isinstance(t, Tensor))
-        if waits:
-            self._reads.add(str(func))
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
-        if len({t.device for t in tensors}) > 1:  # of two GPUs too: a graph is of one
-            self._reads.add(str(func))
-        return out
-
-
-# the host has to know a value, or a shape
-_WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_MORE = {torch.ops.aten.is_nonzero, torch.ops.aten.nonzero_numpy}  # that do not say so
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -226,6 +175,23 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value]
 
 
+def _ids(value: Any) -> tuple[int, ...]:
+    return tuple(map(id, _tensors(value)))
+
+
+def _anew(value: Any) -> Any:
+    """The same tensors without what has been derived from their contents since the capture.
+
+    What was derived during the capture is part of the graph, and stays: every replay derives it again in its place.
+    """
+    match value:
+        case DraftTree() | Frontier():
+            return replace(value, topology=copy(value.topology))
+        case Acceptance():
+            return replace(value, report=copy(value.report))
+    return value
+
+
 def _with(value: Any, tensors: list[Tensor]) -> Any:
     """The same made of other tensors."""
     match value:
@@ -240,6 +206,11 @@ def _with(value: Any, tensors: list[Tensor]) -> Any:
         case Acceptance():
             return Acceptance(tensors[0], tensors[1], Report(tensors[2]))
     return tensors[0]
+
+
+def _summary(error: Exception) -> str:
+    """Its type, and the first line of what it says: CUDA's errors go on with general advice."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _shape(value: Any) -> Hashable:

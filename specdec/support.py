@@ -6,6 +6,7 @@ key-value layers, and a small tree scored in one forward pass gives the logits o
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -125,7 +126,7 @@ def _probe(model: PreTrainedModel) -> Layout:
         )
     with torch.inference_mode():
         logits, layout = _score_probe_tree(model, len(layers))
-        _compare_with_paths(model, logits)
+        _compare_with_own_attention(model, logits)
     return layout
 
 
@@ -149,6 +150,22 @@ def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layo
     if not any(layout):
         raise UnsupportedModel(model, "it does not write its keys and values to the cache it is given")
     return logits, layout
+
+
+def _compare_with_own_attention(model: PreTrainedModel, logits: Tensor) -> None:
+    """With the paths as the model has them by the attention that it is set to, or else by the one that defines it."""
+    try:
+        _compare_with_paths(model, logits)
+    except UnsupportedModel:
+        own = model.config._attn_implementation
+        with Patch(model, "eager"):  # faster ones may leave out what they are told, a softcap say
+            _compare_with_paths(model, logits)
+        warnings.warn(
+            f"{type(model).__name__}: its {own!r} attention leaves out a part of what its own 'eager' attention does, so "
+            "model.generate gives another text than specdec, which computes all of it; "
+            "model.set_attn_implementation('eager') gives both the same.",
+            stacklevel=2,
+        )
 
 
 def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:

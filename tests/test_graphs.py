@@ -25,7 +25,7 @@ from specdec.drafters import (
     NgramDrafter,
     SuffixDrafter,
 )
-from specdec.graphs import HostReads
+from specdec.host_reads import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
 from specdec.theory import CostCurve, Costs
 from specdec.tree import chain, root_only

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 from tiny_models import GATE, LIMITED, MATRIX, PROMPTS, REFUSED, VOCAB, reference, state
-from transformers import AutoModelForCausalLM, QuantoConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, QuantoConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 import specdec
@@ -226,3 +227,28 @@ def test_models_that_cannot_score_trees_are_refused_by_name_with_the_reason(name
         ModelDrafter(model)
     assert state(model) == found[0]
     assert all(map(torch.equal, model.parameters(), found[1:]))
+
+
+def without_softcap(*args, softcap=None, **options):
+    """What transformers' sdpa did until it refused softcaps."""
+    return sdpa_attention_forward(*args, **options)
+
+
+def test_an_attention_that_leaves_something_out_is_named_and_all_of_it_computed(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "uncapped", without_softcap)
+    model, whole = (MODELS["gemma2_softcap_sliding"](torch.float32, query_pre_attn_scalar=1) for _ in range(2))
+    whole.set_attn_implementation("eager")
+    model.set_attn_implementation("uncapped")
+    with torch.inference_mode():
+        assert not torch.allclose(model(PROMPTS[2][None]).logits, whole(PROMPTS[2][None]).logits, atol=0.01)
+    with pytest.warns(UserWarning, match="'uncapped' attention leaves out .*set_attn_implementation"):
+        walk = Walk(model, steps=3, plain=whole)
+    assert max(walk.differences()) < TOLERANCE[torch.float32]
+    assert model.config._attn_implementation == "uncapped"
+
+
+def test_trees_that_no_attention_of_the_model_agrees_with_are_refused(monkeypatch):
+    monkeypatch.setattr(View, "positions", property(lambda view: torch.zeros_like(view.topology.parents)))
+    model = MODELS["llama"]()
+    with pytest.raises(UnsupportedModel, match=r"differs from its paths by .* of the largest logit"):
+        ModelTarget(model)

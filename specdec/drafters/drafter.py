@@ -104,10 +104,6 @@ class Report:
     def __init__(self, columns: Tensor):
         self.columns = columns
 
-    def forget(self) -> None:
-        """Read anew: the columns have been written to."""
-        vars(self).pop("_lists", None)
-
     @cached_property
     def _lists(self) -> tuple[list[list[int]], list[list[int]]]:
         *news, counts, accepted, tried, left, no_law, no_draft = self.columns.T.tolist()

@@ -56,20 +56,20 @@ class ModelDrafter(TreeDrafter):
                 f"The draft model reads at most {limit} tokens{reason}, but a text may grow to {context.max_length}; lower "
                 "max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
-        self.asked = None
-        self._cached.begin(context, capacity + self.spec(context.sampling).nodes)
+        nodes = self.spec(context.sampling).nodes
+        self.note(torch.full_like(context.lengths, -1)[:, None], nodes)
+        self._cached.begin(context, capacity + nodes)
         if context.engine.compiled:
             self._cached.compile()
 
     def commit(self, acceptance: Acceptance) -> None:
         super().commit(acceptance)
-        if self.asked is None:  # nothing was drafted, so nothing is in the cache
-            return
+        assert self.asked is not None  # since `start`
         order = self.asked.gather(1, acceptance.path)
         position = torch.arange(order.shape[1], device=order.device)
         kept = (order >= 0) & (position < acceptance.keep[:, None])  # an accepted leaf was drawn but never read
         self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
-        self.asked = None
+        self.asked.fill_(-1)  # in steps in which it is not asked for a draft there is nothing new to keep
 
     def prepare(self, frontier: Frontier, context: Context) -> Hashable:
         cached, longest = self._cached, context.longest

@@ -25,7 +25,9 @@ class TreeDrafter(Drafter):
         tree: the tree policy; a chain of 4 by default.
     """
 
-    asked: Tensor | None = None  # [batch, node] int64: `Grown.asked` of the last tree; None if it was the root alone
+    # [batch, node] int64: `Grown.asked` of the last tree, -1 for nodes that it has not. It stays in one place as long as that
+    # is possible: what was captured writes it there, and reads it there.
+    asked: Tensor | None = None
     capturable_scores: bool = False  # True if `score` does the same to the device whenever `prepare` says the same
 
     def __init__(self, tree: TreePolicy | None = None):
@@ -53,9 +55,11 @@ class TreeDrafter(Drafter):
         """
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
-        self.asked = None
+        nodes = self.tree.spec(context.sampling).nodes
         if context.max_depth == 0:
-            return root_only(context.root)
+            tree = root_only(context.root)
+            self.note(tree.topology.parents, nodes)
+            return tree
 
         broken = torch.zeros_like(context.lengths, dtype=torch.bool)  # [batch] bool: rows with logits that are no law
 
@@ -75,9 +79,16 @@ class TreeDrafter(Drafter):
             return logits
 
         grown = drive(self.tree, context, coins, asked)
-        self.asked = grown.asked if grown.tree.topology.depth else None
+        self.note(grown.asked, nodes)
         # no token is the root's: `DraftTree.invalid` tells the host with the step
         return replace(grown.tree, tokens=grown.tree.tokens.masked_fill(broken[:, None], -1))
+
+    def note(self, asked: Tensor, nodes: int) -> None:
+        """Set `asked`, to `Grown.asked` [batch, <= nodes] int64 of a tree of which `nodes` is the largest size."""
+        shape, held = (len(asked), nodes), self.asked
+        if held is None or (held.shape, held.device) != (shape, asked.device):
+            held = self.asked = asked.new_empty(shape)
+        held.fill_(-1)[:, : asked.shape[1]] = asked
 
     def commit(self, acceptance: Acceptance) -> None:
         self.tree.commit(acceptance)

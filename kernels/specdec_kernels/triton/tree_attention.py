@@ -8,6 +8,8 @@ Names: b_ holds a block, o_ offsets, p_ pointers, m_ masks.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 
 import torch
 import triton
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from specdec_kernels import tma
 from specdec_kernels.backend import UPCAST, chip
 from specdec_kernels.configs import attention_config
 
@@ -39,12 +42,16 @@ def load_slots(p_x, start, stride, m_slot, DIM: tl.constexpr, BLOCK_N: tl.conste
 @triton.jit
 def load_tile(x, p_x, at, start, stride, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
               TMA: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """[BLOCK_N, BLOCK_DIM]: the slots from `start` on, all of them there; zeros past DIM."""
-    if TMA:
-        b_x = x.load([at[0], at[1], start, 0]).reshape(BLOCK_N, BLOCK_DIM)
-        return b_x.to(tl.float32) if UPCAST else b_x
-    else:
+    """[BLOCK_N, BLOCK_DIM]: the slots from `start` on, all of them there; zeros past DIM.
+
+    TMA: the order of axes of the descriptor x, "by slot" or "by head" (`specdec_kernels.tma`); None if there is none.
+    """
+    if TMA is None:
         return load_slots(p_x, start, stride, tl.full([BLOCK_N], 1, tl.int1), DIM, BLOCK_N, BLOCK_DIM, UPCAST)
+    else:
+        b_x = x.load([at[0], start, at[1], 0] if TMA == "by slot" else [at[0], at[1], start, 0])
+        b_x = b_x.reshape(BLOCK_N, BLOCK_DIM)
+        return b_x.to(tl.float32) if UPCAST else b_x
 
 
 @triton.jit
@@ -196,22 +203,24 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
     parts, parts_lse = out, lse
     if splits > 1:
         parts, parts_lse = (lse.new_empty(splits, *whole.shape) for whole in (out, lse))
-    tma = device.tma and all(_fits_tma(x) for x in (key, value))
-    k, v = key, value
-    if tma:
-        k, v = (TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, config.block_n, block])
-                for x, block in ((key, block_d), (value, block_v)))  # fmt: skip
     scale = (head_dim**-0.5 if scale is None else scale) * LOG2E.value
-    tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
-        query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
-        2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
-        nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
-        *first.stride(), lengths.stride(0), *ancestors.stride()[:2],
-        KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
-        SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
-        TMA=tma, PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
-    )  # fmt: skip
+
+    def launch(axes: tma.Axes | None) -> None:
+        k, v = (x if axes is None else _descriptor(x, axes, config.block_n, block)
+                for x, block in ((key, block_d), (value, block_v)))  # fmt: skip
+        tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
+            query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
+            2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
+            nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
+            *first.stride(), lengths.stride(0), *ancestors.stride()[:2],
+            KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
+            SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
+            TMA={None: None, tma.BY_HEAD: "by head", tma.BY_SLOT: "by slot"}[axes],
+            PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    _launch(launch, _axes(key, value) if device.tma else None)
     if splits > 1:
         rows = batch * nodes * heads
         merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
@@ -221,6 +230,31 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
     return out, lse
 
 
-def _fits_tma(x: Tensor) -> bool:
-    """The copy engine takes addresses and strides in units of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+_refusals: list[str] = []  # of the driver, to make descriptors
+
+
+def _launch(launch: Callable[[tma.Axes | None], None], axes: tma.Axes | None) -> None:
+    """Launch with descriptors that take axes in this order; without any, if that is None or the driver refuses them."""
+    if axes is None or _refusals:
+        return launch(None)
+    try:
+        launch(axes)
+    except RuntimeError as error:  # of the host: nothing was launched
+        launch(None)
+        _refusals.append(str(error))
+        warnings.warn(
+            f"tree_attention: no descriptors for the copy engine ({error}); keys and values are loaded without it.",
+            stacklevel=2,
+        )
+
+
+def _axes(key: Tensor, value: Tensor) -> tma.Axes | None:
+    """The order that both allow."""
+    orders = {tma.axes(x.stride(), x.element_size(), x.data_ptr()) for x in (key, value)}
+    return orders.pop() if len(orders) == 1 else None
+
+
+def _descriptor(x: Tensor, axes: tma.Axes, slots: int, dim: int) -> TensorDescriptor:
+    x = x.permute(axes)
+    block = [1, slots, 1, dim] if axes == tma.BY_SLOT else [1, 1, slots, dim]
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], block)

@@ -39,7 +39,7 @@ def test_planted_defects_fail(name, monkeypatch):
 def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
     from specdec_kernels.triton import tree_attention
 
-    monkeypatch.setattr(tree_attention, "_fits_tma", lambda x: False)
+    monkeypatch.setattr(tree_attention, "_axes", lambda key, value: None)
     _, faults = aot_gate.gate(("sm_90",), [PLAIN], {})
     assert faults == [
         f"sm_90 {PLAIN.name} tree_attention_kernel: no UTMALDG instruction: it does not use the unit it is meant for"

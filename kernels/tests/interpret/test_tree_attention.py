@@ -70,11 +70,67 @@ def test_the_largest_tree_and_a_long_prefix(case, seed):
     assert_kernel_is_right(case, seed)
 
 
+@pytest.fixture
+def descriptors(monkeypatch):
+    """The blocks of those that were made, on a chip that has the copy engine."""
+    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4))
+    monkeypatch.setattr(kernels, "_refusals", [])
+    blocks, make = [], kernels.TensorDescriptor
+
+    def noted(x, shape, strides, block):
+        blocks.append(block)
+        assert strides == sorted(strides, reverse=True)
+        return make(x, shape, strides, block)
+
+    monkeypatch.setattr(kernels, "TensorDescriptor", noted)
+    return blocks
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("nodes", [3, 40])
-def test_tiles_through_the_copy_engine(head_dim, nodes, seed, monkeypatch):
-    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4))
-    assert_kernel_is_right(Case(nodes, 300, 2, 1, head_dim, dtype=torch.bfloat16, window=150), seed)
+def test_tiles_through_the_copy_engine(head_dim, nodes, seed, descriptors):
+    assert_kernel_is_right(Case(nodes, 300, 4, 2, head_dim, dtype=torch.bfloat16, window=150), seed)
+    assert [block[:3:2] for block in descriptors] == [[1, 1]] * 2  # slots come before heads, as in the cache
+
+
+def test_tiles_of_contiguous_heads_through_the_copy_engine(seed, descriptors):
+    arguments = draw(Case(9, 300, 4, 2, 64, dtype=torch.bfloat16, window=150), seed)
+    arguments |= {name: arguments[name].contiguous() for name in ("key", "value")}
+    assert_right(arguments, kernels.tree_attention(**arguments))
+    assert [block[:2] for block in descriptors] == [[1, 1]] * 2
+
+
+def test_keys_and_values_that_lie_differently_are_loaded_without_the_copy_engine(seed, descriptors):
+    arguments = draw(Case(9, 200, 4, 2, 64, dtype=torch.bfloat16), seed)
+    arguments["key"] = arguments["key"].contiguous()
+    assert_right(arguments, kernels.tree_attention(**arguments))
+    assert not descriptors
+
+
+def test_a_driver_that_refuses_descriptors_is_named_once_and_done_without(seed, descriptors, monkeypatch):
+    asked = []
+
+    def refused(*arguments):
+        asked.append(arguments)
+        raise RuntimeError("Triton Error [CUDA]: invalid argument")
+
+    monkeypatch.setattr(kernels, "TensorDescriptor", refused)
+    case = Case(5, 150, 2, 1, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="no descriptors for the copy engine .*invalid argument"):
+        assert_kernel_is_right(case, seed)
+    assert_kernel_is_right(case, seed + 1)
+    assert len(asked) == 1
+
+
+def test_what_is_wrong_with_a_launch_itself_is_raised(monkeypatch):
+    monkeypatch.setattr(kernels, "_refusals", [])
+
+    def launch(axes):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        kernels._launch(launch, kernels.tma.BY_SLOT)
+    assert not kernels._refusals
 
 
 @pytest.mark.parametrize("splits", [1, 4])
