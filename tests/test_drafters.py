@@ -7,6 +7,7 @@ import torch
 from tiny_models import llama
 
 import specdec
+from experiments.cases import ADAPTIVE
 from specdec import Law, TreeSpec
 from specdec.drafters import (
     Drafter,
@@ -19,7 +20,9 @@ from specdec.drafters import (
     SuffixDrafter,
     TreeDrafter,
 )
-from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter
+from specdec.rules import KSeq, LevelVerification
+from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter, exact_law
+from specdec.testing.drafters import Noting, assert_by_depth
 from specdec.tree import DraftTree, chain, tree_of_points
 from specdec.trees import Chain, Dynamic, Static, Widths
 
@@ -134,7 +137,27 @@ class Boastful(TabularDrafter):
         return tree
 
 
+class SecondIfZero(TabularDrafter):
+    """Draws a second child of a node only where a token of the same depth is 0: the first child, or that of the first."""
+
+    def __init__(self, *args, cousin=False):
+        super().__init__(*args)
+        self.cousin = cousin
+
+    def propose(self, context, coins):
+        tree = super().propose(context, coins)
+        if context.max_depth < 1 + self.cousin:
+            return tree
+        looked_at, drawn_last = (3, 6) if self.cousin else (1, 2)
+        keep = tree.tokens[:, looked_at] == 0
+        laws = tree.laws.clone()
+        laws[:, drawn_last] = torch.where(keep, laws[:, drawn_last], Law.PADDING)
+        return replace(tree, laws=laws)
+
+
 BROKEN = {
+    "a sibling's token": (SecondIfZero(Table(3, 1), Widths((2,), Law.IID)), "promises TreeSpec.by_depth"),
+    "a cousin's token": (SecondIfZero(Table(3, 1), Widths((2, 2), Law.IID), cousin=True), "promises TreeSpec.by_depth"),
     "forgetful": (Forgetful(6, 3, 2), "afresh"),
     "careless": (Careless(), "changes the law|draw with `coins` only|depends on"),
     "boastful": (Boastful(Table(3, 1), Chain(2)), "changes the law"),
@@ -156,3 +179,53 @@ def test_a_tree_that_asks_for_more_nodes_than_it_says_is_refused():
 def test_a_drafter_that_looks_at_other_rows_is_told_so():
     with pytest.raises(AssertionError, match="depends on the other rows"):
         assert_drafter(Curious(), TabularTarget(3, seed=2), PROMPTS, horizon=40)
+
+
+POLICIES = [
+    *(Widths((2, 1), law) for law in (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP, Law.POINT)),
+    Static([-1, 0, 0, 2, 2], Law.IID),
+    Dynamic(5, 2, 2),
+    Dynamic(5, 2, 2, threshold=0.3),
+    ADAPTIVE,
+]
+
+
+@pytest.mark.parametrize("tree", POLICIES, ids=lambda tree: f"{type(tree).__name__}_{getattr(tree, 'law', '')}")
+def test_trees_depend_on_no_token_of_their_own_depth_where_they_promise_so(tree):
+    noting = Noting(TabularDrafter(Table(3, 1), tree))
+    assert noting.spec(specdec.Sampling(1.0)).by_depth
+    exact_law(TabularTarget(3, seed=2), PROMPTS[0], noting, sampling=specdec.Sampling(1.0))
+    assert len(noting.drafts) > 5
+    assert_by_depth(noting, noting.drafts)
+
+
+@pytest.mark.parametrize("rule", [KSeq(), LevelVerification()], ids=lambda rule: type(rule).__name__)
+def test_rules_that_need_it_refuse_trees_that_do_not_promise_it(rule):
+    with pytest.raises(ValueError, match=r"set TreeSpec\(by_depth=True\) if it is so, or use"):
+        rule.check(TreeSpec(frozenset({Law.IID}), 3, 1, 2))
+    rule.check(TreeSpec(frozenset({Law.IID}), 3, 1, 2, by_depth=True))
+    rule.check(TreeSpec(frozenset({Law.IID}), 3, 2, 1))  # one child alone
+
+
+TABULAR = {
+    "ngram": lambda: NgramDrafter(4, branches=3),
+    "suffix": lambda: SuffixDrafter(nodes=9, threshold=0.02),
+    "widths": lambda: TabularDrafter(Table(6, 1), Widths((2, 2, 1))),
+    "static": lambda: TabularDrafter(Table(6, 1), Static([-1, 0, 0, 1, 3, 3], Law.WITHOUT_REPLACEMENT)),
+    "dynamic": lambda: TabularDrafter(Table(6, 1), Dynamic(7, 3, 2)),
+    "threshold": lambda: TabularDrafter(Table(6, 1), Dynamic(7, 3, 2, threshold=0.1)),
+    "fallback": lambda: Fallback(NgramDrafter(4, branches=3), TabularDrafter(Table(6, 1), Chain(3))),
+}
+
+
+@pytest.mark.parametrize("name", TABULAR)
+def test_sampled_texts_of_a_row_do_not_depend_on_its_batch(name):
+    """At the end of a text rows have budgets of their own, and trees as deep as each can use."""
+    target = TabularTarget(6, seed=3)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randint(0, 6, (20,), generator=generator) for _ in range(4)]
+        options = {"sampling": specdec.Sampling(1.0), "max_new_tokens": 12, "stop_tokens": (), "seed": seed}
+        together = specdec.generate(target, rows, TABULAR[name](), **options).tokens[0]
+        alone = specdec.generate(target, rows[0], TABULAR[name](), **options).tokens[0]
+        assert torch.equal(together, alone)

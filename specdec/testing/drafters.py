@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ def assert_drafter(
 ) -> None:
     """Raise AssertionError unless `drafter` keeps its contract with `target`.
 
-    The text's law is the target's, every coin followed: laws are recorded truthfully, and growth does not anticipate. The
-    greedy text is the target's. A row's text does not depend on the other rows. After any acceptance, and in a second
-    run, drafts are those of a fresh start from the same text.
+    The text's law is the target's, every coin followed: laws are recorded truthfully, and growth does not anticipate. Where
+    `TreeSpec.by_depth` is promised it is kept. The greedy text is the target's. A row's text does not depend on the other
+    rows. After any acceptance, and in a second run, drafts are those of a fresh start from the same text.
 
     Args:
         drafter: what is examined.
@@ -58,9 +59,12 @@ def assert_drafter(
     texts = [torch.tensor(prompt) for prompt in prompts]
     for sampling in samplings:
         options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
-        law = exact_law(target, prompts[0], drafter, **options)
+        noting = Noting(drafter)
+        law = exact_law(target, prompts[0], noting, **options)
         distance = float(law.total_variation(target_law(target, prompts[0], **options)))
         assert distance <= tolerance, f"{drafter} changes the law of the text by {distance:.3g} under {sampling}."
+        if drafter.spec(sampling).by_depth:
+            assert_by_depth(drafter, noting.drafts)
         options = {"sampling": sampling, "max_new_tokens": horizon, "stop_tokens": ()}
         alone = generate(target, texts[0], drafter, **options).tokens[0]
         together = generate(target, texts, drafter, **options).tokens[0]
@@ -70,28 +74,68 @@ def assert_drafter(
     _assert_greedy(drafter, target, texts, horizon)
 
 
-def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: list[Tensor], horizon: int) -> None:
-    """Greedy, no coin is drawn: the same text must lead to the same draft, whatever came before."""
-    for text in texts:
-        listening = _Listening(drafter)
-        options: dict[str, Any] = {"max_new_tokens": horizon, "stop_tokens": ()}
-        found = generate(target, text, listening, **options).tokens[0]
-        expected = generate(target, text, **options).tokens[0]
-        assert torch.equal(found, expected), f"{drafter}: the greedy text {found.tolist()} is not {expected.tolist()}."
-        for so_far, tokens in listening.drafts:
-            fresh, left = _Listening(drafter), len(text) + horizon - len(so_far)
-            generate(target, torch.tensor(so_far), fresh, max_new_tokens=left, stop_tokens=())
-            assert fresh.drafts[0][1] == tokens, (
-                f"{drafter} drafts {tokens} after {so_far}, and {fresh.drafts[0][1]} afresh."
+def assert_by_depth(drafter: Drafter, drafts: list[_Draft]) -> None:
+    """Raise AssertionError unless, of all trees drafted after a text, those with the same nodes above a depth have the same
+    ones at it: what `TreeSpec.by_depth` promises.
+    """
+    known: dict[tuple, list] = {}
+    for draft in drafts:
+        for depth in range(1, 1 + max(draft.depths, default=0)):
+            above = tuple((i, draft.tokens[i]) for i, at in enumerate(draft.depths) if -1 < at < depth)
+            parents = [(i, draft.parents[i]) for i, at in enumerate(draft.depths) if at == depth]
+            nodes = [(i, parent, draft.laws[parent]) for i, parent in parents]
+            assert known.setdefault((draft.text, depth, above), nodes) == nodes, (
+                f"{drafter} promises TreeSpec.by_depth, but after {list(draft.text)} tokens of depth {depth} or below decide "
+                f"which nodes of depth {depth} there are, or how they are drawn."
             )
 
 
-class _Listening(Drafter):
-    """Another drafter, and what it drafted for the first row: (text so far, tokens)."""
+def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: list[Tensor], horizon: int) -> None:
+    """Greedy, no coin is drawn: the same text must lead to the same draft, whatever came before."""
+    for text in texts:
+        noting = Noting(drafter)
+        options: dict[str, Any] = {"max_new_tokens": horizon, "stop_tokens": ()}
+        found = generate(target, text, noting, **options).tokens[0]
+        expected = generate(target, text, **options).tokens[0]
+        assert torch.equal(found, expected), f"{drafter}: the greedy text {found.tolist()} is not {expected.tolist()}."
+        for draft in noting.drafts:
+            fresh, left = Noting(drafter), len(text) + horizon - len(draft.text)
+            generate(target, torch.tensor(draft.text), fresh, max_new_tokens=left, stop_tokens=())
+            assert fresh.drafts[0].kept == draft.kept, (
+                f"{drafter} drafts {draft.kept} after {list(draft.text)}, and {fresh.drafts[0].kept} afresh."
+            )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What was drafted for one row, node by node."""
+
+    text: tuple[int, ...]  # so far
+    tokens: list[int]
+    parents: list[int]
+    laws: list[int]
+
+    @property
+    def kept(self) -> list[int]:
+        """The tokens of the nodes that exist."""
+        return [token for token, law in zip(self.tokens, self.laws, strict=True) if law != Law.PADDING]
+
+    @property
+    def depths(self) -> list[int]:
+        """Of each node; -1 where there is none."""
+        depths: list[int] = []
+        for parent, law in zip(self.parents, self.laws, strict=True):
+            above = depths[parent] if depths else -1
+            depths.append(-1 if law == Law.PADDING else above + 1)
+        return depths
+
+
+class Noting(Drafter):
+    """Another drafter, and what it drafted for every row."""
 
     def __init__(self, drafter: Drafter):
         self.drafter, self.uses_hidden = drafter, drafter.uses_hidden
-        self.drafts: list[tuple[list[int], list[int]]] = []
+        self.drafts: list[_Draft] = []
         self.start, self.commit, self.patched = drafter.start, drafter.commit, drafter.patched
 
     def spec(self, sampling: Sampling) -> TreeSpec:
@@ -99,6 +143,6 @@ class _Listening(Drafter):
 
     def propose(self, context: Context, coins: Coins) -> DraftTree:
         tree = self.drafter.propose(context, coins)
-        kept = tree.laws[0] != Law.PADDING
-        self.drafts.append((list(context.texts[0]), tree.tokens[0, kept].tolist()))
+        columns = (tree.tokens.tolist(), tree.topology.parents.tolist(), tree.laws.tolist())
+        self.drafts += [_Draft(tuple(text), *row) for text, *row in zip(context.texts, *columns, strict=True)]
         return tree
