@@ -127,13 +127,13 @@ class Graphs(Engine):
             if key not in self._graphs:
                 held = tuple(map(self._held, args, sources))
                 self._graphs[key] = _Captured(capture(lambda: stage(*held)), held)
-                self._filled[_ids(self._graphs[key].graph.outputs)] = key
             graph, held = self._graphs[key]
             for to, arg, source in zip(held, args, sources, strict=True):
                 if source is None:
                     for target, new in zip(_tensors(to), _tensors(arg), strict=True):
                         target.copy_(new)
             graph.replay()
+            self._filled[_ids(graph.outputs)] = key
         except Exception as error:
             self._leave_out(name, f"capturing or replaying it failed ({_summary(error)})")
             return stage(*args)
