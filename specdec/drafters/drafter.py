@@ -32,10 +32,10 @@ class Context:
     max_length: int  # tokens that the longest row may grow to, the prompt included
     max_depth: int  # longest path that can still be of use to any row
     row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
-    host_row_depths: list[int]  # the same on the host, 0 for rows that have ended
     sampling: Sampling
     processors: Sequence[Processors]  # each row's logits processors, as they are after the text so far
     vocab: int  # size of the target's vocabulary
+    host_row_depths: list[int] = field(default_factory=list)  # `row_depths` on the host, 0 for rows that have ended
     stop_tokens: tuple[int, ...] = ()  # that end a text
     tokenizer: Any = None
     engine: Engine = field(default_factory=Engine)
@@ -53,8 +53,8 @@ class Context:
         lengths, row_depths = torch.zeros((2, batch), dtype=torch.int64, device=device)
         tokens = torch.zeros((batch, capacity), dtype=torch.int64, device=device)
         texts: list[list[int]] = [[] for _ in range(batch)]
-        plain, ended = [Processors()] * batch, [0] * batch
-        return cls(tokens, lengths, texts, capacity, 0, row_depths, ended, Sampling(), plain, vocab)
+        plain = [Processors()] * batch
+        return cls(tokens, lengths, texts, capacity, 0, row_depths, Sampling(), plain, vocab)
 
     def begin(
         self,
