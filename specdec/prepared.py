@@ -15,11 +15,15 @@ from transformers import Cache, PreTrainedModel
 
 def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
     """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
+    named = inspect.signature(model.forward).parameters
+    takes_more = any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values())
     options: dict[str, Any] = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:  # else none are given
+    if takes_more or "attention_mask" in named:
+        options["attention_mask"] = torch.ones_like(tokens)
+    if "position_ids" in named:  # else none are given
         options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     prepare: Any = model.prepare_inputs_for_generation
-    return prepare(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, is_first_iteration=first, **options)
+    return prepare(tokens, use_cache=False, is_first_iteration=first, **options)
 
 
 def preparer(model: PreTrainedModel) -> str:

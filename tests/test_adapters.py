@@ -8,6 +8,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_graphs import Tape
@@ -36,33 +37,32 @@ def lora(**options):
 
 
 def with_two_adapters():
-    """A model of transformers to which it has added the adapters "a" and "b"."""
+    """A model of transformers in which PEFT has put the adapters "a" and "b"."""
     model = llama(0)
     torch.manual_seed(1)
     for name in "ab":
-        model.add_adapter(lora(), adapter_name=name)
+        inject_adapter_in_model(lora(), model, adapter_name=name)
     return model.eval()
 
 
-def scale(model, factor):
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.set_scale("b", factor)
+def each_layer(call, *args):
+    """A switch of a model's adapters, layer by layer: how depends on the versions of PEFT and transformers otherwise."""
 
+    def switch(model):
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                call(layer, *args)
 
-def merge(model):
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
+    return switch
 
 
 SWITCHES = {
-    "adapter a": lambda model: model.set_adapter("a"),
-    "adapter b": lambda model: model.set_adapter("b"),
-    "b at three times its strength": lambda model: scale(model, 3.0),
-    "no adapter": lambda model: model.disable_adapters(),
-    "b again": lambda model: model.enable_adapters(),
-    "b merged": merge,
+    "adapter a": each_layer(BaseTunerLayer.set_adapter, "a"),
+    "adapter b": each_layer(BaseTunerLayer.set_adapter, "b"),
+    "b at three times its strength": each_layer(lambda layer: layer.set_scale("b", 3.0)),
+    "no adapter": each_layer(BaseTunerLayer.enable_adapters, False),
+    "b again": each_layer(BaseTunerLayer.enable_adapters, True),
+    "b merged": each_layer(lambda layer: layer.merge()),
 }
 
 
@@ -93,7 +93,7 @@ def test_what_has_not_been_switched_is_resumed(monkeypatch):
 
     monkeypatch.setattr(specdec.target.CachedModel, "forward", noting)
     passes = []
-    for switch in (lambda: None, lambda: None, lambda: model.set_adapter("a")):
+    for switch in (lambda: None, lambda: None, lambda: SWITCHES["adapter a"](model)):
         switch()
         read.clear()
         specdec.generate(target, PROMPT, max_new_tokens=1, resume=True)
