@@ -196,7 +196,9 @@ class DraftTree:
         sampled[:, 0] = False
         rows = torch.arange(len(root), device=root.device)[:, None]
         impossible = sampled & ~(self.draft_probs[rows, parents, tokens] > 0)  # NaN too
-        return wrong | impossible.any(1) | ~self.draft_probs.sum((1, 2)).isfinite()
+        totals = self.draft_probs.sum(-1, dtype=torch.promote_types(self.draft_probs.dtype, torch.float32))
+        drawn_from = torch.zeros_like(totals, dtype=torch.int64).scatter_add_(1, parents, sampled.long()) > 0
+        return wrong | impossible.any(1) | (drawn_from & ~totals.isfinite()).any(1)
 
     def row(self, row: int, coins: RowCoins) -> RowTree:
         """The scalar face of one row; laws come in the arithmetic of its coins."""

@@ -1,5 +1,6 @@
 """Every drafter keeps the contract, and broken ones are told so."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,18 @@ class Curious(Drafter):
         return tree_of_points(context.root, [[(token, 0)] if context.max_depth else [] for token in tokens])
 
 
+class Leaking(Drafter):
+    """Drafts the first row's last token in all others."""
+
+    def spec(self, sampling):
+        return TreeSpec(frozenset({Law.POINT}), 2, 1, 1)
+
+    def propose(self, context, coins):
+        own, first = context.root.tolist(), int(context.root[0])
+        drafts = [[(first if row else own[0], 0)] if context.max_depth else [] for row in range(len(own))]
+        return tree_of_points(context.root, drafts)
+
+
 class Careless(Curious):
     """Drafts without coins: of what it says nobody can know."""
 
@@ -179,6 +192,24 @@ def test_a_tree_that_asks_for_more_nodes_than_it_says_is_refused():
 def test_a_drafter_that_looks_at_other_rows_is_told_so():
     with pytest.raises(AssertionError, match="depends on the other rows"):
         assert_drafter(Curious(), TabularTarget(3, seed=2), PROMPTS, horizon=40)
+    with pytest.raises(AssertionError, match="depends on the other rows"):
+        assert_drafter(Leaking(), TabularTarget(3, seed=2), PROMPTS, horizon=40)
+
+
+@pytest.mark.parametrize(
+    ("target", "prompts", "options", "cure"),
+    [
+        (lambda: TabularTarget(5), PROMPTS, {}, "TabularTarget(3)"),
+        (lambda: tiny(0).float(), PROMPTS, {}, "call model.double()"),
+        (lambda: TabularTarget(3), [(0, 1), (1, 0)], {}, "of different lengths"),
+        (lambda: TabularTarget(3), PROMPTS[:1], {}, "of different lengths"),
+        (lambda: TabularTarget(3), PROMPTS, {"samplings": ()}, "at least one"),
+    ],
+    ids=["vocabulary", "dtype", "lengths", "one prompt", "no sampling"],
+)
+def test_what_cannot_be_examined_is_refused(target, prompts, options, cure):
+    with pytest.raises(ValueError, match=re.escape(cure)):
+        assert_drafter(NgramDrafter(2), target(), prompts, **options)
 
 
 POLICIES = [

@@ -59,7 +59,7 @@ def _case(rule, law, width=2, vocab=3, temperature=1.0, dtype=torch.float32, wei
     return FastCase(rule, vocab, law, width, Sampling(temperature), dtype, weights)
 
 
-_OVERFLOW = (verify, "_power_of_two", torch.ones_like)
+_OVERFLOW = (verify, "_unit", torch.ones_like)
 _HALF = (draft_law.Siblings, "weights", property(in_their_own_dtype))
 _AS_REACHED = (traversal, "residual_batch", without_reach)
 _RHO = (kseq, "_rho_batch", lambda p, child, count, width: 0 * count + kseq._GRID)

@@ -74,7 +74,7 @@ class LevelVerification(Rule):
             levels.append(_Level(below))
         for level in reversed(levels):
             left = 1  # chance that none of the nodes so far is accepted
-            for node, owed in level.owed.items():
+            for node, owed in sorted(level.owed.items()):
                 chance = owed.sum() / level.failed if owed.sum() > 0 and level.failed > 0 else 0
                 if node == 0 or (left > 0 and coins.accept(node, chance / left)):
                     law = owed if node in level.inner and owed.sum() > 0 else target_law.probs(node)

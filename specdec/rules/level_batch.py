@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.rules.draft_law import Siblings
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree, Law
-from specdec_kernels.reference.verify import nobody
+from specdec_kernels.reference.nobody import nobody
 
 BOUNDS = 4  # passes over what those who are tried together may take: k of them are exact for the first k
 

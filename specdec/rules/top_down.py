@@ -12,7 +12,7 @@ from specdec.rules.draft_law import Siblings
 from specdec.rules.rule import Decisions
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree
-from specdec_kernels.reference.verify import nobody
+from specdec_kernels.reference.nobody import nobody
 
 # (siblings, target law [batch, vocab], coins of the siblings [batch, width], rows still on their way [batch] bool)
 # -> (accepted child, 0 where there is none [batch] int64; law owed where there is none [batch, vocab])

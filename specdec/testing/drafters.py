@@ -20,6 +20,8 @@ from specdec.testing.laws import exact_law, target_law
 from specdec.testing.tables import TabularTarget
 from specdec.tree import DraftTree, Law, TreeSpec
 
+_MOST = 4  # tokens
+
 
 def assert_drafter(
     drafter: Drafter,
@@ -32,6 +34,8 @@ def assert_drafter(
     tolerance: float = 1e-12,
 ) -> None:
     """Raise AssertionError unless `drafter` keeps its contract with `target`.
+
+    >>> assert_drafter(MyDrafter(), specdec.testing.TabularTarget(3), [(0, 1, 0), (2, 1)])
 
     The text's law is the target's, every coin followed: laws are recorded truthfully, and growth does not anticipate. Where
     `TreeSpec.by_depth` is promised it is kept. The greedy text is the target's. A row's text does not depend on the other
@@ -48,14 +52,18 @@ def assert_drafter(
     """
     check_kind("drafter", drafter, Drafter)
     horizon, tolerance = as_int("horizon", horizon, 1), as_float("tolerance", tolerance, "[0, 1]")
-    for i, sampling in enumerate(as_tuple("samplings", samplings, "Sampling")):
+    samplings = as_tuple("samplings", samplings, "Sampling")
+    if not samplings:
+        raise ValueError("samplings=(): must be at least one, as laws are compared under each.")
+    for i, sampling in enumerate(samplings):
         check_kind(f"samplings[{i}]", sampling, Sampling)
     prompts = as_tuple("prompts", prompts, "prompts, each a sequence of token ids")
-    if len(prompts) < 2:
-        raise ValueError(
-            f"prompts={list(prompts)}: must be at least two, as rows of a batch are compared with each alone."
-        )
     prompts = [as_ints(f"prompts[{i}]", prompt, 0) for i, prompt in enumerate(prompts)]
+    if len({*map(len, prompts)}) < 2:
+        raise ValueError(
+            f"prompts={prompts}: must be at least two, of different lengths, as rows of a batch are compared."
+        )
+    _check_target(target)
     texts = [torch.tensor(prompt) for prompt in prompts]
     for sampling in samplings:
         options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens}
@@ -66,12 +74,25 @@ def assert_drafter(
         if drafter.spec(sampling).by_depth:
             assert_by_depth(drafter, noting.drafts)
         options = {"sampling": sampling, "max_new_tokens": horizon, "stop_tokens": ()}
-        alone = generate(target, texts[0], drafter, **options).tokens[0]
-        together = generate(target, texts, drafter, **options).tokens[0]
-        assert torch.equal(alone, together), (
-            f"{drafter}: the text of a row depends on the other rows, under {sampling}."
-        )
+        together = generate(target, texts, drafter, **options).tokens
+        for row, text in enumerate(texts):  # in the same place among other neighbours, for coins belong to the place
+            among_its_like = generate(target, [text] * len(texts), drafter, **options).tokens[row]
+            assert torch.equal(among_its_like, together[row]), (
+                f"{drafter}: the text of a row depends on the other rows, under {sampling}."
+            )
     _assert_greedy(drafter, target, texts, horizon)
+
+
+def _check_target(target: PreTrainedModel | TabularTarget) -> None:
+    model = isinstance(target, PreTrainedModel)
+    vocab = target.config.get_text_config().vocab_size if model else target.vocab
+    if vocab > _MOST:
+        raise ValueError(
+            f"target has a vocabulary of {vocab} tokens: every draft is enumerated, of at most {_MOST}; use TabularTarget(3), "
+            "or a small model."
+        )
+    if model and target.dtype != torch.float64:
+        raise ValueError(f"target is a model in {target.dtype}: laws are compared to 1e-12; call model.double().")
 
 
 def assert_by_depth(drafter: Drafter, drafts: list[_Draft]) -> None:

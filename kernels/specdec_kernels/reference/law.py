@@ -6,8 +6,12 @@ p(x) = exp((logit(x) - peak) / temperature) / total where logit(x) >= cut, and 0
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from specdec_kernels.reference.nobody import nobody
 
 
 def probabilities(
@@ -17,20 +21,29 @@ def probabilities(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """The law [row, vocab], at least float32. The filters apply in the order of the arguments; all ties are kept."""
+    """The law [row, vocab], at least float32. The filters apply in the order of the arguments; all ties are kept.
+
+    Filters cut by the logits as they are: the law of two tokens may round to the same where their logits differ.
+    """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1)
-    if temperature != 1:  # from the peak down: what is left of a large logit would be its rounding
-        scores = (scores - scores.amax(-1, keepdim=True)).div_(temperature)
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], -torch.inf)
-    probs = scores.softmax(-1)
+    probs, peak = _softmax(scores, temperature)
     if top_p is not None and top_p < 1:
-        probs = _renormalised(probs, probs.float() >= _nucleus_threshold(probs.float(), top_p))
-    if min_p is not None:
-        probs = _renormalised(probs, probs >= min_p * probs.amax(-1, keepdim=True))
+        probs = _renormalised(probs, _in_nucleus(scores, probs, top_p))
+    if min_p:
+        probs = _renormalised(probs, scores >= peak.double() + temperature * math.log(min_p))
     return probs
+
+
+def _softmax(scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The law [row, vocab], and the largest scores [row, 1]."""
+    peak = scores.amax(-1, keepdim=True)
+    if temperature != 1:  # from the peak down: of a large logit the quotient would lose digits
+        scores = (scores - peak).div_(temperature)
+    return scores.softmax(-1), peak
 
 
 def law(
@@ -65,6 +78,23 @@ def _renormalised(probs: Tensor, kept: Tensor) -> Tensor:
     """`probs`, changed in place."""
     probs *= kept
     return probs.div_(probs.sum(-1, keepdim=True))
+
+
+def _in_nucleus(scores: Tensor, probs: Tensor, top_p: float) -> Tensor:
+    """[row, vocab] bool: the smallest sets of largest `scores` [row, vocab] with a mass of `probs` [row, vocab] >= top_p."""
+    rounded = probs.float()
+    least = _nucleus_threshold(rounded, top_p)
+    kept, last = rounded >= least, rounded == least
+    ranked = scores.masked_fill(~last, -torch.inf)
+    if nobody((last & (scores < ranked.amax(-1, keepdim=True))).any(-1)):
+        return kept
+    # several scores have the least probability that is kept: the smaller ones may have to go
+    ranked, index = ranked.sort(dim=-1, descending=True)
+    above = probs.masked_fill(rounded <= least, 0).sum(-1, keepdim=True, dtype=torch.float64)
+    missing = above + probs.gather(-1, index).cumsum(-1, dtype=torch.float64) < top_p * (1 - 1e-9)
+    count = last.sum(-1, keepdim=True)
+    place = torch.minimum((missing & (ranked > -torch.inf)).sum(-1, keepdim=True), count - 1)
+    return kept & (scores >= ranked.gather(-1, place))
 
 
 def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:

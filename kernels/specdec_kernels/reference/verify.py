@@ -18,8 +18,8 @@ children were drawn by, not normalised, what is owed stays, up to its sum S,
 So siblings are a handful of numbers, all other tokens are one, c, and a pass over the vocabulary is needed only where
 c grows: for S. No sum is a difference of larger ones: a draft that is nearly certain of its children loses no digits. And no
 number is too large: what is left for the last draw may be as little as the least number there is, whose inverse is infinite.
-Off the siblings weights are therefore in units of the last draw's W, as a power of two: no weight there is above that W, and c
-grows by S times the share that it is of a draw's own W, so that c is at most twice the number of draws.
+Where the last draw's W is that little, weights off the siblings are therefore in units of it, as a power of two: no weight
+there is above that W, and c grows by S times the share that it is of a draw's own W.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from torch import Tensor
 
 from specdec_kernels.reference.inverse_cdf import inverse_cdf
 from specdec_kernels.reference.law import probabilities
+from specdec_kernels.reference.nobody import nobody
 
+_LITTLE = 2.0**-64  # of what is left to draw: its inverse is far from infinite
 # of `specdec.Law`
 POINT, IID, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING = range(5)
 
@@ -133,8 +135,8 @@ class _Owed:
         could = own.where(self.first & drawn, 0)  # of those that could have been drawn
         left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(could), could.sum(1, True))
         drawable = weights.sum(1, keepdim=True) + left  # [batch, width]: W
-        unit = _power_of_two(drawable.where(drawn, torch.finfo(drawable.dtype).max).amin(1, keepdim=True))
-        self.weights = weights.div_(unit).to(dtype)
+        unit = _unit(drawable.where(drawn, 1).amin(1, keepdim=True))
+        self.weights = (weights if nobody(unit[:, 0] < 1) else weights.div_(unit)).to(dtype)
         self.units = (unit / drawable).where(drawn, 0).to(dtype)  # [batch, width]: by which c grows, and S
         drawable = drawable.masked_fill(~drawn, torch.inf)
         self.chance = (own / drawable).masked_fill(~drawn, 1).to(dtype)  # [batch, width]: l(x) of each child
@@ -189,16 +191,13 @@ class _Owed:
         return inverse_cdf(self._rest(self.scale).scatter_add(1, self.tokens, self.owed), coin)
 
 
-def _power_of_two(values: Tensor) -> Tensor:
-    """The least powers of two above the values: dividing by them does not round."""
-    return values / values.frexp().mantissa
+def _unit(weight: Tensor) -> Tensor:
+    """What weights are divided by whose last draw's W is `weight`: 1, or if that is little the least power of two above it, by
+    which division does not round.
+    """
+    return torch.where(weight < _LITTLE, weight / weight.frexp().mantissa, 1)
 
 
 def _from_here_on(values: Tensor) -> Tensor:
     """Sums of each of the values [batch, width] and those after it."""
     return values.flip(1).cumsum(1).flip(1)
-
-
-def nobody(rows: Tensor) -> bool:
-    """Whether no row [batch] bool is True, when that can be asked for nothing: on a CPU. Elsewhere, False."""
-    return rows.device.type == "cpu" and not bool(rows.any())
