@@ -39,7 +39,7 @@ gpu-smoke: ## the first of three calls for a GPU: every op launched, checked, ca
 	@$(PYTHON) experiments/gpu.py smoke
 
 gpu: ## the second: the kernels tested and timed beside their rivals
-	@$(PYTHON) experiments/gpu.py kernels
+	@$(PYTHON) experiments/gpu.py gpu
 
 engine: ## the third: whole steps and a large LM head timed, beside transformers
 	@$(PYTHON) experiments/gpu.py engine

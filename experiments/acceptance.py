@@ -19,6 +19,7 @@ from tqdm import tqdm
 import specdec
 from experiments import calls
 from experiments.inputs import begin
+from experiments.report import markdown
 from specdec import Law, rules
 from specdec.drafters import ModelDrafter
 from specdec.trees import TreePolicy, Widths
@@ -47,8 +48,7 @@ def main(config: DictConfig) -> None:
         ]
         found[(*name, type(rule).__name__)] = per_prompt(runs)
     rows = [row(key, lengths, found) for key, lengths in found.items()]
-    lines = [HEADER, ["---"] * len(HEADER), *([*r[:4], interval(r[4]), interval(r[5])] for r in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown([HEADER, *([*r[:4], interval(r[4]), interval(r[5])] for r in rows)])
     print(f"{len(prompts)} prompts x {config.new_tokens} tokens x {config.repeats} seeds\n\n{table}\n")
     names = ("tree", "law", "rule", "lossless", "tokens_per_forward", "over_token_level")
     figures = [dict(zip(names, r, strict=True)) for r in rows]

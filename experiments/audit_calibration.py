@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import specdec
-from experiments.certify import table
 from experiments.mutants import Sequential
+from experiments.report import markdown
 from experiments.results import ROOT, provenance
 from specdec import DraftTree, Sampling
 from specdec.audit import SHAPES, STAKES, Audit, audit, detectable, model_log_probs
@@ -301,7 +301,7 @@ def main() -> None:
     }
     tables = {}
     for name, part in parts.items():
-        tables[name] = table(part())
+        tables[name] = markdown(part())
         print(tables[name], end="\n\n", flush=True)
     text = HEAD.format(
         command=made["command"], commit=made["commit"] + (" with uncommitted changes" if made["dirty"] else ""),

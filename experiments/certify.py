@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
@@ -24,6 +25,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from experiments.cases import ADAPTIVE, ROUNDING, Case, llama
 from experiments.mutants import MUTANTS, STOP
+from experiments.report import markdown
 from experiments.results import ROOT, Json, provenance
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter
@@ -105,8 +107,8 @@ def row(index: int) -> dict[str, Any]:
         return case.row(name)
 
 
-def certify(indices: list[int], jobs: int = 1) -> list[dict[str, Any]]:
-    """The rows of some of `cases()`, in their order."""
+def certify(indices: list[int], jobs: int = 1, row: Callable[[int], dict[str, Any]] = row) -> list[dict[str, Any]]:
+    """The rows of some cases, in their order; `row` is a function of a module, as processes look it up by its name."""
     bar: dict[str, Any] = {"total": len(indices), "desc": "certifying", "leave": False}
     if jobs == 1:
         return list(tqdm(map(row, indices), **bar))
@@ -135,14 +137,14 @@ def matrix(rows: list[dict[str, Any]]) -> str:
         found.append(None if row["refused"] else row["total_variation"])
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     body = [[*draft, *(_cell(found.get(rule, [])) for rule in rules)] for draft, found in cells.items()]
-    return table([["drafter", "tree", "law", *rules], *body])
+    return markdown([["drafter", "tree", "law", *rules], *body])
 
 
 def mutants(rows: list[dict[str, Any]]) -> str:
     """Planted bugs, and how far each moves the law."""
     found = [row for row in rows if row["mutant"] is not None]
     keys = ("mutant", "tree", "law", "sampling", "horizon")
-    return table(
+    return markdown(
         [[*keys, "total variation"], *([*(str(r[k]) for k in keys), _number(r["total_variation"])] for r in found)]
     )
 
@@ -172,12 +174,6 @@ def _number(distance: float) -> str:
     return "0" if distance == 0 else f"{distance:.2g}"
 
 
-def table(rows: list[list[str]]) -> str:
-    """Markdown; the first row is the header."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 HEAD = """# Certificates
 
 `{command}`, commit {commit}; {versions}. {rows} cases, {followed} outcomes followed; {failed} cases
@@ -203,17 +199,27 @@ Each must be found.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """The command line of a certificate."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=ROOT / "experiments" / "results", help="folder")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], made: dict[str, Any], text: str) -> None:
+    """The three files of a certificate: its rows, what produced them, and its document."""
+    lines = ",\n".join(map(json.dumps, rows))  # a row per line, for differences to be read
+    (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", "utf-8")
+    Json(str(folder / f"{name}_provenance.json")).write(made)
+    (folder / f"{name}.md").write_text(text, "utf-8")
+
+
+def main() -> None:
+    options = arguments(__doc__)
     made = provenance("experiments/certify.py", ["--jobs", str(options.jobs)], {}, "cpu")
     rows = certify(list(range(len(cases()))), options.jobs)
-    lines = ",\n".join(map(json.dumps, rows))  # a row per line, for differences to be read
-    (options.output / "certificates.json").write_text(f"[\n{lines}\n]\n", "utf-8")
-    Json(str(options.output / "certificates_provenance.json")).write(made)
-    (options.output / "certificates.md").write_text(document(rows, made), "utf-8")
+    write(options.output, "certificates", rows, made, document(rows, made))
     print(matrix(rows), mutants(rows), sep="\n\n")
     if failed := failures(rows):
         raise SystemExit(f"{len(failed)} cases fail:\n{json.dumps(failed, indent=1)}")

@@ -10,26 +10,22 @@ interpreter, on coins at the places where those decisions change. Writes `certif
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from experiments.cases import law_name, sampling_name
-from experiments.certify import table
-from experiments.hurting import DTYPES, SAMPLINGS, SHAPES, WEIGHTS, nodes
-from experiments.results import ROOT, Json, provenance
+from experiments.certify import arguments, certify, write
+from experiments.hard_laws import AS_DRAWN, DTYPES, SAMPLINGS, SHAPES, WEIGHTS, hard_nodes
+from experiments.report import markdown
+from experiments.results import ROOT, provenance
 from specdec import Law, Sampling
 from specdec.rules import BlockVerification, KSeq, LevelVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.testing import certify_fast_path
@@ -53,7 +49,7 @@ class FastCase:
     width: int
     sampling: Sampling
     dtype: torch.dtype
-    weights: str = "as they are drawn"
+    weights: str = AS_DRAWN
 
     @property
     def due(self) -> bool:
@@ -64,7 +60,7 @@ class FastCase:
 
     def row(self) -> dict[str, Any]:
         """The row of the certificate, with exactly the keys `KEYS`."""
-        hard = nodes(self.vocab, self.law, self.width, self.sampling, self.dtype, self.weights)
+        hard = hard_nodes(self.vocab, self.law, self.width, self.sampling, self.dtype, self.weights)
         named = [type(self.rule).__name__, law_name(frozenset({self.law})), self.width, self.vocab]
         named += [sampling_name(self.sampling), str(self.dtype).removeprefix("torch."), self.weights, self.due]
         try:
@@ -100,15 +96,6 @@ def row(index: int) -> dict[str, Any]:
     return cases()[index].row()
 
 
-def certify(indices: list[int], jobs: int = 1) -> list[dict[str, Any]]:
-    """The rows of some of `cases()`, in their order."""
-    bar: dict[str, Any] = {"total": len(indices), "desc": "certifying", "leave": False}
-    if jobs == 1:
-        return list(tqdm(map(row, indices), **bar))
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        return list(tqdm(pool.map(row, indices, chunksize=4), **bar))
-
-
 def failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that contradict what is claimed: a law too far off, a NaN, a tree that should be accepted and is refused."""
 
@@ -138,7 +125,7 @@ def matrix(rows: list[dict[str, Any]]) -> str:
         found.append(None if row["refused"] else (row["total_variation"], row["bound"]))
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     body = [[*key, *(_cell(found.get(rule, [])) for rule in rules)] for key, found in cells.items()]
-    return table([["law", "children", "logits", *rules], *body])
+    return markdown([["law", "children", "logits", *rules], *body])
 
 
 def _cell(found: list) -> str:
@@ -179,16 +166,10 @@ Nothing here has run on a GPU.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--output", type=Path, default=ROOT / "experiments" / "results", help="folder")
-    options = parser.parse_args()
+    options = arguments(__doc__)
     made = provenance("experiments/certify_fast.py", ["--jobs", str(options.jobs)], {}, "cpu")
-    rows, decided = certify(list(range(len(cases()))), options.jobs), kernel(2000)
-    lines = ",\n".join(map(json.dumps, rows))
-    (options.output / "certificates_fast.json").write_text(f"[\n{lines}\n]\n", "utf-8")
-    Json(str(options.output / "certificates_fast_provenance.json")).write({**made, "kernel": decided})
-    (options.output / "certificates_fast.md").write_text(document(rows, decided, made), "utf-8")
+    rows, decided = certify(list(range(len(cases()))), options.jobs, row), kernel(2000)
+    write(options.output, "certificates_fast", rows, {**made, "kernel": decided}, document(rows, decided, made))
     print(matrix(rows), decided, sep="\n\n")
     if failed := failures(rows):
         raise SystemExit(f"{len(failed)} cases fail:\n{json.dumps(failed, indent=1)}")

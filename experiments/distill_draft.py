@@ -30,6 +30,7 @@ import specdec
 from experiments import calls
 from experiments.acceptance import bootstrap, interval, per_prompt
 from experiments.inputs import Setting, begin
+from experiments.report import markdown
 from experiments.results import leads
 from experiments.training import fit, own_texts, take_up
 from specdec import Sampling
@@ -181,12 +182,11 @@ def summary(row: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: losses, what training cost, tokens per forward before training and what they gain, with 95 % intervals."""
     rows = [["loss", "steps", "TFLOP", "CPU s", *found["before"]["tau"][0]]]
-    rows.append(["---"] * len(rows[0]))
     for name, row in found.items():
         which = "tau" if name == "before" else "gain"
         costs = [str(row["steps"]), f"{row['flops'] / 1e12:.1f}", f"{row['cpu_seconds']:.0f}"]
         rows.append([name, *costs, *(interval(pair[which]) for pair in summary(row, found).values())])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 if __name__ == "__main__":

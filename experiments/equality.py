@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import specdec
+from experiments.report import markdown
 from experiments.results import Json, provenance, whole
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
 from specdec.trees import Widths
@@ -132,12 +133,12 @@ def measure(models: list[str], dtypes: list[str], rows: int, tokens: int) -> lis
 def table(figures: list[dict[str, Any]]) -> str:
     """Markdown: a row for every dtype, batch and drafter; random models together, the demo pair by itself."""
     head = ["dtype", "batch", "drafter", "random models: equal", "largest gap", "demo pair: equal", "largest gap"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for key in dict.fromkeys((row["dtype"], row["batch"], row["drafter"]) for row in figures):
         alike = [row for row in figures if (row["dtype"], row["batch"], row["drafter"]) == key]
         parts = [[r for r in alike if r["model"] != DEMO], [r for r in alike if r["model"] == DEMO]]
         lines.append([*map(str, key), *(cell for part in parts for cell in _cells(part))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def _cells(figures: list[dict[str, Any]]) -> tuple[str, str]:

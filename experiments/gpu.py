@@ -4,8 +4,8 @@
 
 Needs torch >= 2.11 with CUDA, triton >= 3.6, transformers >= 5.17, pytest and this checkout; no network, no git, and nothing
 is installed. A call runs its parts in processes, each with a limit of time, and whatever becomes of them leaves one archive,
-RESULTS/gpu_<call>.tar.gz, written anew after every round: tables, logs, JUnit reports, and parts.json, which says how each part
-ended. Environment:
+RESULTS/<call>_call.tar.gz, written anew after every round: tables, logs, JUnit reports, and parts.json, which says how each
+part ended. Environment:
 
     RESULTS=folder            of the archive; experiments/results by default
     COMMIT=name               what was checked out, where there is no git
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 535  # that a call may take; machines are lent for ten minutes at a time
+SECONDS = 535  # that a call may take
 FINISH = 40  # seconds for what was begun in time
-TAIL = 700  # characters of a log that are printed of a part, more if it failed: a call returns 12,000 in all
+TAIL = 700  # characters of a log that are printed of a part, twice as many if it failed
 DEVICE = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
 
 
@@ -60,7 +61,7 @@ def bench(name: str, limit: float, *options: str) -> list[Part]:
 
 def suite(**parts: int) -> list[Part]:
     """Tests on the device: they mostly wait for the compiler, and most of what it makes belongs to one part of a file."""
-    # what is installed here is not ours to choose, nor are its warnings: no plugins, -W
+    # whatever else is installed there: no plugin of it is loaded, and no warning of it is an error
     shared = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     return [
         Part(
@@ -82,7 +83,7 @@ PLANS: dict[str, Plan] = {  # the last part of each takes the time that the othe
             "bench_engine", SECONDS, "--cases", "8B,1,1024", "Llama-3-8B,1,1024", "--engines", "eager", "graph", "--few"
         ),
     ],
-    "kernels": [
+    "gpu": [
         suite(compact=1, law=1, verify=5, graphs=4, tree_attention=5),
         bench("bench_verify", 120, "--tests", "{out}"),
         bench("bench_tree_attention", SECONDS, "--tests", "{out}"),
@@ -118,19 +119,16 @@ def dry(part: Part) -> Part:
 
 
 def perform(call: str, plan: Plan, results: Path, seconds: float) -> int:
-    """Run the parts within `seconds`, leaving RESULTS/gpu_<call>.tar.gz; 1 if any did not end as it should, else 0."""
-    out, end = results / f"gpu_{call}", time.monotonic() + seconds
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.iterdir():
-        old.unlink()
+    """Run the parts within `seconds`, leaving RESULTS/<call>_call.tar.gz; 1 if any did not end as it should, else 0."""
+    out, end = results / f"{call}_call", time.monotonic() + seconds
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     ends: list[End] = []
     for parts in plan:
         ends += _side_by_side(parts, out, end)
         (out / "parts.json").write_text(json.dumps([part._asdict() for part in ends], indent=1) + "\n", "utf-8")
         _pack(out)
-    for old in out.iterdir():
-        old.unlink()
-    out.rmdir()
+    shutil.rmtree(out)
     bad = [part for part in ends if part.ended != "well"]
     print(f"{call}: {len(ends) - len(bad)} of {len(ends)} parts ended well; {out}.tar.gz has everything")
     for part in bad:

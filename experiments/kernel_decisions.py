@@ -1,4 +1,4 @@
-"""Whether Triton's kernel of sibling rejection decides as torch does, on coins at the steps of torch's decisions.
+"""Whether Triton's kernel of sibling rejection decides as torch does, on coins at the thresholds of torch's decisions.
 
     TRITON_INTERPRET=1 python -m experiments.kernel_decisions 2000
 
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.hurting import nodes
+from experiments.hard_laws import IN_BFLOAT16, UNDERFLOW, hard_nodes
 from specdec import Law, Sampling
 from specdec.coins import Purpose
 from specdec.rules import SiblingRejection
-from specdec.testing.fast_paths import ROUNDINGS, Decide, Nodes, Steps, emitted_laws
+from specdec.testing.fast_paths import ROUNDINGS, FastDecisions, Nodes, Thresholds, emitted_laws
 
 Kernel = Callable[..., Any]
 _ULP = 2.0**-53
@@ -28,53 +28,52 @@ _ULP = 2.0**-53
 
 def shapes() -> Iterator[Nodes]:
     """What is compared: every law, in float32, bfloat16 and float64."""
-    least = "all but the largest the least number there is"
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        yield nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), dtype)
-        yield nodes(5, Law.WITHOUT_REPLACEMENT, 3, Sampling(0.05), dtype)
-        yield nodes(3, Law.IID, 2, Sampling(0.7, top_k=2), dtype)
-        yield nodes(3, Law.POINT, 2, Sampling(1.0), dtype)
-    yield nodes(3, Law.WITHOUT_REPLACEMENT, 2, Sampling(1.0), torch.float32, least)
-    yield nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), torch.float32, "bfloat16, not normalised")
+        yield hard_nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), dtype)
+        yield hard_nodes(5, Law.WITHOUT_REPLACEMENT, 3, Sampling(0.05), dtype)
+        yield hard_nodes(3, Law.IID, 2, Sampling(0.7, top_k=2), dtype)
+        yield hard_nodes(3, Law.POINT, 2, Sampling(1.0), dtype)
+    yield hard_nodes(3, Law.WITHOUT_REPLACEMENT, 2, Sampling(1.0), torch.float32, UNDERFLOW)
+    yield hard_nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), torch.float32, IN_BFLOAT16)
 
 
 def disagreements(kernel: Kernel, sets: int) -> Iterator[tuple[int, int]]:
     """(sets of coins decided, those decided otherwise) for every shape, of `sets` in all.
 
-    The kernel's arithmetic is not torch's, so that its step may lie elsewhere: by no more than the bound on the law, divided
-    by the share of the law that the step decides.
+    The kernel's arithmetic is not torch's, so that its thresholds may lie elsewhere: by no more than the bound on the law,
+    divided by the share of the law that a threshold decides.
     """
     compared = list(shapes())
     for hard in compared:
-        decide = Decide(SiblingRejection(), hard)
-        steps = _some(emitted_laws(decide.rule, hard)[1], sets // len(compared) // 5)
-        room = ROUNDINGS[hard.logits.dtype] * hard.logits.shape[1] / steps.share
+        decisions = FastDecisions(SiblingRejection(), hard)
+        thresholds = _some(emitted_laws(decisions.rule, hard)[1], sets // len(compared) // 5)
+        room = ROUNDINGS[hard.logits.dtype] * hard.logits.shape[1] / thresholds.share
         for by in (0.0, -_ULP, _ULP, -room, room):
-            found = _of_kernel(kernel, decide, steps, by)
-            allowed = [_of_torch(decide, steps, by + shift) for shift in (-room, 0 * room, room)]
+            found = _of_kernel(kernel, decisions, thresholds, by)
+            allowed = [_of_torch(decisions, thresholds, by + shift) for shift in (-room, 0 * room, room)]
             right = torch.stack([(found == each).all(1) for each in allowed]).any(0)
             yield len(right), int((~right).sum())
 
 
-def _some(steps: Steps, count: int) -> Steps:
-    """`count` of the steps, spread over all of them, whose share of the law is above rounding."""
-    kept = (steps.share > 1e-6).nonzero()[:, 0]
+def _some(thresholds: Thresholds, count: int) -> Thresholds:
+    """`count` of the thresholds, spread over all of them, whose share of the law is above rounding."""
+    kept = (thresholds.share > 1e-6).nonzero()[:, 0]
     kept = kept[torch.linspace(0, len(kept) - 1, min(count, len(kept))).long()]
-    return replace(steps, **{name: value[kept] for name, value in vars(steps).items()})
+    return replace(thresholds, **{name: value[kept] for name, value in vars(thresholds).items()})
 
 
-def _of_torch(decide: Decide, steps: Steps, by: float | Tensor) -> Tensor:
-    """[step, 2] int64: accepted node and token."""
-    return torch.stack(decide(steps.draft, *steps.coins(decide.nodes.width, by)), 1)
+def _of_torch(decisions: FastDecisions, thresholds: Thresholds, by: float | Tensor) -> Tensor:
+    """[threshold, 2] int64: accepted node and token."""
+    return torch.stack(decisions(thresholds.draft, *thresholds.coins(decisions.nodes.width, by)), 1)
 
 
-def _of_kernel(kernel: Kernel, decide: Decide, steps: Steps, by: float | Tensor) -> Tensor:
-    accept, emit = steps.coins(decide.nodes.width, by)
-    tree, _, coins = decide.inputs(steps.draft, accept, emit)
-    logits = decide.nodes.logits[decide.owner[steps.draft]][:, None].expand(-1, tree.tokens.shape[1], -1)
+def _of_kernel(kernel: Kernel, decisions: FastDecisions, thresholds: Thresholds, by: float | Tensor) -> Tensor:
+    accept, emit = thresholds.coins(decisions.nodes.width, by)
+    tree, _, coins = decisions.inputs(thresholds.draft, accept, emit)
+    logits = decisions.nodes.logits[decisions.owner[thresholds.draft]][:, None].expand(-1, tree.tokens.shape[1], -1)
     drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs
     flips = coins.uniforms(Purpose.ACCEPT).contiguous(), coins.uniforms(Purpose.EMIT).contiguous()
-    path, accepted, token, _ = kernel(logits, *drafted, *flips, 1, *decide.nodes.sampling.filters, 1.0)
+    path, accepted, token, _ = kernel(logits, *drafted, *flips, 1, *decisions.nodes.sampling.filters, 1.0)
     return torch.stack([torch.where(accepted > 0, path[:, 1], 0), token], 1)
 
 

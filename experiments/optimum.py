@@ -20,6 +20,7 @@ import torch
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
+from experiments.report import markdown
 from experiments.results import ROOT, provenance
 from specdec import DraftTree, Sampling
 from specdec.rules import LevelVerification
@@ -274,17 +275,18 @@ def families_table() -> Iterator[list[str]]:
         yield [*where, str(len(members[0])), f"{known:.5f}", f"{seen:.5f}", f"{known - seen:.1e}"]
 
 
-def markdown(rows: Iterator[list[str]]) -> str:
-    lines = []
+def shown(rows: Iterator[list[str]]) -> list[list[str]]:
+    """All of them, each printed as soon as it is known."""
+    found = []
     for row in rows:
         print(" | ".join(row), flush=True)
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]])
+        found.append(row)
+    return found
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    first, second = markdown(rules_table()), markdown(families_table())
+    first, second = markdown(shown(rules_table())), markdown(shown(families_table()))
     made = provenance("-m experiments.optimum", [], {"pairs": PAIRS}, "cpu")
     versions = ", ".join(f"{name} {v}" for name, v in {**made["versions"], "scipy": version("scipy")}.items())
     head = f"Commit {made['commit']}; {versions}; {made['date'][:10]}."

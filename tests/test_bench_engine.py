@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import sys
 from types import SimpleNamespace
 
-import apart
 import bench_engine
 import bench_head
+import processes
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ def here(monkeypatch):
         case = bench_engine.Case(*(int(x) if x.isdigit() else x for x in options["--cases"].split(",")))
         return [bench_engine.figures(case, options["--method"], "cpu", 10)]
 
-    monkeypatch.setattr(apart, "rows_of", rows_of)
+    monkeypatch.setattr(processes, "rows_of", rows_of)
 
 
 def run(tmp_path, case, engines, few=False):
@@ -55,7 +54,7 @@ def test_speed_is_by_the_clock_of_the_host_without_the_prefill():
 
 
 def test_a_method_without_time_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(apart, "rows_of", lambda command, count, seconds: [])
+    monkeypatch.setattr(processes, "rows_of", lambda command, count, seconds: [])
     rows = run(tmp_path, bench_engine.DRY[0], ["eager"], few=True)
     assert {row["reason"] for row in rows.values()} == {"left out for want of time"}
 
@@ -66,13 +65,10 @@ def test_a_profile_lists_the_kernels_that_take_most():
     assert (top["kernel"], top["us"], second["us"], others["us"]) == ("a", 20, 2, 0)
 
 
-def test_every_part_of_a_large_head_has_its_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench_head.py", "--dry-run", "--results", str(tmp_path)])
-    bench_head.main()
-    (written,) = tmp_path.glob("head_*.json")
-    rows = json.loads(written.read_text("utf-8"))["rows"]
-    assert [row["nodes"] for row in rows] == [1, 16, 64] * 3
-    for row in rows:
+def test_every_part_of_a_large_head_has_its_time():
+    greedy = [shape for shape in bench_head.shapes_of("specdec", dry=True) if shape.sampling == "greedy"]
+    assert [shape.nodes for shape in greedy] == [1, 16, 64]
+    for row in (bench_head.figures(shape, "specdec", "cpu") for shape in greedy):
         assert all(row[f"{part} us"] > 0 for part in ("head", "law", "verify", "together"))
         assert row["together, % of floor"] == pytest.approx(100 * row["weight floor us"] / row["together us"])
 

@@ -7,18 +7,19 @@ import pytest
 import torch
 from random_trees import differing
 
-from experiments.certify_fast import KEYS, RULES, cases, certify, document, failures
-from experiments.hurting import nodes
+from experiments.certify import certify
+from experiments.certify_fast import KEYS, RULES, cases, document, failures, row
+from experiments.hard_laws import hard_nodes
 from experiments.mutants.fast import FAST
 from experiments.results import ROOT, provenance
 from specdec import Coins, Law, Sampling
 from specdec.coins import Purpose
-from specdec.drafters import Context
+from specdec.drafters import Context, TreeDrafter
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import TargetLaw
-from specdec.testing import TabularDrafter, certify_fast_path
+from specdec.testing import certify_fast_path
 from specdec.testing.coins import ExactCoins
-from specdec.testing.fast_paths import Decide, emitted_laws
+from specdec.testing.fast_paths import FastDecisions, emitted_laws
 from specdec.trees import Chain, Widths, draw
 
 RESULTS = ROOT / "experiments" / "results"
@@ -33,7 +34,7 @@ def name_of(value) -> str:
 
 def test_a_sample_of_the_certificates_is_found_again_and_none_fails():
     sample = list(range(0, len(cases()), EVERY))
-    rows = certify(sample)
+    rows = certify(sample, row=row)
     assert failures(rows) == []
     assert [row["refused"] for row in rows] == [ROWS[i]["refused"] for i in sample]
 
@@ -65,7 +66,7 @@ def test_a_row_that_contradicts_the_claim_fails(wrong):
 def test_the_drafts_that_are_certified_are_those_that_trees_draw(law):
     """`draw` followed through every coin gives the drafts and probabilities that the certificate enumerates."""
     sampling, width = Sampling(1.0), 2
-    hard = nodes(3, law, width, sampling, torch.float32)
+    hard = hard_nodes(3, law, width, sampling, torch.float32)
     enumerated = [{} for _ in hard.names]
     for node, chance, tokens in hard.drafts():
         enumerated[node][tokens] = chance
@@ -90,28 +91,29 @@ def _draw(hard, node, coins):
     return draw(logits, hard.width, hard.law, hard.sampling, coins, 1)
 
 
-def test_decisions_at_random_coins_are_those_that_the_steps_say():
-    """Steps are found one coin at a time: with the others at random the same children are accepted."""
-    hard = nodes(5, Law.WITHOUT_REPLACEMENT, 3, Sampling(1.0), torch.float32)
-    decide = Decide(SiblingRejection(), hard)
-    _, steps = emitted_laws(decide.rule, hard)
-    edges = torch.zeros(len(decide.owner), hard.width, dtype=torch.float64)
-    at_children = steps.child < hard.width
-    edges[steps.draft[at_children], steps.child[at_children]] = steps.coin[at_children]
+def test_decisions_at_random_coins_are_those_that_the_thresholds_say():
+    """Thresholds are found one coin at a time: with the others at random the same children are accepted."""
+    hard = hard_nodes(5, Law.WITHOUT_REPLACEMENT, 3, Sampling(1.0), torch.float32)
+    decisions = FastDecisions(SiblingRejection(), hard)
+    _, thresholds = emitted_laws(decisions.rule, hard)
+    edges = torch.zeros(len(decisions.owner), hard.width, dtype=torch.float64)
+    at_children = thresholds.child < hard.width
+    edges[thresholds.draft[at_children], thresholds.child[at_children]] = thresholds.coin[at_children]
     accept = torch.rand(edges.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hit = accept < edges
     due = torch.where(hit.any(1), hit.long().argmax(1) + 1, 0)
-    near = ((accept - edges).abs() < NEAR).any(1) | (edges == 0).any(1)  # a child that is never reached has no step
-    found, _ = decide(torch.arange(len(edges)), accept, accept[:, 0])
+    # a child that is never reached has no threshold
+    near = ((accept - edges).abs() < NEAR).any(1) | (edges == 0).any(1)
+    found, _ = decisions(torch.arange(len(edges)), accept, accept[:, 0])
     assert torch.equal(found[~near], due[~near])
     assert int((~near).sum()) > 200
 
 
-class Hurting(TabularDrafter):
+class HardDrafter(TreeDrafter):
     """Drafts by laws that are hard, another after every token."""
 
     def __init__(self, laws, tree):
-        super().__init__(None, tree)
+        super().__init__(tree)
         self.laws = laws  # [case, vocab] draft logits
 
     def score(self, frontier, context):
@@ -132,7 +134,7 @@ def test_deeper_trees_of_hard_laws_are_decided_as_the_specification_does_in_floa
         rule.check(tree.spec(sampling))
     except ValueError:
         return
-    hard = nodes(vocab, Law.IID, 1, sampling, dtype)
+    hard = hard_nodes(vocab, Law.IID, 1, sampling, dtype)
     drafts = hard.weights.log().to(dtype)
     drafts[:, 0] = drafts[:, 0].clamp(min=-300)  # a law where all is underflow is none
     context = Context.empty(rows, 2, vocab, torch.device("cpu"))
@@ -141,7 +143,7 @@ def test_deeper_trees_of_hard_laws_are_decided_as_the_specification_does_in_floa
     context.sampling, context.max_depth = sampling, tree.spec(sampling).depth
     context.row_depths.fill_(context.max_depth)
     coins = Shifted(5, rows, tree.spec(sampling).nodes)
-    drafted = Hurting(drafts, tree).propose(context, coins)
+    drafted = HardDrafter(drafts, tree).propose(context, coins)
     at = (torch.arange(rows)[:, None] + 3 * drafted.tokens + 5 * drafted.topology.depths) % len(hard.logits)
     logits = hard.logits[at]
     exact = replace(drafted, draft_probs=drafted.draft_probs.double())
@@ -175,6 +177,6 @@ def test_the_document_states_commit_and_what_the_kernel_decided():
 
 
 def test_a_rule_of_ones_own_is_certified_in_one_call():
-    rows = certify_fast_path(SiblingRejection(), nodes(3, Law.IID, 2, Sampling(1.0), torch.float32))
+    rows = certify_fast_path(SiblingRejection(), hard_nodes(3, Law.IID, 2, Sampling(1.0), torch.float32))
     assert {row["case"] for row in rows} >= {"ties everywhere", "draft's gap 95"}
     assert all(row["total_variation"] <= row["bound"] and not row["nan"] for row in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from experiments.certify_fast import FastCase
+from experiments.hard_laws import AS_DRAWN, IN_BFLOAT16, UNDERFLOW
 from experiments.mutants.mutant import Mutant
 from specdec import Law, Sampling, sampling
 from specdec.rules import (
@@ -52,10 +53,9 @@ def stays_owed(reach, p, rest):
 
 
 _IID, _WITHOUT, _TOP = Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP
-_LEAST, _BF16 = "all but the largest the least number there is", "bfloat16, not normalised"
 
 
-def _case(rule, law, width=2, vocab=3, temperature=1.0, dtype=torch.float32, weights="as they are drawn") -> FastCase:
+def _case(rule, law, width=2, vocab=3, temperature=1.0, dtype=torch.float32, weights=AS_DRAWN) -> FastCase:
     return FastCase(rule, vocab, law, width, Sampling(temperature), dtype, weights)
 
 
@@ -66,10 +66,14 @@ _RHO = (kseq, "_rho_batch", lambda p, child, count, width: 0 * count + kseq._GRI
 FAST = [
     Mutant("siblings: weights not in units, the first sampled", _case(SiblingRejection(), _TOP), (_OVERFLOW,)),
     Mutant("siblings: weights not in units, no replacement", _case(SiblingRejection(), _WITHOUT), (_OVERFLOW,)),
-    Mutant("siblings: the same, of least numbers", _case(SiblingRejection(), _TOP, weights=_LEAST), (_OVERFLOW,)),
+    Mutant("siblings: the same, of least numbers", _case(SiblingRejection(), _TOP, weights=UNDERFLOW), (_OVERFLOW,)),
     Mutant("level: pairs in float32", _case(LevelVerification(), _WITHOUT), ((level_batch, "_divide", in_float32),)),
     *(
-        Mutant(f"{name}: weights of 16 bits normalised as they are", _case(rule, _IID, width, weights=_BF16), (_HALF,))
+        Mutant(
+            f"{name}: weights of 16 bits normalised as they are",
+            _case(rule, _IID, width, weights=IN_BFLOAT16),
+            (_HALF,),
+        )
         for name, rule, width in (
             ("block", BlockVerification(), 1),
             ("traversal", TraversalVerification(), 2),

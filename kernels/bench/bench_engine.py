@@ -19,14 +19,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import apart
+import processes
 import report
 import torch
 from llama import FixedTree, llama3
-from load import Load
+from meter import LoadMeter
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -45,6 +44,7 @@ RUNS = 3  # timed, after one that is not
 PROFILED = 4  # steps
 LISTED = 15  # kernels of a profile
 SLOW = ["compile"]
+RANDOM, TINY_RANDOM = "Llama-3-8B", "tiny random"
 
 
 class Case(NamedTuple):
@@ -54,34 +54,32 @@ class Case(NamedTuple):
     batch: int
     context: int
 
+    @property
+    def random(self) -> bool:
+        """Whether the target has random weights, so that nothing that is drafted for it is accepted."""
+        return self.size in (RANDOM, TINY_RANDOM)
 
-RANDOM = "Llama-3-8B"
+
 CASES = [
     Case("8B", 1, 1024), Case(RANDOM, 1, 1024), Case(RANDOM, 1, 8192), Case("8B", 1, 8192), Case("1B", 1, 1024),
     Case("8B", 8, 1024), Case(RANDOM, 8, 1024), Case("8B", 32, 1024), Case("1B", 8, 1024), Case("1B", 32, 1024),
     Case("8B", 8, 8192), Case("1B", 1, 8192),
 ]  # fmt: skip
-DRY = [Case("tiny", 1, 40), Case("tiny random", 1, 40)]
+DRY = [Case("tiny", 1, 40), Case(TINY_RANDOM, 1, 40)]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--seconds", type=float, default=500, help="begin no method after so long")
-    options.add_argument("--dry-run", action="store_true", help="on the CPU, small: no GPU is needed")
+    options = processes.arguments(500)
     options.add_argument("--cases", nargs="*", help="SIZE,BATCH,CONTEXT; by default all of the published table")
     options.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
     options.add_argument("--few", action="store_true", help="the most telling methods alone")
     options.add_argument("--new-tokens", type=int, default=96)
-    options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
-    options.add_argument("--method", help="only this one, of the first case, in this process")
-    options.add_argument("--start", help="0: a process has one method")
-    options.add_argument("--rows", type=Path, help="where --method writes its row")
     chosen = options.parse_args()
     cases = [Case(s, int(b), int(c)) for s, b, c in (case.split(",") for case in chosen.cases or ())] or CASES
     if chosen.method is not None:
-        device = "cpu" if chosen.dry_run else "cuda"
-        work = partial(figures, cases[0], chosen.method, device, chosen.new_tokens)
-        apart.write_row(chosen.rows, device, work, (*cases[0], chosen.method))
+        processes.write_rows(
+            chosen, cases, lambda case, device: figures(case, chosen.method, device, chosen.new_tokens)
+        )
         return
     run_all(DRY if chosen.dry_run else cases, chosen)
 
@@ -97,7 +95,7 @@ def run_all(cases: list[Case], chosen: argparse.Namespace) -> None:
         for method in methods(case, engines, chosen.few):
             text = ",".join(map(str, case))
             command = [__file__, "--method", method, "--cases", text, *shared]
-            found = apart.rows_of(command, 1, until - time.monotonic()) or [{"reason": "left out for want of time"}]
+            found = processes.rows_of(command, 1, until - time.monotonic()) or [{"reason": "left out for want of time"}]
             made: dict[str, Any] = {**case._asdict(), "method": method, **found[0]}
             profiles += [{**case._asdict(), "method": method, **kernel} for kernel in made.pop("kernels", ())]
             if "tokens/s" in made:
@@ -124,7 +122,7 @@ def figures(case: Case, method: str, device: str, new_tokens: int) -> dict[str, 
     """The row of one method of a case."""
     torch.manual_seed(0)
     rate, dtype = report.bandwidth(device), torch.bfloat16 if device == "cuda" else torch.float32
-    if "random" in case.size or case.size == RANDOM:
+    if case.random:
         target = llama3(device, dtype, tiny=case.size != RANDOM)
         prompts = [torch.randint(target.config.vocab_size, (case.context + 1,)) for _ in range(case.batch)]
         run = random_method(method)
@@ -134,9 +132,9 @@ def figures(case: Case, method: str, device: str, new_tokens: int) -> dict[str, 
         run = demo_method(method, pair, target, case, device, dtype)
     weights = sum(p.numel() * p.element_size() for p in target.parameters())
     first = timed(run, target, prompts, new_tokens)  # captures and compiles
-    with Load(device) as load:
+    with LoadMeter(device) as meter:
         runs = [timed(run, target, prompts, new_tokens) for _ in range(RUNS)]
-    found = {**row(first, runs, weights / rate), **load.columns()}
+    found = {**row(first, runs, weights / rate), **meter.columns()}
     engine = getattr(run, "keywords", {}).get("engine")
     found["graphs"] = getattr(engine, "captured", None)
     return found | (profiled(run, target, prompts) if engine is not None else {})
@@ -163,7 +161,7 @@ NODES = (64, 16, 5)  # of trees that random weights verify
 
 def methods(case: Case, engines: list[str], few: bool) -> list[str]:
     """What is compared, each method with an engine of its own."""
-    if "random" in case.size or case.size == RANDOM:
+    if case.random:
         names = ["autoregressive", *(f"tree of {nodes} nodes" for nodes in (NODES[:1] if few else NODES))]
         return [f"{name}, {engine}" for engine in engines for name in names]
     ours = [f"{name}, {engine}" for engine in engines for name in (FEW if few else DRAFTERS)]

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import apart
 import bench_tree_attention as attention
-import report
+import processes
 import torch
 from floors import Shape
 
@@ -43,17 +42,12 @@ def figures(shape: Split, method: str, device: str) -> dict[str, Any]:
 
         return launch(**{"scale": None, "sinks": None, **arguments}, splits=shape.splits)[0]
 
-    turns = attention.buffers(shape, device)
-    found = attention.error(call, turns[0])
-    if not found < attention.TOLERANCE:
-        raise RuntimeError(f"wrong: error {found:.1e}, at most {attention.TOLERANCE:.0e} is rounding")
-    timing = report.measure([lambda b=b: call(b) for b in turns], device)
-    return {"error": found, **report.figures(shape, timing)}
+    return attention.checked_figures(shape, call, attention.buffers(shape, device), device)
 
 
-BENCHMARK = apart.Benchmark(
-    __file__, "kernels_{gpu}_{date}_splits", ("tree_attention",), (apart.OURS,), shapes_of, figures, {}
+BENCHMARK = processes.Benchmark(
+    __file__, "kernels_{gpu}_{date}_splits", ("tree_attention",), (processes.OURS,), shapes_of, figures, {}
 )
 
 if __name__ == "__main__":
-    apart.main(BENCHMARK, 90)
+    processes.main(BENCHMARK, 90)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import apart
+import processes
 import report
 import torch
 from baselines import BASELINES, Call
@@ -41,13 +41,17 @@ def shapes() -> Iterator[Shape]:
 def shapes_of(method: str, dry: bool) -> list[Shape]:
     """The rivals have neither windows nor softcaps."""
     every = DRY if dry else shapes()
-    return [shape for shape in every if method == apart.OURS or (shape.softcap is None and shape.window is None)]
+    return [shape for shape in every if method == processes.OURS or (shape.softcap is None and shape.window is None)]
 
 
 def figures(shape: Shape, method: str, device: str) -> dict[str, Any]:
     """Of calls that go through several caches in turn; raises if a result is wrong or refused."""
     turns = buffers(shape, device)
-    call = candidates()[method](turns[0])
+    return checked_figures(shape, candidates()[method](turns[0]), turns, device)
+
+
+def checked_figures(shape: Shape, call: Call, turns: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """Of calls with each of `turns`; raises if the first result is wrong."""
     found = error(call, turns[0])
     if not found < TOLERANCE:
         raise RuntimeError(f"wrong: error {found:.1e}, at most {TOLERANCE:.0e} is rounding")
@@ -92,7 +96,7 @@ def inputs(shape: Shape, device: str, seed: int) -> dict[str, Any]:
 
 def candidates() -> dict[str, Any]:
     """What can compute tree attention: the op, and rivals."""
-    return {apart.OURS: lambda arguments: lambda a: tree_attention(**a)[0], **BASELINES}
+    return {processes.OURS: lambda arguments: lambda a: tree_attention(**a)[0], **BASELINES}
 
 
 def error(call: Call, arguments: dict[str, Any]) -> float:
@@ -107,15 +111,15 @@ def error(call: Call, arguments: dict[str, Any]) -> float:
     return float((call(arguments)[:1, :, :groups].double() - right).norm() / right.norm())
 
 
-BENCHMARK = apart.Benchmark(
+BENCHMARK = processes.Benchmark(
     __file__,
     "kernels_{gpu}_{date}_tree_attention",
     ("tree_attention",),
-    (apart.OURS, *BASELINES),
+    (processes.OURS, *BASELINES),
     shapes_of,
     figures,
     {},
 )
 
 if __name__ == "__main__":
-    apart.main(BENCHMARK, 300)
+    processes.main(BENCHMARK, 300)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import apart
+import processes
 import report
 import verification
 from floors import Compaction, Laws
@@ -58,10 +58,10 @@ def buffers(shape: Laws | Compaction, device: str) -> list[verification.Argument
     return [draw(shape, device, seed) for seed in range(calls)]
 
 
-BENCHMARK = apart.Benchmark(
+BENCHMARK = processes.Benchmark(
     __file__, "kernels_{gpu}_{date}_verification", ("law", "verify", "compact"),
-    (apart.OURS, "torch", "torch sort", "torch by layer"), shapes_of, figures, {"target": TARGET},
+    (processes.OURS, "torch", "torch sort", "torch by layer"), shapes_of, figures, {"target": TARGET},
 )  # fmt: skip
 
 if __name__ == "__main__":
-    apart.main(BENCHMARK, 90)
+    processes.main(BENCHMARK, 90)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from floors import RATES, Compaction, Laws, Shape, floor
-from load import Load
+from meter import LoadMeter
 
 from specdec.clock import Clock, finish
 
@@ -32,7 +32,7 @@ class Timing(NamedTuple):
 
     seconds: float  # median
     spread: float  # between the first and the last decile, relative to the median
-    load: dict[str, Any] = {}  # noqa: RUF012  clock, power and temperature meanwhile: see `Load.columns`
+    load: dict[str, Any] = {}  # noqa: RUF012  clock, power and temperature meanwhile: see `LoadMeter.columns`
 
 
 def red(tests: Path, *ops: str) -> list[str]:
@@ -73,7 +73,7 @@ def measure(calls: Sequence[Callable[[], object]], device: str = "cuda") -> Timi
     for call in calls[:2]:
         call()
     replay = captured(lambda: [call() for call in calls], device)
-    with Load(device) as load:
+    with LoadMeter(device) as meter:
         began = time.perf_counter()
         while time.perf_counter() - began < WARM:
             replay()
@@ -85,7 +85,7 @@ def measure(calls: Sequence[Callable[[], object]], device: str = "cuda") -> Timi
         clock.mark()
         times.append(clock.seconds()[0] / len(calls))
     median, deciles = statistics.median(times), statistics.quantiles(times, n=10)
-    return Timing(median, (deciles[-1] - deciles[0]) / median, load.columns())
+    return Timing(median, (deciles[-1] - deciles[0]) / median, meter.columns())
 
 
 def bandwidth(device: str) -> float:

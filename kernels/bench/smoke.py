@@ -2,7 +2,7 @@
 
 python kernels/bench/smoke.py --seconds 120
 
-Every op has a process of its own (see `apart`), so that the first failure is not the last result.
+Every op has a process of its own (see `processes`), so that the first failure is not the last result.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import apart
 import bench_tree_attention as attention
 import bench_verify
+import processes
 import report
 import torch
 import verification
@@ -76,7 +76,7 @@ def prepared(
         else:
             draw = verification.law_inputs if shape.op == "law" else verification.verify_inputs
             turns = [draw(shape, device, seed) for seed in range(2)]
-        return verification.candidates(shape)[apart.OURS], check, turns
+        return verification.candidates(shape)[processes.OURS], check, turns
     made = [attention.inputs(shape, device, seed) for seed in range(2)]
     names = [*made[0]]
 
@@ -107,7 +107,7 @@ def _write(to: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
             goal.copy_(source)
 
 
-BENCHMARK = apart.Benchmark(__file__, "smoke_{gpu}_{date}", tuple(OPS), tuple(OPS), shapes_of, figures, {})
+BENCHMARK = processes.Benchmark(__file__, "smoke_{gpu}_{date}", tuple(OPS), tuple(OPS), shapes_of, figures, {})
 
 if __name__ == "__main__":
-    apart.main(BENCHMARK, 120)
+    processes.main(BENCHMARK, 120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -44,16 +45,18 @@ class Compiled(NamedTuple):
 class _Absent(DriverBase):
     """Stands for the driver of a GPU that is not there: launchers run as they are, on CPU tensors, and only compile."""
 
-    _ids: dict[str, int] = {}  # noqa: RUF012  compiled kernels are cached by device number: one for each target
+    _numbers = itertools.count()
 
     def __init__(self, target: GPUTarget):
-        self.target = target
+        # Triton keeps compiled kernels in memory by device number: under a new one it begins with none, asks the cache
+        # folder, and writes there what it compiles
+        self.target, self.number = target, next(self._numbers)
 
     def get_current_target(self):
         return self.target
 
     def get_current_device(self):
-        return self._ids.setdefault(str(self.target), len(self._ids))
+        return self.number
 
     def set_current_device(self, device): ...
 
@@ -82,7 +85,7 @@ class _Absent(DriverBase):
 
 @contextlib.contextmanager
 def compiling(arch: str) -> Iterator[list[Compiled]]:
-    """Launches inside compile for `arch` and do not run; collects the kernels."""
+    """Launches inside compile for `arch` and do not run; collects the kernels. None is taken over from another such block."""
     compiled, launch = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):

@@ -1,4 +1,4 @@
-"""Compiles the kernels of the calls for a GPU beforehand, where there is none: minutes that the lent machine does not spend.
+"""Compiles kernels for a GPU beforehand, where there is none: minutes that the machine with the GPU does not spend.
 
     python kernels/tools/precompile.py kernels_sm_90.tar.gz          then there: KERNELS=kernels_sm_90.tar.gz make gpu-smoke
 
@@ -21,6 +21,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "kernels" / folder) for folder in ("", "bench", "tools"))]
 
+import ahead_of_time  # noqa: E402
+import bench_splits  # noqa: E402
+import bench_tree_attention  # noqa: E402
+import bench_verify  # noqa: E402
+import smoke  # noqa: E402
+import torch  # noqa: E402
+import verification  # noqa: E402
+from floors import Compaction, Laws, Shape  # noqa: E402
+
+from specdec_kernels.triton.compact import compact  # noqa: E402
+from specdec_kernels.triton.law import law  # noqa: E402
+from specdec_kernels.triton.tree_attention import tree_attention  # noqa: E402
+from specdec_kernels.triton.verify import verify  # noqa: E402
+
 
 def main() -> None:
     options = argparse.ArgumentParser()
@@ -29,8 +43,6 @@ def main() -> None:
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        import ahead_of_time
-
         with ahead_of_time.compiling(chosen.arch) as kernels:
             for launch in launches():
                 launch()
@@ -42,12 +54,6 @@ def main() -> None:
 
 def launches() -> Iterator[partial]:
     """Those of the smoke call, of the sweep of splits and of the kernels' benchmarks; each once."""
-    import bench_splits
-    import bench_tree_attention
-    import bench_verify
-    import smoke
-    from floors import Compaction, Laws, Shape
-
     shapes = [*(s for some in smoke.OPS.values() for s in some), *bench_splits.shapes_of("", False)]
     shapes += [*bench_tree_attention.shapes(), *bench_verify.shapes()]
     for shape in dict.fromkeys(shapes):
@@ -60,10 +66,6 @@ def launches() -> Iterator[partial]:
 
 
 def _attention(shape, splits) -> None:
-    import torch
-
-    from specdec_kernels.triton.tree_attention import tree_attention
-
     batch, nodes, dim, slots = shape.batch, shape.nodes, shape.head_dim, shape.length + shape.nodes
     query, key, value = (
         _empty(batch, count, heads, dim, torch.bfloat16).transpose(1, 2)
@@ -75,20 +77,10 @@ def _attention(shape, splits) -> None:
 
 
 def _law(shape) -> None:
-    import torch
-    import verification
-
-    from specdec_kernels.triton.law import law
-
     law(_empty(shape.batch * shape.nodes, shape.vocab, torch.bfloat16), *verification.SAMPLINGS[shape.sampling])
 
 
 def _verify(shape) -> None:
-    import torch
-    import verification
-
-    from specdec_kernels.triton.verify import verify
-
     batch, nodes, width = shape.batch, shape.nodes, shape.width
     integers, coins = _empty(batch, nodes, torch.int64), _empty(batch, nodes, torch.float64)
     children, laws = _empty(batch, nodes, width, torch.int64), _empty(batch, nodes, torch.uint8)
@@ -99,18 +91,12 @@ def _verify(shape) -> None:
 
 
 def _compact(shape) -> None:
-    import torch
-
-    from specdec_kernels.triton.compact import compact
-
     stack = _empty(2 * shape.layers, shape.batch, 64, shape.kv_heads, shape.head_dim, torch.bfloat16)
     counts = _empty(shape.batch, torch.int64)
     compact(stack, _empty(shape.batch, shape.kept, torch.int64), counts, counts)
 
 
 def _empty(*what):
-    import torch
-
     *sizes, dtype = what
     return torch.empty(sizes, dtype=dtype, device="meta")
 

@@ -1,8 +1,8 @@
 """The certificate of batched code: the law that `Rule.decide_batch` emits at a node, found from its decisions alone.
 
-A decision is a step function of every coin. So the law that a rule emits after a root with drawn children is known once its
-steps are: for every draft that can be drawn, the coin at which each child stops being accepted and, once all are rejected,
-the coins at which the emitted token changes. They are found by bisection of the code that users run, in its own
+A decision changes with a coin only at thresholds. So the law that a rule emits after a root with drawn children is known once
+its thresholds are: for every draft that can be drawn, the coin at which each child stops being accepted and, once all are
+rejected, the coins at which the emitted token changes. They are found by bisection of the code that users run, in its own
 arithmetic, and the law is compared with the exact one of the logits as they are given in their dtype.
 
 >>> rows = certify_fast_path(MyRule(), nodes)  # nodes: laws that are hard for floating point, see `Nodes`
@@ -34,7 +34,7 @@ ROUNDINGS = {torch.float64: 4 * 2.0**-53, torch.float32: 4 * 2.0**-24, torch.bfl
 RESOLUTION = 1e-8  # total variation that bisection leaves unknown at each child, and at the emission
 NEVER = 1e-13  # drafts and turns less likely than this are left out
 SURE = 1 - 2.0**-53  # the largest coin there is: a child that it does not reject is always accepted
-LEAST = 2.0**-53  # the least above 0, which accepts at any chance that has not underflowed
+LEAST_COIN = 2.0**-53  # the least above 0, which accepts at any chance that has not underflowed
 _ROWS = 2**13  # decided at once
 
 
@@ -111,8 +111,8 @@ def _chances(weights: np.ndarray, without: tuple[int, ...]) -> dict[int, float]:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Coins at which decisions change, all [step]: those of a child when all before it are rejected, or of the emission."""
+class Thresholds:
+    """Coins at which decisions change, all [threshold]: of a child when all before it are rejected, or of the emission."""
 
     draft: Tensor  # int64
     child: Tensor  # int64; the width stands for the emission
@@ -120,31 +120,33 @@ class Steps:
     share: Tensor  # float64: how much of a node's law the coin decides
 
     def coins(self, width: int, by: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-        """Coins [step, width] of the children and [step] of the emission that lie there, or `by` so much above."""
-        coin = (self.coin + by).clamp(LEAST, SURE)
+        """Coins [threshold, width] of the children and [threshold] of the emission that lie there, or `by` so much above."""
+        coin = (self.coin + by).clamp(LEAST_COIN, SURE)
         accept = torch.full((len(coin), width + 1), SURE, dtype=torch.float64)
         accept.scatter_(1, self.child[:, None], coin[:, None])
         return accept[:, :width], coin.where(self.child == width, 0)
 
 
-def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Steps]:
+def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Thresholds]:
     """The laws [node, vocab] float64 that `rule.decide_batch` emits, by bisection of its decisions, and where those change."""
-    decide, laws = Decide(rule, nodes), torch.zeros(nodes.logits.shape, dtype=torch.float64)
-    owner, share, tokens, found = decide.owner, decide.chances.clone(), decide.tokens, []
+    decisions, laws = FastDecisions(rule, nodes), torch.zeros(nodes.logits.shape, dtype=torch.float64)
+    owner, share, tokens, found = decisions.owner, decisions.chances.clone(), decisions.tokens, []
     index, vocab = torch.arange(len(owner)), nodes.logits.shape[1]
     for child in range(nodes.width):  # `share` [draft]: that it is drawn, and all children before this one are rejected
         live = index[(tokens[:, child] >= 0) & (share > NEVER)]
-        coin = bisect(lambda rows, coin, live=live, child=child: decide.accepts(live[rows], child, coin), share[live])
+        coin = bisect(
+            lambda rows, coin, live=live, child=child: decisions.accepts(live[rows], child, coin), share[live]
+        )
         found.append((live, torch.full_like(live, child), coin, share[live]))
         laws.index_put_((owner[live], tokens[live, child]), share[live] * coin, accumulate=True)
         share[live] *= 1 - coin
     last = index[share > NEVER]
     rows, most = (part.flatten() for part in torch.meshgrid(last, torch.arange(vocab - 1), indexing="ij"))
-    coin = bisect(lambda at, coin: decide.emits(rows[at], coin) <= most[at], share[rows])
+    coin = bisect(lambda at, coin: decisions.emits(rows[at], coin) <= most[at], share[rows])
     found.append((rows, torch.full_like(rows, nodes.width), coin, share[rows]))
     edges = pad(pad(coin.view(len(last), -1), (1, 0)), (0, 1), value=1.0)
     laws.index_add_(0, owner[last], share[last, None] * edges.diff())
-    return laws, Steps(*(torch.cat(part) for part in zip(*found, strict=True)))
+    return laws, Thresholds(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
 def bisect(holds: Callable[[Tensor, Tensor], Tensor], share: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ def bisect(holds: Callable[[Tensor, Tensor], Tensor], share: Tensor) -> Tensor:
     return (low + high) / 2
 
 
-class Decide:
+class FastDecisions:
     """The batched code on every draft, with coins of our choice."""
 
     def __init__(self, rule: Rule, nodes: Nodes):
@@ -225,16 +227,16 @@ class GivenCoins(Coins):
         return self._given[purpose]
 
 
-class NoNaN(TorchDispatchMode):
-    """Notes in `any` whether an operation gave NaN: none may decide anything, so none may come up."""
+class NaNWatch(TorchDispatchMode):
+    """Notes in `found` whether an operation gave NaN: none may decide anything, so none may come up."""
 
-    any = False
+    found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if "empty" not in func.overloadpacket.__name__:  # memory that has not been written to may hold anything
             made = (t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
-            self.any = self.any or any(bool(t.isnan().any()) for t in made)
+            self.found = self.found or any(bool(t.isnan().any()) for t in made)
         return out
 
 
@@ -242,11 +244,11 @@ def certify_fast_path(rule: Rule, nodes: Nodes) -> list[dict[str, Any]]:
     """One row for each of the nodes: how far the law that is emitted is from the exact one, how far it may be, and whether
     any operation of the batched code gives NaN where its decisions change.
     """
-    laws, steps = emitted_laws(rule, nodes)
+    laws, thresholds = emitted_laws(rule, nodes)
     distances = np.abs(laws.numpy() - nodes.exact()).sum(1) / 2
-    with NoNaN() as watch:
-        Decide(rule, nodes)(steps.draft, *steps.coins(nodes.width))
+    with NaNWatch() as watch:
+        FastDecisions(rule, nodes)(thresholds.draft, *thresholds.coins(nodes.width))
     return [
-        {"case": name, "total_variation": float(distance), "bound": nodes.bound, "nan": watch.any}
+        {"case": name, "total_variation": float(distance), "bound": nodes.bound, "nan": watch.found}
         for name, distance in zip(nodes.names, distances, strict=True)
     ]

@@ -5,12 +5,12 @@ import re
 import time
 from importlib.metadata import version
 
-import apart
 import baselines
 import bench_tree_attention as bench
 import bench_verify
 import floors
-import load
+import meter
+import processes
 import pytest
 import report
 import smoke
@@ -146,24 +146,24 @@ for i in range(int(chosen.start), 4):
 
 def test_a_process_that_dies_costs_one_shape(tmp_path):
     (tmp_path / "dying.py").write_text(DYING)
-    rows = apart.rows_of([str(tmp_path / "dying.py")], 4, 60)
+    rows = processes.rows_of([str(tmp_path / "dying.py")], 4, 60)
     assert [row.get("us") for row in rows] == [0, None, 2, 3]
     assert rows[1]["reason"] == "the process died: exit status -6"
 
 
 def test_what_time_does_not_suffice_for_has_no_row():
-    assert apart.rows_of(["never started"], 4, 0) == []
+    assert processes.rows_of(["never started"], 4, 0) == []
 
 
 def test_the_load_is_read_while_the_work_is_done(monkeypatch):
-    monkeypatch.setattr(load, "read", lambda: (1980, 700.0, 60))
-    with load.Load("cuda") as meter:
-        time.sleep(10 * load.EVERY)
-    assert meter.columns() == {"SM MHz": 1980, "W": 700.0, "deg C": 60}
-    monkeypatch.setattr(load, "read", lambda: 1 / 0)
-    with load.Load("cuda") as meter:
-        time.sleep(10 * load.EVERY)
-    assert meter.columns() == {"load": "ZeroDivisionError: division by zero"}
+    monkeypatch.setattr(meter, "read", lambda: (1980, 700.0, 60))
+    with meter.LoadMeter("cuda") as entered:
+        time.sleep(10 * meter.EVERY)
+    assert entered.columns() == {"SM MHz": 1980, "W": 700.0, "deg C": 60}
+    monkeypatch.setattr(meter, "read", lambda: 1 / 0)
+    with meter.LoadMeter("cuda") as entered:
+        time.sleep(10 * meter.EVERY)
+    assert entered.columns() == {"load": "ZeroDivisionError: division by zero"}
 
 
 @pytest.mark.parametrize("method", smoke.OPS)

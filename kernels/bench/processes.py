@@ -33,27 +33,35 @@ class Benchmark:
     name: str  # of its results, with {gpu} and {date}
     ops: tuple[str, ...]  # whose tests are listed beside the table
     methods: tuple[str, ...]  # the most telling first
-    shapes: Callable[
-        [str, bool], Sequence[Any]
-    ]  # method, whether this is a dry run -> dataclasses, the most telling first
-    figures: Callable[[Any, str, str], dict[str, Any]]  # shape, method, device -> columns; raises if there are none
+    # (method, whether this is a dry run) -> dataclasses, the most telling first
+    shapes: Callable[[str, bool], Sequence[Any]]
+    # (shape, method, device) -> columns; raises if there are none
+    figures: Callable[[Any, str, str], dict[str, Any]]
     notes: dict[str, Any]
 
 
 def main(benchmark: Benchmark, seconds: float) -> None:
     """The command line of a benchmark. Exits with 1 if shapes have no figures of ours."""
-    options = argparse.ArgumentParser()
+    options = arguments(seconds, benchmark.methods)
     options.add_argument("--tests", type=Path, help="folder of JUnit XML of kernels/tests/gpu")
-    options.add_argument("--seconds", type=float, default=seconds, help="begin no shape after so long")
+    chosen = options.parse_args()
+    if chosen.method is None:
+        _all(benchmark, chosen)
+    else:
+        shapes = benchmark.shapes(chosen.method, chosen.dry_run)
+        write_rows(chosen, shapes, lambda shape, device: benchmark.figures(shape, chosen.method, device))
+
+
+def arguments(seconds: float, methods: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """What every benchmark is told, by whoever runs it and by itself when it starts the process of a method."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--seconds", type=float, default=seconds, help="begin nothing after so long")
     options.add_argument("--results", type=Path, default=report.ROOT / "experiments/results")
-    options.add_argument(
-        "--dry-run", action="store_true", help="on the CPU, small, by the references: no GPU is needed"
-    )
-    options.add_argument("--method", choices=benchmark.methods, help="only this one, in this process")
+    options.add_argument("--dry-run", action="store_true", help="on the CPU, small: no GPU is needed")
+    options.add_argument("--method", choices=methods, help="only this one, in this process")
     options.add_argument("--start", type=int, default=0, help="of the shapes of --method, the first to be timed")
     options.add_argument("--rows", type=Path, help="where --method writes its rows")
-    chosen = options.parse_args()
-    (_all if chosen.method is None else _one)(benchmark, chosen)
+    return options
 
 
 def _all(benchmark: Benchmark, chosen: argparse.Namespace) -> None:
@@ -65,12 +73,9 @@ def _all(benchmark: Benchmark, chosen: argparse.Namespace) -> None:
     end, count = time.monotonic() + chosen.seconds, len(benchmark.methods)
     for i, method in enumerate(benchmark.methods):
         shapes = benchmark.shapes(method, chosen.dry_run)
-        share = (end - time.monotonic()) / (
-            1 if i == count - 1 else 2 if i == 0 else count - i
-        )  # half is for the first
-        found = rows_of(
-            [benchmark.script, "--method", method, *(["--dry-run"] if chosen.dry_run else [])], len(shapes), share
-        )
+        parts = min(count, 2) if i == 0 else count - i  # half of the time is for the first method
+        command = [benchmark.script, "--method", method, *(["--dry-run"] if chosen.dry_run else [])]
+        found = rows_of(command, len(shapes), (end - time.monotonic()) / parts)
         rows += [{**asdict(shape), "method": method, **row} for shape, row in zip(shapes, found, strict=False)]
         left_out += [f"{method}, {asdict(shape)}" for shape in shapes[len(found) :]]
         path = report.write(rows, {**notes, "left out for want of time": left_out}, chosen.results, benchmark.name)
@@ -108,22 +113,30 @@ def _died(command: list[str], seconds: float) -> str | None:
     return f"the process died: exit status {status}" if status else None
 
 
-def _one(benchmark: Benchmark, chosen: argparse.Namespace) -> None:
+def write_rows(
+    chosen: argparse.Namespace, shapes: Sequence[Any], figures: Callable[[Any, str], dict[str, Any]]
+) -> None:
+    """The part of the process of one method: a row for each shape from `--start` on, as far as time goes.
+
+    Args:
+        figures: (shape, device) -> columns; raises if there are none.
+    """
     end, device = time.monotonic() + chosen.seconds, "cpu" if chosen.dry_run else "cuda"
-    for shape in benchmark.shapes(chosen.method, chosen.dry_run)[chosen.start :]:
+    for shape in shapes[chosen.start :]:
         if time.monotonic() > end:
             return
-        write_row(chosen.rows, device, lambda shape=shape: benchmark.figures(shape, chosen.method, device), shape)
+        print(chosen.method, shape, flush=True)
+        _write_row(chosen.rows, device, lambda shape=shape: figures(shape, device))
 
 
-def write_row(path: Path, device: str, figures: Callable[[], dict[str, Any]], what: Any) -> None:
+def _write_row(path: Path, device: str, figures: Callable[[], dict[str, Any]]) -> None:
     """Append a row of figures, or of the reason why there are none; SystemExit if the device is broken for good."""
     try:
         row = figures()
     except Exception as error:
         traceback.print_exc()
         row = {"reason": report.reason(error)}
-    print(what, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     if device == "cuda":

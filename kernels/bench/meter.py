@@ -17,7 +17,7 @@ def read() -> tuple[float, float, float]:
     return torch.cuda.clock_rate(), torch.cuda.power_draw() / 1e3, torch.cuda.temperature()
 
 
-class Load:
+class LoadMeter:
     """Entered around the work; `columns` afterwards."""
 
     def __init__(self, device: str):
@@ -25,7 +25,7 @@ class Load:
         self._why_not, self._over = None if device == "cuda" else "no GPU", threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> LoadMeter:
         self._thread.start()
         return self
 

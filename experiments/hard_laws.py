@@ -55,19 +55,19 @@ def _cases(vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "logits around 1000", 1000 + one, 1000 + other
 
 
+AS_DRAWN, IN_BFLOAT16 = "as they are drawn", "bfloat16, not normalised"
+UNDERFLOW = "all but the largest the least number there is"
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as they are drawn": lambda probs: probs,
-    "bfloat16, not normalised": lambda probs: (129 * probs).bfloat16(),
+    AS_DRAWN: lambda probs: probs,
+    IN_BFLOAT16: lambda probs: (129 * probs).bfloat16(),
     "float16, not normalised": lambda probs: (129 * probs).half(),
     "float64, cubed": lambda probs: probs.double() ** 3,
-    "all but the largest the least number there is": lambda probs: torch.where(
-        probs == probs.amax(-1, keepdim=True), probs, LEAST * (probs > 0)
-    ),
+    UNDERFLOW: lambda probs: torch.where(probs == probs.amax(-1, keepdim=True), probs, LEAST * (probs > 0)),
 }
 
 
-def nodes(
-    vocab: int, law: Law, width: int, sampling: Sampling, dtype: torch.dtype, weights: str = "as they are drawn"
+def hard_nodes(
+    vocab: int, law: Law, width: int, sampling: Sampling, dtype: torch.dtype, weights: str = AS_DRAWN
 ) -> Nodes:
     """All cases of a shape, decided together."""
     names, target, draft = zip(*_cases(vocab), strict=True)
