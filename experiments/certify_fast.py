@@ -3,7 +3,7 @@
     python experiments/certify_fast.py --jobs 2
 
 Every rule, law, dtype and kind of draft weights: the law that `decide_batch` emits at a node, found by bisection of its
-decisions (`specdec.testing.certify_fast_path`), against the exact law of the logits. Then Triton's kernel, in its
+decisions (`specdec.testing.fast_paths`), against the exact law of the logits. Then Triton's kernel, in its
 interpreter, on coins at the places where those decisions change. Writes `certificates_fast.json` (a row per case),
 `certificates_fast_provenance.json` and `certificates_fast.md` to `experiments/results/`.
 """
@@ -23,12 +23,12 @@ import torch
 
 from experiments.cases import law_name, sampling_name
 from experiments.certify import arguments, certify, write
-from experiments.hard_laws import AS_DRAWN, DTYPES, SAMPLINGS, SHAPES, WEIGHTS, hard_nodes
 from experiments.report import markdown
 from experiments.results import ROOT, provenance
 from specdec import Law, Sampling
 from specdec.rules import BlockVerification, KSeq, LevelVerification, Rule, SiblingRejection, TraversalVerification
-from specdec.testing import certify_fast_path
+from specdec.testing.fast_paths import measured
+from specdec.testing.hard_laws import AS_DRAWN, DTYPES, SAMPLINGS, SHAPES, WEIGHTS, hard_nodes
 
 RULES: list[Rule] = [
     SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(), KSeq()
@@ -67,7 +67,7 @@ class FastCase:
             self.rule.check(hard.spec)
         except ValueError as error:
             return dict(zip(KEYS, [*named, str(error), None, None, None, None], strict=True))
-        found = certify_fast_path(self.rule, hard)
+        found = measured(self.rule, hard)
         worst = max(found, key=lambda row: row["total_variation"])
         figures = [worst["total_variation"], worst["bound"], worst["case"], worst["nan"]]
         return dict(zip(KEYS, [*named, None, *figures], strict=True))

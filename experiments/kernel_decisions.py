@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.hard_laws import IN_BFLOAT16, UNDERFLOW, hard_nodes
 from specdec import Law, Sampling
 from specdec.coins import Purpose
 from specdec.rules import SiblingRejection
 from specdec.testing.fast_paths import ROUNDINGS, FastDecisions, Nodes, Thresholds, emitted_laws
+from specdec.testing.hard_laws import IN_BFLOAT16, UNDERFLOW, hard_nodes
 
 Kernel = Callable[..., Any]
 _ULP = 2.0**-53
@@ -33,6 +33,8 @@ def shapes() -> Iterator[Nodes]:
         yield hard_nodes(5, Law.WITHOUT_REPLACEMENT, 3, Sampling(0.05), dtype)
         yield hard_nodes(3, Law.IID, 2, Sampling(0.7, top_k=2), dtype)
         yield hard_nodes(3, Law.POINT, 2, Sampling(1.0), dtype)
+    yield hard_nodes(3, Law.IID, 5, Sampling(1.0), torch.float32)
+    yield hard_nodes(5, Law.WITHOUT_REPLACEMENT, 5, Sampling(1.0), torch.float32)
     yield hard_nodes(3, Law.WITHOUT_REPLACEMENT, 2, Sampling(1.0), torch.float32, UNDERFLOW)
     yield hard_nodes(3, Law.SAMPLED_THEN_TOP, 2, Sampling(1.0), torch.float32, IN_BFLOAT16)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from experiments.certify_fast import FastCase
-from experiments.hard_laws import AS_DRAWN, IN_BFLOAT16, UNDERFLOW
 from experiments.mutants.mutant import Mutant
 from specdec import Law, Sampling, sampling
 from specdec.rules import (
@@ -20,7 +19,8 @@ from specdec.rules import (
     level_batch,
     traversal,
 )
-from specdec_kernels.reference import verify
+from specdec.testing.hard_laws import AS_DRAWN, IN_BFLOAT16, UNDERFLOW
+from specdec_kernels.reference import law, verify
 
 _divide, _probabilities = level_batch._divide, sampling.probabilities
 
@@ -52,18 +52,38 @@ def stays_owed(reach, p, rest):
     return reach, p
 
 
+_reject = verify._Owed._reject
+
+
+def first_three(owed, j, where, total):
+    """From the fourth draw on its law is not taken off when it is rejected."""
+    if j < 3:
+        _reject(owed, j, where, total)
+
+
 _IID, _WITHOUT, _TOP = Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP
 
 
-def _case(rule, law, width=2, vocab=3, temperature=1.0, dtype=torch.float32, weights=AS_DRAWN) -> FastCase:
-    return FastCase(rule, vocab, law, width, Sampling(temperature), dtype, weights)
+def _case(rule, kind, width=2, vocab=3, temperature=1.0, dtype=torch.float32, weights=AS_DRAWN) -> FastCase:
+    return FastCase(rule, vocab, kind, width, Sampling(temperature), dtype, weights)
 
 
 _OVERFLOW = (verify, "_unit", torch.ones_like)
 _HALF = (draft_law.Siblings, "weights", property(in_their_own_dtype))
 _AS_REACHED = (traversal, "residual_batch", without_reach)
 _RHO = (kseq, "_rho_batch", lambda p, child, count, width: 0 * count + kseq._GRID)
+_TIES = (law, "_in_nucleus", lambda scores, probs, top_p: probs >= law._nucleus_threshold(probs.float(), top_p))
 FAST = [
+    Mutant(
+        "siblings: the fourth draw stays owed",
+        _case(SiblingRejection(), _IID, 5),
+        ((verify._Owed, "_reject", first_three),),
+    ),
+    Mutant(
+        "near ties are ties to a filter",
+        FastCase(SiblingRejection(), 3, _IID, 2, Sampling(0.7, top_p=0.6), torch.float32),
+        (_TIES,),
+    ),
     Mutant("siblings: weights not in units, the first sampled", _case(SiblingRejection(), _TOP), (_OVERFLOW,)),
     Mutant("siblings: weights not in units, no replacement", _case(SiblingRejection(), _WITHOUT), (_OVERFLOW,)),
     Mutant("siblings: the same, of least numbers", _case(SiblingRejection(), _TOP, weights=UNDERFLOW), (_OVERFLOW,)),

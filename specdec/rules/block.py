@@ -61,7 +61,7 @@ class BlockVerification(Rule):
         p = owed = target_law.at(node[:, 0])  # [batch, vocab]; owed: what the deepest node accepted so far emits
         reach = p.new_ones(len(p), 1)
         for depth in range(tree.topology.depth):
-            siblings = Siblings(tree, node[:, 0])
+            siblings = Siblings(tree, node[:, 0], p.dtype)
             more = siblings.exists[:, :1] & (reach > 0)
             if depth > 0:
                 p = _law_where(target_law, more, node)

@@ -17,25 +17,26 @@ class Siblings:
     Args:
         tree: the trees.
         node: [batch] int64, or any list of nodes.
+        dtype: of the target's laws, in which theirs are given.
         rows: [len(node)] int64, the rows they belong to; each row's one by default.
     """
 
-    def __init__(self, tree: DraftTree, node: Tensor, rows: Tensor | None = None):
+    def __init__(self, tree: DraftTree, node: Tensor, dtype: torch.dtype, rows: Tensor | None = None):
         self._rows = rows = torch.arange(len(node), device=node.device) if rows is None else rows
         index = tree.topology.children[rows, node]
         self.index = index.clamp(min=0)  # [batch, width] int64: 0 where there is no child
         self.exists = (index > 0) & (tree.laws[rows[:, None], self.index] != Law.PADDING)  # [batch, width] bool
         self.tokens = tree.tokens[rows[:, None], self.index]  # [batch, width] int64
-        self._tree, self._node, self._law = tree, node, tree.laws[rows, node][:, None]
+        self._tree, self._node, self._law, self._dtype = tree, node, tree.laws[rows, node][:, None], dtype
 
     @cached_property
     def weights(self) -> Tensor | None:
-        """[batch, vocab], at least float32: the node's draft law, not normalised; None where all children are POINT."""
+        """[batch, vocab], at least in `dtype`: the node's draft law, not normalised; None where all children are POINT."""
         if self._tree.draft_probs is None:
             return None
         internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)  # the nodes beyond are leaves
         weights = self._tree.draft_probs[self._rows, internal]
-        return weights if weights.dtype == torch.float64 else weights.float()
+        return weights.to(torch.promote_types(weights.dtype, self._dtype))
 
     def child(self, slot: Tensor) -> ChildLaw:
         """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""
@@ -50,7 +51,8 @@ class Siblings:
             weights = _drop(weights, self.tokens, top | earlier)
         point = top.gather(1, slot) | (self._law == Law.POINT)
         total = weights.sum(1, keepdim=True)
-        return ChildLaw(token, point, weights / total.masked_fill(point | (total == 0), torch.inf))
+        law = weights / total.masked_fill(point | (total == 0), torch.inf)
+        return ChildLaw(token, point, law.to(self._dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +71,19 @@ class ChildLaw:
         tokens = self.token if tokens is None else tokens
         law = (tokens == self.token).to(mass.dtype)
         if self.law is not None:
-            law = torch.where(self.point, law, self.law.gather(1, tokens).to(mass.dtype))
+            law = torch.where(self.point, law, self.law.gather(1, tokens))
         return (mass.gather(1, tokens) / law.masked_fill(law == 0, torch.inf)).clamp(max=1)
 
     def dense(self, like: Tensor) -> Tensor:
         """[batch, vocab]: the law of every row, of the shape and type of `like`."""
         sure = torch.zeros_like(like).scatter_(1, self.token, 1)
-        return sure if self.law is None else torch.where(self.point, sure, self.law.to(like.dtype))
+        return sure if self.law is None else torch.where(self.point, sure, self.law)
 
     def excess(self, mass: Tensor) -> Tensor:
         """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
         if self.law is None:
             return mass.scatter(1, self.token, 0)
-        rest = (mass - self.law.to(mass.dtype)).clamp_(min=0)
+        rest = (mass - self.law).clamp_(min=0)
         return rest.scatter_(1, self.token, rest.gather(1, self.token).masked_fill(self.point, 0))
 
     def overlap(self, mass: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class ChildLaw:
         own = mass.gather(1, self.token)
         if self.law is None:
             return torch.zeros_like(mass).scatter_(1, self.token, own)
-        both = torch.minimum(mass, self.law.to(mass.dtype))
+        both = torch.minimum(mass, self.law)
         return both.scatter_(1, self.token, torch.where(self.point, own, both.gather(1, self.token)))
 
 

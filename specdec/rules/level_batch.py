@@ -107,7 +107,9 @@ class _Wave:
         order = state.flow.gather(1, state.parents).sort(dim=1, descending=True, stable=True).indices
         self.turns = order.argsort(1)[rows, nodes]  # the children of the likeliest parents come first
         self.unmet = state.flow.new_ones(len(state.flow), 1)  # chance that all tries so far fail, given the tokens
-        child = Siblings(state.tree, state.parents[rows, nodes], rows).child(state.slot[rows, nodes][:, None])
+        child = Siblings(state.tree, state.parents[rows, nodes], state.owed.dtype, rows).child(
+            state.slot[rows, nodes][:, None]
+        )
         # [member, vocab]: law x chance of having failed
         self.weights = child.dense(state.owed[:1].expand(len(rows), -1))
         self.paired, self.mate = state.paired[rows, nodes], members.place[rows, state.mate[rows, nodes]]

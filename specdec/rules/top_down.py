@@ -27,7 +27,7 @@ def top_down(tree: DraftTree, target_law: TargetLaw, coins: Coins, try_children:
     coin = coins.uniforms(Purpose.ACCEPT)
     owed, path = target_law.at(node), [node]  # owed: [batch, vocab], what the target law still owes at `node`
     for _ in range(tree.topology.depth):
-        siblings = Siblings(tree, node)
+        siblings = Siblings(tree, node, owed.dtype)
         child, rest = try_children(siblings, owed, coin.gather(1, siblings.index), alive)
         alive = child > 0
         if nobody(alive):

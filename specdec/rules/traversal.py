@@ -71,7 +71,7 @@ class TraversalVerification(Rule):
             law = target_law.at(torch.where(live, step.parent, 0)[:, 0])
             p = torch.where(step.first, law, p)
             reach = torch.where(step.first, entered.gather(1, step.parent), reach)
-            child = Siblings(tree, step.parent[:, 0]).child(step.slot)
+            child = Siblings(tree, step.parent[:, 0], p.dtype).child(step.slot)
             chance = child.ratio(reach * p)
             entered = entered.scatter(1, step.child, torch.where(live, chance, 0))
             leaf = live & walk.leaf.gather(1, step.child) & (coin.gather(1, step.child) < chance)

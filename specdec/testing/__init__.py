@@ -1,6 +1,7 @@
 """Proofs by enumeration: every coin of the real loop is followed both ways, and the laws are compared exactly.
 
 >>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
+>>> specdec.testing.assert_fast_path(MyRule())           # its batched code, in its own arithmetic
 >>> law = specdec.testing.exact_law(target, prompt, drafter, max_new_tokens=3)  # any small target and drafter
 >>> print(specdec.testing.audit(generate, log_probs))  # samples of real models instead; see `specdec.audit`
 """
@@ -8,23 +9,21 @@
 from specdec.audit import Audit, audit, model_log_probs
 from specdec.testing.coins import ExactCoins
 from specdec.testing.drafters import assert_drafter
-from specdec.testing.fast_paths import Nodes, certify_fast_path
 from specdec.testing.laws import ExactLaw, exact_law, target_law
-from specdec.testing.rules import assert_lossless
+from specdec.testing.rules import assert_fast_path, assert_lossless
 from specdec.testing.tables import Table, TabularDrafter, TabularTarget
 
 __all__ = [
     "Audit",
     "ExactCoins",
     "ExactLaw",
-    "Nodes",
     "Table",
     "TabularDrafter",
     "TabularTarget",
     "assert_drafter",
+    "assert_fast_path",
     "assert_lossless",
     "audit",
-    "certify_fast_path",
     "exact_law",
     "model_log_probs",
     "target_law",

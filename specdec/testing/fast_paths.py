@@ -5,7 +5,7 @@ its thresholds are: for every draft that can be drawn, the coin at which each ch
 rejected, the coins at which the emitted token changes. They are found by bisection of the code that users run, in its own
 arithmetic, and the law is compared with the exact one of the logits as they are given in their dtype.
 
->>> rows = certify_fast_path(MyRule(), nodes)  # nodes: laws that are hard for floating point, see `Nodes`
+`specdec.testing.assert_fast_path(MyRule())` does it on laws that are hard for floating point.
 """
 
 from __future__ import annotations
@@ -69,14 +69,8 @@ class Nodes:
         return ROUNDINGS[self.logits.dtype] * self.logits.shape[1] + (1 + self.width) * RESOLUTION
 
     def exact(self) -> np.ndarray:
-        """[node, vocab] float64: the target's laws, as exact as float64 is."""
-        logits, sampling = self.logits.double().numpy(), self.sampling
-        with np.errstate(invalid="raise"):
-            weights = np.exp((logits - logits.max(1, keepdims=True)) / sampling.temperature)
-        if sampling.top_k is not None:
-            least = np.sort(logits, axis=1)[:, -min(sampling.top_k, logits.shape[1])]
-            weights[logits < least[:, None]] = 0
-        return weights / weights.sum(1, keepdims=True)
+        """[node, vocab] float64: the target's laws, as exact as float64 is. Filters cut by the logits as they are."""
+        return np.stack([_exact(logits, self.sampling) for logits in self.logits.double().numpy()])
 
     def drafts(self) -> list[tuple[int, float, tuple[int, ...]]]:
         """(node, probability, tokens) of every draft that may be drawn; fewer tokens where the support ends."""
@@ -86,6 +80,21 @@ class Nodes:
             for chance, tokens in _drafts(weights, self.law, self.width)
             if chance > NEVER
         ]
+
+
+def _exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """[vocab]: the law that `logits` [vocab] give."""
+    temperature, top_k, top_p, min_p = sampling.filters
+    ranked = np.sort(logits)[::-1]
+    law = np.exp((logits - ranked[0]) / temperature)
+    if top_k is not None:
+        law[logits < ranked[:top_k][-1]] = 0
+    if top_p is not None:
+        mass = np.array([law[logits >= least].sum() for least in ranked])  # of each and all that are as likely
+        law[logits < ranked[np.argmax(mass >= top_p * law.sum())]] = 0
+    if min_p is not None:
+        law[logits < ranked[0] + temperature * np.log(min_p)] = 0
+    return law / law.sum()
 
 
 def _drafts(weights: np.ndarray, law: Law, width: int) -> Iterator[tuple[float, tuple[int, ...]]]:
@@ -240,10 +249,13 @@ class NaNWatch(TorchDispatchMode):
         return out
 
 
-def certify_fast_path(rule: Rule, nodes: Nodes) -> list[dict[str, Any]]:
-    """One row for each of the nodes: how far the law that is emitted is from the exact one, how far it may be, and whether
-    any operation of the batched code gives NaN where its decisions change.
+def measured(rule: Rule, nodes: Nodes) -> list[dict[str, Any]]:
+    """One row for each of the nodes.
+
+    `total_variation` of the law that is emitted from the exact one, the `bound` that it has to meet, and `nan`: whether some
+    operation of the batched code gave NaN at coins where its decisions change.
     """
+    rule.check(nodes.spec)
     laws, thresholds = emitted_laws(rule, nodes)
     distances = np.abs(laws.numpy() - nodes.exact()).sum(1) / 2
     with NaNWatch() as watch:

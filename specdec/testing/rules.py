@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
+
+import torch
 
 from specdec.checks import as_int, as_tuple, check_kind
 from specdec.drafters import Drafter, NgramDrafter
 from specdec.rules import Rule
 from specdec.sampling import Sampling
+from specdec.testing.fast_paths import measured
+from specdec.testing.hard_laws import hard_nodes
 from specdec.testing.laws import exact_law, target_law
 from specdec.testing.tables import Table, TabularDrafter, TabularTarget
 from specdec.tree import Law
 from specdec.trees import Chain, Dynamic, Widths
+
+_LAWS = (Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
 
 
 def assert_lossless(
@@ -52,6 +59,32 @@ def assert_lossless(
         what = f"{type(drafter).__name__}({getattr(drafter, 'tree', '')}) under {sampling}"
         assert distance == 0, f"{name} is not lossless: total variation {float(distance):.3g} with {what}"
     assert admitted, f"{name} refuses every drafter of the battery: {refusal}"
+
+
+def assert_fast_path(rule: Rule) -> None:
+    """Raise AssertionError unless what `rule.decide_batch` emits after a root and its children has the target's law.
+
+    It is found from the decisions of the batched code in float32, on laws that are hard for floating point: see
+    `specdec.testing.fast_paths`. For a rule that overrides `decide_batch`; `assert_lossless` is about `decide`.
+    """
+    name, refusal, admitted = type(rule).__name__, None, 0
+    assert rule.lossless, f"{name} does not claim to be lossless (`lossless` is False), so there is nothing to assert."
+    for law, width, sampling in product(_LAWS, (1, 2), (Sampling(1.0), Sampling(0.7, top_k=2))):
+        hard = hard_nodes(3, law, width, sampling, torch.float32)
+        try:
+            rule.check(hard.spec)
+        except ValueError as error:
+            refusal = error
+            continue
+        admitted += 1
+        for row in measured(rule, hard):
+            what = f"{law.name} children, {width} of them, under {sampling}: {row['case']}"
+            assert not row["nan"], f"{name}: NaN comes up with {what}"
+            assert row["total_variation"] <= row["bound"], (
+                f"{name} is not lossless as it runs: total variation {row['total_variation']:.3g}, where rounding may be "
+                f"{row['bound']:.1g}, with {what}"
+            )
+    assert admitted, f"{name} refuses every tree: {refusal}"
 
 
 def _battery(vocab: int, drafters: Sequence[Drafter] | None) -> Iterable[tuple[int, Sampling, Drafter]]:

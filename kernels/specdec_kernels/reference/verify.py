@@ -129,7 +129,8 @@ class _Owed:
             self.draws -= 1
         if not self.draws:
             return
-        weights, dtype = weights if weights.dtype == torch.float64 else weights.float(), self.rest.dtype
+        dtype = self.rest.dtype
+        weights = weights.to(torch.promote_types(weights.dtype, dtype))
         own = weights.gather(1, self.tokens)  # [batch, width]: w of the siblings
         weights = weights.scatter_add(1, self.tokens, -own.where(self.first, 0))
         could = own.where(self.first & drawn, 0)  # of those that could have been drawn

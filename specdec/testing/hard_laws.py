@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from specdec import Law, Sampling
-from specdec.testing import Nodes
+from specdec.sampling import Sampling
+from specdec.testing.fast_paths import Nodes
+from specdec.tree import Law
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 LEAST = 2.0**-149  # the smallest float32 above 0
-SAMPLINGS = (Sampling(1.0), Sampling(0.05), Sampling(0.7), Sampling(1.0, top_k=1), Sampling(0.7, top_k=2))
+SAMPLINGS = (
+    Sampling(1.0), Sampling(0.05), Sampling(0.7), Sampling(1.0, top_k=1), Sampling(0.7, top_k=2), Sampling(0.7, top_p=0.6),
+    Sampling(0.7, min_p=0.3),
+)  # fmt: skip
 SHAPES = (  # vocabulary, law, width
     *((vocab, Law.POINT, 2) for vocab in (3, 8)), *((vocab, law, 1) for vocab in (3, 50) for law in (Law.IID, Law.POINT)),
     *((vocab, law, 2) for vocab in (3, 8) for law in (Law.IID, Law.WITHOUT_REPLACEMENT)), (5, Law.IID, 3),
-    (5, Law.WITHOUT_REPLACEMENT, 3), *((vocab, Law.SAMPLED_THEN_TOP, 2) for vocab in (3, 50)), (8, Law.SAMPLED_THEN_TOP, 4),
+    (3, Law.IID, 5), *((5, Law.WITHOUT_REPLACEMENT, width) for width in (3, 5)), *((vocab, Law.SAMPLED_THEN_TOP, 2) for vocab in (3, 50)), (8, Law.SAMPLED_THEN_TOP, 4),
 )  # fmt: skip
 
 
@@ -35,7 +39,8 @@ def _cases(vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, target's logits [vocab], draft's logits [vocab]), after the temperature."""
     flat, one, other = torch.zeros(vocab, dtype=torch.float64), _random(vocab, 1), _random(vocab, 2)
     half = torch.arange(vocab) < vocab // 2
-    stairs = -30.0 * torch.arange(vocab)
+    stairs, near = -30.0 * torch.arange(vocab), 1e-17 * torch.arange(vocab, dtype=torch.float64)
+    near[0] = 0.5  # so far above the others that their differences are less than its rounding
     yield "two random laws", one, other
     yield "target and draft agree", one, one
     yield "target and draft nearly agree", one, one + 1e-4 * other
@@ -53,6 +58,7 @@ def _cases(vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "draft falls in steps of 30", 0.3 * one, stairs
     yield "both fall in steps of 30", stairs.flip(0), stairs
     yield "logits around 1000", 1000 + one, 1000 + other
+    yield "near ties below the peak", near, other
 
 
 AS_DRAWN, IN_BFLOAT16 = "as they are drawn", "bfloat16, not normalised"
