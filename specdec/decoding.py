@@ -93,18 +93,8 @@ class Decoding:
             flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
             return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
 
-        signature = ()
-        if self.engine.fixed:
-            signature = (
-                given,
-                drafter,
-                _made_of(found, self.drafter, rule),
-                sampling,
-                self.spec,
-                stop,
-                batch,
-                capacity,
-            )
+        parts = (given, drafter, *_made_of(found, self.drafter, rule)) if self.engine.fixed else ()
+        signature = (*parts, sampling, self.spec, stop, batch, capacity)
         if any(part.run is not self.engine.run for part in (given, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
