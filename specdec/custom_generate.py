@@ -86,7 +86,7 @@ def custom_generate(
     ) -> Tensor | SpeculativeOutput:
         call = asked()
         with _ended(call.get("streamer")) as streamer:
-            vocab = as_target(model).vocab  # what is wrong with a model comes before what its arguments are
+            target = as_target(model)  # what is wrong with a model comes before what its arguments are
             config, batch = generation_config, len(input_ids)
             _check(config, model_kwargs, call, batch)
             mask = _mask(input_ids, **model_kwargs)
@@ -96,9 +96,9 @@ def custom_generate(
             rows = [ids[own] for ids, own in zip(input_ids, mask, strict=True)]
             drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
             run = Decoding(
-                model, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, input_ids, stop_tokens, filler),
+                target, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, input_ids, stop_tokens, filler),
                 max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer or given, seed=drawn, engine=engine,
-                stop_tokens=[token for token in stop_tokens if 0 <= token < vocab],  # others, such as -1, end no text there
+                stop_tokens=[token for token in stop_tokens if 0 <= token < target.vocab],  # others, as -1, end no text there
             )  # fmt: skip
             pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
             _finish(run, Stopping(others, input_ids, filler, pads) if others else None, streamer)
@@ -211,6 +211,7 @@ def _finish(run: Decoding, stopping: Stopping | None, streamer: Any) -> None:
             for token in run.emitted[0][told:]:
                 streamer.put(torch.tensor([token]))
             told = len(run.emitted[0])
+    run.check_texts()
 
 
 def _sequences(input_ids: Tensor, emitted: list[list[int]], filler: int) -> Tensor:

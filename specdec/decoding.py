@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,11 @@ from specdec.inputs import (
     as_stop_tokens,
     as_target,
     check_tokenizer,
-    refuse_unknown,
 )
 from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
-from specdec.support import check_clock
+from specdec.support import autocast_dtype, check_clock
 from specdec.target import Scores, Target
 from specdec.theory import visits
 from specdec.trace import LEVELS, Step, Trace
@@ -60,10 +59,8 @@ class Decoding:
         engine: Engine | str = "eager",
         resume: bool = False,
         coins: Callable[[int, int], Coins] | None = None,  # (batch, nodes) -> Coins, in place of those of the seed
-        **unknown: Never,
     ):
         began = time.perf_counter()
-        refuse_unknown(unknown, _OPTIONS)
         if trace not in LEVELS:
             raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
         self.engine, self.level = as_engine(engine), trace
@@ -76,6 +73,7 @@ class Decoding:
         check_tokenizer(tokenizer)
         max_new_tokens, self.seed = as_int("max_new_tokens", max_new_tokens, 1), as_seed(seed)
         found = as_target(target, resume)
+        given = found if found.kept else found.model
         rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
         sampling, processors = sampling.bind(found.model, rows, max_new_tokens, tokenizer)
         self.spec = self.drafter.spec(sampling)
@@ -95,13 +93,9 @@ class Decoding:
             flips = coins(batch, nodes) if coins else Coins(self.seed, batch, nodes, found.device)
             return found, context, flips, torch.tensor(stop, dtype=torch.int64, device=found.device)
 
-        drafters = _with_inner(self.drafter)
-        held = [found.model, *(part for each in drafters for part in vars(each).values())]
-        models = fingerprint(*(model for model in held if isinstance(model, nn.Module)), numbers=False)
-        trees = [part for part in held if isinstance(part, TreePolicy)]
-        parts = (target, drafter, drafters, trees, type(rule), {**vars(rule)})  # as they are now
-        signature = (*parts, models, sampling, self.spec, stop, batch, capacity)
-        if any(part.run is not self.engine.run for part in (target, drafter) if isinstance(part, Target | Drafter)):
+        parts = (given, drafter, *_made_of(found, self.drafter, rule)) if self.engine.fixed else ()
+        signature = (*parts, sampling, self.spec, stop, batch, capacity)
+        if any(part.run is not self.engine.run for part in (given, drafter) if isinstance(part, Target | Drafter)):
             self.engine.forget()
         self.target, self.context, self.coins, self.stop_tokens = self.engine.begin(found.device, signature, buffers)
         fixed = self.engine.fixed and self.drafter.capturable
@@ -153,6 +147,11 @@ class Decoding:
         if self._stop_strings is not None:
             self._end_at(self._stop_strings)
         return acceptance
+
+    def check_texts(self) -> None:
+        """Raise ValueError if the target reads something else in place of a text that has ended: asked of whole texts."""
+        for text, prompt, new in zip(self.context.texts, self._prompts, self.emitted, strict=True):
+            self.target.check_text(text[: prompt + len(new)])
 
     def end(self, row: int, kept: int) -> None:
         """End the text of this row with the first `kept` >= 1 of its new tokens, whichever steps gave them."""
@@ -279,8 +278,16 @@ def _with_inner(drafter: Drafter) -> list[Drafter]:
     return [drafter, *(each for part in inner for each in _with_inner(part))]
 
 
-# what `generate` takes
-_OPTIONS = [name for name in inspect.signature(Decoding).parameters if name not in ("coins", "unknown")]
+def _made_of(target: Target, drafter: Drafter, rule: Rule) -> tuple[Any, ...]:
+    """What captured stages depend on, as it is now: models, and what computes beside them."""
+    drafters = _with_inner(drafter)
+    held = [target.model, *(part for each in drafters for part in vars(each).values())]
+    models = fingerprint(*(model for model in held if isinstance(model, nn.Module)), numbers=False)
+    trees = [part for part in held if isinstance(part, TreePolicy)]
+    return drafters, trees, type(rule), {**vars(rule)}, models, autocast_dtype(target.device)
+
+
+OPTIONS = [name for name in inspect.signature(Decoding).parameters if name != "coins"]  # what `generate` takes
 _NO_LAW = (
     "The target's logits are NaN, or all -inf, at a node that decides the text of prompt(s) {rows}. Check the model's "
     "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."

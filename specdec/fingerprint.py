@@ -1,6 +1,7 @@
 """Whether a model still computes what it did: all that its modules hold, compared without knowing what any of it means.
 
 Weights, switches and factors (the adapters of PEFT keep theirs as plain attributes of their layers), submodules and hooks.
+It is asked for before runs, which may be short: one flat pass, a few microseconds per module.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from types import FunctionType
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
+
+_PLAIN = {type(None), bool, int, float, str}
+_GROUPS = (dict, list, tuple)
+_END = object()  # of a group
 
 
 def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
@@ -18,27 +24,40 @@ def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
     Args:
         models: the models; what is part of several counts once.
         numbers: whether it matters what stands in tensors (as far as torch counts the writing) or only where they lie.
-            Numbers that are elsewhere, as of weights that accelerate offloads, cannot be seen: those equal nothing.
+            Where nobody counts, as in inference tensors and in weights that accelerate keeps elsewhere, writing cannot be
+            seen: those equal nothing.
     """
+    found: list[Any] = []  # names, each followed by what is seen of its value
     modules = dict.fromkeys(module for model in models for module in model.modules())
-    return [_seen(vars(module), numbers) for module in modules]
+    groups: list[Any] = [vars(module) for module in modules]
+    met: set[int] = set()  # ids of the groups inside them: one may hold itself
+    for group in groups:  # which grow in number
+        for name, value in group.items() if isinstance(group, dict) else enumerate(group):
+            if type(value) in _PLAIN:
+                found += name, value
+            elif isinstance(value, _GROUPS):
+                if value:  # most modules have a dozen kinds of hooks, and none of any kind
+                    found += name, type(value)
+                    if id(value) not in met:
+                        met.add(id(value))
+                        groups.append(value)
+            elif isinstance(value, Tensor):
+                found += name, _place(value), numbers and _writes(value)
+            elif isinstance(value, set):
+                found += name, frozenset(value)
+            elif not _ours(value):  # specdec's own hooks are those of a run, not of the model
+                found += name, _Itself(value)
+        found.append(_END)
+    return found
 
 
-def _seen(value: Any, numbers: bool) -> Any:
-    match value:
-        case Tensor():
-            written = numbers and (object() if value.is_meta else value.is_inference() or value._version)
-            return value.data_ptr(), value.dtype, value.device, written
-        case dict():  # specdec's own hooks are those of a run, not of the model
-            kept = {key: part for key, part in value.items() if not _ours(part)}
-            return [(key, _seen(part, numbers)) for key, part in kept.items()]
-        case list() | tuple():
-            return [_seen(part, numbers) for part in value]
-        case set():
-            return frozenset(value)
-        case None | bool() | int() | float() | str():
-            return value
-    return _Itself(value)
+def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device
+
+
+def _writes(tensor: Tensor) -> object:
+    """How often it has been written to; something that equals nothing else where nobody counts."""
+    return object() if tensor.is_meta or tensor.is_inference() else tensor._version
 
 
 def _ours(value: Any) -> bool:
@@ -47,6 +66,8 @@ def _ours(value: Any) -> bool:
 
 class _Itself:  # noqa: PLW1641 - nobody hashes it
     """Equal to what stands for the same object, while that lives."""
+
+    __slots__ = ("_get",)
 
     def __init__(self, value: Any):
         try:

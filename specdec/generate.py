@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import display
-from specdec.decoding import Decoding
+from specdec.decoding import OPTIONS, Decoding
 from specdec.drafters.drafter import Drafter
 from specdec.engine import Engine
-from specdec.inputs import Prompts
+from specdec.inputs import Prompts, refuse_unknown
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.target import Target
@@ -82,18 +82,21 @@ def generate(
         resume: begin in the caches that the last run of this target (a `specdec.ModelTarget`) and of this drafter left:
             each prompt is read from where it parts from the text of its row there, in a conversation what was said since.
             The text is the same. Of changes to a model in between, those that training, loading or a switch of adapters makes
-            are noticed.
+            are noticed; not what is written through `weight.data`, which torch does not count (`weight.data = ...` is
+            noticed), nor what hooks and other objects that are no modules change in themselves.
 
     Raises:
         ValueError: bad input, an argument that belongs elsewhere (as `temperature` does), an unsupported model, a rule that
             is not lossless for the drafter's trees, or logits that are no distribution; the message names the cure.
     """
+    refuse_unknown(unknown, OPTIONS)
     run = Decoding(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume, **unknown,
+        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume,
     )  # fmt: skip
     while not run.finished:
         run.step()
+    run.check_texts()
     tokens = [torch.tensor(row, dtype=torch.int64) for row in run.emitted]
     texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in run.emitted]
     return Generation(tokens, texts, run.trace, tokenizer)
@@ -107,8 +110,10 @@ def stream(
     Yields lists like `Generation.tokens`: the new tokens of each prompt, possibly none; joined together they are what
     `generate` returns. Between the yields the model is as it was found.
     """
+    refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
     run = Decoding(target, prompts, drafter, **options)
     while not run.finished:
         run.step()
         news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
         yield [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
+    run.check_texts()

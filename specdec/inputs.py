@@ -79,7 +79,9 @@ def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
         if resume:
             cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
             raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
-        return ModelTarget(target)
+        made = ModelTarget(target)
+        made.kept = False
+        return made
     raise ValueError(
         f"target is a {type(target).__name__}; {cure_for(target)} (or a specdec Target). Got {brief(target)}."
     )

@@ -13,14 +13,18 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 
+def takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether its forward pass has an argument of this name, or hands on whatever it is given."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+
+
 def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
     """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
-    named = inspect.signature(model.forward).parameters
-    takes_more = any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values())
     options: dict[str, Any] = {}
-    if takes_more or "attention_mask" in named:
+    if takes(model, "attention_mask"):
         options["attention_mask"] = torch.ones_like(tokens)
-    if "position_ids" in named:  # else none are given
+    if "position_ids" in inspect.signature(model.forward).parameters:  # else none are given
         options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     prepare: Any = model.prepare_inputs_for_generation
     return prepare(tokens, use_cache=False, is_first_iteration=first, **options)
@@ -28,7 +32,11 @@ def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, A
 
 def preparer(model: PreTrainedModel) -> str:
     """The name of the function that decides."""
-    function: Any = model.prepare_inputs_for_generation
+    return full_name(model.prepare_inputs_for_generation)
+
+
+def full_name(function: Any) -> str:
+    """With the module that it is from; "transformers." first if it is one of theirs."""
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.attention import NAME, Patch, View, counting_calls
 from specdec.cache import RecordingCache, Slab, cache_argument
 from specdec.fingerprint import fingerprint
-from specdec.prepared import difference_from_text, prepared, preparer
+from specdec.prepared import difference_from_text, full_name, prepared, preparer, takes
 from specdec.tree import Topology, TreeSpec
 
 Layout = list[tuple[Slab, Slab] | None]
@@ -93,13 +93,16 @@ def _inputs_for(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per state of the model."""
-    kind = device_of(model).type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None  # the cache takes its dtype
-    signature = (autocast, fingerprint(model, numbers=False))
+    signature = (autocast_dtype(device_of(model)), fingerprint(model, numbers=False))
     known = _layouts.get(model)
     if known is None or known[0] != signature:
         known = _layouts[model] = (signature, _probe(model))
     return known[1]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast computes in now, in which keys and values are then; None outside."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _given_by_hooks(model: PreTrainedModel) -> dict[str, Any]:
@@ -114,6 +117,16 @@ def _probe(model: PreTrainedModel) -> Layout:
         raise UnsupportedModel(model, _REFUSED[kind])
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(model, "it is an encoder-decoder model")
+    if not model.can_generate():
+        raise UnsupportedModel(model, "it has no LM head", "Load it as one that has: AutoModelForCausalLM.")
+    if not takes(model, "position_ids"):
+        raise UnsupportedModel(
+            model, "its forward pass takes no position_ids, and nodes of a tree side by side need them"
+        )
+    updates: Any = model._update_model_kwargs_for_generation
+    if not full_name(updates).startswith("transformers."):
+        reason = f"{full_name(updates)} may change what later steps compute, and is not asked here"
+        raise UnsupportedModel(model, reason, "Call model.generate without specdec.")
     if not model._can_set_attn_implementation():
         raise UnsupportedModel(model, _OUTSIDE_INTERFACE)
     layers = DynamicCache(config=model.config).layers
@@ -125,7 +138,7 @@ def _probe(model: PreTrainedModel) -> Layout:
             model, f"its cache holds more than plain keys and values (cache layers: {', '.join(odd)})"
         )
     with torch.inference_mode():
-        logits, layout = _score_probe_tree(model, len(layers))
+        logits, layout = score_probe_tree(model, len(layers))
         _compare_with_own_attention(model, logits)
     return layout
 
@@ -133,7 +146,7 @@ def _probe(model: PreTrainedModel) -> Layout:
 _PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these ids
 
 
-def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
+def score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
     """[row, node, vocab] logits, and the layout."""
     tokens = _rows(model, *_PROBE)
     batch, device = len(tokens), tokens.device
@@ -177,10 +190,22 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
         if apart := _apart(model, logits[:, node], model(**inputs).logits[:, -1]):
             alone = model(input_ids=path, use_cache=False).logits[:, -1]
             if not _apart(model, logits[:, node], alone):
-                raise UnsupportedModel(
-                    model, f"{preparer(model)} hands over {_beside(inputs)} beside the tokens", _TOKENS_ALONE
-                )
+                raise UnsupportedModel(model, *_beside(model, inputs))
             raise UnsupportedModel(model, _why_apart(model, path, alone, apart))
+    if apart := _apart(model, logits[:, node], _over_cache(model, path, inputs)):
+        raise UnsupportedModel(
+            model,
+            f"a token that is scored alone, after others in a cache, differs by {apart}) from the same token scored with them",
+            "What it computes, in a hook say, must not depend on where a forward pass begins: the passes here begin elsewhere.",
+        )
+
+
+def _over_cache(model: PreTrainedModel, path: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """[row, vocab]: logits after the last token of a path [row, length] int64, in a pass of its own as `model.generate` has."""
+    cache = {cache_argument(model): DynamicCache(config=model.config), "use_cache": True}
+    model(**{**_inputs_for(model, path[:, :-1], first=True), **cache})
+    last = {name: inputs[name][..., -1:] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
+    return model(**{**inputs, **last, **cache}).logits[:, -1]
 
 
 def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor) -> str | None:
@@ -200,10 +225,18 @@ def _why_apart(model: PreTrainedModel, path: Tensor, alone: Tensor, apart: str) 
     return f"a tree in one forward pass differs from its paths by {apart}; {cure})"
 
 
-def _beside(inputs: dict[str, Any]) -> str:
-    """The names of what these inputs hold besides a text."""
+def _beside(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[str, str]:
+    """Why these inputs give other logits than the tokens alone, and the cure."""
     text = ("input_ids", "attention_mask", "position_ids", "use_cache")
-    return ", ".join(name for name, value in inputs.items() if value is not None and name not in text)
+    names = ", ".join(name for name, value in inputs.items() if value is not None and name not in text)
+    if names:
+        return f"{preparer(model)} hands over {names} beside the tokens", _TOKENS_ALONE
+    return (
+        "a text with its attention_mask and position_ids, as model.generate gives them, has other logits than its tokens "
+        "alone: it reads a mask of ones as something else, or computes the same text in two ways, as with quantisation that "
+        "is decided in each pass",
+        "Load it without such quantisation, or have its forward pass take a mask of ones for none.",
+    )
 
 
 def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:

@@ -22,8 +22,17 @@ from specdec.cache import TreeCache, cache_argument
 from specdec.compilation import Compiled
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.fingerprint import fingerprint
+from specdec.prepared import preparer, takes
 from specdec.reach import reach_of
-from specdec.support import check_ready, check_text, device_of, embedding, layout_of
+from specdec.support import (
+    autocast_dtype,
+    check_ready,
+    check_text,
+    device_of,
+    embedding,
+    layout_of,
+    score_probe_tree,
+)
 from specdec.tree import DraftTree, Topology, chain, text_chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
@@ -46,6 +55,7 @@ class Target(ABC):
     stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
     run: object = None  # which run it scores for; set by the loop
+    kept: bool = True  # whether other runs may come after the one that it is made for
     hidden: Tensor | None = None  # [batch, node, hidden] of the nodes scored last, if `start` was told to keep it
     capturable: bool = False  # True if `score` and `commit` do the same to the device every step: see `specdec.graphs`
 
@@ -67,6 +77,9 @@ class Target(ABC):
     def commit(self, acceptance: Acceptance) -> None:
         """Keep the accepted nodes; called after every `score`."""
 
+    def check_text(self, text: list[int]) -> None:  # noqa: B027 - optional
+        """Raise ValueError if it reads something else in place of this text; asked again when a text has ended."""
+
     def patched(self) -> AbstractContextManager[None]:
         """Entered around every step."""
         return nullcontext()
@@ -78,20 +91,28 @@ class CachedModel:
     def __init__(self, model: PreTrainedModel):
         check_ready(model)
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
-        self._cache_argument = cache_argument(model)
+        self._cache_argument, self._keeps = cache_argument(model), takes(model, "logits_to_keep")
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length, self.context_reason = reach_of(model)
         self.device, self._home = device_of(model), _home(model)
+        self._autocast = autocast_dtype(self.device)
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
         self._compiled: Compiled | None = None  # whether in use now or not; for the cache there is
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
         self._texts: list[list[int]] = []  # of the run that the cache is of; [] if of none
 
-    def begin(self, context: Context, capacity: int, unread: int = 1) -> None:
-        """Begin a run by reading the prompts but for their last tokens; what a run to be resumed has read, is not again."""
+    def begin(self, context: Context, capacity: int, unread: int = 1, last: bool = False) -> None:
+        """Begin a run by reading the prompts but for their last tokens; what a run to be resumed has read, is not again.
+
+        Args:
+            context: of the run.
+            capacity: slots per row.
+            unread: how many tokens of each prompt to leave.
+            last: whether nobody will resume this run.
+        """
         goals = [max(n - unread, 0) for n in context.host_lengths]
-        computes = fingerprint(self.model, numbers=True)
+        computes = None if last else (autocast_dtype(self.device), fingerprint(self.model, numbers=True))
         kept = [0] * len(goals)
         if context.resume and len(self._texts) == len(goals) and self._computed == computes:
             alike = (sum(takewhile(bool, map(eq, *pair))) for pair in zip(self._texts, context.texts, strict=True))
@@ -106,6 +127,9 @@ class CachedModel:
         check_ready(self.model)
         if _home(self.model) != self._home:
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
+        if (autocast := autocast_dtype(self.device)) != self._autocast:  # keys and values have another dtype now
+            self._autocast, self.layout = autocast, score_probe_tree(self.model, len(self.layout))[1]
+            self.cache = last = TreeCache(self.layout, 0, 0, self.device)
         if (len(last.lengths), last.capacity) != (batch, capacity):
             self.cache, self._compiled = TreeCache(self.layout, batch, capacity, self.device), None
         self.cache.take_over(last, kept)
@@ -136,8 +160,8 @@ class CachedModel:
         return self.compiled((*tokens.shape, view.slots), tokens, positions, self.cache, count)
 
     def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
-        named = {self._cache_argument: cache}
-        return self.model(input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=keep, **named).logits
+        named: dict[str, Any] = {self._cache_argument: cache, **({"logits_to_keep": keep} if self._keeps else {})}
+        return self.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
 
     def compile(self) -> None:
         """Compile the forward passes that follow: those of steps, whose shapes recur."""
@@ -197,13 +221,17 @@ class ModelTarget(Target):
         with self.cached.patch, self._capture():
             yield
 
+    def check_text(self, text: list[int]) -> None:
+        if not preparer(self.cached.model).startswith("transformers."):
+            check_text(self.cached.model, text[:-1])  # nobody has read the last token
+
     def start(self, context: Context, capacity: int, hidden: bool) -> None:
         for text in context.texts:
             check_text(self.cached.model, text)
         self._capture = self.cached.capturing_hidden if hidden else nullcontext
         self._context = context
         with self._capture():
-            self.cached.begin(context, capacity, unread=1 + hidden)
+            self.cached.begin(context, capacity, unread=1 + hidden, last=not self.kept)
             if hidden:  # the token before the root by itself, for the state it leaves
                 self.cached.forward(self.cached.pending(context.tokens, 1), chain(len(context.tokens), 1, self.device))
                 assert self.cached.hidden is not None

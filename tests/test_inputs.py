@@ -153,6 +153,7 @@ ELSEWHERE = {
     "assistant_model": (None, r"ModelDrafter\(assistant_model\)"),
     "streamer": (None, "specdec.stream"),
     "sed": (3, "did you mean 'seed'?"),
+    "coins": (1, "coins=1: there are target, prompts, drafter, rule, sampling, max_new_tokens"),  # of the loop alone
     "nonsense": (3, "nonsense=3: there are target, prompts, drafter, rule, sampling, max_new_tokens"),
 }
 

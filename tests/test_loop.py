@@ -11,6 +11,7 @@ import specdec
 from specdec import Law, Sampling
 from specdec.attention import NAME
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.engine import Engine
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
@@ -169,6 +170,19 @@ def test_the_cache_follows_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         specdec.generate(model, PROMPTS[0], ModelDrafter(model), max_new_tokens=8)
     assert torch.equal(specdec.generate(model, PROMPTS[0], ModelDrafter(model), max_new_tokens=8).tokens[0], expected)
+
+
+@pytest.mark.parametrize("engine", [Engine, specdec.Graphs])
+def test_parts_that_were_made_outside_autocast_serve_inside_and_again_outside(engine):
+    model = llama(dtype=torch.float32)
+    target, drafter, engine = specdec.ModelTarget(model), ModelDrafter(llama(1, torch.float32)), engine()
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for _ in range(2):
+                out = specdec.generate(target, PROMPTS[0], drafter, max_new_tokens=8, engine=engine, resume=True)
+                assert torch.equal(out.tokens[0], reference(model, PROMPTS[0], max_new_tokens=8))
+        kept = {stack.dtype for stack in target.cached.cache._stacks.values()}
+        assert (torch.bfloat16 in kept) == enabled
 
 
 class Words:

@@ -108,6 +108,74 @@ def test_a_harmless_way_of_its_own_is_none_of_our_business():
     assert torch.equal(found, model.generate(PROMPT[None], max_new_tokens=8))
 
 
+def end_of_text(change):
+    """The greedy text without `change`, and a model that reads its second new token as another."""
+    text = reference(prepares(lambda inputs, first: None), PROMPT, max_new_tokens=12)
+    assert text[1] not in PROMPT and text[1] != text[0]
+    return text, prepares(change(int(text[1])))
+
+
+def reading_as_33(token):
+    def change(inputs, first):
+        inputs["input_ids"] = torch.where(inputs["input_ids"] == token, 33, inputs["input_ids"])
+
+    return change
+
+
+CALLS = {
+    "generate": lambda model, n: specdec.generate(model, PROMPT, NgramDrafter(), max_new_tokens=n).tokens[0],
+    "stream": lambda model, n: torch.cat(
+        [new for (new,) in specdec.stream(model, PROMPT, NgramDrafter(), max_new_tokens=n)]
+    ),
+    "custom_generate": lambda model, n: model.generate(
+        PROMPT[None], max_new_tokens=n, do_sample=False, custom_generate=specdec.custom_generate(NgramDrafter())
+    )[0, len(PROMPT) :],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_token_that_is_read_as_another_is_found_in_the_finished_text(call):
+    text, model = end_of_text(reading_as_33)
+    assert not torch.equal(reference(model, PROMPT, max_new_tokens=12), text)
+    with pytest.raises(UnsupportedModel, match=r"Prepares\.prepare_inputs_for_generation hands over other tokens"):
+        CALLS[call](model, 12)
+    assert torch.equal(CALLS[call](model, 2), text[:2])  # the last token of a text is not read
+
+
+class Updates(LlamaForCausalLM):
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+
+def test_what_a_model_does_between_its_steps_is_refused_by_name():
+    match = r"Updates cannot be .*Updates\._update_model_kwargs_for_generation may change what later steps compute"
+    with pytest.raises(UnsupportedModel, match=match):
+        specdec.generate(Updates(LlamaConfig(**SIZES)).eval(), PROMPT)
+
+
+def test_what_depends_on_where_a_pass_begins_is_refused():
+    model = llama()
+    model.model.layers[1].register_forward_hook(lambda _, args, out: torch.cat([out[:, :1] * 3, out[:, 1:]], 1))
+    with pytest.raises(UnsupportedModel, match=r"scored alone, after others in a cache, differs by .* a hook say"):
+        specdec.generate(model, PROMPT)
+
+
+class ReadsOnes(LlamaForCausalLM):
+    """Takes a mask of ones for something else than none."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        out = super().forward(*args, attention_mask=attention_mask, **kwargs)
+        out.logits = out.logits.roll(int(attention_mask is not None), -1)
+        return out
+
+
+def test_a_difference_without_a_name_is_refused_with_its_likely_causes():
+    with pytest.raises(
+        UnsupportedModel, match=r"attention_mask and position_ids, .* reads a mask of ones .*quantisation"
+    ):
+        specdec.generate(ReadsOnes(LlamaConfig(**SIZES)).eval(), PROMPT)
+
+
 @pytest.fixture(scope="module")
 def llava():
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8,

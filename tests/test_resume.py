@@ -233,6 +233,18 @@ def test_weights_that_have_changed_begin_anew(change):
     assert_resumes(target, drafter, ModelDrafter(models[1]))
 
 
+def test_inference_tensors_whose_writing_nobody_counts_begin_anew():
+    with torch.inference_mode():
+        model = small()
+    assert all(p.is_inference() for p in model.parameters())
+    target = ModelTarget(model)
+    run(target, PROMPTS)
+    with torch.inference_mode():
+        for p in model.parameters():
+            p.mul_(-1.5)
+    assert_resumes(target, None, None)
+
+
 def test_a_model_by_itself_keeps_nothing_to_resume():
     with pytest.raises(ValueError, match=r"resume=True with a LlamaForCausalLM.*specdec\.ModelTarget\(model\)"):
         specdec.generate(small(), PROMPTS, resume=True)
