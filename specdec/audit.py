@@ -119,7 +119,7 @@ def model_log_probs(model: PreTrainedModel, sampling: Sampling) -> LogProbs:
         logits = logits[len(prompt) - 1 : -1].cpu().clone()  # a clone, to be written to outside of inference mode
         processors = Processors(sampling.processors)
         for i in range(len(continuation) if processors else 0):
-            scores, processors = processors(text[: len(prompt) + i], logits[i : i + 1].clone())
+            scores, processors = processors(text[: len(prompt) + i], logits[i : i + 1], last=True)
             logits[i] = scores[0]
         return sampling.probabilities(logits).log()
 

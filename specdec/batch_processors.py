@@ -34,14 +34,13 @@ class BatchProcessors(Processors):
         self._over = torch.zeros(len(prompts), dtype=torch.bool)  # [batch]: texts that have ended
         self._ends, self._filler = ends, filler
 
-    def __call__(self, text: Tensor, scores: Tensor) -> tuple[Tensor, Processors]:
+    def __call__(self, text: Tensor, scores: Tensor, last: bool = False) -> tuple[Tensor, Processors]:
         after, device = copy(self), text.device
         missing = self._padding + len(text) - self._texts.shape[1]
         texts = torch.nn.functional.pad(self._texts, (0, missing), value=self._filler).to(device)
         texts[self._row, self._padding :] = text
-        after.own, scores = self._next(), scores.repeat(len(texts), 1)
-        for processor in after.own:
-            scores = processor(texts, scores)
+        after.own, scores = self._called(texts, scores.repeat(len(texts), 1), last)
+        after._lent = False
         over = self._over.to(device)
         following = scores.argmax(1).where(~over, self._filler)
         after._over = over | torch.isin(following, self._ends.to(device))

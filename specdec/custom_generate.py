@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Never
@@ -41,7 +41,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 def custom_generate(
     drafter: Drafter | None = None,
-    *,
+    *misplaced: Never,
     rule: Rule = SiblingRejection(),
     seed: int | None = None,
     tokenizer: Any = None,
@@ -64,11 +64,7 @@ def custom_generate(
         seed: of the sampled tokens; None draws one from torch's global generator at each call, so that
             `torch.manual_seed` repeats a run.
     """
-    for name in unknown:
-        raise ValueError(
-            f"custom_generate has no argument {name!r}: it takes drafter, rule, seed, tokenizer and engine. What "
-            f"model.generate knows, pass there: model.generate(..., {name}=..., custom_generate=...)."
-        )
+    _refuse(drafter, misplaced, unknown)
     check_kind("drafter", drafter, (Drafter, type(None)))
     check_kind("rule", rule, Rule)
     check_tokenizer(tokenizer)
@@ -90,7 +86,7 @@ def custom_generate(
             config, batch = generation_config, len(input_ids)
             _check(config, model_kwargs, call, batch)
             mask = _mask(input_ids, **model_kwargs)
-            stop_tokens, limit, others = _ends(stopping_criteria)
+            stop_tokens, limit, others = _ends(stopping_criteria, config.max_length)
             filler = config.pad_token_id if config.pad_token_id is not None else next(iter(stop_tokens), 0)
             law, processors = split(config, logits_processor)
             rows = [ids[own] for ids, own in zip(input_ids, mask, strict=True)]
@@ -106,6 +102,26 @@ def custom_generate(
         return SpeculativeOutput(sequences, trace=run.trace) if config.return_dict_in_generate else sequences
 
     return Loop(decode)
+
+
+def _refuse(drafter: Any, misplaced: Sequence[Any], unknown: Iterable[str]) -> None:
+    """Raise ValueError for arguments that are not taken, and say where they belong."""
+    if isinstance(drafter, PreTrainedModel) and misplaced:  # called in place of a loop
+        raise ValueError(
+            "custom_generate was passed itself, which makes decoding loops and is none; call it: "
+            "model.generate(..., custom_generate=specdec.custom_generate(drafter))."
+        )
+    for value in misplaced:
+        raise ValueError(
+            f"custom_generate takes the drafter by place, and a {type(value).__name__} after it; name that argument, such as "
+            "custom_generate(drafter, rule=...)."
+        )
+    for name in unknown:
+        there = "do_sample=True, temperature=..." if name == "sampling" else f"{name}=..."
+        raise ValueError(
+            f"custom_generate has no argument {name!r}: it takes drafter, rule, seed, tokenizer and engine. What "
+            f"model.generate knows, pass there: model.generate(..., {there}, custom_generate=...)."
+        )
 
 
 @contextmanager
@@ -192,11 +208,14 @@ def _mask(
     return mask.bool()
 
 
-def _ends(criteria: StoppingCriteriaList) -> tuple[tuple[int, ...], int, StoppingCriteriaList]:
-    """Tokens that end a text, the length that does, and what else may."""
-    tokens = [token for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()]
-    limit = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
-    others = (c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria)))
+def _ends(criteria: StoppingCriteriaList, longest: int) -> tuple[tuple[int, ...], int, StoppingCriteriaList]:
+    """Tokens that end a text, the length that does (`longest` if no criterion says), and what else may.
+
+    What a subclass of transformers' own criteria says is known only by asking it.
+    """
+    tokens = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
+    limit = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=longest)
+    others = (c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria))
     return tuple(tokens), limit, StoppingCriteriaList(others)
 
 

@@ -216,7 +216,8 @@ class Decoding:
         """What is accepted, and appended to the text."""
         logits, self.target.hidden = scores  # a replay fills what it is given, whatever the target ran last
         invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
-        law = TargetLaw(logits, tree, self.context)
+        top_down = self.rule.top_down and self.level == "summary"  # a trace looks at every law
+        law = TargetLaw(logits, tree, self.context, top_down)
         decisions = self.rule(tree, law, self.coins)
         no_law = law.invalid()
         if self.level != "summary":

@@ -170,7 +170,10 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
     limit = target.context_length
     if limit is not None and len(row) + max_new_tokens > limit:
         reason = f" ({target.context_reason})" if target.context_reason else ""
+        cure = f"shorten it or set max_new_tokens to at most {limit - len(row)}"
+        if len(row) >= limit:
+            cure = f"shorten the prompt to at most {limit - 1} tokens"
         raise ValueError(
             f"prompt {index} has {len(row)} tokens, and {max_new_tokens} new ones would exceed the target's context of "
-            f"{limit}{reason}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
+            f"{limit}{reason}; {cure}."
         )

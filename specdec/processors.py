@@ -2,27 +2,36 @@
 
 transformers calls a processor once per token, so a grammar's matcher or a counter can follow the text by itself. A tree holds
 several continuations of one text. A call is therefore made on a copy, and the state before it stays for the other
-continuations.
+continuations; where there will be none, the processors go on themselves, however much they hold.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WITHOUT_STATE = "transformers.generation.logits_process"  # a call of what this module defines leaves no trace
-_CONSTANT = (nn.Module, PreTrainedTokenizerBase, ModuleType)
+# A call of what this module defines leaves no trace in it, but for these, and in functions that it was given.
+_WITHOUT_STATE = "transformers.generation.logits_process"
+_WITH_STATE = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+_PLAIN = (int, float, complex, str, bytes, NoneType, Tensor, torch.device, torch.dtype)
+# Of other modules (a classifier's head, a processor that is one) only the parameters: the rest may count calls.
+_CONSTANT = (PreTrainedModel, nn.Parameter, PreTrainedTokenizerBase, ModuleType)
 # Of compiled libraries (xgrammar, llguidance, tokenizers): nothing that calls change, and nothing that `copy` can copy cheaply.
 _CONSTANT_NAMES = ("CompiledGrammar", "TokenizerInfo", "LLTokenizer", "Tokenizer")
 _OWN_WAYS = ("fork", "deep_copy")  # how their matchers are copied
 _NO_COPY = (
     "{names}: logits processors have to follow {what} here, each in a state of its own, and cannot be copied: {why}. Give "
     "the class a __deepcopy__ that returns an independent copy, or {cure}."
+)
+_NOT_TOP_DOWN = (
+    "The rule asked for the law after a text whose logits processors had gone on to a longer one: it looks beside the path "
+    "that it accepts. Set top_down = False on its class."
 )
 
 
@@ -31,36 +40,53 @@ class Processors:
 
     Args:
         own: transformers `LogitsProcessor`s, or other callables of a text [1, length] and scores [1, vocab].
+        lent: whether they are somebody else's, and have to stay as they are.
     """
 
-    def __init__(self, own: Sequence[Any] = ()):
-        self.own = tuple(own)
-        self._moved: Exception | None = None  # why there is no copy of them, once they have gone on themselves
+    def __init__(self, own: Sequence[Any] = (), lent: bool = True):
+        self.own, self._lent = tuple(own), lent
+        self._moved: ValueError | None = None  # what a call in this state raises, once they have gone on themselves
 
     def __bool__(self) -> bool:
         return bool(self.own)
 
-    def __call__(self, text: Tensor, scores: Tensor) -> tuple[Tensor, Processors]:
+    def __call__(self, text: Tensor, scores: Tensor, last: bool = False) -> tuple[Tensor, Processors]:
         """The scores [1, vocab] that they make of `scores` [1, vocab] after a text [length] int64, and they themselves after
         that call.
 
-        Raises:
-            ValueError: they cannot be copied, and were called before in this state.
-        """
-        own = self._next()
-        for processor in own:
-            scores = processor(text[None], scores)
-        return scores, Processors(own)
+        Args:
+            last: whether no other call will be made in this state, so that no copy is needed to keep it.
 
-    def _next(self) -> tuple[Any, ...]:
-        """Copies; if there can be none, they themselves, once: that is right as long as calls go along one text."""
+        Raises:
+            ValueError: they cannot be copied, and were called before in this state; or that call was to be the last one.
+        """
+        own, scores = self._called(text[None], scores, last)
+        return scores, Processors(own, lent=False)
+
+    # as `model.generate` calls them: a processor may take gradients, which tensors of inference mode do not have
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _called(self, texts: Tensor, scores: Tensor, last: bool) -> tuple[tuple[Any, ...], Tensor]:
+        """The processors after the call, and what they make of scores [batch, vocab] after texts [batch, length] int64."""
+        own, texts, scores = self._next(last), texts.clone(), scores.clone()
+        for processor in own:
+            scores = processor(texts, scores)
+        return own, scores
+
+    def _next(self, last: bool) -> tuple[Any, ...]:
+        """Copies, or they themselves, once: if this call is the last one, or if there can be no copies. That is right as
+        long as calls go along one text.
+        """
         if self._moved is not None:
-            cure = "decide from the root down (rule=SiblingRejection()) and without a trace of every law"
-            raise _refusal(self.own, "several continuations of one text", self._moved, cure)
+            raise self._moved
+        if last and not self._lent:
+            self._moved = ValueError(_NOT_TOP_DOWN)
+            return self.own
         try:
             return copied(self.own)
         except Exception as why:  # whatever a class of somebody else's raises
-            self._moved = why
+            cure = "decide from the root down (rule=SiblingRejection()) and without a trace of every law"
+            self._moved = _refusal(self.own, "several continuations of one text", why, cure)
             return self.own
 
 
@@ -83,8 +109,8 @@ def _refusal(own: Sequence[Any], what: str, why: Exception, cure: str) -> ValueE
 def copied(own: Sequence[Any]) -> tuple[Any, ...]:
     """Independent copies, made together: what two of them share, their copies share.
 
-    Models, tokenizers and transformers' own processors are not copied. Functions are, as far as they remember something
-    (`nonlocal`). Raises whatever `copy.deepcopy` does.
+    Models, tokenizers and transformers' own processors are not copied, nor are the parameters of other modules. Functions
+    are, as far as they remember something (`nonlocal`, defaults, attributes). Raises whatever `copy.deepcopy` does.
     """
     own = tuple(own)
     memo: dict[int, Any] = {}
@@ -100,9 +126,9 @@ def copied(own: Sequence[Any]) -> tuple[Any, ...]:
             memo[id(part)] = part
         elif own_way is not None:
             memo[id(part)] = own_way(part)
-        elif isinstance(part, FunctionType) and part.__closure__:
+        elif isinstance(part, FunctionType) and (memory := _memory(part)):
             functions.append(part)
-            queue += [cell.cell_contents for cell in part.__closure__ if _is_full(cell)]
+            queue += memory
         else:
             queue += _parts(part)
     _copy_functions(functions, memo)
@@ -114,7 +140,18 @@ def _is_constant(part: Any) -> bool:
 
 
 def _without_state(processor: Any) -> bool:
-    return type(processor).__module__ == _WITHOUT_STATE and not isinstance(processor, list)
+    kind = type(processor)
+    stateless = kind.__module__ == _WITHOUT_STATE and not issubclass(kind, list) and kind.__name__ not in _WITH_STATE
+    return stateless and all(map(_is_plain, vars(processor).values()))
+
+
+def _is_plain(part: Any) -> bool:
+    """Whether there is no code in it that might change it."""
+    if isinstance(part, dict):
+        return all(map(_is_plain, part.values()))
+    if isinstance(part, (list, tuple, set)):
+        return all(map(_is_plain, part))
+    return isinstance(part, _PLAIN) or _is_constant(part)
 
 
 def _parts(part: Any) -> Iterable[Any]:
@@ -134,16 +171,24 @@ def _parts(part: Any) -> Iterable[Any]:
     return [] if isinstance(made, str) else made[1:3]
 
 
+def _memory(function: FunctionType) -> list[Any]:
+    """Variables of the functions that it was defined in, defaults and attributes."""
+    variables = [cell.cell_contents if _is_full(cell) else None for cell in function.__closure__ or ()]
+    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+    return [*variables, *defaults, *vars(function).values()]
+
+
 def _copy_functions(functions: list[FunctionType], memo: dict[int, Any]) -> None:
-    """Copies with variables of their own in place of those of the functions that they were defined in."""
+    """Copies with a memory of their own."""
     cells = {id(cell): cell for function in functions for cell in function.__closure__ or ()}
     memo.update({i: CellType() for i in cells})
     for function in functions:
         closure = tuple(memo[id(cell)] for cell in function.__closure__ or ())
-        memo[id(function)] = made = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-        )
-        made.__kwdefaults__, made.__dict__ = function.__kwdefaults__, {**vars(function)}
+        memo[id(function)] = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+    for function in functions:  # when all are there: they may remember each other
+        memory = function.__defaults__, function.__kwdefaults__, {**vars(function)}
+        made = memo[id(function)]
+        made.__defaults__, made.__kwdefaults__, made.__dict__ = copy.deepcopy(memory, memo)
     for i, cell in cells.items():
         if _is_full(cell):
             memo[i].cell_contents = copy.deepcopy(cell.cell_contents, memo)

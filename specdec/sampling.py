@@ -61,7 +61,10 @@ class Sampling:
         min_p: keep tokens at least this fraction as probable as the most probable one.
         processors: transformers `LogitsProcessor`s, called with the text up to each node that a rule visits. Those that keep
             state (a grammar, a counter) follow every text on copies of their own: yours stay as they are, except one that
-            cannot be copied, which goes along with the text, and for which several texts at once are refused.
+            cannot be copied, which goes along with the text, and for which several texts at once are refused. State in
+            global variables and on classes is not seen, and shared by all texts: keep it in the processor. Rules that
+            decide from the root down take one copy per row, others one per visited node: for these give what is large
+            and never changes (an automaton) a `__deepcopy__` that returns itself.
     """
 
     temperature: float = 0.0
@@ -84,8 +87,21 @@ class Sampling:
         put("top_k", None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every))
         put("top_p", None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every))
         put("min_p", None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every))
+        for name in ("top_k", "top_p", "min_p"):
+            if self.temperature == 0 and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} at temperature=0, which is greedy and leaves nothing to choose from; pass "
+                    f"temperature=1.0 to sample, or leave {name} out."
+                )
         put("processors", as_tuple("processors", self.processors, "logits processors", "pass a sequence of them"))
+        if self.generation_config is not None:
+            check_kind(
+                "generation_config", self.generation_config, GenerationConfig, "pass a transformers GenerationConfig"
+            )
         for i, processor in enumerate(self.processors):
+            if isinstance(processor, type):
+                name = processor.__name__
+                raise ValueError(f"processors[{i}] is the class {name}; pass an instance, {name}(...).")
             if not callable(processor):
                 raise ValueError(f"processors[{i}] is {processor!r}; pass transformers LogitsProcessors.")
             _refuse_stateful(processor)
@@ -144,10 +160,11 @@ class TargetLaw:
         logits: [batch, node, vocab] the target's raw logits.
         tree: the trees they belong to.
         context: text so far, sampling and processors.
+        top_down: whether nothing but nodes of the accepted path will be asked for, so that processors go along it.
     """
 
-    def __init__(self, logits: Tensor, tree: DraftTree, context: Context):
-        self._logits, self._tree, self._context = logits, tree, context
+    def __init__(self, logits: Tensor, tree: DraftTree, context: Context, top_down: bool = False):
+        self._logits, self._tree, self._context, self._top_down = logits, tree, context, top_down
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
         self._known: dict[tuple[int, int], Tensor] = {}  # (row, node) -> [vocab], if there are processors
@@ -213,10 +230,10 @@ class TargetLaw:
         """[vocab]: logits at one node as the row's processors leave them, which are asked once."""
         if (row, node) not in self._known:
             logits, text = self._logits[row, node], self._text(row, node)
-            scores = (logits if logits.dtype == torch.float64 else logits.float())[None].clone()
+            scores = (logits if logits.dtype == torch.float64 else logits.float())[None]
             if text is not None:
                 before = self._processors(row, int(self._tree.topology.parents[row, node]))
-                scores, self._after[row, node] = before(text, scores)
+                scores, self._after[row, node] = before(text, scores, last=self._top_down)
             self._known[row, node] = scores[0]
         return self._known[row, node]
 

@@ -10,9 +10,11 @@ from tiny_models import GATE, PROMPTS, VOCAB, llama, padded, state
 from tiny_models import REFUSED as REFUSED_MODELS
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     MinPLogitsWarper,
     StoppingCriteria,
@@ -279,6 +281,28 @@ class OddRows(ModelDrafter):
         return replace(tree, laws=laws)
 
 
+class Shorter(MaxLengthCriteria):
+    """Says something else than its `max_length`."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 18)
+
+
+class OtherEnd(EosTokenCriteria):
+    """Says something else than its `eos_token_id`."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 5 == 0
+
+
+@pytest.mark.parametrize("inputs", [ONE, RAGGED], ids=["one", "ragged"])
+@pytest.mark.parametrize("make", [lambda: Shorter(100), lambda: Shorter(14), lambda: OtherEnd([5])])
+def test_subclasses_of_the_criteria_of_transformers_are_asked(make, inputs):
+    expected, got = both(TARGET, inputs, max_new_tokens=20, eos_token_id=7, stopping_criteria=[make()])
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, TARGET.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=7))
+
+
 class Asked(StoppingCriteria):
     """Keeps what it is asked about, and answers as `end` says."""
 
@@ -397,6 +421,26 @@ def test_what_would_be_left_out_is_refused(case):
     with pytest.raises(ValueError, match=cure):
         call = {"max_new_tokens": 8, "do_sample": False, **RAGGED, **options}
         TARGET.generate(**call, custom_generate=specdec.custom_generate(NgramDrafter()))
+
+
+@pytest.mark.parametrize(
+    ("method", "cure"),
+    [
+        (specdec.custom_generate, r"call it: .*custom_generate=specdec.custom_generate\(drafter\)"),
+        (NgramDrafter(), r"NgramDrafter is no decoding loop; .*custom_generate=specdec.custom_generate\(drafter\)"),
+    ],
+    ids=["not called", "a drafter"],
+)
+def test_what_is_no_loop_is_refused_and_not_ignored(method, cure):
+    with pytest.raises(ValueError, match=cure):
+        TARGET.generate(**ONE, max_new_tokens=4, custom_generate=method)
+
+
+def test_arguments_in_the_wrong_place_are_told_theirs():
+    with pytest.raises(ValueError, match=r"a BlockVerification after it.*custom_generate\(drafter, rule=...\)"):
+        specdec.custom_generate(NgramDrafter(), BlockVerification())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'sampling'.*model.generate\(..., do_sample=True, temperature=..."):
+        specdec.custom_generate(NgramDrafter(), sampling=Sampling(0.7))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["mamba", "jamba", "bloom", "t5"])

@@ -9,6 +9,7 @@ from tiny_models import PROMPTS, VOCAB, llama
 from transformers import (
     BatchEncoding,
     GenerationConfig,
+    LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
 )
@@ -48,6 +49,7 @@ ARGUMENTS = {
     "empty prompt": ([torch.tensor([], dtype=torch.int64)], {}, "give at least one token"),
     "no prompts": ([], {}, "at least one prompt"),
     "too long": (torch.ones(200, dtype=torch.int64), {}, "max_new_tokens to at most 56"),
+    "full": (torch.ones(256, dtype=torch.int64), {}, "shorten the prompt to at most 255 tokens"),
     "token out of range": (torch.tensor([1, VOCAB]), {}, "ids 0 to 49"),
     "negative token": (torch.tensor([-1]), {}, "ids 0 to 49"),
     "batched tensor": (torch.ones(2, 3, dtype=torch.int64), {}, "one per prompt"),
@@ -195,6 +197,11 @@ CONSTRUCTORS = {
         lambda: Sampling(processors=[SynthIDTextWatermarkLogitsProcessor(2, [1, 2], 16, 1, 16, "cpu")]),
         "keeps state",
     ),
+    "class of a processor": (lambda: Sampling(processors=[LogitsProcessor]), r"instance, LogitsProcessor\("),
+    "config that is none": (lambda: Sampling(generation_config=5), "pass a transformers GenerationConfig"),  # type: ignore[arg-type]
+    "greedy top_k": (lambda: Sampling(top_k=5), "top_k=5 at temperature=0.*temperature=1.0 to sample"),
+    "greedy top_p": (lambda: Sampling(0.0, top_p=0.5), "top_p=0.5 at temperature=0"),
+    "greedy min_p": (lambda: Sampling(0.0, min_p=0.1), "min_p=0.1 at temperature=0"),
     "empty tree": (lambda: Widths([]), "at least one level"),
     "no children": (lambda: Widths([2, 0]), "at least one child"),
     "law of nothing": (lambda: Widths([2], Law.PADDING), "absent nodes"),

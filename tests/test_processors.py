@@ -6,14 +6,26 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import PROMPTS, VOCAB, llama, padded
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 import specdec
 from experiments.cases import PROMPT
-from specdec import Sampling
+from specdec import Law, Sampling
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.processors import copied
-from specdec.rules import BlockVerification, LevelVerification, SiblingRejection, TraversalVerification
+from specdec.rules import (
+    BlockVerification,
+    KSeq,
+    LenientRejection,
+    LevelVerification,
+    SiblingRejection,
+    TraversalVerification,
+)
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
 from specdec.trees import Chain, Widths
 
@@ -60,6 +72,45 @@ def counter():
         return only(scores, slice(low, low + VOCAB // 3))
 
     return process
+
+
+def remembering():
+    """As one that counts in a default, and in an attribute of its own."""
+
+    def process(input_ids, scores, calls=[0]):  # noqa: B006 - on purpose
+        low = VOCAB // 3 * ((calls[0] + process.calls) % 3)
+        calls[0] += 2
+        process.calls -= 1
+        return only(scores, slice(low, low + VOCAB // 3))
+
+    process.calls = 0
+    return process
+
+
+class Module(torch.nn.Module):
+    """As a module, which counts in a number and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.step = torch.nn.Linear(2, 2), 0
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, input_ids, scores):
+        low = VOCAB // 3 * ((self.step + int(self.steps)) % 3)
+        self.step += 2
+        self.steps -= 1
+        return only(scores, slice(low, low + VOCAB // 3))
+
+
+def prefixes():
+    """A grammar as transformers takes it: a function that keeps the state of each row of the batch."""
+    states = {}
+
+    def allowed(row, text):
+        states[row] = (states.get(row, 0) * 7 + int(text[-1]) + 1) % VOCAB
+        return [states[row], (states[row] + 9) % VOCAB]
+
+    return allowed
 
 
 class Compiled:
@@ -116,6 +167,9 @@ PROCESSORS = {
     "counter": Cycle,
     "function": counter,
     "in an object": lambda: partial(Cycle()),
+    "remembering": remembering,
+    "module": Module,
+    "in one of transformers": lambda: PrefixConstrainedLogitsProcessor(prefixes(), 1),
     "grammar": lambda: Grammars(CompiledGrammar(3, 5)),
 }
 
@@ -130,10 +184,40 @@ def same(inputs, make, way, **options):
     )
 
 
+@pytest.mark.parametrize("way", ["sibling", "traversal"])
 @pytest.mark.parametrize("inputs", [ONE, RAGGED], ids=["one", "ragged"])
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_a_processor_with_state_gives_the_text_of_transformers(kind, inputs):
-    assert same(inputs, PROCESSORS[kind], "sibling")
+def test_a_processor_with_state_gives_the_text_of_transformers(kind, inputs, way):
+    assert same(inputs, PROCESSORS[kind], way)
+
+
+def test_the_state_of_a_function_of_allowed_tokens_stays_as_it_is():
+    options = {**RAGGED, "max_new_tokens": 12, "do_sample": False}
+    expected, allowed = TARGET.generate(**options, prefix_allowed_tokens_fn=prefixes()), prefixes()
+    for _ in range(2):  # the second time from the same state
+        method = specdec.custom_generate(ModelDrafter(TWIN, Widths([2, 1])))
+        got = TARGET.generate(**options, prefix_allowed_tokens_fn=allowed, custom_generate=method)
+        assert torch.equal(got, expected)
+
+
+class Gradient(LogitsProcessor):
+    """Follows a gradient, and keeps the last one."""
+
+    last = torch.zeros(())
+
+    def __call__(self, input_ids, scores):
+        with torch.enable_grad():
+            at = scores.detach().clone().requires_grad_()
+            (at.softmax(-1) * torch.arange(VOCAB).to(at)).sum().backward()
+        assert at.grad is not None
+        self.last = self.last + at.grad
+        self.last += input_ids.shape[1]  # in place
+        return scores + 50 * at.grad + self.last
+
+
+@pytest.mark.parametrize("way", ["sibling", "block"])
+def test_a_processor_may_take_gradients(way):
+    assert same(RAGGED, Gradient, way)
 
 
 @pytest.mark.filterwarnings("ignore:engine. the stage 'decide' runs step by step")
@@ -212,6 +296,57 @@ def test_every_copy_is_called_once_for_each_prefix_of_its_text_in_order(way, lev
     assert InOrder.calls >= 24  # each new token is decided on
     if level == "summary" and way == "sibling":  # where every node asked for is accepted, nothing is asked twice
         assert InOrder.calls == sum(map(len, out.tokens))
+
+
+@pytest.mark.parametrize("rule", [SiblingRejection(), LenientRejection(0.5), KSeq()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("draft", [DRAFT, TWIN], ids=["poor", "good"])
+def test_rules_from_the_root_down_call_processors_once_for_each_token_of_the_text(rule, draft):
+    InOrder.calls, drafter = 0, ModelDrafter(draft, Widths([3, 2], Law.IID))
+    options = {"sampling": Sampling(1.0, processors=[InOrder()]), "max_new_tokens": 12, "stop_tokens": ()}
+    out = specdec.generate(TARGET, PROMPTS[:2], drafter, rule=rule, **options)
+    assert InOrder.calls == sum(map(len, out.tokens))
+
+
+class Large(Cycle):
+    """Counts how often it is copied."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo):
+        type(self).copies += 1
+        return copy.copy(self)
+
+
+@pytest.mark.parametrize("tree", [Widths([3, 2, 1]), Chain(4)], ids=["tree", "chain"])
+def test_a_processor_of_one_text_is_copied_once_where_rules_decide_from_the_root_down(tree):
+    Large.copies, drafter = 0, ModelDrafter(DRAFT, tree)
+    options = {"sampling": Sampling(processors=[Large()]), "max_new_tokens": 16, "stop_tokens": ()}
+    out = specdec.generate(TARGET, PROMPTS[0], drafter, **options)
+    expected = specdec.generate(TARGET, PROMPTS[0], **options)
+    assert Large.copies == 2  # in each run one
+    assert torch.equal(out.tokens[0], expected.tokens[0])
+
+
+class Looking(SiblingRejection):
+    """Looks at every node, which it has inherited not to do."""
+
+    def decide_batch(self, tree, target_law, coins):
+        for node in range(tree.tokens.shape[1]):
+            target_law.at(torch.full_like(tree.tokens[:, 0], node))
+        return super().decide_batch(tree, target_law, coins)
+
+
+class LookingAndSayingSo(Looking):
+    top_down = False
+
+
+def test_a_rule_that_is_not_what_it_says_is_told_so():
+    options = {"sampling": Sampling(processors=[Cycle()]), "max_new_tokens": 8}
+    drafter = ModelDrafter(TWIN, Widths([3, 2]))
+    with pytest.raises(ValueError, match="top_down = False"):
+        specdec.generate(TARGET, PROMPTS[0], drafter, rule=Looking(), **options)
+    got = specdec.generate(TARGET, PROMPTS[0], drafter, rule=LookingAndSayingSo(), **options)
+    assert torch.equal(got.tokens[0], specdec.generate(TARGET, PROMPTS[0], **options).tokens[0])
 
 
 class Generated(LogitsProcessor):
@@ -294,21 +429,22 @@ def test_a_processor_may_run_the_models_of_the_pair(model, skips):
     assert torch.equal(got, TARGET.generate(**options))
 
 
-class Heavy(torch.nn.Linear):
-    """Too large to be copied."""
-
-    def __deepcopy__(self, memo):
-        raise AssertionError("a model was copied")
-
-
 def test_copies_share_models_tokenizers_and_processors_of_transformers():
     tokenizer, penalty = specdec.demo.load().tokenizer, RepetitionPenaltyLogitsProcessor(1.3)
-    holder = partial(print, Heavy(2, 2), {"tokenizer": tokenizer}, LogitsProcessorList([penalty]), [0])
+    holder = partial(print, TARGET, {"tokenizer": tokenizer}, LogitsProcessorList([penalty]), [0])
     (other,) = copied([holder])
     assert other is not holder
-    assert other.args[0] is holder.args[0] and other.args[1]["tokenizer"] is tokenizer
+    assert other.args[0] is TARGET and other.args[1]["tokenizer"] is tokenizer
     assert other.args[2] is not holder.args[2] and other.args[2][0] is penalty
     assert other.args[3] is not holder.args[3]
+
+
+def test_copies_of_a_module_share_its_parameters_and_nothing_else():
+    module = Module()
+    (other,) = copied([module])
+    other(torch.zeros(1, 3), torch.zeros(1, VOCAB))
+    assert other.head is not module.head and other.head.weight is module.head.weight
+    assert (module.step, int(module.steps), other.step, int(other.steps)) == (0, 0, 2, -1)
 
 
 def test_copies_share_with_each_other_what_the_originals_share():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor
@@ -193,6 +193,12 @@ class Drafter(ABC):
         """Called after every step with what was kept of the last proposal: nothing (`keep` is 0) of rows that had ended,
         and of rows for which another drafter drafted (`Fallback`), when `propose` may not even have been called.
         """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Never:
+        """Refused. It is here because `model.generate` ignores a `custom_generate` that cannot be called, in silence."""
+        raise ValueError(
+            f"a {type(self).__name__} is no decoding loop; pass custom_generate=specdec.custom_generate(drafter)."
+        )
 
     def patched(self) -> AbstractContextManager[None]:
         """Entered around every step, the target's own pass included: for what drafting needs of a model of its own.

@@ -34,7 +34,7 @@ _MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho wil
 class KSeq(Rule):
     """Accept a child with probability min(1, p / (rho q)), one after the other; IID children, or single ones."""
 
-    lossless = True
+    lossless = top_down = True
 
     def check(self, spec: TreeSpec) -> None:
         if spec.width > 1 and not spec.laws <= {Law.IID}:  # one child alone is independent, whatever its law

@@ -82,6 +82,9 @@ class Rule(ABC):
     capturable: ClassVar[bool] = (
         False  # True if `decide_batch` reads nothing back from the device: see `specdec.graphs`
     )
+    # True if it asks for the target's law at nodes that it accepts only, each after its parent: logits processors that keep
+    # state then go along the path, where other rules take a copy of them for every node
+    top_down: ClassVar[bool] = False
     lossless: ClassVar[bool]  # True when the emitted text has exactly the target's law for every tree `check` admits
 
     def check(self, spec: TreeSpec) -> None:  # noqa: B027 - optional: most rules accept every tree

@@ -22,7 +22,7 @@ from specdec.tree import DraftTree, RowTree
 class SiblingRejection(Rule):
     """Try the children in the order they were drawn, each against what the target law still owes."""
 
-    lossless = capturable = True
+    lossless = capturable = top_down = True
     lenience: float = 1  # `LenientRejection` lowers it
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:

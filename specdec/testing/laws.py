@@ -143,7 +143,7 @@ def target_law(
                 scores = target(input_ids=tokens[None], use_cache=False).logits[:, -1]
         else:
             scores = target.logits(tuple(tokens.tolist()))[None]
-        scores, processors = processors(tokens, scores.clone())
+        scores, processors = processors(tokens, scores)
         weights = fractions(sampling.probabilities(scores)[0].double().numpy())
         total = sum(weights)
         for token, weight in enumerate(weights):
