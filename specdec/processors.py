@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 _WITHOUT_STATE = "transformers.generation.logits_process"  # a call of what this module defines leaves no trace
+_WITH_STATE = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")  # but these
 _CONSTANT = (nn.Module, PreTrainedTokenizerBase, ModuleType)
 # Of compiled libraries (xgrammar, llguidance, tokenizers): nothing that calls change, and nothing that `copy` can copy cheaply.
 _CONSTANT_NAMES = ("CompiledGrammar", "TokenizerInfo", "LLTokenizer", "Tokenizer")
@@ -114,7 +115,8 @@ def _is_constant(part: Any) -> bool:
 
 
 def _without_state(processor: Any) -> bool:
-    return type(processor).__module__ == _WITHOUT_STATE and not isinstance(processor, list)
+    kind = type(processor)
+    return kind.__module__ == _WITHOUT_STATE and not issubclass(kind, list) and kind.__name__ not in _WITH_STATE
 
 
 def _parts(part: Any) -> Iterable[Any]:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 _BLOCK = 2**19  # elements: 2 MB of float32
 _COLDEST = 1e-6  # lower temperatures would overflow float32
-_STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 _WARPERS = (
     ("TemperatureLogitsWarper", "temperature"),
     ("TopKLogitsWarper", "top_k"),
@@ -88,7 +87,6 @@ class Sampling:
         for i, processor in enumerate(self.processors):
             if not callable(processor):
                 raise ValueError(f"processors[{i}] is {processor!r}; pass transformers LogitsProcessors.")
-            _refuse_stateful(processor)
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, **overrides: Any) -> Sampling:
@@ -249,14 +247,6 @@ class RowLaw:
         return self._coins.law(self._law.probabilities(self._row, node))
 
 
-def _refuse_stateful(processor: Any) -> None:
-    if type(processor).__name__ in _STATEFUL:
-        raise ValueError(
-            f"{type(processor).__name__} keeps state from call to call, but a tree asks for several continuations of "
-            "one text; remove it (or generate with transformers)."
-        )
-
-
 def _transformers_processors(
     model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, max_new_tokens: int, tokenizer: Any
 ):
@@ -286,8 +276,6 @@ def split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tup
     while config.do_sample and kept and 0 <= _place(kept[-1]) < place:  # ours are applied last, and in this order
         place, warper = _place(kept[-1]), kept.pop()
         native[_WARPERS[place][1]] = getattr(warper, _WARPERS[place][1])
-    for processor in kept:
-        _refuse_stateful(processor)
     return replace(Sampling(generation_config=config), **native), tuple(kept)
 
 

@@ -79,6 +79,7 @@ class Forbid(LogitsProcessor):
 
 OPTIONS = [
     {"repetition_penalty": 1.8},
+    {"guidance_scale": 2.0},
     {"no_repeat_ngram_size": 2},
     {"min_new_tokens": 8, "eos_token_id": [7, 30]},
     {"min_length": 16, "eos_token_id": [7, 30]},
@@ -387,7 +388,6 @@ REFUSED = {
     "positions": ({"position_ids": torch.arange(12).expand(4, -1)}, "position_ids"),
     "too long": ({"max_length": 12, "max_new_tokens": None}, "max_length"),
     "longer than the context": ({"max_new_tokens": 256}, "context of 256"),
-    "negative guidance": ({"guidance_scale": 2.0}, "keeps state"),
 }  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from transformers import (
     BatchEncoding,
     GenerationConfig,
     RepetitionPenaltyLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
 )
 
 import specdec
@@ -190,10 +189,6 @@ CONSTRUCTORS = {
     "top_p": (lambda: Sampling(1.0, top_p=0.0), "must be in"),
     "min_p": (lambda: Sampling(1.0, min_p=2.0), "must be in"),
     "one processor": (lambda: Sampling(processors=RepetitionPenaltyLogitsProcessor(1.2)), "a sequence of them"),
-    "stateful processor": (
-        lambda: Sampling(processors=[SynthIDTextWatermarkLogitsProcessor(2, [1, 2], 16, 1, 16, "cpu")]),
-        "keeps state",
-    ),
     "empty tree": (lambda: Widths([]), "at least one level"),
     "no children": (lambda: Widths([2, 0]), "at least one child"),
     "law of nothing": (lambda: Widths([2], Law.PADDING), "absent nodes"),
@@ -214,8 +209,7 @@ def test_constructors(case):
 
 @pytest.mark.parametrize(
     ("options", "cure"),
-    [({"num_beams": 3}, "beam search"), ({"max_time": 1.0}, "no time limit"), ({"guidance_scale": 1.5}, "keeps state"),
-     ({"stop_strings": ["x"]}, "stop strings")],
+    [({"num_beams": 3}, "beam search"), ({"max_time": 1.0}, "no time limit"), ({"stop_strings": ["x"]}, "stop strings")],
     ids=lambda o: "-".join(o) if isinstance(o, dict) else "",
 )  # fmt: skip
 @pytest.mark.parametrize("whose", ["given", "the model's own"])
