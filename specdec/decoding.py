@@ -127,18 +127,17 @@ class Decoding:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
         run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        with torch.inference_mode(), self._patched() as patches:
-            tree = run(self._propose, self._why_on_host)
-            clock.mark()
-            scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
-            clock.mark()
-            if any(self.context.processors):
-                patches.close()  # they may run a model themselves: it is to be as its owner left it
+        with torch.inference_mode():
+            with self._patched():
+                tree = run(self._propose, self._why_on_host)
+                clock.mark()
+                scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
+                clock.mark()
+            # unpatched: logits processors may run a model themselves, which is to be as its owner left it
             acceptance = run(self._decide, self._why_not_captured(), tree, scores)
             clock.mark()
-            if any(self.context.processors):
-                patches.enter_context(self._patched())
-            run(self._follow, self._why_on_host, acceptance)
+            with self._patched():
+                run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)
         self.coins.turn_to(self.coins.step + 1)
@@ -222,7 +221,7 @@ class Decoding:
         no_law = law.invalid()
         if self.level != "summary":
             self._noted = self._note(law, tree, decisions)  # now: processors read the text so far
-        if any(self.context.processors):
+        if self.context.processed:
             self.context.processors = law.processors(decisions.last)
         acceptance = self._accept(tree, decisions, no_law, invalid)
         self.target.commit(acceptance)
@@ -239,7 +238,7 @@ class Decoding:
         """What in `_decide` is for the host."""
         if self.level != "summary":
             return f"trace={self.level!r} looks at every law"
-        if any(self.context.processors):
+        if self.context.processed:
             return "logits processors depend on the text"
         return None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
 

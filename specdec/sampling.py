@@ -157,7 +157,7 @@ class TargetLaw:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
         rows = self._rows if rows is None else rows
         scores = self._logits[rows, nodes]
-        if len(nodes) and any(self._context.processors):
+        if len(nodes) and self._context.processed:
             visited = zip(rows.tolist(), nodes.tolist(), strict=True)
             scores = torch.stack([self._processed(b, node) for b, node in visited])
         self._check(scores, rows)
@@ -172,7 +172,7 @@ class TargetLaw:
             lenience: the fraction of a child's law that the target's is compared with.
         """
         drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
-        if self._logits.device.type not in specdec_kernels.DEVICES or any(self._context.processors):
+        if self._logits.device.type not in specdec_kernels.DEVICES or self._context.processed:
             return walk(self.at, *drafted, lenience)
         kernel, filters = specdec_kernels.verify, self._context.sampling.filters
         path, accepted, token, invalid = kernel(self._logits, *drafted, *filters, lenience)

@@ -68,7 +68,7 @@ class Target(ABC):
         """Keep the accepted nodes; called after every `score`."""
 
     def patched(self) -> AbstractContextManager[None]:
-        """Entered around every step."""
+        """Entered around drafting and scoring, and again around following."""
         return nullcontext()
 
 

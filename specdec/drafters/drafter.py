@@ -88,6 +88,11 @@ class Context:
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
 
     @property
+    def processed(self) -> bool:
+        """Whether logits processors change any row's scores."""
+        return any(self.processors)
+
+    @property
     def longest(self) -> int:
         """A bound on `lengths` that the host knows."""
         return self.engine.rounded(max(self.host_lengths))
@@ -195,7 +200,7 @@ class Drafter(ABC):
         """
 
     def patched(self) -> AbstractContextManager[None]:
-        """Entered around every step, the target's own pass included: for what drafting needs of a model of its own.
+        """Entered around drafting and scoring, and again around following: for what drafting needs of a model of its own.
 
         What the target computes must stay as it is. To draft with the target's model in another state (an adapter switched
         off, say), change it inside `propose` and back before that returns, and keep a cache of its own for it.
