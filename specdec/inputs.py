@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from specdec.checks import as_int, as_ints, brief
+from specdec.checks import as_int, as_ints, brief, wrong_kind
 from specdec.engine import Engine
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling
@@ -80,9 +80,7 @@ def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
             cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
             raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
         return ModelTarget(target)
-    raise ValueError(
-        f"target is a {type(target).__name__}; {cure_for(target)} (or a specdec Target). Got {brief(target)}."
-    )
+    raise wrong_kind("target", target, f"{cure_for(target)} (or a specdec Target)")
 
 
 def as_engine(engine: Engine | str) -> Engine:
@@ -91,7 +89,7 @@ def as_engine(engine: Engine | str) -> Engine:
         return engine
     made = {"eager": Engine, "graph": Graphs, "compile": partial(Graphs, compile=True)}
     if not isinstance(engine, str) or engine not in made:
-        raise ValueError(f"engine={engine!r}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
+        raise ValueError(f"engine={brief(engine)}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
     return made[engine]()
 
 
@@ -99,8 +97,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Raise ValueError unless it is None or can write text; whether it reads any is seen when a prompt is text."""
     if tokenizer is None or (hasattr(tokenizer, "decode") and not isinstance(tokenizer, bytes)):
         return
-    cure = "pass one of transformers, such as AutoTokenizer.from_pretrained(name)"
-    raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; {cure}. Got {brief(tokenizer)}.")
+    raise wrong_kind("tokenizer", tokenizer, "pass one of transformers, such as AutoTokenizer.from_pretrained(name)")
 
 
 def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens: int) -> list[Tensor]:
@@ -131,7 +128,7 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if isinstance(prompts, (bytes, Mapping, Set)) or not isinstance(prompts, Iterable):
         cure = _ALONE if isinstance(prompts, Mapping) else "pass token ids or text, or a list of such prompts"
-        raise ValueError(f"prompts is a {type(prompts).__name__}; {cure}. Got {brief(prompts)}.")
+        raise wrong_kind("prompts", prompts, cure)
     given = list(prompts)
     return [given] if given and all(isinstance(part, Integral) for part in given) else given
 
@@ -167,8 +164,7 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
         )
     limit = target.context_length
     if limit is not None and len(row) + max_new_tokens > limit:
-        reason = f" ({target.context_reason})" if target.context_reason else ""
         raise ValueError(
             f"prompt {index} has {len(row)} tokens, and {max_new_tokens} new ones would exceed the target's context of "
-            f"{limit}{reason}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
+            f"{limit}{target.context_reason}; shorten it or set max_new_tokens to at most {max(limit - len(row), 0)}."
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 _WITHOUT_STATE = "transformers.generation.logits_process"  # a call of what this module defines leaves no trace
-_WITH_STATE = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")  # but these
+_WITH_STATE = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")  # but for these
 _CONSTANT = (nn.Module, PreTrainedTokenizerBase, ModuleType)
 # Of compiled libraries (xgrammar, llguidance, tokenizers): nothing that calls change, and nothing that `copy` can copy cheaply.
 _CONSTANT_NAMES = ("CompiledGrammar", "TokenizerInfo", "LLTokenizer", "Tokenizer")

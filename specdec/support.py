@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.attention import NAME, Patch, View, counting_calls
 from specdec.cache import RecordingCache, Slab, cache_argument
+from specdec.checks import wrong_kind
 from specdec.fingerprint import fingerprint
 from specdec.prepared import difference_from_text, prepared, preparer
 from specdec.tree import Topology, TreeSpec
@@ -59,7 +60,7 @@ class UnsupportedModel(ValueError):
 def check_ready(model: PreTrainedModel) -> None:
     """Raise ValueError if this is no transformers model, or in no state to decode with; cheap, so asked before every run."""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"The model is a {type(model).__name__}; {cure_for(model)}.")
+        raise wrong_kind("model", model, cure_for(model))
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
     if any(_given_by_hooks(model).get("alora_offsets") or ()):
@@ -75,7 +76,7 @@ def cure_for(wrapper: object) -> str:
     named = wrapper.named_modules() if isinstance(wrapper, torch.nn.Module) else ()
     inner = next((name for name, part in named if isinstance(part, PreTrainedModel)), None)
     if inner is None:
-        return "pass a transformers PreTrainedModel"
+        return "pass a transformers model, as from AutoModelForCausalLM.from_pretrained(name)"
     return f"pass the model in it, .{inner} (without what the wrapper does by itself, such as PEFT's soft prompts)"
 
 
@@ -189,15 +190,14 @@ def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor) -> str | None:
     quantised = getattr(model, "is_quantized", False)
     limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
     near = difference <= limit or not bool(alone.isfinite().all())
-    return None if near else f"{difference:.1e} of the largest logit (limit {limit:.0e}"
+    return None if near else f"{difference:.1e} of the largest logit, of which rounding is at most {limit:.0e}"
 
 
 def _why_apart(model: PreTrainedModel, path: Tensor, alone: Tensor, apart: str) -> str:
     later = torch.arange(path.shape[1], device=path.device).expand_as(path) * 2
     if torch.equal(model(input_ids=path, position_ids=later, use_cache=False).logits[:, -1], alone):
         return "it numbers tokens by their place in the cache, whatever position_ids say"
-    cure = "if its own attention leaves something out, model.set_attn_implementation('eager') puts it in"
-    return f"a tree in one forward pass differs from its paths by {apart}; {cure})"
+    return f"a tree in one forward pass differs from its paths by {apart}"
 
 
 def _beside(inputs: dict[str, Any]) -> str:

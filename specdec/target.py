@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from specdec.attention import Patch, View
 from specdec.cache import TreeCache, cache_argument
 from specdec.compilation import Compiled
+from specdec.context_limit import context_limit_of
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.fingerprint import fingerprint
-from specdec.reach import reach_of
 from specdec.support import check_ready, check_text, device_of, embedding, layout_of
 from specdec.tree import DraftTree, Topology, chain, text_chain
 
@@ -41,7 +41,7 @@ class Target(ABC):
 
     vocab: int  # size of the vocabulary: the last axis of `score`
     context_length: int | None = None  # longest text it can read, in tokens; None if unbounded
-    context_reason: str = ""  # why no longer one, for the message that refuses it
+    context_reason: str = ""  # said after that number where a longer text is refused, as in " (beyond it ...)"
     device: torch.device = torch.device("cpu")
     stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
@@ -80,7 +80,7 @@ class CachedModel:
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
         self._cache_argument = cache_argument(model)
         self.vocab: int = model.config.get_text_config().vocab_size
-        self.context_length, self.context_reason = reach_of(model)
+        self.context_length, self.context_reason = context_limit_of(model)
         self.device, self._home = device_of(model), _home(model)
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None

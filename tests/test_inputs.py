@@ -241,7 +241,7 @@ def test_pairs_that_cannot_work():
     with pytest.raises(ValueError, match="cannot have 4 different children"):
         pair = [llama(seed, vocab_size=3, eos_token_id=None) for seed in (0, 1)]
         specdec.generate(pair[0], torch.tensor([1]), ModelDrafter(pair[1], Widths((4,))), max_new_tokens=8)
-    with pytest.raises(ValueError, match="PreTrainedModel"):
+    with pytest.raises(ValueError, match="target is a Linear; pass a transformers model, as from AutoModelForCausalLM"):
         specdec.generate(torch.nn.Linear(2, 2), PROMPTS)
 
 
