@@ -95,6 +95,19 @@ def wrong_kind(name: str, value: Any, cure: str) -> ValueError:
     return ValueError(f"{name} is a {type(value).__name__}; {cure}. Got {brief(value)}.")
 
 
+def put(of: Any, **values: Any) -> None:
+    """Set attributes, of frozen dataclasses too."""
+    for name, value in values.items():
+        object.__setattr__(of, name, value)
+
+
+def put_size(of: Any) -> None:
+    """Make the `nodes`, `depth` and `width` of a policy or a drafter that drafts something Python integers."""
+    cure = "a draft has nodes >= 2, depth >= 1 and width >= 1; use drafter=None to draft nothing"
+    least = {"nodes": 2, "depth": 1, "width": 1}
+    put(of, **{name: as_int(name, getattr(of, name), least[name], cure=cure) for name in least})
+
+
 def brief(value: Any) -> str:
     """`value` as a message shows it: on one line, and cut where it is long."""
     return " ".join(reprlib.repr(value).split())

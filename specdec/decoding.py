@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StopStringCriteria
 
-from specdec.checks import as_int, as_seed, check_kind, check_logits
+from specdec.checks import as_int, as_seed, check_kind, check_logits, put
 from specdec.clock import Clock, finish
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
@@ -27,13 +27,13 @@ from specdec.inputs import (
     as_prompts,
     as_stop_tokens,
     as_target,
+    check_clock,
     check_tokenizer,
     refuse_unknown,
 )
 from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
-from specdec.support import check_clock
 from specdec.target import Scores, Target
 from specdec.theory import visits
 from specdec.trace import LEVELS, Step, Trace
@@ -114,7 +114,7 @@ class Decoding:
         self._ticket = object()
         self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
         for part in self._parts:
-            object.__setattr__(part, "run", self._ticket)  # frozen dataclasses too
+            put(part, run=self._ticket)
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, capacity, self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)

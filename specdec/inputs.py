@@ -20,6 +20,7 @@ from specdec.graphs import Graphs
 from specdec.sampling import Sampling
 from specdec.support import cure_for
 from specdec.target import ModelTarget, Target
+from specdec.tree import TreeSpec
 
 Prompt = Tensor | np.ndarray | Sequence[int] | str
 Prompts = Prompt | Sequence[Prompt]
@@ -98,6 +99,16 @@ def check_tokenizer(tokenizer: Any) -> None:
     if tokenizer is None or (hasattr(tokenizer, "decode") and not isinstance(tokenizer, bytes)):
         return
     raise wrong_kind("tokenizer", tokenizer, "pass one of transformers, such as AutoTokenizer.from_pretrained(name)")
+
+
+def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
+    """Raise ValueError where every process of a model that is cut over several would draft by its own clock."""
+    processes = getattr(model, "tp_size", None) or 1
+    if spec.by_clock and processes > 1:
+        raise ValueError(
+            f"Trees are chosen by measured times, and {processes} processes that share this model would wait for each other "
+            "with different ones; give the same times to all of them, Adaptive(costs=...)."
+        )
 
 
 def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens: int) -> list[Tensor]:

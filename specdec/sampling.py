@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 import specdec_kernels
-from specdec.checks import as_float, as_int, as_tuple, check_kind
+from specdec.checks import as_float, as_int, as_tuple, check_kind, put
 from specdec.coins import RowCoins
 from specdec.processors import Processors, check_copies
 from specdec.transformers_call import Loop
@@ -36,12 +35,13 @@ if TYPE_CHECKING:
 
 _BLOCK = 2**19  # elements: 2 MB of float32
 _COLDEST = 1e-6  # lower temperatures would overflow float32
+# transformers' warpers, and the fields that say the same, in the order in which they are applied
 _WARPERS = (
     ("TemperatureLogitsWarper", "temperature"),
     ("TopKLogitsWarper", "top_k"),
     ("TopPLogitsWarper", "top_p"),
     ("MinPLogitsWarper", "min_p"),
-)  # and the fields that say the same, in the order in which they are applied
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     processors: tuple[Any, ...] = ()
-    # not compared: the one that transformers has prepared cannot be, and a bound sampling has its law in the other fields
+    # Ignored in ==: the other fields state the law.
     generation_config: GenerationConfig | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -76,14 +76,16 @@ class Sampling:
             raise ValueError(f"processors is one {type(self.processors).__name__}; pass a sequence of them.")
         cure = f"it must be finite and at least {_COLDEST}, or 0 for greedy decoding"
         every = "use None to keep every token"
-        put = partial(object.__setattr__, self)
-        put("temperature", as_float("temperature", self.temperature, "[0, 1e38]", cure))
+        put(
+            self,
+            temperature=as_float("temperature", self.temperature, "[0, 1e38]", cure),
+            top_k=None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every),
+            top_p=None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every),
+            min_p=None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every),
+            processors=as_tuple("processors", self.processors, "logits processors", "pass a sequence of them"),
+        )
         if 0 < self.temperature < _COLDEST:
             raise ValueError(f"temperature={self.temperature}: {cure}.")
-        put("top_k", None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every))
-        put("top_p", None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every))
-        put("min_p", None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every))
-        put("processors", as_tuple("processors", self.processors, "logits processors", "pass a sequence of them"))
         for i, processor in enumerate(self.processors):
             if not callable(processor):
                 raise ValueError(f"processors[{i}] is {processor!r}; pass transformers LogitsProcessors.")
@@ -148,10 +150,9 @@ class TargetLaw:
         self._logits, self._tree, self._context = logits, tree, context
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
-        self._known: dict[tuple[int, int], Tensor] = {}  # (row, node) -> [vocab], if there are processors
-        self._after: dict[
-            tuple[int, int], Processors
-        ] = {}  # (row, node) -> these, after the call for the text up to it
+        # (row, node) -> [vocab] scores, and the processors after the call for the text up to there
+        self._known: dict[tuple[int, int], Tensor] = {}
+        self._after: dict[tuple[int, int], Processors] = {}
 
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""

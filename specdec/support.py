@@ -20,7 +20,7 @@ from specdec.cache import RecordingCache, Slab, cache_argument
 from specdec.checks import wrong_kind
 from specdec.fingerprint import fingerprint
 from specdec.prepared import difference_from_text, prepared, preparer
-from specdec.tree import Topology, TreeSpec
+from specdec.tree import Topology
 
 Layout = list[tuple[Slab, Slab] | None]
 
@@ -28,6 +28,8 @@ Layout = list[tuple[Slab, Slab] | None]
 # magnitude below (measured: 1e-6 in float32); a wrong mask or position changes logits by a tenth or more.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.15
+
+_PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these ids
 
 _OUTSIDE_INTERFACE = "its attention does not go through transformers' attention interface"
 _SLOT_BIAS = "its position bias follows the slot in the cache, not the position in the text"
@@ -131,9 +133,6 @@ def _probe(model: PreTrainedModel) -> Layout:
     return layout
 
 
-_PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these ids
-
-
 def _score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
     """[row, node, vocab] logits, and the layout."""
     tokens = _rows(model, *_PROBE)
@@ -204,16 +203,6 @@ def _beside(inputs: dict[str, Any]) -> str:
     """The names of what these inputs hold besides a text."""
     text = ("input_ids", "attention_mask", "position_ids", "use_cache")
     return ", ".join(name for name, value in inputs.items() if value is not None and name not in text)
-
-
-def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
-    """Raise ValueError where every process of a model that is cut over several would draft by its own clock."""
-    processes = getattr(model, "tp_size", None) or 1
-    if spec.by_clock and processes > 1:
-        raise ValueError(
-            f"Trees are chosen by measured times, and {processes} processes that share this model would wait for each other "
-            "with different ones; give the same times to all of them, Adaptive(costs=...)."
-        )
 
 
 def _rows(model: PreTrainedModel, *ids: int) -> Tensor:

@@ -30,10 +30,8 @@ def near(model, noise=0.005):
 
 
 DRAFT = near(TARGET)
-KINDS = {
-    **DRAFTERS,
-    "beams": lambda draft: ModelDrafter(draft, Dynamic(7, 4, 3)),
-}  # whose shape is never twice the same
+# and beams, whose shape is never twice the same
+KINDS = {**DRAFTERS, "beams": lambda draft: ModelDrafter(draft, Dynamic(7, 4, 3))}
 RENUMBERED = ("dynamic", "beams")  # cut at the budget their nodes have other numbers, and so other coins
 
 
