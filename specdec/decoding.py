@@ -214,7 +214,7 @@ class Decoding:
 
     def _decide(self, tree: DraftTree, scores: Scores) -> Acceptance:
         """What is accepted, and appended to the text."""
-        logits, self.target.hidden = scores  # a replay fills what it is given, whatever the target ran last
+        logits, self.target.hidden = scores  # a graph replay writes into these tensors: restore them
         invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
         law = TargetLaw(logits, tree, self.context)
         decisions = self.rule(tree, law, self.coins)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 
-def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
+def prepared_inputs(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
     """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
     named = inspect.signature(model.forward).parameters
     takes_more = any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values())
@@ -26,8 +26,8 @@ def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, A
     return prepare(tokens, use_cache=False, is_first_iteration=first, **options)
 
 
-def preparer(model: PreTrainedModel) -> str:
-    """The name of the function that decides."""
+def preparer_name(model: PreTrainedModel) -> str:
+    """The qualified name of the model's `prepare_inputs_for_generation`, for messages."""
     function: Any = model.prepare_inputs_for_generation
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
 

@@ -31,66 +31,68 @@ class Processors:
     """The logits processors of one row in the state that their calls along one text have left them in.
 
     Args:
-        own: transformers `LogitsProcessor`s, or other callables of a text [1, length] and scores [1, vocab].
+        processors: transformers `LogitsProcessor`s, or other callables of a text [1, length] and scores [1, vocab].
     """
 
-    def __init__(self, own: Sequence[Any] = ()):
-        self.own = tuple(own)
-        self._moved: Exception | None = None  # why there is no copy of them, once they have gone on themselves
+    def __init__(self, processors: Sequence[Any] = ()):
+        self.processors = tuple(processors)
+        # Why they cannot be copied; set once they themselves have been called.
+        self._no_copy_because: Exception | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.own)
+        return bool(self.processors)
 
     def __call__(self, text: Tensor, scores: Tensor) -> tuple[Tensor, Processors]:
-        """The scores [1, vocab] that they make of `scores` [1, vocab] after a text [length] int64, and they themselves after
-        that call.
+        """Process the scores [1, vocab] that follow a text [length] int64.
+
+        Returns them and the processors in the state after the call.
 
         Raises:
             ValueError: they cannot be copied, and were called before in this state.
         """
-        own = self._next()
-        for processor in own:
+        copies = self._copies()
+        for processor in copies:
             scores = processor(text[None], scores)
-        return scores, Processors(own)
+        return scores, Processors(copies)
 
-    def _next(self) -> tuple[Any, ...]:
+    def _copies(self) -> tuple[Any, ...]:
         """Copies; if there can be none, they themselves, once: that is right as long as calls go along one text."""
-        if self._moved is not None:
+        if self._no_copy_because is not None:
             cure = "decide from the root down (rule=SiblingRejection()) and without a trace of every law"
-            raise _refusal(self.own, "several continuations of one text", self._moved, cure)
+            raise _refusal(self.processors, "several continuations of one text", self._no_copy_because, cure)
         try:
-            return copied(self.own)
+            return copied(self.processors)
         except Exception as why:  # whatever a class of somebody else's raises
-            self._moved = why
-            return self.own
+            self._no_copy_because = why
+            return self.processors
 
 
-def check_copies(own: Sequence[Any], rows: int) -> None:
+def check_copies(processors: Sequence[Any], rows: int) -> None:
     """Raise ValueError if processors that cannot be copied would have to serve several rows."""
     if rows > 1:
         try:
-            copied(own)
+            copied(processors)
         except Exception as why:
-            raise _refusal(own, f"{rows} prompts", why, "pass one prompt at a time") from why
+            raise _refusal(processors, f"{rows} prompts", why, "pass one prompt at a time") from why
 
 
-def _refusal(own: Sequence[Any], what: str, why: Exception, cure: str) -> ValueError:
-    names = ", ".join(type(processor).__name__ for processor in own if not _without_state(processor))
+def _refusal(processors: Sequence[Any], what: str, why: Exception, cure: str) -> ValueError:
+    names = ", ".join(type(processor).__name__ for processor in processors if not _without_state(processor))
     return ValueError(
         _NO_COPY.format(names=names, what=what, why=f"{type(why).__name__}: {why}".rstrip("."), cure=cure)
     )
 
 
-def copied(own: Sequence[Any]) -> tuple[Any, ...]:
+def copied(processors: Sequence[Any]) -> tuple[Any, ...]:
     """Independent copies, made together: what two of them share, their copies share.
 
     Models, tokenizers and transformers' own processors are not copied. Functions are, as far as they remember something
     (`nonlocal`). Raises whatever `copy.deepcopy` does.
     """
-    own = tuple(own)
+    processors = tuple(processors)
     memo: dict[int, Any] = {}
     functions: list[FunctionType] = []
-    queue, seen = list(own), {}
+    queue, seen = list(processors), {}
     while queue:
         part = queue.pop()
         if id(part) in seen:
@@ -107,7 +109,7 @@ def copied(own: Sequence[Any]) -> tuple[Any, ...]:
         else:
             queue += _parts(part)
     _copy_functions(functions, memo)
-    return copy.deepcopy(own, memo)
+    return copy.deepcopy(processors, memo)
 
 
 def _is_constant(part: Any) -> bool:

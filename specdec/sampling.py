@@ -23,7 +23,7 @@ import specdec_kernels
 from specdec.checks import as_float, as_int, as_tuple, check_kind, put
 from specdec.coins import RowCoins
 from specdec.processors import Processors, check_copies
-from specdec.transformers_call import Loop
+from specdec.transformers_call import LoopWithTokenizer
 from specdec.tree import DraftTree
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import walk
@@ -261,7 +261,8 @@ def _transformers_processors(
     run: Any = model.generate
     config = copy.deepcopy(config)
     config.max_new_tokens, config.max_length = max_new_tokens, None
-    run(prompt[None].to(model.device), generation_config=config, tokenizer=tokenizer, custom_generate=Loop(catch))
+    loop = LoopWithTokenizer(catch)
+    run(prompt[None].to(model.device), generation_config=config, tokenizer=tokenizer, custom_generate=loop)
     return caught[0]
 
 

@@ -19,7 +19,7 @@ from specdec.attention import NAME, Patch, View, counting_calls
 from specdec.cache import RecordingCache, Slab, cache_argument
 from specdec.checks import wrong_kind
 from specdec.fingerprint import fingerprint
-from specdec.prepared import difference_from_text, prepared, preparer
+from specdec.prepared import difference_from_text, prepared_inputs, preparer_name
 from specdec.tree import Topology
 
 Layout = list[tuple[Slab, Slab] | None]
@@ -88,9 +88,9 @@ def check_text(model: PreTrainedModel, text: list[int]) -> None:
 
 
 def _inputs_for(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
-    inputs = prepared(model, tokens, first)
+    inputs = prepared_inputs(model, tokens, first)
     if difference := difference_from_text(inputs, tokens):
-        raise UnsupportedModel(model, f"{preparer(model)} hands over {difference}", _TOKENS_ALONE)
+        raise UnsupportedModel(model, f"{preparer_name(model)} hands over {difference}", _TOKENS_ALONE)
     return inputs
 
 
@@ -178,7 +178,7 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
             alone = model(input_ids=path, use_cache=False).logits[:, -1]
             if not _apart(model, logits[:, node], alone):
                 raise UnsupportedModel(
-                    model, f"{preparer(model)} hands over {_beside(inputs)} beside the tokens", _TOKENS_ALONE
+                    model, f"{preparer_name(model)} hands over {_beside(inputs)} beside the tokens", _TOKENS_ALONE
                 )
             raise UnsupportedModel(model, _why_apart(model, path, alone, apart))
 

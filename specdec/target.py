@@ -84,7 +84,7 @@ class CachedModel:
         self.device, self._home = device_of(model), _home(model)
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
-        self._compiled: Compiled | None = None  # whether in use now or not; for the cache there is
+        self._compiled: Compiled | None = None  # compiled pass for this cache; unused in prefill
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
         self._texts: list[list[int]] = []  # of the run that the cache is of; [] if of none
 
@@ -149,7 +149,9 @@ class CachedModel:
         now = self.cache.lengths
         while missing := int((goal - now).max()):
             count = min(max(_TOKENS // len(tokens), 1), missing)
-            now.copy_(now.minimum((goal - count).clamp(min=0)))  # who misses less reads its last tokens again
+            now.copy_(
+                now.minimum((goal - count).clamp(min=0))
+            )  # shorter rows re-read their last tokens, so that all read `count`
             self.forward(self.pending(tokens, count), text_chain(len(tokens), count, self.device), logits_to_keep=1)
             now.copy_((now + count).minimum(goal))
             self.longest = max(self.longest, int(now.max()))
@@ -217,7 +219,7 @@ class ModelTarget(Target):
     def score(self, tree: DraftTree, context: Context) -> Tensor:
         self.cached.longest = context.longest - 1
         logits = self.cached.forward(tree.tokens, tree.topology)
-        # while this run began, `patched` was that of the last one, which may have kept states
+        # the hook may still be that of the previous run
         self.hidden = None if self._capture is nullcontext else self.cached.hidden
         return logits
 

@@ -57,7 +57,7 @@ class ModelDrafter(TreeDrafter):
                 f"{context.max_length}; lower max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
         nodes = self.spec(context.sampling).nodes
-        self.note(torch.full_like(context.lengths, -1)[:, None], nodes)
+        self.remember(torch.full_like(context.lengths, -1)[:, None], nodes)
         self._cached.begin(context, capacity + nodes)
         if context.engine.compiled:
             self._cached.compile()
@@ -86,7 +86,7 @@ class ModelDrafter(TreeDrafter):
     def _read_root(self, context: Context) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
         cache, lengths = self._cached.cache, context.lengths
-        # who misses less reads its last tokens again, so that nobody reads past its end
+        # shorter rows re-read their last tokens, so that all read `_unread`
         cache.lengths.copy_((lengths - self._unread).clamp(min=0))
         tokens = self._cached.pending(context.tokens, self._unread)
         logits = self._cached.forward(tokens, chain(len(tokens), self._unread, tokens.device))
