@@ -134,7 +134,7 @@ def _mask(
 ) -> Tensor | None:
     """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`.
 
-    None where no cache was asked, as for attention to another text than this one.
+    None if the mask is not over our cache: attention to something else than this text.
     """
     if not isinstance(q_offset, View):
         return None

@@ -19,7 +19,7 @@ class BatchProcessors(Processors):
     leave it, so that one that keeps a grammar for every row is shown no text that the grammar excludes.
 
     Args:
-        own: the processors.
+        processors: of the batch.
         row: the one that they process.
         length: of its prompt, without the padding before it.
         prompts: [batch, prompt] int64, with their padding.
@@ -27,8 +27,8 @@ class BatchProcessors(Processors):
         filler: the token that stands after those.
     """
 
-    def __init__(self, own: Sequence[Any], row: int, length: int, prompts: Tensor, ends: Tensor, filler: int):
-        super().__init__(own)
+    def __init__(self, processors: Sequence[Any], row: int, length: int, prompts: Tensor, ends: Tensor, filler: int):
+        super().__init__(processors)
         self._row, self._padding = row, prompts.shape[1] - length
         self._texts = prompts  # [batch, length] int64: what is shown next, but for the row's own tokens
         self._over = torch.zeros(len(prompts), dtype=torch.bool)  # [batch]: texts that have ended
@@ -39,7 +39,7 @@ class BatchProcessors(Processors):
         missing = self._padding + len(text) - self._texts.shape[1]
         texts = torch.nn.functional.pad(self._texts, (0, missing), value=self._filler).to(device)
         texts[self._row, self._padding :] = text
-        after.own, scores = self._called(texts, scores.repeat(len(texts), 1), last)
+        after.processors, scores = self._called(texts, scores.repeat(len(texts), 1), last)
         after._lent = False
         over = self._over.to(device)
         following = scores.argmax(1).where(~over, self._filler)

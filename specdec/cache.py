@@ -92,10 +92,8 @@ class TreeLayer(CacheLayerMixin):
         self._cache: TreeCache = cache
         # [batch * slot, head, dim]; nothing else that shares their memory: compiled code would have to expect overlaps
         self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
-        self.keys, self.values = (
-            self._keys,
-            self._values,
-        )  # whether they are empty is asked by models with cross-attention
+        # whether they are empty is asked by models with cross-attention
+        self.keys, self.values = self._keys, self._values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...

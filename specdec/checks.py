@@ -16,6 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 _MOST = 2**31 - 1  # no count here is larger, and torch takes none above 2**63
+_CONVERSIONS = (
+    (PreTrainedModel, "wrap a draft model: ModelDrafter(model)"),
+    (GenerationConfig, "convert it: Sampling.from_generation_config(config)"),
+)
 
 
 def as_int(name: str, value: Any, least: int = -_MOST, most: int = _MOST, cure: str = "") -> int:
@@ -82,14 +86,26 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], cure: str =
     if isinstance(value, type) and not cure:
         raise ValueError(f"{name} is the class {value.__name__}; pass an instance, {value.__name__}(...).")
     wanted = kind if isinstance(kind, type) else kind[0]
-    known = {
-        PreTrainedModel: "wrap a draft model: ModelDrafter(model)",
-        GenerationConfig: "convert it: Sampling.from_generation_config(config)",
-    }
-    known = next(
-        (text for other, text in known.items() if isinstance(value, other)), f"pass a specdec {wanted.__name__}"
-    )
-    raise ValueError(f"{name} is a {type(value).__name__}; {cure or known}. Got {brief(value)}.")
+    cures = (text for other, text in _CONVERSIONS if isinstance(value, other))
+    raise wrong_kind(name, value, cure or next(cures, f"pass a specdec {wanted.__name__}"))
+
+
+def wrong_kind(name: str, value: Any, cure: str) -> ValueError:
+    """The error to raise for a value of another kind than `name` has to be."""
+    return ValueError(f"{name} is a {type(value).__name__}; {cure}. Got {brief(value)}.")
+
+
+def put(of: Any, **values: Any) -> None:
+    """Set attributes, of frozen dataclasses too."""
+    for name, value in values.items():
+        object.__setattr__(of, name, value)
+
+
+def put_size(of: Any) -> None:
+    """Make the `nodes`, `depth` and `width` of a policy or a drafter that drafts something Python integers."""
+    cure = "a draft has nodes >= 2, depth >= 1 and width >= 1; use drafter=None to draft nothing"
+    least = {"nodes": 2, "depth": 1, "width": 1}
+    put(of, **{name: as_int(name, getattr(of, name), least[name], cure=cure) for name in least})
 
 
 def brief(value: Any) -> str:
@@ -100,7 +116,7 @@ def brief(value: Any) -> str:
 def check_callable(name: str, value: Any, cure: str) -> None:
     """Raise ValueError, with the cure, unless `value` can be called."""
     if not callable(value):
-        raise ValueError(f"{name} is a {type(value).__name__}; {cure}. Got {brief(value)}.")
+        raise wrong_kind(name, value, cure)
 
 
 def check_logits(

@@ -22,6 +22,9 @@ class CudaGraph:
         self.replay, self.outputs = graph.replay, outputs
 
 
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive for torch
+
+
 class CudaCapture:
     """Captures stages on a stream of `device`, which need not be the current one, in memory that they share.
 
@@ -57,10 +60,7 @@ class CudaCapture:
         with contextlib.suppress(RuntimeError):  # it was done, or the capture has never begun
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
-            # Torch's allocator of pinned memory cannot be told. It asks the graph for good whose streams are its own, and
-            # would refuse another capture into this pool.
-            _asked.append(graph)
+            # Torch's allocator of pinned memory goes on asking this graph which streams are its own, so the graph must
+            # stay alive; it would also refuse another capture into this pool.
+            _failed.append(graph)
             self._pool = torch.cuda.graph_pool_handle()
-
-
-_asked: list[torch.cuda.CUDAGraph] = []

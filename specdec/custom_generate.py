@@ -25,7 +25,7 @@ from specdec.rules.rule import Rule
 from specdec.sampling import Sampling, split
 from specdec.stopping import Stopping
 from specdec.trace import Trace
-from specdec.transformers_call import Loop, asked
+from specdec.transformers_call import LoopWithTokenizer, arguments_of_generate
 
 _READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
 _OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}
@@ -80,9 +80,9 @@ def custom_generate(
         tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        call = asked()
+        call = arguments_of_generate()
         with _ended(call.get("streamer")) as streamer:
-            target = as_target(model)  # what is wrong with a model comes before what its arguments are
+            target = as_target(model)  # an unsupported model is reported before unsupported arguments
             config, batch = generation_config, len(input_ids)
             _check(config, model_kwargs, call, batch)
             mask = _mask(input_ids, **model_kwargs)
@@ -101,7 +101,7 @@ def custom_generate(
         sequences: Any = _sequences(input_ids, run.emitted, filler)
         return SpeculativeOutput(sequences, trace=run.trace) if config.return_dict_in_generate else sequences
 
-    return Loop(decode)
+    return LoopWithTokenizer(decode)
 
 
 def _refuse(drafter: Any, misplaced: Sequence[Any], unknown: Iterable[str]) -> None:
@@ -154,11 +154,11 @@ class _Prepared(Sampling):
         return Sampling(*self.filters), rows
 
 
-def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[str, Any], batch: int) -> None:
+def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[str, Any], batch: int) -> None:
     """Refuse what would be left out in silence."""
-    if asked.get("assistant_model") is not None:
+    if call.get("assistant_model") is not None:
         raise ValueError("assistant_model: give it to specdec instead, custom_generate(ModelDrafter(assistant_model)).")
-    if asked.get("synced_gpus"):
+    if call.get("synced_gpus"):
         raise ValueError(
             "synced_gpus: processes take as many steps here as their own texts need; gather the model's weights in each."
         )
@@ -167,7 +167,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], asked: dict[s
             f"cache_implementation={config.cache_implementation!r}: specdec has a cache of its own, in full and on the "
             "model's device; leave it out."
         )
-    if asked.get("streamer") is not None and batch > 1:
+    if call.get("streamer") is not None and batch > 1:
         raise ValueError(
             f"streamer with {batch} prompts: their texts do not grow in step; stream one prompt at a time."
         )

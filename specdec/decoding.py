@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StopStringCriteria
 
-from specdec.checks import as_int, as_seed, check_kind, check_logits
+from specdec.checks import as_int, as_seed, check_kind, check_logits, put
 from specdec.clock import Clock, finish
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
@@ -27,12 +27,13 @@ from specdec.inputs import (
     as_prompts,
     as_stop_tokens,
     as_target,
+    check_clock,
     check_tokenizer,
 )
 from specdec.record import Record
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
-from specdec.support import autocast_dtype, check_clock
+from specdec.support import autocast_dtype
 from specdec.target import Scores, Target
 from specdec.theory import visits
 from specdec.trace import LEVELS, Step, Trace
@@ -108,7 +109,7 @@ class Decoding:
         self._ticket = object()
         self._parts = [self.target, self.drafter, *([self.engine] if self.engine.fixed else [])]
         for part in self._parts:
-            object.__setattr__(part, "run", self._ticket)  # frozen dataclasses too
+            put(part, run=self._ticket)
         with torch.inference_mode(), self._patched():
             self.target.start(self.context, capacity, self.drafter.uses_hidden)
             self.drafter.start(self.target, self.context)
@@ -121,18 +122,17 @@ class Decoding:
             if part.run is not self._ticket:
                 raise RuntimeError(_INTERRUPTED.format(part=part))
         run, clock = partial(self.engine.perform, self.context.longest), Clock(self.target.device)
-        with torch.inference_mode(), self._patched() as patches:
-            tree = run(self._propose, self._why_on_host)
-            clock.mark()
-            scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
-            clock.mark()
-            if any(self.context.processors):
-                patches.close()  # they may run a model themselves: it is to be as its owner left it
+        with torch.inference_mode():
+            with self._patched():
+                tree = run(self._propose, self._why_on_host)
+                clock.mark()
+                scores = run(self._score, None if self.target.capturable else f"{self.target} is not capturable", tree)
+                clock.mark()
+            # unpatched: logits processors may run a model themselves, which is to be as its owner left it
             acceptance = run(self._decide, self._why_not_captured(), tree, scores)
             clock.mark()
-            if any(self.context.processors):
-                patches.enter_context(self._patched())
-            run(self._follow, self._why_on_host, acceptance)
+            with self._patched():
+                run(self._follow, self._why_on_host, acceptance)
             clock.mark()
         self._record(acceptance.report)
         self.coins.turn_to(self.coins.step + 1)
@@ -214,7 +214,7 @@ class Decoding:
 
     def _decide(self, tree: DraftTree, scores: Scores) -> Acceptance:
         """What is accepted, and appended to the text."""
-        logits, self.target.hidden = scores  # a replay fills what it is given, whatever the target ran last
+        logits, self.target.hidden = scores  # a graph replay writes into these tensors: restore them
         invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
         top_down = self.rule.top_down and self.level == "summary"  # a trace looks at every law
         law = TargetLaw(logits, tree, self.context, top_down)
@@ -222,7 +222,7 @@ class Decoding:
         no_law = law.invalid()
         if self.level != "summary":
             self._noted = self._note(law, tree, decisions)  # now: processors read the text so far
-        if any(self.context.processors):
+        if self.context.processed:
             self.context.processors = law.processors(decisions.last)
         acceptance = self._accept(tree, decisions, no_law, invalid)
         self.target.commit(acceptance)
@@ -239,7 +239,7 @@ class Decoding:
         """What in `_decide` is for the host."""
         if self.level != "summary":
             return f"trace={self.level!r} looks at every law"
-        if any(self.context.processors):
+        if self.context.processed:
             return "logits processors depend on the text"
         return None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
 

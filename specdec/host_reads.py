@@ -70,7 +70,7 @@ class _Waits(TorchDispatchMode):
 
 # the host has to know a value, or a shape
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_MORE = {torch.ops.aten.is_nonzero, torch.ops.aten.nonzero_numpy}  # that do not say so
+_MORE = {torch.ops.aten.is_nonzero, torch.ops.aten.nonzero_numpy}  # operations that wait and have neither tag
 
 _SYNCHRONISES = "called a synchronizing CUDA operation"  # torch's words
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from specdec.checks import as_int, as_ints, brief
+from specdec.checks import as_int, as_ints, brief, wrong_kind
 from specdec.engine import Engine
 from specdec.graphs import Graphs
 from specdec.sampling import Sampling
 from specdec.support import cure_for
 from specdec.target import ModelTarget, Target
+from specdec.tree import TreeSpec
 
 Prompt = Tensor | np.ndarray | Sequence[int] | str
 Prompts = Prompt | Sequence[Prompt]
@@ -82,9 +83,7 @@ def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
         made = ModelTarget(target)
         made.kept = False
         return made
-    raise ValueError(
-        f"target is a {type(target).__name__}; {cure_for(target)} (or a specdec Target). Got {brief(target)}."
-    )
+    raise wrong_kind("target", target, f"{cure_for(target)} (or a specdec Target)")
 
 
 def as_engine(engine: Engine | str) -> Engine:
@@ -93,7 +92,7 @@ def as_engine(engine: Engine | str) -> Engine:
         return engine
     made = {"eager": Engine, "graph": Graphs, "compile": partial(Graphs, compile=True)}
     if not isinstance(engine, str) or engine not in made:
-        raise ValueError(f"engine={engine!r}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
+        raise ValueError(f"engine={brief(engine)}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
     return made[engine]()
 
 
@@ -101,8 +100,17 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Raise ValueError unless it is None or can write text; whether it reads any is seen when a prompt is text."""
     if tokenizer is None or (hasattr(tokenizer, "decode") and not isinstance(tokenizer, bytes)):
         return
-    cure = "pass one of transformers, such as AutoTokenizer.from_pretrained(name)"
-    raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; {cure}. Got {brief(tokenizer)}.")
+    raise wrong_kind("tokenizer", tokenizer, "pass one of transformers, such as AutoTokenizer.from_pretrained(name)")
+
+
+def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
+    """Raise ValueError where every process of a model that is cut over several would draft by its own clock."""
+    processes = getattr(model, "tp_size", None) or 1
+    if spec.by_clock and processes > 1:
+        raise ValueError(
+            f"Trees are chosen by measured times, and {processes} processes that share this model would wait for each other "
+            "with different ones; give the same times to all of them, Adaptive(costs=...)."
+        )
 
 
 def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens: int) -> list[Tensor]:
@@ -133,7 +141,7 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if isinstance(prompts, (bytes, Mapping, Set)) or not isinstance(prompts, Iterable):
         cure = _ALONE if isinstance(prompts, Mapping) else "pass token ids or text, or a list of such prompts"
-        raise ValueError(f"prompts is a {type(prompts).__name__}; {cure}. Got {brief(prompts)}.")
+        raise wrong_kind("prompts", prompts, cure)
     given = list(prompts)
     return [given] if given and all(isinstance(part, Integral) for part in given) else given
 
@@ -169,11 +177,10 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
         )
     limit = target.context_length
     if limit is not None and len(row) + max_new_tokens > limit:
-        reason = f" ({target.context_reason})" if target.context_reason else ""
         cure = f"shorten it or set max_new_tokens to at most {limit - len(row)}"
         if len(row) >= limit:
             cure = f"shorten the prompt to at most {limit - 1} tokens"
         raise ValueError(
             f"prompt {index} has {len(row)} tokens, and {max_new_tokens} new ones would exceed the target's context of "
-            f"{limit}{reason}; {cure}."
+            f"{limit}{target.context_reason}; {cure}."
         )

@@ -19,7 +19,7 @@ def takes(model: PreTrainedModel, name: str) -> bool:
     return name in parameters or any(each.kind == each.VAR_KEYWORD for each in parameters.values())
 
 
-def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
+def prepared_inputs(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
     """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
     options: dict[str, Any] = {}
     if takes(model, "attention_mask"):
@@ -30,8 +30,8 @@ def prepared(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, A
     return prepare(tokens, use_cache=False, is_first_iteration=first, **options)
 
 
-def preparer(model: PreTrainedModel) -> str:
-    """The name of the function that decides."""
+def preparer_name(model: PreTrainedModel) -> str:
+    """The qualified name of the model's `prepare_inputs_for_generation`, for messages."""
     return full_name(model.prepare_inputs_for_generation)
 
 

@@ -39,16 +39,18 @@ class Processors:
     """The logits processors of one row in the state that their calls along one text have left them in.
 
     Args:
-        own: transformers `LogitsProcessor`s, or other callables of a text [1, length] and scores [1, vocab].
+        processors: transformers `LogitsProcessor`s, or other callables of a text [1, length] and scores [1, vocab].
         lent: whether they are somebody else's, and have to stay as they are.
     """
 
-    def __init__(self, own: Sequence[Any] = (), lent: bool = True):
-        self.own, self._lent = tuple(own), lent
-        self._moved: ValueError | None = None  # what a call in this state raises, once they have gone on themselves
+    def __init__(self, processors: Sequence[Any] = (), lent: bool = True):
+        self.processors, self._lent = tuple(processors), lent
+        self._no_copy_because: ValueError | None = (
+            None  # what a call in this state raises, once they have gone on themselves
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.own)
+        return bool(self.processors)
 
     def __call__(self, text: Tensor, scores: Tensor, last: bool = False) -> tuple[Tensor, Processors]:
         """The scores [1, vocab] that they make of `scores` [1, vocab] after a text [length] int64, and they themselves after
@@ -60,62 +62,62 @@ class Processors:
         Raises:
             ValueError: they cannot be copied, and were called before in this state; or that call was to be the last one.
         """
-        own, scores = self._called(text[None], scores, last)
-        return scores, Processors(own, lent=False)
+        processors, scores = self._called(text[None], scores, last)
+        return scores, Processors(processors, lent=False)
 
     # as `model.generate` calls them: a processor may take gradients, which tensors of inference mode do not have
     @torch.inference_mode(False)
     @torch.no_grad()
     def _called(self, texts: Tensor, scores: Tensor, last: bool) -> tuple[tuple[Any, ...], Tensor]:
         """The processors after the call, and what they make of scores [batch, vocab] after texts [batch, length] int64."""
-        own, texts, scores = self._next(last), texts.clone(), scores.clone()
-        for processor in own:
+        processors, texts, scores = self._copies(last), texts.clone(), scores.clone()
+        for processor in processors:
             scores = processor(texts, scores)
-        return own, scores
+        return processors, scores
 
-    def _next(self, last: bool) -> tuple[Any, ...]:
+    def _copies(self, last: bool) -> tuple[Any, ...]:
         """Copies, or they themselves, once: if this call is the last one, or if there can be no copies. That is right as
         long as calls go along one text.
         """
-        if self._moved is not None:
-            raise self._moved
+        if self._no_copy_because is not None:
+            raise self._no_copy_because
         if last and not self._lent:
-            self._moved = ValueError(_NOT_TOP_DOWN)
-            return self.own
+            self._no_copy_because = ValueError(_NOT_TOP_DOWN)
+            return self.processors
         try:
-            return copied(self.own)
+            return copied(self.processors)
         except Exception as why:  # whatever a class of somebody else's raises
             cure = "decide from the root down (rule=SiblingRejection()) and without a trace of every law"
-            self._moved = _refusal(self.own, "several continuations of one text", why, cure)
-            return self.own
+            self._no_copy_because = _refusal(self.processors, "several continuations of one text", why, cure)
+            return self.processors
 
 
-def check_copies(own: Sequence[Any], rows: int) -> None:
+def check_copies(processors: Sequence[Any], rows: int) -> None:
     """Raise ValueError if processors that cannot be copied would have to serve several rows."""
     if rows > 1:
         try:
-            copied(own)
+            copied(processors)
         except Exception as why:
-            raise _refusal(own, f"{rows} prompts", why, "pass one prompt at a time") from why
+            raise _refusal(processors, f"{rows} prompts", why, "pass one prompt at a time") from why
 
 
-def _refusal(own: Sequence[Any], what: str, why: Exception, cure: str) -> ValueError:
-    names = ", ".join(type(processor).__name__ for processor in own if not _without_state(processor))
+def _refusal(processors: Sequence[Any], what: str, why: Exception, cure: str) -> ValueError:
+    names = ", ".join(type(processor).__name__ for processor in processors if not _without_state(processor))
     return ValueError(
         _NO_COPY.format(names=names, what=what, why=f"{type(why).__name__}: {why}".rstrip("."), cure=cure)
     )
 
 
-def copied(own: Sequence[Any]) -> tuple[Any, ...]:
+def copied(processors: Sequence[Any]) -> tuple[Any, ...]:
     """Independent copies, made together: what two of them share, their copies share.
 
     Models, tokenizers and transformers' own processors are not copied, nor are the parameters of other modules. Functions
     are, as far as they remember something (`nonlocal`, defaults, attributes). Raises whatever `copy.deepcopy` does.
     """
-    own = tuple(own)
+    processors = tuple(processors)
     memo: dict[int, Any] = {}
     functions: list[FunctionType] = []
-    queue, seen = list(own), {}
+    queue, seen = list(processors), {}
     while queue:
         part = queue.pop()
         if id(part) in seen:
@@ -132,7 +134,7 @@ def copied(own: Sequence[Any]) -> tuple[Any, ...]:
         else:
             queue += _parts(part)
     _copy_functions(functions, memo)
-    return copy.deepcopy(own, memo)
+    return copy.deepcopy(processors, memo)
 
 
 def _is_constant(part: Any) -> bool:

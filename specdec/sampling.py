@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 import specdec_kernels
-from specdec.checks import as_float, as_int, as_tuple, check_kind
+from specdec.checks import as_float, as_int, as_tuple, check_kind, put
 from specdec.coins import RowCoins
 from specdec.processors import Processors, check_copies
-from specdec.transformers_call import Loop
+from specdec.transformers_call import LoopWithTokenizer
 from specdec.tree import DraftTree
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import walk
@@ -36,13 +35,13 @@ if TYPE_CHECKING:
 
 _BLOCK = 2**19  # elements: 2 MB of float32
 _COLDEST = 1e-6  # lower temperatures would overflow float32
-_STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+# transformers' warpers, and the fields that say the same, in the order in which they are applied
 _WARPERS = (
     ("TemperatureLogitsWarper", "temperature"),
     ("TopKLogitsWarper", "top_k"),
     ("TopPLogitsWarper", "top_p"),
     ("MinPLogitsWarper", "min_p"),
-)  # and the fields that say the same, in the order in which they are applied
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     processors: tuple[Any, ...] = ()
-    # not compared: the one that transformers has prepared cannot be, and a bound sampling has its law in the other fields
+    # Ignored in ==: the other fields state the law.
     generation_config: GenerationConfig | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -80,20 +79,22 @@ class Sampling:
             raise ValueError(f"processors is one {type(self.processors).__name__}; pass a sequence of them.")
         cure = f"it must be finite and at least {_COLDEST}, or 0 for greedy decoding"
         every = "use None to keep every token"
-        put = partial(object.__setattr__, self)
-        put("temperature", as_float("temperature", self.temperature, "[0, 1e38]", cure))
+        put(
+            self,
+            temperature=as_float("temperature", self.temperature, "[0, 1e38]", cure),
+            top_k=None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every),
+            top_p=None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every),
+            min_p=None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every),
+            processors=as_tuple("processors", self.processors, "logits processors", "pass a sequence of them"),
+        )
         if 0 < self.temperature < _COLDEST:
             raise ValueError(f"temperature={self.temperature}: {cure}.")
-        put("top_k", None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every))
-        put("top_p", None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every))
-        put("min_p", None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every))
         for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
                 raise ValueError(
                     f"{name}={value} at temperature=0, which is greedy and leaves nothing to choose from; pass "
                     f"temperature=1.0 to sample, or leave {name} out."
                 )
-        put("processors", as_tuple("processors", self.processors, "logits processors", "pass a sequence of them"))
         if self.generation_config is not None:
             check_kind(
                 "generation_config", self.generation_config, GenerationConfig, "pass a transformers GenerationConfig"
@@ -104,7 +105,6 @@ class Sampling:
                 raise ValueError(f"processors[{i}] is the class {name}; pass an instance, {name}(...).")
             if not callable(processor):
                 raise ValueError(f"processors[{i}] is {processor!r}; pass transformers LogitsProcessors.")
-            _refuse_stateful(processor)
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, **overrides: Any) -> Sampling:
@@ -167,16 +167,15 @@ class TargetLaw:
         self._logits, self._tree, self._context, self._top_down = logits, tree, context, top_down
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
-        self._known: dict[tuple[int, int], Tensor] = {}  # (row, node) -> [vocab], if there are processors
-        self._after: dict[
-            tuple[int, int], Processors
-        ] = {}  # (row, node) -> these, after the call for the text up to it
+        # (row, node) -> [vocab] scores, and the processors after the call for the text up to there
+        self._known: dict[tuple[int, int], Tensor] = {}
+        self._after: dict[tuple[int, int], Processors] = {}
 
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
         rows = self._rows if rows is None else rows
         scores = self._logits[rows, nodes]
-        if len(nodes) and any(self._context.processors):
+        if len(nodes) and self._context.processed:
             visited = zip(rows.tolist(), nodes.tolist(), strict=True)
             scores = torch.stack([self._processed(b, node) for b, node in visited])
         self._check(scores, rows)
@@ -191,7 +190,7 @@ class TargetLaw:
             lenience: the fraction of a child's law that the target's is compared with.
         """
         drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
-        if self._logits.device.type not in specdec_kernels.DEVICES or any(self._context.processors):
+        if self._logits.device.type not in specdec_kernels.DEVICES or self._context.processed:
             return walk(self.at, *drafted, lenience)
         kernel, filters = specdec_kernels.verify, self._context.sampling.filters
         path, accepted, token, invalid = kernel(self._logits, *drafted, *filters, lenience)
@@ -266,14 +265,6 @@ class RowLaw:
         return self._coins.law(self._law.probabilities(self._row, node))
 
 
-def _refuse_stateful(processor: Any) -> None:
-    if type(processor).__name__ in _STATEFUL:
-        raise ValueError(
-            f"{type(processor).__name__} keeps state from call to call, but a tree asks for several continuations of "
-            "one text; remove it (or generate with transformers)."
-        )
-
-
 def _transformers_processors(
     model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, max_new_tokens: int, tokenizer: Any
 ):
@@ -287,7 +278,8 @@ def _transformers_processors(
     run: Any = model.generate
     config = copy.deepcopy(config)
     config.max_new_tokens, config.max_length = max_new_tokens, None
-    run(prompt[None].to(model.device), generation_config=config, tokenizer=tokenizer, custom_generate=Loop(catch))
+    loop = LoopWithTokenizer(catch)
+    run(prompt[None].to(model.device), generation_config=config, tokenizer=tokenizer, custom_generate=loop)
     return caught[0]
 
 
@@ -303,8 +295,6 @@ def split(config: GenerationConfig, built: Sequence[Any]) -> tuple[Sampling, tup
     while config.do_sample and kept and 0 <= _place(kept[-1]) < place:  # ours are applied last, and in this order
         place, warper = _place(kept[-1]), kept.pop()
         native[_WARPERS[place][1]] = getattr(warper, _WARPERS[place][1])
-    for processor in kept:
-        _refuse_stateful(processor)
     return replace(Sampling(generation_config=config), **native), tuple(kept)
 
 

@@ -17,9 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.attention import NAME, Patch, View, counting_calls
 from specdec.cache import RecordingCache, Slab, cache_argument
+from specdec.checks import wrong_kind
 from specdec.fingerprint import fingerprint
-from specdec.prepared import difference_from_text, full_name, prepared, preparer, takes
-from specdec.tree import Topology, TreeSpec
+from specdec.prepared import difference_from_text, full_name, prepared_inputs, preparer_name, takes
+from specdec.tree import Topology
 
 Layout = list[tuple[Slab, Slab] | None]
 
@@ -27,6 +28,8 @@ Layout = list[tuple[Slab, Slab] | None]
 # magnitude below (measured: 1e-6 in float32); a wrong mask or position changes logits by a tenth or more.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.15
+
+_PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these ids
 
 _OUTSIDE_INTERFACE = "its attention does not go through transformers' attention interface"
 _SLOT_BIAS = "its position bias follows the slot in the cache, not the position in the text"
@@ -59,7 +62,7 @@ class UnsupportedModel(ValueError):
 def check_ready(model: PreTrainedModel) -> None:
     """Raise ValueError if this is no transformers model, or in no state to decode with; cheap, so asked before every run."""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"The model is a {type(model).__name__}; {cure_for(model)}.")
+        raise wrong_kind("model", model, cure_for(model))
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first.")
     if any(_given_by_hooks(model).get("alora_offsets") or ()):
@@ -75,7 +78,7 @@ def cure_for(wrapper: object) -> str:
     named = wrapper.named_modules() if isinstance(wrapper, torch.nn.Module) else ()
     inner = next((name for name, part in named if isinstance(part, PreTrainedModel)), None)
     if inner is None:
-        return "pass a transformers PreTrainedModel"
+        return "pass a transformers model, as from AutoModelForCausalLM.from_pretrained(name)"
     return f"pass the model in it, .{inner} (without what the wrapper does by itself, such as PEFT's soft prompts)"
 
 
@@ -85,9 +88,9 @@ def check_text(model: PreTrainedModel, text: list[int]) -> None:
 
 
 def _inputs_for(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
-    inputs = prepared(model, tokens, first)
+    inputs = prepared_inputs(model, tokens, first)
     if difference := difference_from_text(inputs, tokens):
-        raise UnsupportedModel(model, f"{preparer(model)} hands over {difference}", _TOKENS_ALONE)
+        raise UnsupportedModel(model, f"{preparer_name(model)} hands over {difference}", _TOKENS_ALONE)
     return inputs
 
 
@@ -141,9 +144,6 @@ def _probe(model: PreTrainedModel) -> Layout:
         logits, layout = score_probe_tree(model, len(layers))
         _compare_with_own_attention(model, logits)
     return layout
-
-
-_PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these ids
 
 
 def score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
@@ -214,15 +214,14 @@ def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor) -> str | None:
     quantised = getattr(model, "is_quantized", False)
     limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
     near = difference <= limit or not bool(alone.isfinite().all())
-    return None if near else f"{difference:.1e} of the largest logit (limit {limit:.0e}"
+    return None if near else f"{difference:.1e} of the largest logit, of which rounding is at most {limit:.0e}"
 
 
 def _why_apart(model: PreTrainedModel, path: Tensor, alone: Tensor, apart: str) -> str:
     later = torch.arange(path.shape[1], device=path.device).expand_as(path) * 2
     if torch.equal(model(input_ids=path, position_ids=later, use_cache=False).logits[:, -1], alone):
         return "it numbers tokens by their place in the cache, whatever position_ids say"
-    cure = "if its own attention leaves something out, model.set_attn_implementation('eager') puts it in"
-    return f"a tree in one forward pass differs from its paths by {apart}; {cure})"
+    return f"a tree in one forward pass differs from its paths by {apart}"
 
 
 def _beside(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[str, str]:
@@ -230,23 +229,13 @@ def _beside(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[str, str]:
     text = ("input_ids", "attention_mask", "position_ids", "use_cache")
     names = ", ".join(name for name, value in inputs.items() if value is not None and name not in text)
     if names:
-        return f"{preparer(model)} hands over {names} beside the tokens", _TOKENS_ALONE
+        return f"{preparer_name(model)} hands over {names} beside the tokens", _TOKENS_ALONE
     return (
         "a text with its attention_mask and position_ids, as model.generate gives them, has other logits than its tokens "
         "alone: it reads a mask of ones as something else, or computes the same text in two ways, as with quantisation that "
         "is decided in each pass",
         "Load it without such quantisation, or have its forward pass take a mask of ones for none.",
     )
-
-
-def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
-    """Raise ValueError where every process of a model that is cut over several would draft by its own clock."""
-    processes = getattr(model, "tp_size", None) or 1
-    if spec.by_clock and processes > 1:
-        raise ValueError(
-            f"Trees are chosen by measured times, and {processes} processes that share this model would wait for each other "
-            "with different ones; give the same times to all of them, Adaptive(costs=...)."
-        )
 
 
 def _rows(model: PreTrainedModel, *ids: int) -> Tensor:

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from specdec.attention import Patch, View
 from specdec.cache import TreeCache, cache_argument
 from specdec.compilation import Compiled
+from specdec.context_limit import context_limit_of
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.fingerprint import fingerprint
-from specdec.prepared import preparer, takes
-from specdec.reach import reach_of
+from specdec.prepared import preparer_name, takes
 from specdec.support import (
     autocast_dtype,
     check_ready,
@@ -50,7 +50,7 @@ class Target(ABC):
 
     vocab: int  # size of the vocabulary: the last axis of `score`
     context_length: int | None = None  # longest text it can read, in tokens; None if unbounded
-    context_reason: str = ""  # why no longer one, for the message that refuses it
+    context_reason: str = ""  # said after that number where a longer text is refused, as in " (beyond it ...)"
     device: torch.device = torch.device("cpu")
     stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
     model: PreTrainedModel | None = None
@@ -81,7 +81,7 @@ class Target(ABC):
         """Raise ValueError if it reads something else in place of this text; asked again when a text has ended."""
 
     def patched(self) -> AbstractContextManager[None]:
-        """Entered around every step."""
+        """Entered around drafting and scoring, and again around following."""
         return nullcontext()
 
 
@@ -93,12 +93,12 @@ class CachedModel:
         self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
         self._cache_argument, self._keeps = cache_argument(model), takes(model, "logits_to_keep")
         self.vocab: int = model.config.get_text_config().vocab_size
-        self.context_length, self.context_reason = reach_of(model)
+        self.context_length, self.context_reason = context_limit_of(model)
         self.device, self._home = device_of(model), _home(model)
         self._autocast = autocast_dtype(self.device)
         self.cache = TreeCache(self.layout, 0, 0, self.device)
         self.compiled: Compiled | None = None
-        self._compiled: Compiled | None = None  # whether in use now or not; for the cache there is
+        self._compiled: Compiled | None = None  # compiled pass for this cache; unused in prefill
         self.hidden: Tensor | None = None  # [batch, node, hidden] of the last forward pass, inside `capturing_hidden`
         self._texts: list[list[int]] = []  # of the run that the cache is of; [] if of none
 
@@ -173,7 +173,9 @@ class CachedModel:
         now = self.cache.lengths
         while missing := int((goal - now).max()):
             count = min(max(_TOKENS // len(tokens), 1), missing)
-            now.copy_(now.minimum((goal - count).clamp(min=0)))  # who misses less reads its last tokens again
+            now.copy_(
+                now.minimum((goal - count).clamp(min=0))
+            )  # shorter rows re-read their last tokens, so that all read `count`
             self.forward(self.pending(tokens, count), text_chain(len(tokens), count, self.device), logits_to_keep=1)
             now.copy_((now + count).minimum(goal))
             self.longest = max(self.longest, int(now.max()))
@@ -222,7 +224,7 @@ class ModelTarget(Target):
             yield
 
     def check_text(self, text: list[int]) -> None:
-        if not preparer(self.cached.model).startswith("transformers."):
+        if not preparer_name(self.cached.model).startswith("transformers."):
             check_text(self.cached.model, text[:-1])  # nobody has read the last token
 
     def start(self, context: Context, capacity: int, hidden: bool) -> None:
@@ -245,7 +247,7 @@ class ModelTarget(Target):
     def score(self, tree: DraftTree, context: Context) -> Tensor:
         self.cached.longest = context.longest - 1
         logits = self.cached.forward(tree.tokens, tree.topology)
-        # while this run began, `patched` was that of the last one, which may have kept states
+        # the hook may still be that of the previous run
         self.hidden = None if self._capture is nullcontext else self.cached.hidden
         return logits
 

@@ -1,4 +1,4 @@
-"""What a `model.generate` that calls a decoding loop of another's keeps from it, and what it was asked for."""
+"""What `model.generate` keeps from a decoding loop of somebody else's that it calls: the tokenizer, and its own arguments."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from transformers import GenerationMixin
 
 
-class Loop:
+class LoopWithTokenizer:
     """A decoding loop for `custom_generate` that is given the `tokenizer` too, which transformers hands to its own loops only.
 
-    It asks for the signature of a loop to learn which arguments belong to it, when it has put the tokenizer aside. It is put
-    back among them then; without that, `stop_strings` would be refused for want of the tokenizer that was passed.
+    transformers puts the tokenizer aside, then asks for the loop's signature. It is put back at that moment, or
+    `stop_strings` would be refused for want of a tokenizer that was passed.
     """
 
     def __init__(self, decode: Callable[..., Any]):
@@ -36,7 +36,7 @@ class Loop:
         return inspect.signature(self._decode)
 
 
-def asked() -> dict[str, Any]:
+def arguments_of_generate() -> dict[str, Any]:
     """The arguments of the `model.generate` that is running, however many calls lie between it and this one.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.checks import as_int, check_kind
+from specdec.checks import as_int, check_kind, put
 from specdec.coins import RowCoins
 
 
@@ -40,22 +40,22 @@ class TreeSpec:
     """What trees a drafter may produce: the promise that rules and buffers are checked against."""
 
     laws: frozenset[Law]
-    nodes: int  # largest number of nodes, the root included, and of nodes that the draft is asked to continue
+    nodes: int  # most nodes, the root included, in the tree and in the draft's cache
     depth: int  # longest path, in drafted tokens
     width: int  # most children of one node; 1 for chains
     # Whether a node exists depends on no token of its own depth or below, so not on its siblings or cousins either:
     # `KSeq` and `LevelVerification` rely on it, and `specdec.testing.assert_drafter` checks it.
     by_depth: bool = False
-    by_row: bool = True  # whether a row's tree depends on no other row: `specdec.testing` relies on it
-    by_clock: bool = (
-        False  # whether trees depend on measured times: processes that share a model would draft different ones
-    )
+    # Whether a row's tree depends on no other row: `specdec.testing` relies on it.
+    by_row: bool = True
+    # Whether trees depend on measured times: processes that share a model would draft different ones.
+    by_clock: bool = False
 
     def __post_init__(self) -> None:
         check_kind("TreeSpec.laws", self.laws, (Set, Sequence), "pass a set of the laws that children may have")
-        object.__setattr__(self, "laws", frozenset(map(as_law, self.laws)))
-        for name, least in (("nodes", 1), ("depth", 0), ("width", 0)):
-            object.__setattr__(self, name, as_int(f"TreeSpec.{name}", getattr(self, name), least))
+        least = {"nodes": 1, "depth": 0, "width": 0}
+        counts = {name: as_int(f"TreeSpec.{name}", getattr(self, name), least[name]) for name in least}
+        put(self, laws=frozenset(map(as_law, self.laws)), **counts)
 
 
 @dataclass(frozen=True, eq=False)

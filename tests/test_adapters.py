@@ -11,7 +11,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_graphs import Tape
+from tape import Tape
 from tiny_models import llama, reference
 
 import specdec

@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
-from test_graphs import DRAFTERS, PROMPTS, TARGET, Tape, as_on_cuda  # noqa: F401 - a fixture
+from tape import DRAFTERS, STAGES, TARGET, Tape, as_on_cuda  # noqa: F401 - a fixture
 from test_partly_captured import DRAFT
+from tiny_models import PROMPTS
 
 import specdec
 from specdec.cuda_graph import CudaCapture
@@ -176,9 +177,6 @@ class Failing(Tape):
         if self.point == "replay" or (self.point == "second replay" and self.replays == 2):
             raise RuntimeError("CUDA error: out of memory")
         super().replay()
-
-
-STAGES = ("propose", "score", "decide", "follow")
 
 
 def generated(engine, temperature, **options):

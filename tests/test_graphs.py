@@ -7,10 +7,22 @@ import weakref
 
 import pytest
 import torch
+from tape import (
+    DRAFT,
+    DRAFTERS,
+    ON_HOST,
+    OPTIONS,
+    SAMPLINGS,
+    SCORES_CAPTURED,
+    TARGET,
+    Tape,
+    as_on_cuda,  # noqa: F401 - a fixture
+    assert_replays,
+    heads,
+    texts,
+)
 from test_models import MODELS
 from tiny_models import PROMPTS, llama
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import specdec
 import specdec_kernels.reference.verify
@@ -20,127 +32,15 @@ from specdec.drafters import (
     Fallback,
     LayerSkipDrafter,
     MedusaDrafter,
-    MedusaHeads,
     ModelDrafter,
     NgramDrafter,
     SuffixDrafter,
 )
 from specdec.host_reads import HostReads
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
-from specdec.theory import CostCurve, Costs
 from specdec.tree import chain, root_only
-from specdec.trees import Adaptive, Chain, Dynamic, Static, Widths
+from specdec.trees import Chain, Dynamic, Static
 from specdec.trees.policy import Grown
-
-OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
-
-
-class Tape:
-    """A captured stage: its operations, which a replay carries out again in the same memory, without running any Python.
-
-    Like a CUDA graph, capturing changes nothing: what was written to is put back.
-    """
-
-    def __init__(self, stage):
-        recorder = _Recorder()
-        with recorder:
-            self.outputs = stage()
-        self._operations = recorder.operations
-        for storage, content in recorder.before.values():
-            storage.copy_(content)
-
-    def replay(self):
-        for func, args, kwargs, out in self._operations:
-            inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-            for old, new in zip(_tensors(out), _tensors(func(*args, **kwargs)), strict=True):
-                if new.untyped_storage().data_ptr() not in inputs:
-                    old.copy_(new)
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operations, self.before = [], {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for tensor in _tensors((args, kwargs)):
-                storage = tensor.untyped_storage()
-                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        out = func(*args, **kwargs)
-        self.operations.append((func, args, kwargs, out))
-        return out
-
-
-def _tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-@pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch):
-    """No loop ends early because a CPU can be asked for nothing."""
-    monkeypatch.setattr(specdec_kernels.reference.verify, "nobody", lambda rows: False)
-
-
-def heads():
-    made = MedusaHeads(3, 1, 32)
-    torch.manual_seed(5)
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return made.eval()
-
-
-DRAFT = llama(1, num_hidden_layers=1)
-DRAFTERS = {
-    "none": lambda draft: None,
-    "chain": lambda draft: ModelDrafter(draft, Chain(3)),
-    "independent children": lambda draft: ModelDrafter(draft, Widths((2, 2), Law.IID)),
-    "sampled, then top": lambda draft: ModelDrafter(draft, Widths((3, 1))),
-    "static": lambda draft: ModelDrafter(draft, Static((-1, 0, 0, 1, 1, 2, 3), Law.WITHOUT_REPLACEMENT)),
-    "dynamic": lambda draft: ModelDrafter(draft, Dynamic(8, 3, 2)),
-    "layers left out": lambda draft: LayerSkipDrafter(skip=[1], tree=Widths((2, 1))),
-    "heads": lambda draft: MedusaDrafter(heads().to(draft.device), Widths((2, 2, 1))),
-    "n-grams": lambda draft: NgramDrafter(4),
-    "suffixes": lambda draft: SuffixDrafter(),
-    "suffixes, then a model": lambda draft: Fallback(SuffixDrafter(), ModelDrafter(draft, Chain(3))),
-    "adaptive": lambda draft: ModelDrafter(draft, Adaptive(costs=COSTS)),
-    "layers left out, adaptive": lambda draft: LayerSkipDrafter(skip=[1], tree=Adaptive(costs=COSTS)),
-    "heads, adaptive": lambda draft: MedusaDrafter(heads().to(draft.device), Adaptive(depth=3, costs=COSTS)),
-    "as long as they are sure": lambda draft: ModelDrafter(draft, Dynamic(8, 3, 2, threshold=0.05)),
-}
-COSTS = Costs(CostCurve((1, 24), (1.0, 1.4)), CostCurve((1, 3), (0.02, 0.02)))
-ON_HOST = ["n-grams", "suffixes"]
-SCORES_CAPTURED = [*DRAFTERS][-5:]
-SAMPLINGS = {"greedy": Sampling(), "nucleus": Sampling(0.8, top_p=0.9)}
-
-
-TARGET = llama()
-
-
-def texts(drafter, engine, prompts=PROMPTS, target=TARGET, **options):
-    prompts = [prompt.to(target.device) for prompt in prompts]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return specdec.generate(target, prompts, drafter, engine=engine, **{**OPTIONS, **options}).tokens
-
-
-def assert_replays(name, sampling, engine, target=TARGET, draft=DRAFT):
-    """Runs of the drafter of this name that are captured and replayed give the text of eager ones."""
-    options = {"prompts": PROMPTS[1:3], "sampling": SAMPLINGS[sampling], "target": target}
-    runs = [(DRAFTERS[name](draft), "eager"), (DRAFTERS[name](draft), engine)]
-    # trees of other drafters are numbered the same when cut at the budget; those of `Dynamic` are not, nor are their coins
-    end = -3 if name == "dynamic" and sampling != "greedy" else None
-    for seed in (3, 4):  # the second run replays the graphs of the first
-        expected, found = (texts(*run, **options, seed=seed) for run in runs)
-        assert [t[:end].tolist() for t in found] == [t[:end].tolist() for t in expected]
-        if name in SCORES_CAPTURED:
-            assert any(key[0] == "drafted" for key in engine._graphs)
-        elif name in ON_HOST:  # their trees come in several sizes
-            assert engine.captured >= 2
-        else:
-            assert engine.captured == 4
-
 
 GREEDY = [(name, "greedy") for name in ("dynamic", "suffixes, then a model")]
 

@@ -7,7 +7,8 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from test_graphs import DRAFTERS, PROMPTS, TARGET, Tape, as_on_cuda  # noqa: F401 - a fixture
+from tape import DRAFTERS, STAGES, TARGET, Tape, as_on_cuda  # noqa: F401 - a fixture
+from tiny_models import PROMPTS
 
 import specdec
 from specdec import Sampling
@@ -17,7 +18,6 @@ from specdec.rules import LenientRejection, SiblingRejection
 from specdec.trace import replay
 from specdec.trees import Dynamic
 
-STAGES = ("propose", "score", "decide", "follow")
 SUBSETS = [(), *((stage,) for stage in STAGES), *combinations(STAGES, 2)]
 
 
@@ -30,10 +30,8 @@ def near(model, noise=0.005):
 
 
 DRAFT = near(TARGET)
-KINDS = {
-    **DRAFTERS,
-    "beams": lambda draft: ModelDrafter(draft, Dynamic(7, 4, 3)),
-}  # whose shape is never twice the same
+# and beams, whose shape is never twice the same
+KINDS = {**DRAFTERS, "beams": lambda draft: ModelDrafter(draft, Dynamic(7, 4, 3))}
 RENUMBERED = ("dynamic", "beams")  # cut at the budget their nodes have other numbers, and so other coins
 
 

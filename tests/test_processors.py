@@ -7,10 +7,13 @@ import pytest
 import torch
 from tiny_models import PROMPTS, VOCAB, llama, padded
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 import specdec
@@ -171,6 +174,8 @@ PROCESSORS = {
     "module": Module,
     "in one of transformers": lambda: PrefixConstrainedLogitsProcessor(prefixes(), 1),
     "grammar": lambda: Grammars(CompiledGrammar(3, 5)),
+    "watermark": lambda: SynthIDTextWatermarkLogitsProcessor(5, [1, 2, 3, 4], 256, 0, 64, "cpu"),
+    "guidance": lambda: UnbatchedClassifierFreeGuidanceLogitsProcessor(1.7, TARGET),
 }
 
 
@@ -234,7 +239,16 @@ def test_every_row_follows_a_grammar_of_its_own(way):
     assert same(RAGGED, lambda: Grammars(*SEVERAL), way)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def test_guidance_of_a_generation_config_has_a_state_for_each_prompt():
+    config = GenerationConfig(guidance_scale=1.7, eos_token_id=7, pad_token_id=0, max_new_tokens=14)
+    options = {"sampling": Sampling.from_generation_config(config), "max_new_tokens": 14}
+    out = specdec.generate(TARGET, PROMPTS, ModelDrafter(TWIN, Widths([3, 2, 1])), **options)
+    for prompt, tokens in zip(PROMPTS, out.tokens, strict=True):
+        expected = TARGET.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), generation_config=config)
+        assert tokens.tolist() == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("way", ["sibling", "traversal"])
 def test_a_batch_of_generate_has_a_state_for_each_prompt(way):
     drafter, rule = WAYS[way]
     sampling = Sampling(processors=[Grammars(CompiledGrammar(3, 5))])

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from test_graphs import DRAFT, DRAFTERS, Tape
+from tape import DRAFT, DRAFTERS, Tape
 from tiny_models import GATE, VOCAB
 
 import specdec

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_graphs import DRAFT, DRAFTERS, SAMPLINGS, Tape
+from tape import DRAFT, DRAFTERS, SAMPLINGS, Tape
 from test_vocabulary import Foreign, permuted, words
 from tiny_models import GATE, llama
 

@@ -31,7 +31,8 @@ class Context:
     texts: list[list[int]]  # the committed tokens of each row on the host; lists of this run alone
     max_length: int  # tokens that the longest row may grow to, the prompt included
     max_depth: int  # longest path that can still be of use to any row
-    row_depths: Tensor  # [batch] int64: the same for each row; deeper nodes are struck out (PADDING) by the loop
+    # [batch] int64: depth still useful in each row, -1 if it has ended; deeper nodes are struck out (PADDING) by the loop
+    row_depths: Tensor
     sampling: Sampling
     processors: Sequence[Processors]  # each row's logits processors, as they are after the text so far
     vocab: int  # size of the target's vocabulary
@@ -40,12 +41,9 @@ class Context:
     tokenizer: Any = None
     engine: Engine = field(default_factory=Engine)
     resume: bool = False  # whether models are to begin in what is left of their last run
-    fixed: bool = (
-        False  # whether `propose` is to do the same in all steps with the same `longest`, whatever the host knows
-    )
-    hidden: Tensor | None = (
-        None  # [batch, hidden]: if `uses_hidden`, the target's last state before the root (running rows)
-    )
+    fixed: bool = False  # steps are captured: use no host values but `longest`
+    # [batch, hidden]: if `uses_hidden`, the target's last state before the root (running rows)
+    hidden: Tensor | None = None
 
     @classmethod
     def empty(cls, batch: int, capacity: int, vocab: int, device: torch.device) -> Context:
@@ -86,6 +84,11 @@ class Context:
     def root(self) -> Tensor:
         """[batch] int64: the last committed tokens."""
         return self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
+
+    @property
+    def processed(self) -> bool:
+        """Whether logits processors change any row's scores."""
+        return any(self.processors)
 
     @property
     def longest(self) -> int:
@@ -169,9 +172,8 @@ class Drafter(ABC):
     """
 
     uses_hidden: bool = False  # True to have `context.hidden` filled
-    capturable: bool = (
-        False  # True if `propose` and `commit` do the same to the device every step: see `specdec.graphs`
-    )
+    # True if `propose` and `commit` do the same to the device every step: see `specdec.graphs`
+    capturable: bool = False
     run: object = None  # which run it drafts for; set by the loop
 
     @abstractmethod
@@ -201,7 +203,7 @@ class Drafter(ABC):
         )
 
     def patched(self) -> AbstractContextManager[None]:
-        """Entered around every step, the target's own pass included: for what drafting needs of a model of its own.
+        """Entered around drafting and scoring, and again around following: for what drafting needs of a model of its own.
 
         What the target computes must stay as it is. To draft with the target's model in another state (an adapter switched
         off, say), change it inside `propose` and back before that returns, and keep a cache of its own for it.

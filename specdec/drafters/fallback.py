@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specdec.checks import check_kind
+from specdec.checks import check_kind, put
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
@@ -42,7 +42,7 @@ class Fallback(Drafter):
     @run.setter
     def run(self, run: object) -> None:
         for part in (self.first, self.second):
-            object.__setattr__(part, "run", run)  # frozen dataclasses too
+            put(part, run=run)
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)

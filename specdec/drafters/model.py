@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.checks import wrong_kind
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.drafters.vocabulary import TranslatedModel
@@ -37,7 +38,7 @@ class ModelDrafter(TreeDrafter):
         super().__init__(tree)
         if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
             cure = "pass the draft's own, such as AutoTokenizer.from_pretrained(name)"
-            raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; {cure}. Got {tokenizer!r}.")
+            raise wrong_kind("tokenizer", tokenizer, cure)
         self.model, self.tokenizer = model, tokenizer
         self._cached = self._alone = CachedModel(model)
 
@@ -51,13 +52,12 @@ class ModelDrafter(TreeDrafter):
         self._cached = self._in_tokens_of(target.vocab, context.tokenizer)
         limit, capacity = self._cached.context_length, context.tokens.shape[1]
         if limit is not None and context.max_length > limit:
-            reason = f" ({self._cached.context_reason})" if self._cached.context_reason else ""
             raise ValueError(
-                f"The draft model reads at most {limit} tokens{reason}, but a text may grow to {context.max_length}; lower "
-                "max_new_tokens, shorten the prompt or use a draft model with a longer context."
+                f"The draft model reads at most {limit} tokens{self._cached.context_reason}, but a text may grow to "
+                f"{context.max_length}; lower max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
         nodes = self.spec(context.sampling).nodes
-        self.note(torch.full_like(context.lengths, -1)[:, None], nodes)
+        self.remember(torch.full_like(context.lengths, -1)[:, None], nodes)
         self._cached.begin(context, capacity + nodes)
         if context.engine.compiled:
             self._cached.compile()
@@ -86,7 +86,7 @@ class ModelDrafter(TreeDrafter):
     def _read_root(self, context: Context) -> Tensor:
         """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
         cache, lengths = self._cached.cache, context.lengths
-        # who misses less reads its last tokens again, so that nobody reads past its end
+        # shorter rows re-read their last tokens, so that all read `_unread`
         cache.lengths.copy_((lengths - self._unread).clamp(min=0))
         tokens = self._cached.pending(context.tokens, self._unread)
         logits = self._cached.forward(tokens, chain(len(tokens), self._unread, tokens.device))

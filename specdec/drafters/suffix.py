@@ -12,13 +12,12 @@ from heapq import heappop, heappush
 
 from torch import Tensor
 
-from specdec.checks import as_float, as_ints, as_tuple
+from specdec.checks import as_float, as_ints, as_tuple, put_size
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
 from specdec.target import Target
 from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
-from specdec.trees.policy import check_size
 
 _LINKS = 32  # most suffixes counted per token: text that repeats one token for ever has one for each place
 
@@ -92,7 +91,7 @@ class SuffixDrafter(Drafter):
         corpus: Sequence[Tensor | Sequence[int]] = (),
     ):
         self.nodes, self.depth, self.width = nodes, depth, width
-        check_size(self)
+        put_size(self)
         self.threshold = as_float("threshold", threshold, "(0, 1]")
         self._corpus = SuffixAutomaton()
         for i, text in enumerate(as_tuple("corpus", corpus, "texts, each a sequence of token ids")):

@@ -28,7 +28,7 @@ class TreeDrafter(Drafter):
     # [batch, node] int64: `Grown.asked` of the last tree, -1 for nodes that it has not. It stays in one place as long as that
     # is possible: what was captured writes it there, and reads it there.
     asked: Tensor | None = None
-    capturable_scores: bool = False  # True if `score` does the same to the device whenever `prepare` says the same
+    capturable_scores: bool = False  # True if what `score` does to the device depends only on `prepare`
 
     def __init__(self, tree: TreePolicy | None = None):
         cure = "pass a tree policy such as Chain(4) or Widths([4, 2, 1])"
@@ -44,7 +44,7 @@ class TreeDrafter(Drafter):
         return self.tree.spec(sampling)
 
     def prepare(self, frontier: Frontier, context: Context) -> Hashable:
-        """Called before every `score`, on the host: what that is going to depend on besides the shapes in the frontier."""
+        """Called before every `score`, on the host. Return a key of all host values that `score` uses, but for shapes."""
         return None
 
     @abstractmethod
@@ -58,7 +58,7 @@ class TreeDrafter(Drafter):
         nodes = self.tree.spec(context.sampling).nodes
         if context.max_depth == 0:
             tree = root_only(context.root)
-            self.note(tree.topology.parents, nodes)
+            self.remember(tree.topology.parents, nodes)
             return tree
 
         broken = torch.zeros_like(context.lengths, dtype=torch.bool)  # [batch] bool: rows with logits that are no law
@@ -69,7 +69,7 @@ class TreeDrafter(Drafter):
             check_logits(f"{type(self).__name__}.score", logits, "[batch, count, vocab]", shape, frontier.tokens.device)
             return logits
 
-        def asked(frontier: Frontier) -> Tensor:
+        def checked(frontier: Frontier) -> Tensor:
             key = id(self), self.prepare(frontier, context)
             if not self.capturable_scores:
                 logits = drafted(frontier)
@@ -78,12 +78,12 @@ class TreeDrafter(Drafter):
             broken.logical_or_(~logits.amax(-1).isfinite().all(1))
             return logits
 
-        grown = drive(self.tree, context, coins, asked)
-        self.note(grown.asked, nodes)
+        grown = drive(self.tree, context, coins, checked)
+        self.remember(grown.asked, nodes)
         # no token is the root's: `DraftTree.invalid` tells the host with the step
         return replace(grown.tree, tokens=grown.tree.tokens.masked_fill(broken[:, None], -1))
 
-    def note(self, asked: Tensor, nodes: int) -> None:
+    def remember(self, asked: Tensor, nodes: int) -> None:
         """Set `asked`, to `Grown.asked` [batch, <= nodes] int64 of a tree of which `nodes` is the largest size."""
         shape, held = (len(asked), nodes), self.asked
         if held is None or (held.shape, held.device) != (shape, asked.device):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind
+from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind, put
 from specdec.clock import finish
 from specdec.target import CachedModel
 from specdec.tree import chain
@@ -32,8 +32,7 @@ class CostCurve:
             raise ValueError(
                 f"nodes={nodes}, seconds={seconds}: must be equally many, at least one, and nodes must increase."
             )
-        object.__setattr__(self, "nodes", nodes)
-        object.__setattr__(self, "seconds", seconds)
+        put(self, nodes=nodes, seconds=seconds)
 
     def __call__(self, nodes: int) -> float:
         """Seconds of a forward pass over this many nodes per row."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.checks import check_kind
+from specdec.checks import check_kind, put_size
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
@@ -22,7 +22,7 @@ from specdec.theory import Costs
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
 from specdec.trees.economy import Economy
 from specdec.trees.estimates import Times
-from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, check_size, draw, drawn_laws
+from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with
@@ -66,7 +66,7 @@ class Adaptive(TreePolicy):
     _rested: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_size(self)
+        put_size(self)
         check_kind(
             "costs", self.costs, (Costs, type(None)), "measure them: specdec.theory.measure_costs(target, draft)"
         )

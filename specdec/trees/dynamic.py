@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.checks import as_float
+from specdec.checks import as_float, put, put_size
 from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, check_size
+from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class Dynamic(TreePolicy):
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        check_size(self)
-        cure = "a confidence is at least 0 and below 1"
-        object.__setattr__(self, "threshold", as_float("threshold", self.threshold, "[0, 1)", cure))
+        put_size(self)
+        put(self, threshold=as_float("threshold", self.threshold, "[0, 1)", "a confidence is at least 0 and below 1"))
 
     @property
     def capturable(self) -> bool:

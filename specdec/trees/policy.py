@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.checks import as_int, check_kind
+from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.drafter import Acceptance, Context
 from specdec.sampling import Sampling
@@ -88,13 +87,6 @@ class Children:
     draft_probs: Tensor | None  # [batch, count, vocab]
 
 
-def check_size(of: Any) -> None:
-    """Make the `nodes`, `depth` and `width` of a policy or a drafter that drafts something Python integers."""
-    for name, least in (("nodes", 2), ("depth", 1), ("width", 1)):
-        cure = "a draft has nodes >= 2, depth >= 1 and width >= 1; use drafter=None to draft nothing"
-        object.__setattr__(of, name, as_int(name, getattr(of, name), least, cure=cure))  # frozen dataclasses too
-
-
 def drawable(law: Law | int) -> Law:
     """`law` as one that children can be drawn under; raises ValueError for PADDING, and for what is no law."""
     law = as_law(law)
@@ -107,9 +99,8 @@ def drawn_laws(law: Law, sampling: Sampling) -> frozenset[Law]:
     """The laws that `draw` may record when asked for `law`."""
     if sampling.temperature == 0:
         return frozenset({Law.POINT})
-    return frozenset(
-        {law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law}
-    )  # the top k - 1 may be the whole support
+    # the top k - 1 may be the whole support
+    return frozenset({law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law})
 
 
 def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins, first: int) -> Children:

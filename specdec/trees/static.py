@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from specdec.checks import as_parents
+from specdec.checks import as_parents, put
 from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
@@ -40,8 +40,7 @@ class Static(TreePolicy):
     capturable = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parents", as_parents(self.parents))
-        object.__setattr__(self, "law", drawable(self.law))
+        put(self, parents=as_parents(self.parents), law=drawable(self.law))
         if len(self.parents) < 2:
             raise ValueError("parents=[-1]: this tree drafts nothing; use drafter=None.")
 

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from specdec.checks import as_int, as_ints
+from specdec.checks import as_int, as_ints, put
 from specdec.coins import Coins
 from specdec.drafters.drafter import Context
 from specdec.sampling import Sampling
@@ -35,8 +35,7 @@ class Widths(TreePolicy):
 
     def __post_init__(self) -> None:
         cure = "a tree needs at least one level, and each level at least one child, as [4, 2, 1] has"
-        object.__setattr__(self, "widths", as_ints("widths", self.widths, 1, cure=cure))
-        object.__setattr__(self, "law", drawable(self.law))
+        put(self, widths=as_ints("widths", self.widths, 1, cure=cure), law=drawable(self.law))
         if not self.widths:
             raise ValueError(f"widths=(): {cure}.")
 
