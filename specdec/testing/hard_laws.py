@@ -18,10 +18,13 @@ SAMPLINGS = (
     Sampling(0.7, min_p=0.3),
 )  # fmt: skip
 SHAPES = (  # vocabulary, law, width
-    *((vocab, Law.POINT, 2) for vocab in (3, 8)), *((vocab, law, 1) for vocab in (3, 50) for law in (Law.IID, Law.POINT)),
-    *((vocab, law, 2) for vocab in (3, 8) for law in (Law.IID, Law.WITHOUT_REPLACEMENT)), (5, Law.IID, 3),
-    (3, Law.IID, 5), *((5, Law.WITHOUT_REPLACEMENT, width) for width in (3, 5)), *((vocab, Law.SAMPLED_THEN_TOP, 2) for vocab in (3, 50)), (8, Law.SAMPLED_THEN_TOP, 4),
-)  # fmt: skip
+    *((vocab, Law.POINT, 2) for vocab in (3, 8)),
+    *((vocab, law, 1) for vocab in (3, 50) for law in (Law.IID, Law.POINT)),
+    *((vocab, law, 2) for vocab in (3, 8) for law in (Law.IID, Law.WITHOUT_REPLACEMENT)),
+    *((vocab, Law.IID, width) for vocab, width in ((5, 3), (3, 5))),
+    *((5, Law.WITHOUT_REPLACEMENT, width) for width in (3, 5)),
+    *((vocab, Law.SAMPLED_THEN_TOP, width) for vocab, width in ((3, 2), (50, 2), (8, 4))),
+)
 
 
 def _random(vocab: int, seed: int) -> Tensor:
