@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 _PLAIN = {type(None), bool, int, float, str}
 _GROUPS = (dict, list, tuple)
-_END = object()  # of a group
 
 
 def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
@@ -29,25 +28,27 @@ def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
     """
     found: list[Any] = []  # names, each followed by what is seen of its value
     modules = dict.fromkeys(module for model in models for module in model.modules())
-    groups: list[Any] = [vars(module) for module in modules]
+    groups: list[tuple[Any, Any]] = [("", vars(module)) for module in modules]  # each with its name
     met: set[int] = set()  # ids of the groups inside them: one may hold itself
-    for group in groups:  # which grow in number
+    for title, group in groups:  # which grow in number
+        before = len(found)
         for name, value in group.items() if isinstance(group, dict) else enumerate(group):
             if type(value) in _PLAIN:
                 found += name, value
             elif isinstance(value, _GROUPS):
-                if value:  # most modules have a dozen kinds of hooks, and none of any kind
+                if id(value) in met:
                     found += name, type(value)
-                    if id(value) not in met:
-                        met.add(id(value))
-                        groups.append(value)
+                elif value:  # most modules have a dozen kinds of hooks, and none of any kind
+                    met.add(id(value))
+                    groups.append((name, value))
             elif isinstance(value, Tensor):
                 found += name, _place(value), numbers and _writes(value)
             elif isinstance(value, set):
                 found += name, frozenset(value)
             elif not _ours(value):  # specdec's own hooks are those of a run, not of the model
                 found += name, _Itself(value)
-        found.append(_END)
+        if len(found) > before:
+            found += title, type(group)
     return found
 
 

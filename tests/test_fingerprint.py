@@ -9,6 +9,7 @@ from tiny_models import llama, reference
 import specdec
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
 from specdec.fingerprint import fingerprint
+from specdec.target import CachedModel
 
 torch.set_num_threads(1)
 PROMPT = torch.arange(1, 8)
@@ -39,6 +40,8 @@ def test_a_change_is_seen_and_nothing_else(change):
     model = holds_itself(llama())
     before = fingerprint(model, numbers=True)
     specdec.generate(model, PROMPT, LayerSkipDrafter(exit_layer=1), max_new_tokens=4)
+    with CachedModel(model).capturing_hidden():
+        assert fingerprint(model, numbers=True) == before
     assert fingerprint(model, numbers=True) == before
     CHANGES[change](model)
     assert fingerprint(model, numbers=True) != before
