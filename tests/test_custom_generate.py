@@ -420,7 +420,10 @@ def test_what_would_be_left_out_is_refused(case):
     ("method", "cure"),
     [
         (specdec.custom_generate, r"call it: .*custom_generate=specdec.custom_generate\(drafter\)"),
-        (NgramDrafter(), r"NgramDrafter is no decoding loop; .*custom_generate=specdec.custom_generate\(drafter\)"),
+        (
+            NgramDrafter(),
+            r"NgramDrafter is neither a decoding loop .*custom_generate=specdec.custom_generate\(drafter\)",
+        ),
     ],
     ids=["not called", "a drafter"],
 )

@@ -199,7 +199,8 @@ class Drafter(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Never:
         """Refused. It is here because `model.generate` ignores a `custom_generate` that cannot be called, in silence."""
         raise ValueError(
-            f"a {type(self).__name__} is no decoding loop; pass custom_generate=specdec.custom_generate(drafter)."
+            f"a {type(self).__name__} is neither a decoding loop nor a function; to model.generate pass "
+            "custom_generate=specdec.custom_generate(drafter), and where a function that makes one is wanted, that function."
         )
 
     def patched(self) -> AbstractContextManager[None]:
