@@ -306,7 +306,7 @@ def test_lossy_rules_claim_nothing_and_are_biased(rule):
 
 def test_full_lenience_is_sibling_rejection_and_typical_acceptance_is_exact_when_greedy():
     drafter, target = TabularDrafter(Table(3, seed=1), Widths((2, 1), Law.IID)), TabularTarget(3, seed=0)
-    assert distance(LenientRejection(1), drafter, target) == 0
+    assert distance(LenientRejection(1), drafter, target) < 1e-15  # the lenience is a float
     assert distance(TypicalAcceptance(), drafter, target, sampling=Sampling()) == 0
 
 
