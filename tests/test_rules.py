@@ -66,7 +66,7 @@ class Batch:
         self.texts = [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
         self.root = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
         self.max_depth, self.row_depths = 8, torch.full((rows,), 8)
-        self.sampling, self.processors, self.vocab = sampling, [()] * rows, vocab
+        self.sampling, self.processors, self.processed, self.vocab = sampling, [()] * rows, False, vocab
 
 
 # --- fast path = specification

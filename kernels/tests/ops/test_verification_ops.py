@@ -74,7 +74,7 @@ def test_on_cuda_devices_sibling_rejection_is_one_op():
         topology = Topology(tokens, 2, 2)
         vars(topology)["children"] = children  # computing it takes indexing, which fake CUDA tensors refuse
         tree = DraftTree(tokens, topology, tokens.to(torch.uint8), torch.zeros(2, 1, 7, device="cuda"))
-        context: Any = SimpleNamespace(sampling=Sampling(1.0), processors=[()] * 2)
+        context: Any = SimpleNamespace(sampling=Sampling(1.0), processors=[()] * 2, processed=False)
         coins = torch.zeros(2, 4, dtype=torch.float64, device="cuda")
         law = TargetLaw(torch.zeros(2, 4, 7, device="cuda"), tree, context)
         path, accepted, token = law.verify(tree, coins, coins, 1.0)
