@@ -73,8 +73,9 @@ def perform(name: str, plan: list[list[Part]], results: Path, seconds: float) ->
     print(f"not all, so {call.out} stays: {lacks}" if lacks else "everything")
     for part in bad:
         print(f"{part.name}: {part.ended}")
-    for part in bad:
-        print(f"\n== {part.name}: the end of its log\n{call.log(part.name, PRINTED // len(bad))}")
+    logs = [part.name for part in bad if call.log(part.name, PRINTED)]
+    for log in logs:
+        print(f"\n== {log}: the end of its log\n{call.log(log, PRINTED // len(logs))}")
     if not lacks:
         shutil.rmtree(call.out, ignore_errors=True)
     return 128 + call.signals[0] if call.signals else int(bool(bad or lacks))

@@ -53,8 +53,12 @@ def until(true):
         time.sleep(0.05)
 
 
-def at_work(pid):
-    """Whether a process is there that has not ended."""
+def over(pids):
+    """Fail unless the processes with the numbers in this file have ended, long before they would by themselves."""
+    until(lambda: not any(_at_work(pid) for pid in pids.read_text().split()))
+
+
+def _at_work(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -117,12 +121,23 @@ def test_a_call_that_is_stopped_leaves_nothing_at_work_and_everything_packed(tmp
     call = begun(tmp_path, f"[[Part('long', ('-c', {long!r}), 60)], [Part('next', ('-c', ''), 60)]]")
     call.send_signal(how)
     assert call.wait(30) == 128 + how
-    assert not any(at_work(pid) for pid in pids.read_text().split())
+    over(pids)
     assert ended(tmp_path) == {
         "long": f"killed: the call was stopped by {how.name}",
         "next": f"never begun: the call was stopped by {how.name}",
     }
     assert left(tmp_path)["long.log"] == "begun\n" and not (tmp_path / "some_call").exists()
+
+
+def test_a_call_under_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
+    hangs_up = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert (
+            perform("some", [[Part("hangs up", code(hangs_up), 60)], [Part("next", code(""), 60)]], tmp_path, 60) == 0
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_call_that_is_killed_leaves_what_there_was_shortly_before(tmp_path, capfd):
@@ -151,7 +166,8 @@ def test_an_error_of_the_call_itself_leaves_nothing_at_work(tmp_path, monkeypatc
     monkeypatch.setattr(parts, "_ended", broken)
     with pytest.raises(BrokenPipeError):
         perform("some", [[Part("long", code(CHILD.replace("PIDS", str(pids)) + "time.sleep(60)"), 60)]], tmp_path, 60)
-    assert not any(at_work(pid) for pid in pids.read_text().split()) and "parts.json" in left(tmp_path)
+    over(pids)
+    assert "parts.json" in left(tmp_path)
 
 
 @pytest.mark.parametrize("last", ["os.kill(os.getpid(), 9)", ""])
@@ -159,7 +175,7 @@ def test_nothing_that_a_part_started_outlives_it(tmp_path, last):
     pids = tmp_path / "pids"
     perform("some", [[Part("dies", code(CHILD.replace("PIDS", str(pids)) + last), 60)]], tmp_path, 60)
     assert ended(tmp_path) == {"dies": "killed by SIGKILL" if last else "well"}
-    assert not any(at_work(pid) for pid in pids.read_text().split())
+    over(pids)
 
 
 def test_seconds_of_parts_side_by_side_are_their_own(tmp_path):
