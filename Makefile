@@ -8,7 +8,7 @@ OLDEST := $(VENV)/oldest
 PINS := $(VENV)/constraints.txt
 # whole files to a process: their tests share models
 CORES := -n logical --maxprocesses 4 --dist loadfile
-# what transformers decides: attention, masks, caches, its `generate` and its processors
+# what depends on transformers: attention, masks, caches, its `generate` and its processors
 VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
@@ -25,7 +25,7 @@ test: $(READY) ## run the tests; make test ARGS='tests/test_tree.py -x' runs som
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(or $(ARGS),$(CORES))
 	@$(if $(ARGS),,for suite in interpret gate; do $(VENV)/bin/python -m pytest kernels/tests/$$suite || exit; done)
 
-test-versions: $(OLDEST)/ready ## run the tests that transformers decides on its oldest version (make test: on the newest)
+test-versions: $(OLDEST)/ready ## run the tests that depend on transformers, with its oldest supported version
 	@export PYTHONPATH=$(abspath $(OLDEST)) OMP_NUM_THREADS=1; \
 	$(VENV)/bin/python -c 'import transformers as t; print(f"transformers {t.__version__} from {t.__path__[0]}")' && \
 	$(VENV)/bin/python -m pytest $(CORES) $(VERSIONED)

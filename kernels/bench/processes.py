@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,8 @@ def _died(command: list[str], seconds: float) -> str | None:
         status = subprocess.run([sys.executable, *command], timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
         return f"out of time: killed after {seconds:.0f} s"
+    if status < 0:
+        return f"the process died: killed by {signal.Signals(-status).name}"
     return f"the process died: exit status {status}" if status else None
 
 

@@ -11,7 +11,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +36,15 @@ class Timing(NamedTuple):
 
 
 def red(tests: Path, *ops: str) -> list[str]:
-    """The tests of these ops on the device that did not pass, of reports OP.*.xml (JUnit's), and reports that are empty."""
+    """The tests of these ops on the device that did not pass, of reports OP.*.xml (JUnit's), and reports without an end."""
     found = []
     for op in ops:
-        reports = sorted(tests.glob(f"{op}.*.xml"))
-        found += [f"{path.stem} did not end" for path in reports if not path.read_bytes()]
-        cases = [case for path in reports if path.read_bytes() for case in ElementTree.parse(path).iter("testcase")]
+        cases: list[ElementTree.Element] = []
+        for path in sorted(tests.glob(f"{op}.*.xml")):
+            try:
+                cases += ElementTree.parse(path).iter("testcase")
+            except ElementTree.ParseError:  # empty, or cut off while it was written
+                found.append(f"{path.stem} did not end")
         ends = [
             (case, next((e for e in ("failure", "error", "skipped") if case.find(e) is not None), None))
             for case in cases
@@ -144,7 +147,7 @@ def provenance() -> dict[str, Any]:
         "dirty": bool(status) if status is not None else None,
         "versions": {
             "python": sys.version.split()[0],
-            **{name: version(name) for name in ("torch", "triton", "transformers")},
+            **{name: _version(name) for name in ("torch", "triton", "transformers")},
         },
         "cuda": torch.version.cuda,
         "gpu": gpu(),
@@ -160,6 +163,14 @@ def gpu() -> str:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _version(module: str) -> str | None:
+    """What a module says of itself: not every build of it comes with the metadata of a distribution. None without it."""
+    try:
+        return str(import_module(module).__version__)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _run(*command: str) -> str | None:

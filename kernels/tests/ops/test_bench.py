@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 import time
+import types
 from importlib.metadata import version
 
 import baselines
@@ -112,8 +114,9 @@ def test_red_tests_are_listed_and_so_are_those_that_did_not_end(tmp_path):
     for name, cases in (("verify.1", passed + failed), ("verify.2", skipped), ("law.1", passed)):
         (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     (tmp_path / "law.2.xml").touch()
+    (tmp_path / "law.3.xml").write_text('<testsuites><testsuite><testcase name="a"/')
     assert report.red(tmp_path, "verify") == ["verify: b (failure)", "verify: c (skipped)"]
-    assert report.red(tmp_path, "law", "compact") == ["law.2 did not end", "compact: none ran"]
+    assert report.red(tmp_path, "law", "compact") == ["law.2 did not end", "law.3 did not end", "compact: none ran"]
 
 
 def test_the_first_cause_of_a_failure_is_in_its_reason():
@@ -148,7 +151,7 @@ def test_a_process_that_dies_costs_one_shape(tmp_path):
     (tmp_path / "dying.py").write_text(DYING)
     rows = processes.rows_of([str(tmp_path / "dying.py")], 4, 60)
     assert [row.get("us") for row in rows] == [0, None, 2, 3]
-    assert rows[1]["reason"] == "the process died: exit status -6"
+    assert rows[1]["reason"] == "the process died: killed by SIGABRT"
 
 
 def test_what_time_does_not_suffice_for_has_no_row():
@@ -181,6 +184,13 @@ def test_smoke_finds_a_replay_that_does_not_read_its_inputs(monkeypatch):
     for method in ("tree_attention", "law"):
         with pytest.raises(RuntimeError, match="wrong when replayed"):
             smoke.figures(smoke.shapes_of(method, dry=True)[0], method, "cpu")
+
+
+def test_versions_need_no_metadata_of_a_distribution(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
+    assert report.provenance()["versions"]["triton"] == "3.6.0"
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
+    assert report.provenance()["versions"]["triton"] is None
 
 
 def test_the_report_holds_figures_and_what_produced_them(tmp_path):
