@@ -21,7 +21,7 @@ class Siblings:
         rows: [len(node)] int64, the rows they belong to; each row's one by default.
     """
 
-    def __init__(self, tree: DraftTree, node: Tensor, dtype: torch.dtype, rows: Tensor | None = None):
+    def __init__(self, tree: DraftTree, node: Tensor, dtype: torch.dtype = torch.float32, rows: Tensor | None = None):
         self._rows = rows = torch.arange(len(node), device=node.device) if rows is None else rows
         index = tree.topology.children[rows, node]
         self.index = index.clamp(min=0)  # [batch, width] int64: 0 where there is no child

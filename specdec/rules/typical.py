@@ -55,7 +55,7 @@ class TypicalAcceptance(Rule):
         kept[:, 0] = 1
         for index in range(tree.tokens.shape[1] - 1):
             node = torch.full_like(tree.tokens[:, 0], index)
-            siblings = Siblings(tree, node, torch.float32)
+            siblings = Siblings(tree, node)
             trying = siblings.exists & (kept[:, index : index + 1] > 0)
             p = target_law.at(torch.where(trying.any(1), node, 0))
             threshold = (self.alpha * (-torch.special.entr(p).sum(1, keepdim=True)).exp()).clamp(max=self.epsilon)
