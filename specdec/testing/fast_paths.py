@@ -128,10 +128,13 @@ class Thresholds:
     coin: Tensor  # float64
     share: Tensor  # float64: how much of a node's law the coin decides
 
-    def coins(self, width: int, by: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-        """Coins [threshold, width] of the children and [threshold] of the emission that lie there, or `by` so much above."""
+    def coins(self, width: int, by: float | Tensor = 0.0, others: float = SURE) -> tuple[Tensor, Tensor]:
+        """Coins [threshold, width] of the children and [threshold] of the emission that lie there, or `by` so much above.
+
+        The coins of `others` are what rejects every child that is not nearly certain.
+        """
         coin = (self.coin + by).clamp(LEAST_COIN, SURE)
-        accept = torch.full((len(coin), width + 1), SURE, dtype=torch.float64)
+        accept = torch.full((len(coin), width + 1), others, dtype=torch.float64)
         accept.scatter_(1, self.child[:, None], coin[:, None])
         return accept[:, :width], coin.where(self.child == width, 0)
 
