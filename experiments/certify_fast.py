@@ -158,7 +158,7 @@ HEAD = """# Certificates of the batched code
 `{command}`, commit {commit}; {versions}. {rows} cases, {failed} against what is claimed.
 
 What runs is tensor code in float32 or float64, not the specification that [certificates.md](certificates.md) is about. Here
-the law that this code emits after a root with one to four children is found from its decisions alone, by bisection of
+the law that this code emits after a root with one to five children is found from its decisions alone, by bisection of
 its coins for every draft that can be drawn, and compared with the exact law of the logits as they are given in their dtype.
 Each case is 29 pairs of laws that are hard for floating point: gaps of 20 to 200 between logits, ties, supports that run out,
 masses down to the least number there is, laws that agree or exclude each other, logits around 1000. Given is the largest total
