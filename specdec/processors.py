@@ -45,9 +45,8 @@ class Processors:
 
     def __init__(self, processors: Sequence[Any] = (), lent: bool = True):
         self.processors, self._lent = tuple(processors), lent
-        self._no_copy_because: ValueError | None = (
-            None  # what a call in this state raises, once they have gone on themselves
-        )
+        # what a call in this state raises, once the processors themselves and no copies have gone on
+        self._no_copy_because: ValueError | None = None
 
     def __bool__(self) -> bool:
         return bool(self.processors)

@@ -195,7 +195,7 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
     if apart := _apart(model, logits[:, node], _over_cache(model, path, inputs)):
         raise UnsupportedModel(
             model,
-            f"a token that is scored alone, after others in a cache, differs by {apart}) from the same token scored with them",
+            f"a token that is scored alone, after others in a cache, differs by {apart}, from the same token scored with them",
             "What it computes, in a hook say, must not depend on where a forward pass begins: the passes here begin elsewhere.",
         )
 

@@ -11,10 +11,10 @@ from specdec import Law
 from specdec.drafters import Context
 from specdec.rules import BlockVerification, KSeq, Rule, TraversalVerification, block, traversal
 from specdec.sampling import Sampling, TargetLaw
-from specdec.testing.fast_paths import GivenCoins, bisect
+from specdec.testing.fast_paths import LEAST_COIN, SURE, GivenCoins, bisect
 from specdec.tree import DraftTree, Topology
 
-VOCAB, ROWS, SURE, LEAST = 7, 12, 1 - 2.0**-53, 2.0**-53
+VOCAB, ROWS = 7, 12
 # how far thresholds may be apart: of float64, roundings of sums; of float32, those where a few percent are owed
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 
@@ -43,11 +43,11 @@ class EveryNode:
         )  # fmt: skip
         self.logits = logits[self.row]
         above = self.tree.topology.ancestors[torch.arange(len(self.row)), self.node]
-        self.coins = torch.where(above, torch.tensor(LEAST, dtype=torch.float64), SURE)
+        self.coins = torch.where(above, torch.tensor(LEAST_COIN, dtype=torch.float64), SURE)
 
     def accepted(self, decide, rows: torch.Tensor, coin: torch.Tensor) -> torch.Tensor:
         """[row] bool: whether the node in doubt is accepted with a `coin` [row] of its own."""
-        accept = self.coins[rows].scatter(1, self.node[rows, None], coin.clamp(LEAST, SURE)[:, None])
+        accept = self.coins[rows].scatter(1, self.node[rows, None], coin.clamp(LEAST_COIN, SURE)[:, None])
         whole = self.tree
         tree = DraftTree(
             whole.tokens[rows],
