@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf.errors import OmegaConfBaseException
@@ -33,8 +34,20 @@ def run(main: Callable[[], Any]) -> None:
     """
     if not leads():
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            return _run(main)
-    return _run(main)
+            _run(main)
+    else:
+        _run(main)
+    close_processes()
+
+
+def close_processes() -> None:
+    """End the group of processes that transformers opens for a model that is cut over several (`tp_plan`), if there is one.
+
+    Threads of a group that is still open when Python ends may abort the process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another is still being answered
+        torch.distributed.destroy_process_group()
 
 
 def _run(main: Callable[[], Any]) -> None:

@@ -78,3 +78,4 @@ def test_of_the_processes_of_an_experiment_the_first_alone_writes_and_prints(tmp
 if __name__ == "__main__":  # one of the processes
     found = texts(Path(sys.argv[1]), tp_plan="auto")
     Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    calls.close_processes()
