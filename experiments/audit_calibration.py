@@ -26,11 +26,11 @@ from experiments.mutants import Sequential
 from experiments.report import markdown
 from experiments.results import ROOT, provenance
 from specdec import DraftTree, Sampling
-from specdec.audit import SHAPES, STAKES, Audit, audit, detectable, model_log_probs
 from specdec.drafters import Context, Drafter, ModelDrafter, TreeDrafter
 from specdec.rules import Rule, SiblingRejection
 from specdec.rules.residual import residual
 from specdec.testing import Table, TabularTarget
+from specdec.testing.audit import SHAPES, STAKES, Audit, audit, detectable, model_log_probs
 from specdec.trees import Chain, Frontier, TreePolicy
 
 SAMPLING = Sampling(1.0)

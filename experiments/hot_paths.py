@@ -30,7 +30,7 @@ from specdec.coins import Purpose
 from specdec.rules import Rule
 from specdec.sampling import TargetLaw
 from specdec.trees import Chain, TreePolicy, Widths
-from specdec.trees.policy import drive
+from specdec.trees.base import drive
 from specdec_kernels import linear
 
 LAWS: dict[str, tuple[Sampling, Any]] = {

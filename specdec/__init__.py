@@ -2,11 +2,11 @@
 
 from specdec import demo, display, drafters, prediction, rules, testing, theory, trace, trees
 from specdec.coins import Coins
-from specdec.custom_generate import custom_generate
+from specdec.engines.graphs import Graphs
 from specdec.generate import Generation, generate, stream
-from specdec.graphs import Graphs
+from specdec.huggingface.custom_generate import custom_generate
+from specdec.models.target import ModelTarget
 from specdec.sampling import Sampling
-from specdec.target import ModelTarget
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
 __version__ = "0.1.0"

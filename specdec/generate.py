@@ -1,4 +1,4 @@
-"""What users call: `generate` and `stream`. The loop itself is `specdec.decoding.Decoding`."""
+"""What users call: `generate` and `stream`. The loop itself is `specdec.loop.Decoding`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import display
-from specdec.decoding import OPTIONS, Decoding
-from specdec.drafters.drafter import Drafter
-from specdec.engine import Engine
-from specdec.inputs import Prompts, refuse_unknown
+from specdec.arguments import Prompts, refuse_unknown
+from specdec.drafters.base import Drafter
+from specdec.engines.base import Engine
+from specdec.loop import OPTIONS, Decoding
+from specdec.models.target import Target
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
-from specdec.target import Target
-from specdec.trace import Trace
+from specdec.trace.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def generate(
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
             `divergence`; "laws" the trees and both models' laws, for `specdec.trace.replay` (large: see
-            `specdec.record`). Both take long: do not time such runs.
+            `specdec.trace.laws`). Both take long: do not time such runs.
         engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
             too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
         resume: begin in the caches that the last run of this target (a `specdec.ModelTarget`) and of this drafter left:

@@ -36,16 +36,16 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_int, as_tuple, check_callable, check_kind
 from specdec.coins import Coins
-from specdec.decoding import Decoding
-from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.base import Context, Drafter
 from specdec.generate import generate
+from specdec.loop import Decoding
+from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.rules.residual import residual
 from specdec.sampling import Sampling
-from specdec.target import Target
 from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec, chain
 from specdec.trees import Static, TreePolicy
-from specdec.trees.policy import Frontier, Grown, Growth, draw
+from specdec.trees.base import Frontier, Grown, Growth, draw
 
 # whether a child is entered only once it is accepted
 _ACCEPTING: dict[type[Rule], bool] = {SiblingRejection: True, BlockVerification: False, TraversalVerification: False}

@@ -22,8 +22,8 @@ from transformers.generation.configuration_utils import GenerationMode
 import specdec_kernels
 from specdec.checks import as_float, as_int, as_tuple, check_kind, put
 from specdec.coins import RowCoins
+from specdec.huggingface.call import LoopWithTokenizer
 from specdec.processors import Processors, check_copies
-from specdec.transformers_call import LoopWithTokenizer
 from specdec.tree import DraftTree
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import walk
@@ -31,7 +31,7 @@ from specdec_kernels.reference.verify import walk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdec.drafters.drafter import Context
+    from specdec.drafters.base import Context
 
 _BLOCK = 2**19  # elements: 2 MB of float32
 _COLDEST = 1e-6  # lower temperatures would overflow float32

@@ -17,7 +17,7 @@ from tiny_models import llama, reference
 import specdec
 import specdec_kernels.reference.nobody
 from specdec.drafters import ModelDrafter, NgramDrafter
-from specdec.support import UnsupportedModel
+from specdec.models.probe import UnsupportedModel
 from specdec.trees import Widths
 
 torch.set_num_threads(1)
@@ -85,13 +85,13 @@ def test_a_switch_of_adapters_leaves_no_key_and_no_graph_of_the_last_one(engine,
 
 def test_what_has_not_been_switched_is_resumed(monkeypatch):
     model, read = with_two_adapters(), []
-    target, forward = specdec.ModelTarget(model), specdec.target.CachedModel.forward
+    target, forward = specdec.ModelTarget(model), specdec.models.target.CachedModel.forward
 
     def noting(self, tokens, *args, **kwargs):
         read.append(tokens.shape[1])
         return forward(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(specdec.target.CachedModel, "forward", noting)
+    monkeypatch.setattr(specdec.models.target.CachedModel, "forward", noting)
     passes = []
     for switch in (lambda: None, lambda: None, lambda: SWITCHES["adapter a"](model)):
         switch()

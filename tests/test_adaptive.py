@@ -15,7 +15,10 @@ from specdec.drafters import Fallback, LayerSkipDrafter, MedusaDrafter, MedusaHe
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
 from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, adaptive, economy, estimates
+from specdec.trees import Adaptive
+from specdec.trees.adaptive import hit_rates as estimates
+from specdec.trees.adaptive import policy as adaptive
+from specdec.trees.adaptive import price as economy
 
 torch.set_num_threads(1)
 STEPS = 400

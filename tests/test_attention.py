@@ -10,7 +10,7 @@ from transformers.masking_utils import (
 )
 
 import specdec_kernels
-from specdec.attention import View, _window
+from specdec.models.attention import View, _window
 from specdec.tree import Topology, chain
 from specdec_kernels.reference import tree_attention as reference
 from specdec_kernels.tree_attention import MAX_NODES

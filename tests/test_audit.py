@@ -9,8 +9,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 import specdec
 from experiments.audit_calibration import BETS, DEMO_BUGS, DEMO_TOKENS, PartOfTheResidual, _half, on_demo, on_tables
 from specdec import Sampling
-from specdec.audit import audit, detectable, model_log_probs
 from specdec.rules import SiblingRejection
+from specdec.testing.audit import audit, detectable, model_log_probs
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,8 @@ from test_partly_captured import DRAFT
 from tiny_models import PROMPTS
 
 import specdec
-from specdec.cuda_graph import CudaCapture
-from specdec.host_reads import HostReads
+from specdec.engines.cuda_graph import CudaCapture
+from specdec.engines.host_reads import HostReads
 
 CUDA = torch.device("cuda", 0)
 INVALID = "CUDA error: operation failed due to a previous error during capture"
@@ -202,7 +202,7 @@ def test_a_stage_of_which_the_capture_fails_is_run_as_it_stands(name, point):
 
 def test_a_stage_that_was_replayed_is_run_as_it_stands_when_its_next_capture_fails(monkeypatch):
     """Graphs of later stages that read what its graphs filled are not replayed on anything else."""
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
     captured = []
 
     def capture(stage):
@@ -255,7 +255,7 @@ def test_waiting_inside_of_operations_is_noted_and_the_debug_mode_given_back(mod
 
 def test_a_model_that_waits_inside_of_its_operations_is_run_as_it_stands(monkeypatch):
     debug, engine = SyncDebug(monkeypatch), specdec.Graphs(capture=Tape)
-    monkeypatch.setattr(specdec.graphs, "HostReads", lambda device: HostReads(CUDA))
+    monkeypatch.setattr(specdec.engines.graphs, "HostReads", lambda device: HostReads(CUDA))
     hook = TARGET.get_output_embeddings().register_forward_pre_hook(debug.wait)
     try:
         with pytest.warns(UserWarning, match="'score'.*called a synchronizing CUDA operation"):

@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import specdec
 import specdec_kernels
 from specdec import Sampling
-from specdec.compilation import _FEW, _LARGE, _NODES, _ReadOnce
 from specdec.drafters import LayerSkipDrafter, ModelDrafter
-from specdec.graphs import _tensors
+from specdec.engines.graphs import _tensors
+from specdec.models.compilation import _FEW, _LARGE, _NODES, _ReadOnce
 from specdec.trees import Chain, Dynamic
 
 torch.set_num_threads(1)
@@ -122,7 +122,11 @@ def traced(query, key, value, bias, **options):
     after = copy.deepcopy(before)
     _ReadOnce()(after.graph)
     after.recompile()
-    return before, after, len(after.graph.find_nodes(op="call_function", target=torch.ops.specdec.attention.default))
+    return (
+        before,
+        after,
+        len(after.graph.find_nodes(op="call_function", target=torch.ops.specdec.attention.default)),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}])

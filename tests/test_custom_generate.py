@@ -28,11 +28,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from specdec import Law, Sampling
-from specdec.cache import GENERATE_CACHE
 from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.models.cache import GENERATE_CACHE
+from specdec.models.probe import UnsupportedModel
 from specdec.rules import BlockVerification
 from specdec.sampling import split
-from specdec.support import UnsupportedModel
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from specdec import Law, Sampling, generate
-from specdec.divergence import divergence
 from specdec.rules import Decision, LenientRejection, Rule, SiblingRejection, TypicalAcceptance
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
+from specdec.theory.divergence import divergence
 from specdec.trees import Chain, Widths
 
 VOCAB, PROMPT = 4, (0, 1, 0)

@@ -8,8 +8,8 @@ from tiny_models import llama, reference
 
 import specdec
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
-from specdec.fingerprint import fingerprint
-from specdec.target import CachedModel
+from specdec.models.fingerprint import fingerprint
+from specdec.models.target import CachedModel
 
 torch.set_num_threads(1)
 PROMPT = torch.arange(1, 8)
@@ -83,7 +83,7 @@ def test_a_run_looks_at_each_of_its_models_once(call, monkeypatch):
         seen.extend(models)
         return fingerprint(*models, numbers=numbers)
 
-    for module in ("support", "target", "decoding"):
+    for module in ("models.probe", "models.target", "loop"):
         monkeypatch.setattr(f"specdec.{module}.fingerprint", noting)
     if call == "custom_generate":
         custom(model, drafter)

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 import specdec
-from specdec.cache import GENERATE_CACHE
 from specdec.drafters import ModelDrafter, NgramDrafter
-from specdec.support import UnsupportedModel
+from specdec.models.cache import GENERATE_CACHE
+from specdec.models.probe import UnsupportedModel
 from specdec.trees import Widths
 
 torch.set_num_threads(1)

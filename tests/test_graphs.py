@@ -27,7 +27,6 @@ from tiny_models import PROMPTS, llama
 import specdec
 import specdec_kernels.reference.verify
 from specdec import Law, ModelTarget, Sampling
-from specdec.decoding import Decoding
 from specdec.drafters import (
     Fallback,
     LayerSkipDrafter,
@@ -36,11 +35,12 @@ from specdec.drafters import (
     NgramDrafter,
     SuffixDrafter,
 )
-from specdec.host_reads import HostReads
+from specdec.engines.host_reads import HostReads
+from specdec.loop import Decoding
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
 from specdec.tree import chain, root_only
 from specdec.trees import Chain, Dynamic, Static
-from specdec.trees.policy import Grown
+from specdec.trees.base import Grown
 
 GREEDY = [(name, "greedy") for name in ("dynamic", "suffixes, then a model")]
 
@@ -71,14 +71,14 @@ def test_trees_of_one_size_and_other_shapes_are_scored_as_they_are():
 
 
 def test_trees_may_promise_longer_paths_than_they_have_nodes(monkeypatch):
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
     options = {"prompts": [torch.arange(12)], "max_new_tokens": 20, "stop_tokens": ()}  # to the end of the buffers
     for drafter in (ModelDrafter(DRAFT, Dynamic(3, 5, 1)), SuffixDrafter(nodes=2)):
         assert torch.equal(texts(drafter, "graph", **options)[0], texts(None, "eager", **options)[0])
 
 
 def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monkeypatch):
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
 
     class Late(Chain):
         def grow(self, context, coins):
@@ -95,7 +95,7 @@ def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monk
 
 
 def test_longer_texts_get_graphs_of_their_own(monkeypatch):
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
     engine, drafter = specdec.Graphs(capture=Tape), ModelDrafter(DRAFT, Chain(2))
     expected, found = (texts(drafter, e, PROMPTS[:1], max_new_tokens=60, stop_tokens=()) for e in ("eager", engine))
     assert torch.equal(found[0], expected[0])
@@ -287,7 +287,7 @@ def test_what_waits_is_found(monkeypatch):
 
 
 def test_states_are_those_of_the_step_whatever_else_runs_step_by_step(monkeypatch):
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
     waits, options = llama(), {"max_new_tokens": 40, "sampling": Sampling(1.0)}
     waits.get_input_embeddings().register_forward_pre_hook(peek)
     for model, rule in ((waits, SiblingRejection()), (TARGET, BlockVerification())):

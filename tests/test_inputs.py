@@ -16,6 +16,7 @@ from transformers import (
 import specdec
 from specdec import DraftTree, Law, Sampling
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.models.target import Target
 from specdec.rules import (
     BlockVerification,
     Decision,
@@ -25,7 +26,6 @@ from specdec.rules import (
     TraversalVerification,
     TypicalAcceptance,
 )
-from specdec.target import Target
 from specdec.testing import TabularTarget
 from specdec.trees import Chain, Dynamic, Static, Widths
 

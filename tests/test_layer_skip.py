@@ -6,9 +6,9 @@ from tiny_models import GATE, MATRIX, PROMPTS, llama, reference, state
 
 import specdec
 from specdec import Law, Sampling
-from specdec.cache import GENERATE_CACHE
 from specdec.drafters import LayerSkipDrafter, NgramDrafter
 from specdec.drafters.layer_skip import decoder_layers
+from specdec.models.cache import GENERATE_CACHE
 from specdec.testing import TabularTarget, exact_law, target_law
 from specdec.trees import Chain, Dynamic, Widths
 

@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 
 import specdec
 from specdec import Law, Sampling
-from specdec.attention import NAME
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
-from specdec.engine import Engine
+from specdec.engines.base import Engine
+from specdec.models.attention import NAME
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)

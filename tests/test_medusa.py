@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
-from specdec.target import CachedModel
+from specdec.models.target import CachedModel
 from specdec.testing import exact_law, target_law
 from specdec.trees import Chain, Dynamic, Widths
 

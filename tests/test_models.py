@@ -12,12 +12,12 @@ from transformers.masking_utils import causal_mask_function
 
 import specdec
 from specdec import DraftTree, Law, Sampling
-from specdec.attention import View
-from specdec.cache import TreeCache
 from specdec.drafters import ModelDrafter
-from specdec.drafters.drafter import Acceptance, Context, Report
-from specdec.support import UnsupportedModel
-from specdec.target import ModelTarget
+from specdec.drafters.base import Acceptance, Context, Report
+from specdec.models.attention import View
+from specdec.models.cache import TreeCache
+from specdec.models.probe import UnsupportedModel
+from specdec.models.target import ModelTarget
 from specdec.tree import Topology
 from specdec.trees import Widths
 

@@ -12,8 +12,8 @@ from tiny_models import PROMPTS
 
 import specdec
 from specdec import Sampling
-from specdec.decoding import Decoding
 from specdec.drafters import ModelDrafter
+from specdec.loop import Decoding
 from specdec.rules import LenientRejection, SiblingRejection
 from specdec.trace import replay
 from specdec.trees import Dynamic

@@ -14,7 +14,7 @@ from experiments.measure import AGAIN, rounds
 from experiments.prompts import Prompt, dataset, demo, read
 from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
-from specdec.target import CachedModel
+from specdec.models.target import CachedModel
 
 torch.set_num_threads(1)
 PAIR = specdec.demo.load()

@@ -53,7 +53,7 @@ def assert_plain(seed):
 @pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured
 def test_any_combination_gives_the_text_of_a_plain_run(monkeypatch):
     monkeypatch.setattr(specdec_kernels.reference.nobody, "FREE", None)  # as on CUDA
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
     end, seed = time.monotonic() + SECONDS, SEED
     while seed == SEED or time.monotonic() < end:
         print(f"SEED={seed}")  # pytest shows it of a failure

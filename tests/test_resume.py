@@ -11,9 +11,9 @@ from tiny_models import GATE, llama
 import specdec
 import specdec_kernels.reference.nobody
 from specdec import ModelTarget
-from specdec.cache import TreeCache
 from specdec.drafters import ModelDrafter
-from specdec.target import CachedModel
+from specdec.models.cache import TreeCache
+from specdec.models.target import CachedModel
 from specdec.trees import Chain
 
 torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def test_the_demo_pair_resumes():
 @pytest.mark.parametrize("name", ["chain", "heads"])
 def test_graphs_resume(name, monkeypatch):
     monkeypatch.setattr(specdec_kernels.reference.nobody, "FREE", None)  # as on CUDA
-    monkeypatch.setattr(specdec.graphs, "_BLOCK", 16)  # most turns grow into another block, some do not
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)  # most turns grow into another block, some do not
     assert_conversation(small(), lambda: DRAFTERS[name](DRAFT), engine=specdec.Graphs(capture=Tape))
 
 

@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 
 from specdec import Law, Sampling, generate, rules, trace
 from specdec.drafters import ModelDrafter, NgramDrafter
-from specdec.record import Packed
 from specdec.testing import Table, TabularDrafter, TabularTarget
+from specdec.trace.laws import Packed
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def test_what_follows_the_last_stage_is_time_of_the_step():
 
 
 def test_the_prefill_lasts_until_the_device_has_done_it(monkeypatch):
-    monkeypatch.setattr("specdec.decoding.finish", lambda device: time.sleep(0.02))
+    monkeypatch.setattr("specdec.loop.finish", lambda device: time.sleep(0.02))
     assert generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=1).trace.prefill_seconds >= 0.02
 
 

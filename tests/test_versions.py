@@ -16,8 +16,8 @@ from tiny_models import GATE, PROMPTS, reference
 from transformers import LlamaForCausalLM
 
 import specdec
-from specdec.cache import GENERATE_CACHE, cache_argument
 from specdec.drafters import ModelDrafter
+from specdec.models.cache import GENERATE_CACHE, cache_argument
 from specdec.trees import Widths
 
 torch.set_num_threads(1)

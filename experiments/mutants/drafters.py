@@ -11,7 +11,8 @@ from experiments.mutants.mutant import DRAFT, Mutant
 from specdec import DraftTree, Law, Topology, TreeSpec
 from specdec.drafters import Drafter
 from specdec.testing import Table, TabularDrafter
-from specdec.trees import Chain, Widths, adaptive
+from specdec.trees import Chain, Widths
+from specdec.trees.adaptive import policy as adaptive
 
 
 class DropsUnlikely(TabularDrafter):

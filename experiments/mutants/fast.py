@@ -14,11 +14,11 @@ from specdec.rules import (
     SiblingRejection,
     TraversalVerification,
     block,
-    draft_law,
+    children,
     kseq,
-    level_batch,
     traversal,
 )
+from specdec.rules.level import batch as level_batch
 from specdec.testing.hard_laws import AS_DRAWN, IN_BFLOAT16, UNDERFLOW
 from specdec_kernels.reference import law, verify
 
@@ -69,7 +69,7 @@ def _case(rule, kind, width=2, vocab=3, temperature=1.0, dtype=torch.float32, we
 
 
 _OVERFLOW = (verify, "_unit", torch.ones_like)
-_HALF = (draft_law.Siblings, "weights", property(in_their_own_dtype))
+_HALF = (children.Siblings, "weights", property(in_their_own_dtype))
 _AS_REACHED = (traversal, "residual_batch", without_reach)
 _RHO = (kseq, "_rho_batch", lambda p, child, count, width: 0 * count + kseq._GRID)
 _TIES = (law, "_in_nucleus", lambda scores, probs, top_p: probs >= law._nucleus_threshold(probs.float(), top_p))

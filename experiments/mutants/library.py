@@ -18,9 +18,9 @@ from specdec.rules import (
     TraversalVerification,
     block,
     kseq,
-    level,
     traversal,
 )
+from specdec.rules.level import rule as level
 from specdec.rules.residual import residual
 from specdec.testing import Table, TabularDrafter, TabularTarget
 from specdec.trees import Chain, Widths

@@ -7,7 +7,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from experiments.cases import Case
 from experiments.mutants.mutant import DRAFT, STOP, Mutant
 from specdec import Sampling
-from specdec.decoding import Decoding
+from specdec.loop import Decoding
 from specdec.sampling import TargetLaw
 from specdec.testing import TabularDrafter
 from specdec.trees import Chain

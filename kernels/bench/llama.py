@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.base import Context, Drafter
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 

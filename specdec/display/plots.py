@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdec.theory import Costs, chain_speed_ups
-from specdec.trace import Trace
+from specdec.trace.trace import Trace
 
 _PARTS = ("draft_seconds", "verify_seconds", "other_seconds")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from specdec.display.picture import BONUS, DEPTHS, DRAFTED, PLAIN, RECOVERED, Picture, Span, Style
-from specdec.trace import Trace
+from specdec.trace.trace import Trace
 
 if TYPE_CHECKING:
     from specdec.generate import Generation

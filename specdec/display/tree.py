@@ -8,8 +8,8 @@ from typing import Any
 from specdec.checks import as_int, check_kind
 from specdec.display.picture import FAINT, PATH, PLAIN, Picture, Span
 from specdec.display.text import kind_of_last
-from specdec.record import Record
-from specdec.trace import Step
+from specdec.trace.laws import Record
+from specdec.trace.trace import Step
 from specdec.tree import Law, RowTree
 
 

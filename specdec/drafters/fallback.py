@@ -10,9 +10,9 @@ from torch import Tensor
 
 from specdec.checks import check_kind, put
 from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.base import Acceptance, Context, Drafter
+from specdec.models.target import Target
 from specdec.sampling import Sampling
-from specdec.target import Target
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
 

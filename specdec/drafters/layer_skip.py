@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, as_ints
-from specdec.drafters.drafter import Context
+from specdec.drafters.base import Context
 from specdec.drafters.tree_drafter import TreeDrafter
-from specdec.target import ModelTarget, Target
-from specdec.trees.policy import Frontier, TreePolicy
+from specdec.models.target import ModelTarget, Target
+from specdec.trees.base import Frontier, TreePolicy
 
 
 class LayerSkipDrafter(TreeDrafter):

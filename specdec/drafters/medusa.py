@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.checks import as_int, check_kind
-from specdec.drafters.drafter import Context
+from specdec.drafters.base import Context
 from specdec.drafters.tree_drafter import TreeDrafter
+from specdec.models.target import ModelTarget, Target
 from specdec.sampling import Sampling
-from specdec.target import ModelTarget, Target
 from specdec.tree import TreeSpec
-from specdec.trees.policy import Frontier, TreePolicy
+from specdec.trees.base import Frontier, TreePolicy
 from specdec.trees.widths import Widths
 
 _CONFIG, _WEIGHTS = "config.json", ("medusa_lm_head.safetensors", "medusa_lm_head.pt")

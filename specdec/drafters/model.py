@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import wrong_kind
-from specdec.drafters.drafter import Acceptance, Context
+from specdec.drafters.base import Acceptance, Context
 from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.drafters.vocabulary import TranslatedModel
-from specdec.target import CachedModel, Target
+from specdec.models.target import CachedModel, Target
 from specdec.tree import chain
-from specdec.trees.policy import Frontier, TreePolicy
+from specdec.trees.base import Frontier, TreePolicy
 
 _AFTER_OWN_DRAFT = 2  # tokens it may not have read of a text that went on as it drafted: an accepted leaf, and the root
 

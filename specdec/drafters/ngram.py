@@ -6,9 +6,9 @@ import numpy as np
 
 from specdec.checks import as_int
 from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.base import Acceptance, Context, Drafter
+from specdec.models.target import Target
 from specdec.sampling import Sampling
-from specdec.target import Target
 from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
 
 

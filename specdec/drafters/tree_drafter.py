@@ -11,10 +11,10 @@ from torch import Tensor
 
 from specdec.checks import check_kind, check_logits
 from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter
+from specdec.drafters.base import Acceptance, Context, Drafter
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec, root_only
-from specdec.trees.policy import Frontier, TreePolicy, drive
+from specdec.trees.base import Frontier, TreePolicy, drive
 from specdec.trees.widths import Chain
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.target import CachedModel
+from specdec.models.target import CachedModel
 from specdec.tree import Topology
 
 _LEAST = 0.05  # share of the target's tokens: with fewer, a draft hardly ever has the token that is due

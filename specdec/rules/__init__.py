@@ -1,10 +1,10 @@
 """Acceptance rules: who decides which drafted tokens stay. One rule per file."""
 
+from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.block import BlockVerification
 from specdec.rules.kseq import KSeq
 from specdec.rules.lenient import LenientRejection
-from specdec.rules.level import LevelVerification
-from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.rules.level.rule import LevelVerification
 from specdec.rules.sibling import SiblingRejection
 from specdec.rules.traversal import TraversalVerification
 from specdec.rules.typical import TypicalAcceptance

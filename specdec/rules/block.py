@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
-from specdec.rules.draft_law import Siblings
+from specdec.rules.base import Decision, Decisions, Rule
+from specdec.rules.children import Siblings
 from specdec.rules.residual import residual, residual_batch
-from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree, TreeSpec
 

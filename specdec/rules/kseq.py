@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, RowCoins
-from specdec.rules.draft_law import ChildLaw, Siblings
-from specdec.rules.rule import Decision, Decisions, Rule
-from specdec.rules.top_down import top_down
+from specdec.rules.base import Decision, Decisions, Rule
+from specdec.rules.children import ChildLaw, Siblings
+from specdec.rules.walk_children import top_down
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, TreeSpec
 

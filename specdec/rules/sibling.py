@@ -13,8 +13,8 @@ and then down the tree: a child's subtree is verified against the target's law a
 from __future__ import annotations
 
 from specdec.coins import Coins, Purpose, RowCoins
+from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.residual import residual
-from specdec.rules.rule import Decision, Decisions, Rule
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 

@@ -13,8 +13,8 @@ import torch
 
 from specdec.checks import as_float
 from specdec.coins import Coins, RowCoins
-from specdec.rules.draft_law import Siblings
-from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.rules.base import Decision, Decisions, Rule
+from specdec.rules.children import Siblings
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 

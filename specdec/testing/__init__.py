@@ -3,10 +3,10 @@
 >>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
 >>> specdec.testing.assert_fast_path(MyRule())           # its batched code, in its own arithmetic
 >>> law = specdec.testing.exact_law(target, prompt, drafter, max_new_tokens=3)  # any small target and drafter
->>> print(specdec.testing.audit(generate, log_probs))  # samples of real models instead; see `specdec.audit`
+>>> print(specdec.testing.audit(generate, log_probs))  # samples of real models instead; see `specdec.testing.audit`
 """
 
-from specdec.audit import Audit, audit, model_log_probs
+from specdec.testing.audit import Audit, audit, model_log_probs
 from specdec.testing.coins import ExactCoins
 from specdec.testing.drafters import assert_drafter
 from specdec.testing.laws import ExactLaw, exact_law, target_law

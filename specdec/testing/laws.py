@@ -10,15 +10,15 @@ from fractions import Fraction
 import torch
 from transformers import PreTrainedModel
 
+from specdec.arguments import as_stop_tokens
 from specdec.checks import as_int, as_ints, check_kind
 from specdec.coins import Coins
-from specdec.decoding import Decoding
 from specdec.drafters import Drafter
-from specdec.inputs import as_stop_tokens
+from specdec.loop import Decoding
+from specdec.models.target import Target
 from specdec.processors import Processors
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
-from specdec.target import Target
 from specdec.testing.coins import ExactCoins, fractions
 from specdec.testing.tables import TabularTarget, Text
 

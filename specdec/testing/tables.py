@@ -8,8 +8,8 @@ from torch import Tensor
 
 from specdec.checks import as_int, check_kind
 from specdec.drafters import Context, TreeDrafter
-from specdec.drafters.drafter import Acceptance
-from specdec.target import Target
+from specdec.drafters.base import Acceptance
+from specdec.models.target import Target
 from specdec.tree import DraftTree
 from specdec.trees import Frontier, TreePolicy
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, brief
-from specdec.divergence import divergence
-from specdec.record import Record
-from specdec.rules.rule import Rule
-from specdec.trace import Visit
+from specdec.rules.base import Rule
+from specdec.theory.divergence import divergence
+from specdec.trace.laws import Record
+from specdec.trace.trace import Visit
 from specdec.tree import Law, RowTree, as_law
 
 _STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12

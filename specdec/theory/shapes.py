@@ -10,7 +10,7 @@ import numpy as np
 
 from specdec.checks import as_float, as_int, as_parents, as_tuple, check_kind
 from specdec.theory.costs import Costs, predicted_speed_up
-from specdec.trace import Trace
+from specdec.trace.trace import Trace
 
 
 def positional_acceptance(trace: Trace) -> list[list[float]]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
 from specdec.drafters.layer_skip import decoder_layers, passing_through, skippable
+from specdec.models.target import CachedModel
 from specdec.sampling import Sampling
-from specdec.target import CachedModel
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
 from specdec.training.distillation import acceptance_by_depth
 from specdec.tree import text_chain

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from specdec.checks import as_float, put, put_size
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context
+from specdec.drafters.base import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from specdec.checks import as_parents, put
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context
+from specdec.drafters.base import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.policy import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
 
 
 @dataclass(frozen=True)

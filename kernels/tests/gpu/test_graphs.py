@@ -6,7 +6,7 @@ from test_graphs import DRAFTERS, SAMPLINGS, assert_replays, texts
 from tiny_models import PROMPTS, llama
 
 import specdec
-import specdec.attention
+import specdec.models.attention
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -44,8 +44,8 @@ ROUNDING = 0.05
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("name", ["none", "chain", "sampled, then top", "layers left out", "heads"])
 def test_bfloat16_steps_are_the_same_when_captured_and_their_kernels_are_run(name, sampling, monkeypatch):
-    calls, attend = [], specdec.attention.tree_attention
-    monkeypatch.setattr(specdec.attention, "tree_attention", lambda *args: calls.append(1) or attend(*args))
+    calls, attend = [], specdec.models.attention.tree_attention
+    monkeypatch.setattr(specdec.models.attention, "tree_attention", lambda *args: calls.append(1) or attend(*args))
     target, draft = (llama(seed, torch.bfloat16, num_hidden_layers=n).cuda() for seed, n in ((0, 3), (1, 1)))
     drafter = DRAFTERS[name]
     if name == "heads":

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.checks import check_kind
-from specdec.record import Record
-from specdec.rules.rule import Rule
+from specdec.rules.base import Rule
+from specdec.trace.laws import Record
 
 LEVELS = ("summary", "ceiling", "laws")  # what can be recorded
 
@@ -24,7 +24,7 @@ class Visit(NamedTuple):
     children: int
     slot: int | None  # which of them was accepted, in the order they were drawn
     ceiling: float  # `specdec.theory.one_step_ceiling`: the largest probability with which one can be accepted
-    divergence: float | None  # `specdec.divergence`: of the rule's law of the next token from the target's
+    divergence: float | None  # `specdec.theory.divergence`: of the rule's law of the next token from the target's
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 import specdec_kernels
-from specdec.attention import View
+from specdec.models.attention import View
 from specdec_kernels.reference.compact import compact
 
 _NAMES = "cache", "past_key_values"  # of a cache among arguments: from transformers 5.24 on, and before

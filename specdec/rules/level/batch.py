@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from specdec.rules.draft_law import Siblings
+from specdec.rules.children import Siblings
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree, Law
 from specdec_kernels.reference.nobody import nobody

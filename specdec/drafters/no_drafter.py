@@ -1,7 +1,7 @@
 """Drafting nothing: autoregressive decoding as the same loop with trees of one node."""
 
 from specdec.coins import Coins
-from specdec.drafters.drafter import Context, Drafter
+from specdec.drafters.base import Context, Drafter
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, TreeSpec, root_only
 

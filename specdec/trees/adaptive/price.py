@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from specdec.trees.estimates import Accepted, Lag, Rate, Times
+from specdec.trees.adaptive.hit_rates import Accepted, Lag, Rate, Times
 
 _CARRIED = 8.0  # trials: what earlier texts say of the next
 _CLEAR = 1.15  # times as fast as without a draft: where drafts pay less, steps without one are timed

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, inverse_cdf
-from specdec.rules.draft_law import Siblings
-from specdec.rules.rule import Decisions
+from specdec.rules.base import Decisions
+from specdec.rules.children import Siblings
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree
 from specdec_kernels.reference.nobody import nobody

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec.attention import NAME, Patch, View, counting_calls
-from specdec.cache import RecordingCache, Slab, cache_argument
 from specdec.checks import wrong_kind
-from specdec.fingerprint import fingerprint
-from specdec.prepared import difference_from_text, full_name, prepared_inputs, preparer_name, takes
+from specdec.models.attention import NAME, Patch, View, counting_calls
+from specdec.models.cache import RecordingCache, Slab, cache_argument
+from specdec.models.fingerprint import fingerprint
+from specdec.models.prepared_inputs import difference_from_text, full_name, prepared_inputs, preparer_name, takes
 from specdec.tree import Topology
 
 Layout = list[tuple[Slab, Slab] | None]

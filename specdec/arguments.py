@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.checks import as_int, as_ints, brief, wrong_kind
-from specdec.engine import Engine
-from specdec.graphs import Graphs
+from specdec.engines.base import Engine
+from specdec.engines.graphs import Graphs
+from specdec.models.probe import cure_for
+from specdec.models.target import ModelTarget, Target
 from specdec.sampling import Sampling
-from specdec.support import cure_for
-from specdec.target import ModelTarget, Target
 from specdec.tree import TreeSpec
 
 Prompt = Tensor | np.ndarray | Sequence[int] | str

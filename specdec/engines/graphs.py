@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from specdec.checks import check_callable, check_kind
-from specdec.cuda_graph import CudaCapture
-from specdec.drafters.drafter import Acceptance, Report
-from specdec.engine import Engine
-from specdec.host_reads import HostReads
-from specdec.target import Scores
+from specdec.drafters.base import Acceptance, Report
+from specdec.engines.base import Engine
+from specdec.engines.cuda_graph import CudaCapture
+from specdec.engines.host_reads import HostReads
+from specdec.models.target import Scores
 from specdec.tree import DraftTree, Topology
-from specdec.trees.policy import Frontier
+from specdec.trees.base import Frontier
 
 _BLOCK = 256  # tokens: texts whose lengths fall in one block share graphs, and attend to as many slots too many at most
 

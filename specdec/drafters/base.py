@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins
-from specdec.engine import Engine
+from specdec.engines.base import Engine
 from specdec.processors import Processors
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec
 
 if TYPE_CHECKING:
-    from specdec.target import Target
+    from specdec.models.target import Target
 
 
 @dataclass(eq=False)
@@ -172,7 +172,7 @@ class Drafter(ABC):
     """
 
     uses_hidden: bool = False  # True to have `context.hidden` filled
-    # True if `propose` and `commit` do the same to the device every step: see `specdec.graphs`
+    # True if `propose` and `commit` do the same to the device every step: see `specdec.engines.graphs`
     capturable: bool = False
     run: object = None  # which run it drafts for; set by the loop
 

@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StopStringCriteria
 
-from specdec.checks import as_int, as_seed, check_kind, check_logits, put
-from specdec.clock import Clock, finish
-from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context, Drafter, Report
-from specdec.drafters.nothing import NoDrafter
-from specdec.engine import Engine
-from specdec.fingerprint import fingerprint
-from specdec.inputs import (
+from specdec.arguments import (
     Prompts,
     as_engine,
     as_prompts,
@@ -30,15 +23,22 @@ from specdec.inputs import (
     check_clock,
     check_tokenizer,
 )
-from specdec.record import Record
+from specdec.checks import as_int, as_seed, check_kind, check_logits, put
+from specdec.clock import Clock, finish
+from specdec.coins import Coins
+from specdec.drafters.base import Acceptance, Context, Drafter, Report
+from specdec.drafters.no_drafter import NoDrafter
+from specdec.engines.base import Engine
+from specdec.models.fingerprint import fingerprint
+from specdec.models.probe import autocast_dtype
+from specdec.models.target import Scores, Target
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling, TargetLaw
-from specdec.support import autocast_dtype
-from specdec.target import Scores, Target
 from specdec.theory import visits
-from specdec.trace import LEVELS, Step, Trace
+from specdec.trace.laws import Record
+from specdec.trace.trace import LEVELS, Step, Trace
 from specdec.tree import DraftTree, Law
-from specdec.trees.policy import TreePolicy
+from specdec.trees.base import TreePolicy
 
 
 class Decoding:

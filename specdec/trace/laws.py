@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins
-from specdec.rules.rule import Decisions
+from specdec.rules.base import Decisions
 from specdec.sampling import TargetLaw
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec_kernels.reference.verify import walk

@@ -62,7 +62,7 @@ def _writes(tensor: Tensor) -> object:
 
 
 def _ours(value: Any) -> bool:
-    return isinstance(value, FunctionType) and value.__module__.split(".")[0] == __package__
+    return isinstance(value, FunctionType) and value.__module__.split(".")[0] == "specdec"
 
 
 class _Itself:  # noqa: PLW1641 - nobody hashes it

@@ -12,20 +12,20 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.batch_processors import BatchProcessors
-from specdec.cache import GENERATE_CACHE
+from specdec.arguments import as_engine, as_target, check_tokenizer
 from specdec.checks import as_seed, check_kind
-from specdec.decoding import Decoding
-from specdec.drafters.drafter import Drafter
-from specdec.engine import Engine
-from specdec.inputs import as_engine, as_target, check_tokenizer
+from specdec.drafters.base import Drafter
+from specdec.engines.base import Engine
+from specdec.huggingface.batch_processors import BatchProcessors
+from specdec.huggingface.call import LoopWithTokenizer, arguments_of_generate
+from specdec.huggingface.stopping import Stopping
+from specdec.loop import Decoding
+from specdec.models.cache import GENERATE_CACHE
 from specdec.processors import Processors, check_copies
 from specdec.rules import SiblingRejection
-from specdec.rules.rule import Rule
+from specdec.rules.base import Rule
 from specdec.sampling import Sampling, split
-from specdec.stopping import Stopping
-from specdec.trace import Trace
-from specdec.transformers_call import LoopWithTokenizer, arguments_of_generate
+from specdec.trace.trace import Trace
 
 _READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
 _OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}

@@ -80,7 +80,7 @@ class Rule(ABC):
     """
 
     capturable: ClassVar[bool] = (
-        False  # True if `decide_batch` reads nothing back from the device: see `specdec.graphs`
+        False  # True if `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`
     )
     # True if it asks for the target's law at nodes that it accepts only, each after its parent: logits processors that keep
     # state then go along the path, where other rules take a copy of them for every node
@@ -128,7 +128,7 @@ class Rule(ABC):
         return decision
 
     def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What trying one child does, for rules that are not lossless: `specdec.divergence` is measured by it.
+        """What trying one child does, for rules that are not lossless: `specdec.theory.divergence` is measured by it.
 
         Args:
             owed: [vocab] what the rule would emit at the node if it had no more children; at first the target's law.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from specdec.rules.rule import Rule
+from specdec.rules.base import Rule
 from specdec.tree import Law
 
 _DRAWS = 64  # of the earlier siblings, where the law of a child depends on them

@@ -47,8 +47,8 @@ from torch import Tensor
 
 from specdec.checks import as_int
 from specdec.coins import Coins, Purpose, RowCoins
-from specdec.rules.level_batch import BOUNDS, Levels
-from specdec.rules.rule import Decision, Decisions, Rule
+from specdec.rules.base import Decision, Decisions, Rule
+from specdec.rules.level.batch import BOUNDS, Levels
 from specdec.sampling import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, TreeSpec
 

@@ -2,7 +2,7 @@
 
 A level or a node is worth drafting when the tokens it is expected to add are worth its time at the speed that decoding has
 anyway (Dinkelbach's rule for the largest ratio of expected tokens to time; new here in this form). What is expected comes from
-the draft's confidence and from what became of earlier drafts, `specdec.trees.economy` says how.
+the draft's confidence and from what became of earlier drafts, `specdec.trees.adaptive.price` says how.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from specdec.checks import check_kind, put_size
 from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context
+from specdec.drafters.base import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.theory import Costs
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
-from specdec.trees.economy import Economy
-from specdec.trees.estimates import Times
-from specdec.trees.policy import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
+from specdec.trees.adaptive.hit_rates import Times
+from specdec.trees.adaptive.price import Economy
+from specdec.trees.base import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with
@@ -40,7 +40,7 @@ class Adaptive(TreePolicy):
     `costs` are given on the clock, so that a seed does not repeat a run: its law stays the target's all the same.
 
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
-    about 2 tokens, and 1 % of the steps: see `specdec.trees.estimates.Rate`. Where drafts hardly pay, 5 % of the steps go
+    about 2 tokens, and 1 % of the steps: see `hit_rates.Rate`. Where drafts hardly pay, 5 % of the steps go
     without one, and 2 % where they clearly do, to know what that takes; where they do not pay, every eighth step thinks of one.
     Without `costs` a run begins with what the last one of that batch size has learned, so a policy serves one pair of models,
     and one run at a time.

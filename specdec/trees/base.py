@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.checks import check_kind
 from specdec.coins import Coins
-from specdec.drafters.drafter import Acceptance, Context
+from specdec.drafters.base import Acceptance, Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec, as_law
 
@@ -38,7 +38,7 @@ Growth = Generator[Frontier, Tensor, Grown]
 class TreePolicy(ABC):
     """Decides the shape of draft trees; drafters that can score any node grow them with it."""
 
-    capturable: bool = False  # True if `grow` does the same to the device every step: see `specdec.graphs`
+    capturable: bool = False  # True if `grow` does the same to the device every step: see `specdec.engines.graphs`
 
     @abstractmethod
     def spec(self, sampling: Sampling) -> TreeSpec:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.attention import Patch, View
-from specdec.cache import TreeCache, cache_argument
-from specdec.compilation import Compiled
-from specdec.context_limit import context_limit_of
-from specdec.drafters.drafter import Acceptance, Context
-from specdec.fingerprint import fingerprint
-from specdec.prepared import preparer_name, takes
-from specdec.support import (
+from specdec.drafters.base import Acceptance, Context
+from specdec.models.attention import Patch, View
+from specdec.models.cache import TreeCache, cache_argument
+from specdec.models.compilation import Compiled
+from specdec.models.context_limit import context_limit_of
+from specdec.models.fingerprint import fingerprint
+from specdec.models.prepared_inputs import preparer_name, takes
+from specdec.models.probe import (
     autocast_dtype,
     check_ready,
     check_text,
@@ -57,7 +57,9 @@ class Target(ABC):
     run: object = None  # which run it scores for; set by the loop
     kept: bool = True  # whether other runs may come after the one that it is made for
     hidden: Tensor | None = None  # [batch, node, hidden] of the nodes scored last, if `start` was told to keep it
-    capturable: bool = False  # True if `score` and `commit` do the same to the device every step: see `specdec.graphs`
+    capturable: bool = (
+        False  # True if `score` and `commit` do the same to the device every step: see `specdec.engines.graphs`
+    )
 
     @abstractmethod
     def start(self, context: Context, capacity: int, hidden: bool) -> None:

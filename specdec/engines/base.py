@@ -1,4 +1,4 @@
-"""How the stages of a step are run: here as they stand; `specdec.graphs` captures and replays them."""
+"""How the stages of a step are run: here as they stand; `specdec.engines.graphs` captures and replays them."""
 
 from __future__ import annotations
 

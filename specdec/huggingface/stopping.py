@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from specdec.decoding import Decoding
+from specdec.loop import Decoding
 
 
 class Stopping:

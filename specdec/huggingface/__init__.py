@@ -1,0 +1,1 @@
+"""transformers' own call, `model.generate`, decoded here."""

@@ -1,0 +1,5 @@
+"""What happened, step by step: metrics, recorded laws, and what another rule would have decided."""
+
+from specdec.trace.trace import LEVELS, Step, Trace, Visit, load, replay
+
+__all__ = ["LEVELS", "Step", "Trace", "Visit", "load", "replay"]
