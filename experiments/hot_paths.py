@@ -28,7 +28,7 @@ from experiments.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
 from specdec.coins import Purpose
 from specdec.rules import Rule
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.base import drive
 from specdec_kernels import linear

@@ -25,7 +25,7 @@ from experiments.results import ROOT, provenance
 from specdec import DraftTree, Sampling
 from specdec.rules import LevelVerification
 from specdec.rules.residual import residual
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.tree import Law, Topology
 
 Prefix = tuple[int, ...]

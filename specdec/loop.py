@@ -33,7 +33,8 @@ from specdec.models.fingerprint import fingerprint
 from specdec.models.probe import autocast_dtype
 from specdec.models.target import Scores, Target
 from specdec.rules import Decisions, Rule, SiblingRejection
-from specdec.sampling import Sampling, TargetLaw
+from specdec.sampling import Sampling
+from specdec.target_law import TargetLaw
 from specdec.theory import visits
 from specdec.trace.laws import Record
 from specdec.trace.trace import LEVELS, Step, Trace

@@ -29,10 +29,10 @@ from transformers.generation.streamers import BaseStreamer
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.huggingface.generation_config import split
 from specdec.models.cache import GENERATE_CACHE
 from specdec.models.probe import UnsupportedModel
 from specdec.rules import BlockVerification
-from specdec.sampling import split
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)
@@ -145,8 +145,8 @@ def test_warpers_keep_their_law_in_any_order(order):
     logits = torch.randn(2, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     text = torch.zeros(2, 1, dtype=torch.int64)
     expected = LogitsProcessorList(ORDERS[order])(text, logits).softmax(-1)  # type: ignore[arg-type]
-    law, processors = split(GenerationConfig(do_sample=True), ORDERS[order])
-    got = law.probabilities(LogitsProcessorList(processors)(text, logits))  # type: ignore[arg-type]
+    fields, processors = split(GenerationConfig(do_sample=True), ORDERS[order])
+    got = Sampling(**fields).probabilities(LogitsProcessorList(processors)(text, logits))  # type: ignore[arg-type]
     assert float((got - expected).abs().max()) <= ROUNDING
 
 

@@ -15,7 +15,7 @@ from specdec import Coins, Law, Sampling
 from specdec.coins import Purpose, inverse_cdf
 from specdec.drafters import Context, TreeDrafter
 from specdec.rules import LenientRejection, Rule, SiblingRejection
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.testing import assert_fast_path
 from specdec.testing.coins import ExactCoins
 from specdec.testing.fast_paths import FastDecisions, emitted_laws

@@ -24,7 +24,7 @@ from specdec.rules import (
     TraversalVerification,
     TypicalAcceptance,
 )
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_lossless, exact_law, target_law
 from specdec.tree import root_only
 from specdec.trees import Chain, Dynamic, Widths

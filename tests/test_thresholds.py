@@ -10,7 +10,8 @@ from experiments.certify_fast import RULES
 from specdec import Law
 from specdec.drafters import Context
 from specdec.rules import BlockVerification, KSeq, Rule, TraversalVerification, block, traversal
-from specdec.sampling import Sampling, TargetLaw
+from specdec.sampling import Sampling
+from specdec.target_law import TargetLaw
 from specdec.testing.fast_paths import LEAST_COIN, SURE, GivenCoins, bisect
 from specdec.tree import DraftTree, Topology
 

@@ -8,7 +8,7 @@ from experiments.cases import Case
 from experiments.mutants.mutant import DRAFT, STOP, Mutant
 from specdec import Sampling
 from specdec.loop import Decoding
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.testing import TabularDrafter
 from specdec.trees import Chain
 

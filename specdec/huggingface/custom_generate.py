@@ -18,13 +18,14 @@ from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
 from specdec.huggingface.batch_processors import BatchProcessors
 from specdec.huggingface.call import LoopWithTokenizer, arguments_of_generate
+from specdec.huggingface.generation_config import split
 from specdec.huggingface.stopping import Stopping
 from specdec.loop import Decoding
 from specdec.models.cache import GENERATE_CACHE
 from specdec.processors import Processors, check_copies
 from specdec.rules import SiblingRejection
 from specdec.rules.base import Rule
-from specdec.sampling import Sampling, split
+from specdec.sampling import Sampling
 from specdec.trace.trace import Trace
 
 _READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
@@ -88,11 +89,12 @@ def custom_generate(
             mask = _mask(input_ids, **model_kwargs)
             stop_tokens, limit, others = _ends(stopping_criteria, config.max_length)
             filler = config.pad_token_id if config.pad_token_id is not None else next(iter(stop_tokens), 0)
-            law, processors = split(config, logits_processor)
+            fields, processors = split(config, logits_processor)
             rows = [ids[own] for ids, own in zip(input_ids, mask, strict=True)]
             drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
+            shown = {"prompts": input_ids, "ends": stop_tokens, "filler": filler}
             run = Decoding(
-                target, rows, drafter, rule=rule, sampling=_Prepared(*law.filters, processors, input_ids, stop_tokens, filler),
+                target, rows, drafter, rule=rule, sampling=_Prepared(**fields, processors=processors, **shown),
                 max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer or given, seed=drawn, engine=engine,
                 stop_tokens=[token for token in stop_tokens if 0 <= token < target.vocab],  # others, as -1, end no text there
             )  # fmt: skip

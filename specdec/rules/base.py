@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
-from specdec.sampling import RowLaw, TargetLaw
+from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec
 
 

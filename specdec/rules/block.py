@@ -22,7 +22,7 @@ from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import Siblings
 from specdec.rules.residual import residual, residual_batch
-from specdec.sampling import RowLaw, TargetLaw
+from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree, TreeSpec
 
 

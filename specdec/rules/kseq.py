@@ -24,7 +24,7 @@ from specdec.coins import Coins, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import ChildLaw, Siblings
 from specdec.rules.walk_children import top_down
-from specdec.sampling import RowLaw, TargetLaw
+from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, TreeSpec
 
 _GRID = 2**16

@@ -15,7 +15,7 @@ from __future__ import annotations
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.residual import residual
-from specdec.sampling import RowLaw, TargetLaw
+from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 
 

@@ -15,7 +15,7 @@ from specdec.checks import as_float
 from specdec.coins import Coins, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import Siblings
-from specdec.sampling import RowLaw, TargetLaw
+from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec.coins import Coins, Purpose, inverse_cdf
 from specdec.rules.base import Decisions
 from specdec.rules.children import Siblings
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.tree import DraftTree
 from specdec_kernels.reference.nobody import nobody
 

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from specdec.coins import Coins, Purpose
 from specdec.drafters import Context
 from specdec.rules import Rule
-from specdec.sampling import Sampling, TargetLaw
+from specdec.sampling import Sampling
+from specdec.target_law import TargetLaw
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
 # How far the emitted law may be from the target's, in total variation and per token of the vocabulary: four roundings.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.coins import Coins
 from specdec.rules.base import Decisions
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec_kernels.reference.verify import walk
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import specdec_kernels
 from specdec import DraftTree, Law, Sampling, Topology
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec_kernels.reference.verify import IID, PADDING, POINT, SAMPLED_THEN_TOP, WITHOUT_REPLACEMENT
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.rules.children import Siblings
-from specdec.sampling import TargetLaw
+from specdec.target_law import TargetLaw
 from specdec.tree import DraftTree, Law
 from specdec_kernels.reference.nobody import nobody
 

@@ -49,7 +49,7 @@ from specdec.checks import as_int
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.level.batch import BOUNDS, Levels
-from specdec.sampling import RowLaw, TargetLaw
+from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, Law, RowTree, TreeSpec
 
 

@@ -1,0 +1,134 @@
+"""The target's law after the nodes of a batch of trees.
+
+It is a function of the logits there and, with processors, of the whole text up to there. It is evaluated when a rule asks for
+it and not before: most nodes of a tree are never visited.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import specdec_kernels
+from specdec.coins import RowCoins
+from specdec.processors import Processors
+from specdec.tree import DraftTree
+from specdec_kernels.reference.verify import walk
+
+if TYPE_CHECKING:
+    from specdec.drafters.base import Context
+
+
+class TargetLaw:
+    """The target's law after the nodes of a batch of trees, evaluated where it is asked for.
+
+    Args:
+        logits: [batch, node, vocab] the target's raw logits.
+        tree: the trees they belong to.
+        context: text so far, sampling and processors.
+        top_down: whether nothing but nodes of the accepted path will be asked for, so that processors go along it.
+    """
+
+    def __init__(self, logits: Tensor, tree: DraftTree, context: Context, top_down: bool = False):
+        self._logits, self._tree, self._context, self._top_down = logits, tree, context, top_down
+        self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
+        self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
+        # (row, node) -> [vocab] scores, and the processors after the call for the text up to there
+        self._known: dict[tuple[int, int], Tensor] = {}
+        self._after: dict[tuple[int, int], Processors] = {}
+
+    def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
+        rows = self._rows if rows is None else rows
+        scores = self._logits[rows, nodes]
+        if len(nodes) and self._context.processed:
+            visited = zip(rows.tolist(), nodes.tolist(), strict=True)
+            scores = torch.stack([self._processed(b, node) for b, node in visited])
+        self._check(scores, rows)
+        return self._context.sampling.probabilities(scores)
+
+    def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Sibling rejection against this law: (path, accepted, token) of `specdec_kernels.reference.verify`.
+
+        Args:
+            tree: the trees.
+            accept, emit: [batch, node] coins.
+            lenience: the fraction of a child's law that the target's is compared with.
+        """
+        drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
+        if self._logits.device.type not in specdec_kernels.DEVICES or self._context.processed:
+            return walk(self.at, *drafted, lenience)
+        kernel, filters = specdec_kernels.verify, self._context.sampling.filters
+        path, accepted, token, invalid = kernel(self._logits, *drafted, *filters, lenience)
+        self._no_law += invalid
+        return path, accepted, token
+
+    def row(self, row: int, coins: RowCoins) -> RowLaw:
+        """The scalar face of one row."""
+        return RowLaw(self, row, coins)
+
+    def scores(self, row: int, node: int) -> Tensor:
+        """[1, vocab]: processed logits at one node."""
+        scores = self._processed(row, node) if self._context.processors[row] else self._logits[row, node]
+        self._check(scores[None], self._rows[row : row + 1])
+        return scores
+
+    def probabilities(self, row: int, node: int) -> np.ndarray:
+        """[vocab]: the law at one node of one row."""
+        return self._context.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
+
+    def processors(self, last: Tensor) -> list[Processors]:
+        """Each row's after the text up to its node `last` [batch] int64: those that the next step begins with."""
+        for row, node in enumerate(last.tolist()):
+            self._processed(row, node)  # whatever the rule asked for
+        return [self._processors(row, node) for row, node in enumerate(last.tolist())]
+
+    def invalid(self) -> Tensor:
+        """[batch] bool: rows in which a visited law was no law (NaN, or every token at -inf)."""
+        return self._no_law > 0
+
+    def _check(self, scores: Tensor, rows: Tensor) -> None:
+        """Note the rows in which the largest of the scores is NaN or -inf: that is no law."""
+        self._no_law.index_add_(0, rows, (~scores.amax(-1).isfinite()).long())
+
+    def _processed(self, row: int, node: int) -> Tensor:
+        """[vocab]: logits at one node as the row's processors leave them, which are asked once."""
+        if (row, node) not in self._known:
+            logits, text = self._logits[row, node], self._text(row, node)
+            scores = (logits if logits.dtype == torch.float64 else logits.float())[None]
+            if text is not None:
+                before = self._processors(row, int(self._tree.topology.parents[row, node]))
+                scores, self._after[row, node] = before(text, scores, last=self._top_down)
+            self._known[row, node] = scores[0]
+        return self._known[row, node]
+
+    def _processors(self, row: int, node: int) -> Processors:
+        """As they are after the last call along the path to a node; -1 is above the root."""
+        while node >= 0 and (row, node) not in self._after:
+            node = int(self._tree.topology.parents[row, node])
+        return self._after.get((row, node), self._context.processors[row])
+
+    def _text(self, row: int, node: int) -> Tensor | None:
+        """The text up to a node; None if it is never emitted, as processors may refuse to go on from such a text."""
+        if self._context.row_depths[row] < 0:  # it has ended
+            return None
+        path = self._tree.topology.ancestors[row, node].nonzero()[:, 0].tolist()
+        drafted = self._tree.tokens[row, path[1:]]
+        for above, token in zip(path, drafted.tolist(), strict=False):
+            if token in self._context.stop_tokens or self._processed(row, above)[token] == -torch.inf:
+                return None
+        return torch.cat([self._context.tokens[row, : self._context.host_lengths[row]], drafted])
+
+
+class RowLaw:
+    """One row of the target's law, for specifications."""
+
+    def __init__(self, law: TargetLaw, row: int, coins: RowCoins):
+        self._law, self._row, self._coins, self.vocab = law, row, coins, law.vocab
+
+    def probs(self, node: int) -> np.ndarray:
+        """[vocab]: the target's law after the path to `node`, in the arithmetic of the coins."""
+        return self._coins.law(self._law.probabilities(self._row, node))
