@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from test_vocabulary import permuted, words
-from tiny_models import llama, padded
-from transformers import RepetitionPenaltyLogitsProcessor
+from tiny_models import VOCAB, llama, padded
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 import specdec
 from specdec import Law, ModelTarget, Sampling
@@ -70,12 +71,26 @@ def heads():
     return made.eval()
 
 
-NAMES = [f"w{i}" for i in range(50)]
-ORDER = torch.randperm(50, generator=torch.Generator().manual_seed(0)).tolist()[:45]  # the draft lacks five tokens
-WORDS, DRAFT_WORDS = words(*NAMES), words(*(NAMES[i] for i in ORDER), "extra")
+def words(names):
+    """A tokenizer with these tokens."""
+    vocabulary = {name: i for i, name in enumerate(names)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=names[0])))
+
+
+def rearranged(model, tokens):
+    """The same model with its token tokens[i] as token i."""
+    made = llama(num_hidden_layers=2, vocab_size=len(tokens))
+    made.load_state_dict({k: v[tokens] if len(v) == VOCAB else v for k, v in model.state_dict().items()})
+    return made
+
+
 TARGET = llama(num_hidden_layers=2)
 TARGET.lm_head.weight.data *= 4  # so that some tokens are likely
 DRAFT = near(TARGET, 0.02)
+SHARED = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).tolist()[
+    :45
+]  # five tokens are the target's alone
+WORDS, DRAFT_WORDS = words([f"w{i}" for i in range(VOCAB)]), words([f"w{i}" for i in SHARED])
 COSTS = Costs(CostCurve((1, 24), (1.0, 1.4)), CostCurve((1, 3), (0.02, 0.02)))
 
 TREES = {
@@ -94,7 +109,7 @@ MODELS = {  # drafters that draw trees
     "model": lambda tree: ModelDrafter(DRAFT, tree),
     "layers left out": lambda tree: LayerSkipDrafter(skip=[1], tree=tree),
     "heads": lambda tree: MedusaDrafter(heads(), tree),
-    "other words": lambda tree: ModelDrafter(permuted(DRAFT, [*ORDER, -1]), tree, DRAFT_WORDS),
+    "other words": lambda tree: ModelDrafter(rearranged(DRAFT, SHARED), tree, DRAFT_WORDS),
     "n-grams, then a model": lambda tree: Fallback(NgramDrafter(2), ModelDrafter(DRAFT, tree)),
     "suffixes, then heads": lambda tree: Fallback(SuffixDrafter(), MedusaDrafter(heads(), tree)),
 }
