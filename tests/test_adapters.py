@@ -11,13 +11,12 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tape import Tape
 from tiny_models import llama, reference
 
 import specdec
-import specdec_kernels.reference.nobody
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.models.probe import UnsupportedModel
+from specdec.testing import Tape
 from specdec.trees import Widths
 
 torch.set_num_threads(1)
@@ -67,8 +66,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("engine", ["eager", "graphs"])
-def test_a_switch_of_adapters_leaves_no_key_and_no_graph_of_the_last_one(engine, monkeypatch):
-    monkeypatch.setattr(specdec_kernels.reference.nobody, "FREE", None)  # as on CUDA
+def test_a_switch_of_adapters_leaves_no_key_and_no_graph_of_the_last_one(engine):
     model = with_two_adapters()
     target, drafter, found = specdec.ModelTarget(model), ModelDrafter(model, Widths((2, 1))), []
     engine = specdec.Graphs(capture=Tape) if engine == "graphs" else engine

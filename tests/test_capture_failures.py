@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
-from tape import DRAFTERS, STAGES, TARGET, Tape, as_on_cuda  # noqa: F401 - a fixture
+from captured import DRAFTERS, STAGES, TARGET
 from test_partly_captured import DRAFT
 from tiny_models import PROMPTS
 
 import specdec
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
+from specdec.testing import Tape
 
 CUDA = torch.device("cuda", 0)
 INVALID = "CUDA error: operation failed due to a previous error during capture"

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tape import Tape
 from tiny_models import PROMPTS, VOCAB, llama
 
 import specdec
 from specdec import DraftTree, Graphs, Law, Sampling
 from specdec.drafters import Drafter, Fallback, ModelDrafter, NgramDrafter
+from specdec.testing import Tape
 from specdec.theory import CostCurve, Costs
 from specdec.trees import Adaptive, Chain, Dynamic, Static, TreePolicy, Widths
 

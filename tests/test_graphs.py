@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tape import (
+from captured import (
     DRAFT,
     DRAFTERS,
     ON_HOST,
@@ -15,8 +15,6 @@ from tape import (
     SAMPLINGS,
     SCORES_CAPTURED,
     TARGET,
-    Tape,
-    as_on_cuda,  # noqa: F401 - a fixture
     assert_replays,
     heads,
     texts,
@@ -38,6 +36,7 @@ from specdec.drafters import (
 from specdec.engines.host_reads import HostReads
 from specdec.loop import Decoding
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
+from specdec.testing import Tape
 from specdec.tree import chain, root_only
 from specdec.trees import Chain, Dynamic, Static
 from specdec.trees.base import Grown

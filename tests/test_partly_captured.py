@@ -7,7 +7,7 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from tape import DRAFTERS, STAGES, TARGET, Tape, as_on_cuda  # noqa: F401 - a fixture
+from captured import DRAFTERS, STAGES, TARGET
 from tiny_models import PROMPTS
 
 import specdec
@@ -15,6 +15,7 @@ from specdec import Sampling
 from specdec.drafters import ModelDrafter
 from specdec.loop import Decoding
 from specdec.rules import LenientRejection, SiblingRejection
+from specdec.testing import Tape
 from specdec.trace import replay
 from specdec.trees import Dynamic
 

@@ -6,14 +6,14 @@ import time
 
 import pytest
 import torch
-from tape import DRAFT, DRAFTERS, Tape
+from captured import DRAFT, DRAFTERS
 from tiny_models import GATE, VOCAB
 
 import specdec
-import specdec_kernels.reference.nobody
 from specdec import Law, ModelTarget, Sampling
 from specdec.drafters import Fallback, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
+from specdec.testing import Tape
 from specdec.trees import Chain, Dynamic, Static
 
 SEED, SECONDS = int(os.environ.get("SEED", "0")), 8  # SEED=... draws others, and repeats what a failure names
@@ -52,7 +52,6 @@ def assert_plain(seed):
 
 @pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured
 def test_any_combination_gives_the_text_of_a_plain_run(monkeypatch):
-    monkeypatch.setattr(specdec_kernels.reference.nobody, "FREE", None)  # as on CUDA
     monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
     end, seed = time.monotonic() + SECONDS, SEED
     while seed == SEED or time.monotonic() < end:

@@ -4,16 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from tape import DRAFT, DRAFTERS, SAMPLINGS, Tape
+from captured import DRAFT, DRAFTERS, SAMPLINGS
 from test_vocabulary import Foreign, permuted, words
 from tiny_models import GATE, llama
 
 import specdec
-import specdec_kernels.reference.nobody
 from specdec import ModelTarget
 from specdec.drafters import ModelDrafter
 from specdec.models.cache import TreeCache
 from specdec.models.target import CachedModel
+from specdec.testing import Tape
 from specdec.trees import Chain
 
 torch.set_num_threads(1)
@@ -82,7 +82,6 @@ def test_the_demo_pair_resumes():
 
 @pytest.mark.parametrize("name", ["chain", "heads"])
 def test_graphs_resume(name, monkeypatch):
-    monkeypatch.setattr(specdec_kernels.reference.nobody, "FREE", None)  # as on CUDA
     monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)  # most turns grow into another block, some do not
     assert_conversation(small(), lambda: DRAFTERS[name](DRAFT), engine=specdec.Graphs(capture=Tape))
 

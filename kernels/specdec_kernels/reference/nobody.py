@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor
-
-FREE = "cpu"  # the kind of device that can be asked for nothing
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def nobody(rows: Tensor) -> bool:
-    """Whether no row [batch] bool is True, on a CPU. Elsewhere False, so that work is done which may not be needed."""
-    return rows.device.type == FREE and not bool(rows.any())
+    """Whether no row [batch] bool is True, on a CPU. Elsewhere False, so that work is done which may not be needed.
+
+    Under a TorchDispatchMode too: whoever watches or records operations on a CPU finds those of a GPU.
+    """
+    return rows.device.type == "cpu" and _get_current_dispatch_mode() is None and not bool(rows.any())

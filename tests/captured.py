@@ -1,15 +1,11 @@
-"""A stand-in for CUDA graphs that replays captured stages on any device, and the drafters that are captured with them."""
+"""Drafters whose steps are captured, and what a run by captured stages is compared with."""
 
 import warnings
 
-import pytest
 import torch
 from tiny_models import PROMPTS, llama
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import specdec
-import specdec_kernels.reference.nobody
 from specdec import Law, Sampling
 from specdec.drafters import (
     Fallback,
@@ -25,54 +21,6 @@ from specdec.trees import Adaptive, Chain, Dynamic, Static, Widths
 
 STAGES = ("propose", "score", "decide", "follow")
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
-
-
-class Tape:
-    """A captured stage: its operations, which a replay carries out again in the same memory, without running any Python.
-
-    Like a CUDA graph, capturing changes nothing: what was written to is put back.
-    """
-
-    def __init__(self, stage):
-        recorder = _Recorder()
-        with recorder:
-            self.outputs = stage()
-        self._operations = recorder.operations
-        for storage, content in recorder.before.values():
-            storage.copy_(content)
-
-    def replay(self):
-        for func, args, kwargs, out in self._operations:
-            inputs = {t.untyped_storage().data_ptr() for t in leaves((args, kwargs))}
-            for old, new in zip(leaves(out), leaves(func(*args, **kwargs)), strict=True):
-                if new.untyped_storage().data_ptr() not in inputs:
-                    old.copy_(new)
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operations, self.before = [], {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for tensor in leaves((args, kwargs)):
-                storage = tensor.untyped_storage()
-                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        out = func(*args, **kwargs)
-        self.operations.append((func, args, kwargs, out))
-        return out
-
-
-def leaves(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-@pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch):
-    """No loop ends early because a CPU can be asked for nothing."""
-    monkeypatch.setattr(specdec_kernels.reference.nobody, "FREE", None)
 
 
 def heads():

@@ -1,0 +1,67 @@
+"""A stand-in for CUDA graphs, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tape:
+    """A captured stage of a step: a replay carries out its operations again, in the same memory, without its Python.
+
+    >>> engine = specdec.Graphs(capture=specdec.testing.Tape)
+    >>> specdec.generate(target, prompts, drafter, engine=engine)  # the text is that of engine="eager"
+
+    With it, tests on a CPU find what a CUDA graph would not repeat: a tensor that a later step does not fill where the
+    graph reads it, or a number that the host has worked out once. As with CUDA graphs, capturing changes nothing: what the
+    stage has written to is put back, and only a replay leaves results. It is slower than running the stage as it stands.
+
+    Args:
+        stage: a function without arguments; it is called once.
+    """
+
+    outputs: Any  # what the stage returned; every replay fills the same tensors
+
+    def __init__(self, stage: Callable[[], Any]):
+        recorder = _Recorder()
+        with recorder:
+            self.outputs = stage()
+        self._operations = recorder.operations
+        for storage, content in recorder.before.values():
+            storage.copy_(content)
+
+    def replay(self) -> None:
+        """Carry out the operations of the stage again."""
+        for func, args, kwargs, out in self._operations:
+            inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+            for old, new in zip(_tensors(out), _tensors(func(*args, **kwargs)), strict=True):
+                # views and inputs that were written to are in their place already
+                if new.untyped_storage().data_ptr() not in inputs:
+                    old.copy_(new)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation, and the contents of all memory before it is first written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []  # function, arguments, keyword arguments, result
+        self.before: dict[int, tuple[Any, Any]] = {}  # by address: a storage, and what it held
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for tensor in _tensors((args, kwargs)):
+                storage = tensor.untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, out))
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
