@@ -1,9 +1,9 @@
-"""What users pass to a run, checked and put into one form. Every refusal states the value, the limit and the cure."""
+"""What users ask of a run, checked and put into one form. Every refusal states the value, the limit and the cure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
 from numbers import Integral
@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from specdec.checks import as_int, as_ints, brief, wrong_kind
+from specdec.checks import as_int, as_ints, as_seed, brief, check_kind, wrong_kind
+from specdec.coins import Coins
+from specdec.drafters import Drafter, NoDrafter
 from specdec.engines.base import Engine
 from specdec.engines.graphs import Graphs
+from specdec.huggingface.stopping import Stopping, StopStrings
 from specdec.models.probe import cure_for
 from specdec.models.target import ModelTarget, Target
+from specdec.processors import Processors
+from specdec.rules import Rule, SiblingRejection
+from specdec.runs import Runs
 from specdec.sampling import Sampling
+from specdec.trace import LEVELS
 from specdec.tree import TreeSpec
 
 Prompt = Tensor | np.ndarray | Sequence[int] | str
@@ -49,6 +56,130 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a run is asked for, checked; see `specdec.generate` for what each means.
+
+    Args:
+        target, drafter, rule, engine: the parts.
+        sampling: with every field resolved.
+        spec: what trees may be proposed.
+        prompts: 1-D int64 CPU tensors.
+        budgets: most new tokens of each prompt.
+        processors: each row's logits processors.
+        stop_tokens: ids that end a text.
+        stopping: asked after every step whether rows end; None if nothing but stop tokens and budgets ends them.
+        last: what an earlier turn has left to go on from.
+        keep: whether a later turn may go on from this one.
+        coins: (batch, nodes) -> Coins, in place of those of the seed.
+    """
+
+    target: Target
+    drafter: Drafter
+    rule: Rule
+    engine: Engine
+    sampling: Sampling
+    spec: TreeSpec
+    prompts: list[Tensor]
+    budgets: list[int]
+    processors: Sequence[Processors]
+    stop_tokens: tuple[int, ...]
+    stopping: Stopping | None
+    tokenizer: Any
+    seed: int
+    trace: str
+    last: Runs | None
+    keep: bool
+    coins: Callable[[int, int], Coins] | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest text may grow to."""
+        return max(map(len, self.prompts)) + max(self.budgets)
+
+    @property
+    def largest_tree(self) -> int:
+        """Slots that a tree may take; paths are as long as `depth` says, even where so many nodes are not allowed."""
+        return max(self.spec.nodes, self.spec.depth + 1)
+
+    @property
+    def static(self) -> bool:
+        """Whether the drafter's part of a step is captured, and so uses no host values."""
+        return self.engine.captures and self.drafter.capturable
+
+    def reasons(self) -> dict[str, str | None]:
+        """Why each stage of a step cannot be captured; None where it can."""
+        drafts = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
+        scores = None if self.target.capturable else f"{self.target} is not capturable"
+        decides = None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
+        if any(self.processors):
+            decides = "logits processors depend on the text"
+        if self.trace != "summary":
+            decides = f"trace={self.trace!r} looks at every law"
+        return {"propose": drafts, "score": scores, "decide": decides, "commit": drafts}
+
+
+def as_request(
+    target: PreTrainedModel | Target,
+    prompts: Prompts,
+    drafter: Drafter | None = None,
+    *,
+    rule: Rule = SiblingRejection(),
+    sampling: Sampling = Sampling(),
+    max_new_tokens: int = 128,
+    stop_tokens: Iterable[int] | int | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    trace: str = "summary",
+    engine: Engine | str = "eager",
+    resume: Any = None,
+    keep: bool = False,
+    stopping: Stopping | None = None,
+    coins: Callable[[int, int], Coins] | None = None,
+) -> Request:
+    """The arguments of `specdec.generate`, checked against each other before anything is run.
+
+    Raises:
+        ValueError: as `generate` does.
+    """
+    if trace not in LEVELS:
+        raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
+    made_engine, drafter = as_engine(engine), NoDrafter() if drafter is None else drafter
+    for name, part, kind in (("drafter", drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)):
+        check_kind(name, part, kind)
+    check_kind("keep", keep, bool, "pass True or False")
+    check_tokenizer(tokenizer)
+    max_new_tokens, seed = as_int("max_new_tokens", max_new_tokens, 1), as_seed(seed)
+    last, found = as_last(resume), as_target(target)
+    rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
+    bound, processors = sampling.bind(found.model, rows, max_new_tokens, tokenizer)
+    spec = drafter.spec(bound)
+    rule.check(spec)
+    check_clock(spec, found.model)
+    config = bound.generation_config
+    eos, strings = (found.stop_tokens, None) if config is None else (config.eos_token_id, config.stop_strings)
+    stop = as_stop_tokens(stop_tokens, eos, found.vocab)
+    if strings:
+        stopping = StopStrings(tokenizer, strings)
+    budgets = [max_new_tokens] * len(rows)
+    return Request(
+        found, drafter, rule, made_engine, bound, spec, rows, budgets, processors, stop, stopping, tokenizer, seed, trace, last,
+        keep, coins,
+    )  # fmt: skip
+
+
+def as_last(resume: Any) -> Runs | None:
+    """What the generation to be resumed has kept."""
+    if resume is None:
+        return None
+    runs = getattr(resume, "runs", resume)
+    if isinstance(runs, Runs):
+        return runs
+    if hasattr(resume, "runs"):
+        raise ValueError("resume is a generation that has kept nothing; generate it with keep=True.")
+    raise wrong_kind("resume", resume, "pass the generation to go on from, which was made with keep=True")
+
+
 def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise ValueError if there are arguments that `generate` does not know, and say where each of them belongs."""
     if given:
@@ -70,19 +201,14 @@ def _home(name: str, value: Any, known: Sequence[str]) -> str:
     return f"there are {', '.join(known)}"
 
 
-def as_target(target: PreTrainedModel | Target, resume: bool = False) -> Target:
-    """The target itself, or the machinery around a transformers model: new each time, so that no run can be resumed."""
+def as_target(target: PreTrainedModel | Target) -> Target:
+    """The target itself, or one made of a transformers model."""
     if isinstance(target, Target):
         if not hasattr(target, "vocab"):
             raise ValueError(f"{type(target).__name__} has no attribute vocab; set it to the size of the vocabulary.")
         return target
     if isinstance(target, PreTrainedModel):
-        if resume:
-            cure = "make target = specdec.ModelTarget(model) once and pass it to every call"
-            raise ValueError(f"resume=True with a {type(target).__name__}, which keeps nothing between calls; {cure}.")
-        made = ModelTarget(target)
-        made.kept = False
-        return made
+        return ModelTarget(target)
     raise wrong_kind("target", target, f"{cure_for(target)} (or a specdec Target)")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Never
 
@@ -10,25 +11,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec import display
-from specdec.arguments import Prompts, refuse_unknown
+from specdec.arguments import Prompts, as_request, refuse_unknown
 from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
-from specdec.loop import OPTIONS, Decoding
+from specdec.loop import Decoding
 from specdec.models.target import Target
 from specdec.rules import Rule, SiblingRejection
+from specdec.runs import Runs
 from specdec.sampling import Sampling
-from specdec.trace.trace import Trace
+from specdec.trace import Trace
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` returns."""
+    """What `generate` returns.
 
-    tokens: list[Tensor]  # one 1-D int64 CPU tensor per prompt: the new tokens only
-    text: list[str] | None  # the same as text, when a tokenizer was given
+    Args:
+        tokens: one 1-D int64 CPU tensor per prompt: the new tokens only.
+        text: the same as text, when a tokenizer was given.
+        trace: what happened, step by step.
+        tokenizer: that was given.
+        runs: with keep=True, the caches that a later turn may go on in (resume=...), and their memory.
+    """
+
+    tokens: list[Tensor]
+    text: list[str] | None
     trace: Trace = field(repr=False)
     tokenizer: Any = field(default=None, repr=False)
+    runs: Runs | None = field(default=None, repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Metrics of the run; see `specdec.trace.Trace.summary`."""
@@ -36,6 +46,8 @@ class Generation:
 
     def _repr_html_(self) -> str:
         """In a notebook, the text coloured by who wrote it: see `specdec.display.text`."""
+        from specdec import display  # which shows generations
+
         return display.text(self)._repr_html_()
 
 
@@ -52,7 +64,8 @@ def generate(
     seed: int = 0,
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
-    resume: bool = False,
+    resume: Generation | None = None,
+    keep: bool = False,
     **unknown: Never,
 ) -> Generation:
     """Continue the prompts; with a lossless rule, exactly as the target by itself would.
@@ -79,41 +92,79 @@ def generate(
             `specdec.trace.laws`). Both take long: do not time such runs.
         engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
             too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
-        resume: begin in the caches that the last run of this target (a `specdec.ModelTarget`) and of this drafter left:
-            each prompt is read from where it parts from the text of its row there, in a conversation what was said since.
-            The text is the same. Of changes to a model in between, those that training, loading or a switch of adapters makes
-            are noticed; not what is written through `weight.data`, which torch does not count (`weight.data = ...` is
-            noticed), nor what hooks and other objects that are no modules change in themselves.
+        resume: go on in the caches of an earlier generation, which was made with keep=True: each prompt is read from where it
+            parts from the text of its row there, in a conversation what was said since. The text is the same. Of changes to a
+            model in between, those that training, loading or a switch of adapters makes are noticed; not what is written
+            through `weight.data`, which torch does not count (`weight.data = ...` is noticed), nor what hooks and other objects
+            that are no modules change in themselves.
+        keep: whether `resume=` may go on from this one: `Generation.runs` then holds its caches, and their memory.
 
     Raises:
         ValueError: bad input, an argument that belongs elsewhere (as `temperature` does), an unsupported model, a rule that
             is not lossless for the drafter's trees, or logits that are no distribution; the message names the cure.
     """
     refuse_unknown(unknown, OPTIONS)
-    run = Decoding(
+    request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume,
+        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume, keep=keep,
     )  # fmt: skip
-    while not run.finished:
-        run.step()
-    run.check_texts()
-    tokens = [torch.tensor(row, dtype=torch.int64) for row in run.emitted]
-    texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in run.emitted]
-    return Generation(tokens, texts, run.trace, tokenizer)
+    with Decoding(request) as run:
+        while not run.finished:
+            run.step()
+        run.check_texts()
+        return _generation(run)
 
 
 def stream(
     target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any
-) -> Iterator[list[Tensor]]:
+) -> Stream:
     """As `generate` (same arguments), yielding the tokens of every step as they are committed.
+
+    >>> for step in specdec.stream(target, prompts, drafter):
+    ...     print(step[0])
 
     Yields lists like `Generation.tokens`: the new tokens of each prompt, possibly none; joined together they are what
     `generate` returns. Between the yields the model is as it was found.
     """
     refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
-    run = Decoding(target, prompts, drafter, **options)
-    while not run.finished:
-        run.step()
-        news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
-        yield [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
-    run.check_texts()
+    return Stream(target, prompts, drafter, options)
+
+
+class Stream(Iterator[list[Tensor]]):
+    """A run that is made step by step, as it is iterated over; `stream` makes it."""
+
+    def __init__(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]):
+        self._steps, self._run = self._stepwise(target, prompts, drafter, options), None
+
+    def _stepwise(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]) -> Generator[list[Tensor]]:
+        with Decoding(as_request(target, prompts, drafter, **options)) as run:
+            self._run = run
+            while not run.finished:
+                run.step()
+                news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
+                yield [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
+            run.check_texts()
+
+    def __next__(self) -> list[Tensor]:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Leave the text as it is, and let go of what the run owns."""
+        self._steps.close()
+
+    @property
+    def generation(self) -> Generation:
+        """What has been generated so far: once the stream has ended or was closed, a later turn may resume it."""
+        if self._run is None:
+            raise ValueError("the stream has not begun; ask for its first step: next(stream).")
+        return _generation(self._run)
+
+
+def _generation(run: Decoding) -> Generation:
+    tokens = [torch.tensor(row, dtype=torch.int64) for row in run.emitted]
+    tokenizer = run.request.tokenizer
+    texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in run.emitted]
+    return Generation(tokens, texts, run.trace, tokenizer, run.runs if run.request.keep else None)
+
+
+OPTIONS = [name for name in inspect.signature(generate).parameters if name != "unknown"]

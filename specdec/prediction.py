@@ -34,18 +34,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from specdec.arguments import as_request
+from specdec.batch import Batch
 from specdec.checks import as_int, as_tuple, check_callable, check_kind
 from specdec.coins import Coins
-from specdec.drafters.base import Context, Drafter
+from specdec.drafters.base import Drafter
 from specdec.generate import generate
 from specdec.loop import Decoding
 from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.rules.residual import residual
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec, chain
+from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec
 from specdec.trees import Static, TreePolicy
-from specdec.trees.base import Frontier, Grown, Growth, draw
+from specdec.trees.base import Frontier, Grown, Growth, TreeRun
+from specdec.trees.draw import draw
 
 # whether a child is entered only once it is accepted
 _ACCEPTING: dict[type[Rule], bool] = {SiblingRejection: True, BlockVerification: False, TraversalVerification: False}
@@ -145,8 +148,8 @@ def texts(
     made = drafter(along)
     check_kind("what drafter(tree) returned", made, Drafter)
     longest = along.tokens.shape[1]
-    run = Decoding(target, prompts, made, sampling=sampling, max_new_tokens=longest, trace="laws")
-    run.step()
+    with Decoding(as_request(target, prompts, made, sampling=sampling, max_new_tokens=longest, trace="laws")) as run:
+        run.step()
     record = run.trace.steps[0].record
     assert record is not None
     laws = record.target.tensor()
@@ -169,7 +172,7 @@ def acceptance_length(
 
 
 class _Along(TreePolicy):
-    """Drafts given texts, to hear what the draft has to say along them."""
+    """Drafts given texts, to hear what the draft has to say along them; for one run."""
 
     logits: Tensor  # [batch, place, vocab]: the draft's before each token
     sampling: Sampling
@@ -182,15 +185,21 @@ class _Along(TreePolicy):
         nodes = self.tokens.shape[1]
         return TreeSpec(frozenset({Law.POINT}), nodes, nodes - 1, 1)
 
-    def grow(self, context: Context, coins: Coins) -> Growth:
-        batch, nodes = self.tokens.shape
-        tokens = torch.cat([context.root[:, None], self.tokens[:, :-1].to(context.root.device)], 1)
-        shapes = chain(batch, 1, tokens.device), chain(batch, nodes, tokens.device)
-        root = yield Frontier(tokens[:, :1], shapes[0])
-        rest = yield Frontier(tokens[:, 1:], shapes[1])
-        self.logits, self.sampling = torch.cat([root, rest], 1).cpu(), context.sampling
-        tree = DraftTree(tokens, shapes[1], torch.zeros_like(tokens, dtype=torch.uint8))
-        return Grown(tree, torch.arange(nodes, device=tokens.device).expand(batch, -1))
+    def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
+        return _AlongRun(self, batch)
+
+
+class _AlongRun(TreeRun):
+    policy: _Along
+
+    def grow(self, coins: Coins) -> Growth:
+        batch, (rows, nodes) = self.batch, self.policy.tokens.shape
+        tokens = torch.cat([batch.root[:, None], self.policy.tokens[:, :-1].to(batch.device)], 1)
+        root = yield Frontier(tokens[:, :1], batch.chain(1))
+        rest = yield Frontier(tokens[:, 1:], batch.chain(nodes))
+        self.policy.logits, self.policy.sampling = torch.cat([root, rest], 1).cpu(), batch.sampling
+        tree = DraftTree(tokens, batch.chain(nodes), torch.zeros_like(tokens, dtype=torch.uint8))
+        return Grown(tree, torch.arange(nodes, device=tokens.device).expand(rows, -1))
 
 
 def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> None:

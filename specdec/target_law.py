@@ -19,7 +19,7 @@ from specdec.tree import DraftTree
 from specdec_kernels.reference.verify import walk
 
 if TYPE_CHECKING:
-    from specdec.drafters.base import Context
+    from specdec.batch import Batch
 
 
 class TargetLaw:
@@ -28,12 +28,12 @@ class TargetLaw:
     Args:
         logits: [batch, node, vocab] the target's raw logits.
         tree: the trees they belong to.
-        context: text so far, sampling and processors.
+        batch: text so far, sampling and processors.
         top_down: whether nothing but nodes of the accepted path will be asked for, so that processors go along it.
     """
 
-    def __init__(self, logits: Tensor, tree: DraftTree, context: Context, top_down: bool = False):
-        self._logits, self._tree, self._context, self._top_down = logits, tree, context, top_down
+    def __init__(self, logits: Tensor, tree: DraftTree, batch: Batch, top_down: bool = False):
+        self._logits, self._tree, self._batch, self._top_down = logits, tree, batch, top_down
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
         # (row, node) -> [vocab] scores, and the processors after the call for the text up to there
@@ -44,11 +44,11 @@ class TargetLaw:
         """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
         rows = self._rows if rows is None else rows
         scores = self._logits[rows, nodes]
-        if len(nodes) and self._context.processed:
+        if len(nodes) and self._batch.processed:
             visited = zip(rows.tolist(), nodes.tolist(), strict=True)
             scores = torch.stack([self._processed(b, node) for b, node in visited])
         self._check(scores, rows)
-        return self._context.sampling.probabilities(scores)
+        return self._batch.sampling.probabilities(scores)
 
     def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
         """Sibling rejection against this law: (path, accepted, token) of `specdec_kernels.reference.verify`.
@@ -59,9 +59,9 @@ class TargetLaw:
             lenience: the fraction of a child's law that the target's is compared with.
         """
         drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
-        if self._logits.device.type not in specdec_kernels.DEVICES or self._context.processed:
+        if self._logits.device.type not in specdec_kernels.DEVICES or self._batch.processed:
             return walk(self.at, *drafted, lenience)
-        kernel, filters = specdec_kernels.verify, self._context.sampling.filters
+        kernel, filters = specdec_kernels.verify, self._batch.sampling.filters
         path, accepted, token, invalid = kernel(self._logits, *drafted, *filters, lenience)
         self._no_law += invalid
         return path, accepted, token
@@ -72,13 +72,13 @@ class TargetLaw:
 
     def scores(self, row: int, node: int) -> Tensor:
         """[1, vocab]: processed logits at one node."""
-        scores = self._processed(row, node) if self._context.processors[row] else self._logits[row, node]
+        scores = self._processed(row, node) if self._batch.processors[row] else self._logits[row, node]
         self._check(scores[None], self._rows[row : row + 1])
         return scores
 
     def probabilities(self, row: int, node: int) -> np.ndarray:
         """[vocab]: the law at one node of one row."""
-        return self._context.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
+        return self._batch.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
 
     def processors(self, last: Tensor) -> list[Processors]:
         """Each row's after the text up to its node `last` [batch] int64: those that the next step begins with."""
@@ -109,18 +109,18 @@ class TargetLaw:
         """As they are after the last call along the path to a node; -1 is above the root."""
         while node >= 0 and (row, node) not in self._after:
             node = int(self._tree.topology.parents[row, node])
-        return self._after.get((row, node), self._context.processors[row])
+        return self._after.get((row, node), self._batch.processors[row])
 
     def _text(self, row: int, node: int) -> Tensor | None:
         """The text up to a node; None if it is never emitted, as processors may refuse to go on from such a text."""
-        if self._context.row_depths[row] < 0:  # it has ended
+        if not self._batch.host_left[row]:  # it has ended
             return None
         path = self._tree.topology.ancestors[row, node].nonzero()[:, 0].tolist()
         drafted = self._tree.tokens[row, path[1:]]
         for above, token in zip(path, drafted.tolist(), strict=False):
-            if token in self._context.stop_tokens or self._processed(row, above)[token] == -torch.inf:
+            if token in self._batch.stop_tokens or self._processed(row, above)[token] == -torch.inf:
                 return None
-        return torch.cat([self._context.tokens[row, : self._context.host_lengths[row]], drafted])
+        return torch.cat([self._batch.tokens[row, : self._batch.host_lengths[row]], drafted])
 
 
 class RowLaw:

@@ -7,9 +7,10 @@ width one, the autoregressive step a tree of one node, and a greedy draft a tree
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -108,16 +109,10 @@ class _Chain(Topology):
         return torch.ones(nodes, nodes, dtype=torch.bool, device=self.parents.device).tril().expand(batch, -1, -1)
 
 
-def text_chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
-    """The topology in which every node but the last has one child, for texts: they have many lengths."""
+def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
+    """The topology in which every node but the last has one child."""
     parents = torch.arange(-1, nodes - 1, device=device).expand(batch, -1)
     return _Chain(parents, nodes - 1, min(nodes - 1, 1))
-
-
-@cache
-def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
-    """The same for steps. Kept for good: a captured stage reads it again with every replay, but does not hold it."""
-    return text_chain(batch, nodes, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +156,7 @@ class DraftTree:
         if self.draft_probs is not None and not self.draft_probs.is_floating_point():
             wrong.append(f"draft_probs of {self.draft_probs.dtype}, not of floating-point numbers")
         if wrong:
-            raise ValueError(
-                f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Context.max_depth)."
-            )
+            raise ValueError(f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Batch.max_depth).")
 
     def padded(self, spec: TreeSpec) -> DraftTree:
         """The same with absent nodes: of one of a few sizes, and of the depth and width of `spec`."""
@@ -199,6 +192,24 @@ class DraftTree:
         totals = self.draft_probs.sum(-1, dtype=torch.promote_types(self.draft_probs.dtype, torch.float32))
         drawn_from = torch.zeros_like(totals, dtype=torch.int64).scatter_add_(1, parents, sampled.long()) > 0
         return wrong | impossible.any(1) | (drawn_from & ~totals.isfinite()).any(1)
+
+    def tensors(self) -> list[Tensor]:
+        """What it consists of."""
+        return [
+            self.tokens,
+            self.topology.parents,
+            self.laws,
+            *([] if self.draft_probs is None else [self.draft_probs]),
+        ]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DraftTree:
+        """A tree of the same shape made of other tensors."""
+        tokens, parents, laws, *probs = tensors
+        return DraftTree(tokens, Topology(parents, self.topology.depth, self.topology.width), laws, *probs)
+
+    def renewed(self) -> DraftTree:
+        """The same tensors; what is derived from them later is derived anew."""
+        return replace(self, topology=copy(self.topology))
 
     def row(self, row: int, coins: RowCoins) -> RowTree:
         """The scalar face of one row; laws come in the arithmetic of its coins."""

@@ -145,12 +145,12 @@ def grid():
 
 
 def first_turn(*args, **options):
-    return specdec.generate(*args, **options)
+    return specdec.generate(*args, **options, keep=True)
 
 
 def second_turn(last, *args, **options):
     """A run that begins where the run of the Generation `last` ended."""
-    return specdec.generate(*args, **options, resume=True)
+    return specdec.generate(*args, **options, resume=last)
 
 
 def shown(out):

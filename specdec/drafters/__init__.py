@@ -1,6 +1,6 @@
 """Drafters: who proposes. One drafter per file."""
 
-from specdec.drafters.base import Context, Drafter
+from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.fallback import Fallback
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
@@ -8,10 +8,10 @@ from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.no_drafter import NoDrafter
 from specdec.drafters.suffix import SuffixDrafter
-from specdec.drafters.tree_drafter import TreeDrafter
+from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 
 __all__ = [
-    "Context",
+    "DraftRun",
     "Drafter",
     "Fallback",
     "LayerSkipDrafter",
@@ -21,5 +21,6 @@ __all__ = [
     "NgramDrafter",
     "NoDrafter",
     "SuffixDrafter",
+    "TreeDraftRun",
     "TreeDrafter",
 ]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from specdec.checks import check_kind, put
+from specdec.batch import Batch
+from specdec.checks import check_kind
 from specdec.coins import Coins
-from specdec.drafters.base import Acceptance, Context, Drafter
-from specdec.models.target import Target
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.models.target import TargetRun
+from specdec.outcome import Outcome
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
 
@@ -30,19 +29,11 @@ class Fallback(Drafter):
         for name, part in (("first", first), ("second", second)):
             check_kind(name, part, Drafter)
         self.first, self.second = first, second
-        self.uses_hidden = first.uses_hidden or second.uses_hidden
+        self.states = tuple(dict.fromkeys((*first.states, *second.states)))
+        self.models = (*first.models, *second.models)
 
     def __repr__(self) -> str:
         return f"Fallback({self.first}, {self.second})"
-
-    @property
-    def run(self) -> object:  # type: ignore[override] - of its parts, as another run may use one of them
-        return self.first.run if self.first.run is self.second.run else None
-
-    @run.setter
-    def run(self, run: object) -> None:
-        for part in (self.first, self.second):
-            put(part, run=run)
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         a, b = self.first.spec(sampling), self.second.spec(sampling)
@@ -50,34 +41,44 @@ class Fallback(Drafter):
         flags = {"by_depth": a.by_depth and b.by_depth, "by_row": a.by_row and b.by_row}
         return TreeSpec(a.laws | b.laws, *most, **flags, by_clock=a.by_clock or b.by_clock)
 
-    def start(self, target: Target, context: Context) -> None:
-        self.first.start(target, context)
-        self.second.start(target, context)
-        self._has = torch.zeros_like(context.lengths, dtype=torch.bool)
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        known = (last.first, last.second) if isinstance(last, _FallbackRun) else (None, None)
+        runs = [part.start(target, batch, run) for part, run in zip((self.first, self.second), known, strict=True)]
+        return last if last and runs == list(known) else _FallbackRun(self, batch, *runs)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        tree = self.first.propose(context, coins)
-        self._has = (tree.laws[:, 1:] != Law.PADDING).any(1) | (context.row_depths < 1)  # [batch] bool
+
+class _FallbackRun(DraftRun):
+    def __init__(self, drafter: Fallback, batch: Batch, first: DraftRun, second: DraftRun):
+        super().__init__(batch)
+        self.first, self.second = first, second
+        # places of each drafter's states among those of both
+        self._columns = [[drafter.states.index(i) for i in part.states] for part in (drafter.first, drafter.second)]
+        self._has = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]: rows for which the first drafted
+
+    def states_known(self) -> list[int]:
+        return list(map(min, self.first.states_known(), self.second.states_known()))
+
+    def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
+        for run, columns in zip((self.first, self.second), self._columns, strict=True):
+            if columns:
+                run.read(torch.stack([states[:, :, i] for i in columns], 2), start, count)
+
+    def enter(self, rows: list[int]) -> None:
+        self.first.enter(rows)
+        self.second.enter(rows)
+
+    def propose(self, coins: Coins) -> DraftTree:
+        tree = self.first.propose(coins)
+        drafted = (tree.laws[:, 1:] != Law.PADDING).any(1)
+        self._has = drafted | (self.batch.left < 2)  # nothing can be drafted for a row's last token
         if bool(self._has.all()):
             return tree
-        return _where(self._has, tree, self.second.propose(context, coins))
+        return _where(self._has, tree, self.second.propose(coins))
 
-    def commit(self, acceptance: Acceptance) -> None:
-        # what a drafter did not draft is to it as if nothing had been accepted: it reads those tokens later
-        for drafter, rows in ((self.first, self._has), (self.second, ~self._has)):
-            path, keep = acceptance.path.where(rows[:, None], 0), acceptance.keep.where(rows, 0)
-            drafter.commit(replace(acceptance, path=path, keep=keep))
-
-    def patched(self) -> AbstractContextManager[None]:
-        stack = _Both()
-        stack.enter_context(self.first.patched())
-        stack.enter_context(self.second.patched())
-        return stack
-
-
-class _Both(ExitStack):
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    def commit(self, outcome: Outcome) -> None:
+        # for rows that it did not draft for, a drafter is told that nothing was accepted: it reads those tokens later
+        self.first.commit(outcome.of_rows(self._has))
+        self.second.commit(outcome.of_rows(~self._has))
 
 
 def _where(rows: Tensor, a: DraftTree, b: DraftTree) -> DraftTree:

@@ -14,10 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.batch import Batch
 from specdec.checks import as_int, as_ints
-from specdec.drafters.base import Context
-from specdec.drafters.tree_drafter import TreeDrafter
-from specdec.models.target import ModelTarget, Target
+from specdec.drafters.base import DraftRun
+from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
+from specdec.models.cached_model import CachedModel
+from specdec.models.states import decoder_layers
+from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.trees.base import Frontier, TreePolicy
 
 
@@ -43,43 +46,50 @@ class LayerSkipDrafter(TreeDrafter):
     def __repr__(self) -> str:
         return f"LayerSkipDrafter(skip={list(self.skip)}, exit_layer={self.exit_layer}, tree={self.tree})"
 
-    def start(self, target: Target, context: Context) -> None:
-        if not isinstance(target, ModelTarget):
-            raise ValueError(f"The target is a {type(target).__name__}; only a transformers model has layers to skip.")
-        layers, self._cached = decoder_layers(target.cached.model), target.cached
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        if not isinstance(target, ModelTargetRun):
+            raise ValueError(
+                f"The target is a {type(target.target).__name__}; only a transformers model has layers to skip."
+            )
+        model = target.cached.lm.model
+        layers = decoder_layers(model)
         end = len(layers) if self.exit_layer is None else self.exit_layer
         skipped = {*self.skip, *range(end, len(layers))}
         if not skipped < set(range(len(layers))) or not skipped or end > len(layers):
             raise ValueError(
                 f"{self}: the target has layers 0 to {len(layers) - 1}; skip at least one of them and keep at least one."
             )
-        if needed := sorted(skipped - {*skippable(target.cached.model)}):
+        if needed := sorted(skipped - {*skippable(model)}):
             raise ValueError(
                 f"Later layers use the keys and values of layers {needed}, which therefore cannot be skipped."
             )
-        self._skipped = [layers[i] for i in sorted(skipped)]
+        return LayerSkipRun(self, batch, target.cached, [layers[i] for i in sorted(skipped)], last).begun(last)
 
-    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
-        self._cached.longest = context.longest - 1
-        return context.longest
 
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
+class LayerSkipRun(TreeDraftRun):
+    """The target drafting for itself, in its own cache."""
+
+    def __init__(
+        self,
+        drafter: LayerSkipDrafter,
+        batch: Batch,
+        cached: CachedModel,
+        skipped: Sequence[nn.Module],
+        last: DraftRun | None,
+    ):
+        super().__init__(drafter, batch, last)
+        self.cached, self._skipped = cached, skipped
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        return *super().parts, self.cached
+
+    def prepare(self, frontier: Frontier) -> Hashable:
+        return self.batch.longest
+
+    def score(self, frontier: Frontier) -> Tensor:
         with passing_through(self._skipped):
-            return self._cached.forward(frontier.tokens, frontier.topology)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, in order; raises ValueError if it does not run each of them once."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    parts = {part for outer in lists for part in outer.modules() if part is not outer}  # of a layer
-    found = next((m for m in lists if len(m) == count and m not in parts), None)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has no list of the {count} layers that its cache is for (it may run some of them more "
-            "than once), so none can be left out; use another drafter, such as NgramDrafter()."
-        )
-    return found
+            return self.cached.forward(frontier.tokens, frontier.topology, self.batch.longest - 1)
 
 
 def skippable(model: PreTrainedModel) -> range:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from specdec.batch import Batch
 from specdec.checks import as_int, check_kind
-from specdec.drafters.base import Context
-from specdec.drafters.tree_drafter import TreeDrafter
-from specdec.models.target import ModelTarget, Target
+from specdec.drafters.base import DraftRun
+from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
+from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.sampling import Sampling
 from specdec.tree import TreeSpec
 from specdec.trees.base import Frontier, TreePolicy
@@ -113,14 +116,14 @@ class MedusaDrafter(TreeDrafter):
         tree: the tree policy, no deeper than there are heads.
     """
 
-    uses_hidden = capturable_scores = True
+    states = (-1,)
+    capturable_scores = True
 
     def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
         check_kind("heads", heads, (MedusaHeads, str, Path), "pass MedusaHeads, or the folder they are in")
         self.heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
+        self.models = (self.heads,)
         super().__init__(Widths([1] * len(self.heads)) if tree is None else tree)
-        # [batch, head, vocab], of the last root; in one place as long as that is possible, as captured graphs write to it
-        self._logits = torch.empty(0)
 
     def __repr__(self) -> str:
         return f"MedusaDrafter({len(self.heads)} heads, {self.tree})"
@@ -133,35 +136,65 @@ class MedusaDrafter(TreeDrafter):
             )
         return spec
 
-    def start(self, target: Target, context: Context) -> None:
-        if not isinstance(target, ModelTarget):
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        if not isinstance(target, ModelTargetRun):
             raise ValueError(
-                f"The target is a {type(target).__name__}; Medusa heads need a transformers model's states."
+                f"The target is a {type(target.target).__name__}; Medusa heads need a transformers model's states."
             )
-        self._lm_head = target.cached.model.get_output_embeddings()
-        size, expected = self.heads.weight.shape[-1], target.cached.model.config.get_text_config().hidden_size
+        model = target.cached.lm.model
+        size, expected = self.heads.weight.shape[-1], model.config.get_text_config().hidden_size
         if size != expected:
             raise ValueError(f"The heads read states of size {size}, the target's are of size {expected}: other heads.")
-        own = target.vocab if self.heads.lm_head is None else self.heads.lm_head.shape[1]
-        if own != target.vocab:
-            raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {target.vocab}: other heads.")
-        self.heads.to(target.device)
+        own = batch.vocab if self.heads.lm_head is None else self.heads.lm_head.shape[1]
+        if own != batch.vocab:
+            raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {batch.vocab}: other heads.")
+        head: Any = model.get_output_embeddings()
+        return MedusaRun(self, batch, head, last).begun(last)
 
-    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
+
+class MedusaRun(TreeDraftRun):
+    """Heads at work: all that they read is the target's state before each root."""
+
+    def __init__(self, drafter: MedusaDrafter, batch: Batch, lm_head: nn.Linear, last: DraftRun | None):
+        super().__init__(drafter, batch, last)
+        self._lm_head, heads = lm_head, drafter.heads
+        here = heads.weight.device == batch.device
+        self._heads = heads if here else copy.deepcopy(heads).to(batch.device)  # the drafter's own stay where they are
+        # [batch, hidden]: before the root; zeros before a text's first token. Captured graphs write to both where they are.
+        self._state = torch.zeros(len(batch), heads.weight.shape[-1], dtype=lm_head.weight.dtype, device=batch.device)
+        self._logits: Tensor | None = None  # [batch, head, vocab], after the root
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        return *super().parts, self._lm_head
+
+    def states_known(self) -> list[int]:
+        return list(self.batch.host_lengths)  # none but the last is read
+
+    def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
+        last = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, states.shape[3])
+        self._state = _filled(self._state, states[:, :, 0].gather(1, last)[:, 0])
+
+    def prepare(self, frontier: Frontier) -> Hashable:
         if frontier.topology.depth == 0:
-            self._deepest = min(self.tree.spec(context.sampling).depth, context.max_depth)
+            self._deepest = min(self.tree.policy.spec(self.batch.sampling).depth, self.batch.max_depth)
         return self._deepest
 
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
+    def score(self, frontier: Frontier) -> Tensor:
         depth, count = frontier.topology.depth, frontier.tokens.shape[1]
         if depth == 0:  # all heads at once, as deep as this tree may become
-            assert context.hidden is not None
-            logits = self.heads(context.hidden, self._lm_head, self._deepest)
-            shape = (len(logits), len(self.heads), logits.shape[2])
-            if (self._logits.shape, self._logits.dtype, self._logits.device) != (shape, logits.dtype, logits.device):
-                self._logits = logits.new_empty(shape)
-            self._logits[:, : self._deepest] = logits
+            logits = self._heads(self._state, self._lm_head, self._deepest)
+            missing = len(self._heads) - self._deepest
+            self._logits = _filled(self._logits, nn.functional.pad(logits, (0, 0, 0, missing)))
+        assert self._logits is not None
         return self._logits[:, depth : depth + 1].expand(-1, count, -1)
+
+
+def _filled(kept: Tensor | None, new: Tensor) -> Tensor:
+    """The contents of `new` in the memory of `kept`, if that is of its kind."""
+    if kept is None or (kept.shape, kept.dtype, kept.device) != (new.shape, new.dtype, new.device):
+        return new.clone()
+    return kept.copy_(new)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.batch import Batch
 from specdec.checks import wrong_kind
-from specdec.drafters.base import Acceptance, Context
-from specdec.drafters.tree_drafter import TreeDrafter
+from specdec.drafters.base import DraftRun
+from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.drafters.vocabulary import TranslatedModel
-from specdec.models.target import CachedModel, Target
-from specdec.tree import chain
+from specdec.models.cached_model import CachedModel, CausalLM
+from specdec.models.target import TargetRun
+from specdec.outcome import Outcome
 from specdec.trees.base import Frontier, TreePolicy
 
-_AFTER_OWN_DRAFT = 2  # tokens it may not have read of a text that went on as it drafted: an accepted leaf, and the root
+# Tokens that the draft has not read after a step it drafted for: an accepted leaf and the root at most.
+_AFTER_OWN_DRAFT = 2
 
 
 class ModelDrafter(TreeDrafter):
@@ -40,76 +42,28 @@ class ModelDrafter(TreeDrafter):
             cure = "pass the draft's own, such as AutoTokenizer.from_pretrained(name)"
             raise wrong_kind("tokenizer", tokenizer, cure)
         self.model, self.tokenizer = model, tokenizer
-        self._cached = self._alone = CachedModel(model)
+        self.lm, self.models = CausalLM(model), (model,)
 
     def __repr__(self) -> str:
         return f"ModelDrafter({type(self.model).__name__}, {self.tree})"
 
-    def patched(self) -> AbstractContextManager[None]:
-        return self._cached.patch
-
-    def start(self, target: Target, context: Context) -> None:
-        self._cached = self._in_tokens_of(target.vocab, context.tokenizer)
-        limit, capacity = self._cached.context_length, context.tokens.shape[1]
-        if limit is not None and context.max_length > limit:
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        lm = self._in_tokens_of(batch.vocab, batch.tokenizer)
+        if lm.context_length is not None and batch.max_length > lm.context_length:
             raise ValueError(
-                f"The draft model reads at most {limit} tokens{self._cached.context_reason}, but a text may grow to "
-                f"{context.max_length}; lower max_new_tokens, shorten the prompt or use a draft model with a longer context."
+                f"The draft model reads at most {lm.context_length} tokens{lm.context_reason}, but a text may grow to "
+                f"{batch.max_length}; lower max_new_tokens, shorten the prompt or use a draft model with a longer context."
             )
-        nodes = self.spec(context.sampling).nodes
-        self.remember(torch.full_like(context.lengths, -1)[:, None], nodes)
-        self._cached.begin(context, capacity + nodes)
-        if context.engine.compiled:
-            self._cached.compile()
+        nodes = self.spec(batch.sampling).nodes
+        known = last.cached if isinstance(last, ModelDraftRun) else None
+        cached = lm.start(len(batch), batch.capacity + nodes, (), known)
+        return ModelDraftRun(self, batch, cached, last).begun(last)
 
-    def commit(self, acceptance: Acceptance) -> None:
-        super().commit(acceptance)
-        assert self.asked is not None  # since `start`
-        order = self.asked.gather(1, acceptance.path)
-        position = torch.arange(order.shape[1], device=order.device)
-        kept = (order >= 0) & (position < acceptance.keep[:, None])  # an accepted leaf was drawn but never read
-        self._cached.cache.keep(order.clamp(min=0), kept.sum(1))
-        self.asked.fill_(-1)  # in steps in which it is not asked for a draft there is nothing new to keep
-
-    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
-        cached, longest = self._cached, context.longest
-        if frontier.topology.depth:
-            cached.longest = longest - 1
-            return longest
-        # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
-        unread = _AFTER_OWN_DRAFT if context.fixed else int((context.lengths - cached.cache.lengths).max())
-        if context.engine.fixed:
-            unread = min(1 << (unread - 1).bit_length(), longest)  # few shapes: each is compiled
-        self._unread, cached.longest = unread, max(longest - unread, 0)
-        return longest, unread
-
-    def _read_root(self, context: Context) -> Tensor:
-        """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
-        cache, lengths = self._cached.cache, context.lengths
-        # shorter rows re-read their last tokens, so that all read `_unread`
-        cache.lengths.copy_((lengths - self._unread).clamp(min=0))
-        tokens = self._cached.pending(context.tokens, self._unread)
-        logits = self._cached.forward(tokens, chain(len(tokens), self._unread, tokens.device))
-        last = lengths - 1 - cache.lengths
-        cache.lengths.copy_(lengths - 1)
-        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
-
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
-        if frontier.topology.depth == 0:
-            logits = self._read_root(context)
-        else:
-            logits = self._cached.forward(frontier.tokens, frontier.topology)
-        extra = context.vocab - logits.shape[-1]
-        return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf) if extra else logits
-
-    def _in_tokens_of(self, vocab: int, target_tokenizer: Any) -> CachedModel:
+    def _in_tokens_of(self, vocab: int, target_tokenizer: Any) -> CausalLM:
         """The draft model as one that reads and predicts the target's tokens."""
-        ours = self._alone.vocab
+        ours = self.lm.vocab
         if self.tokenizer is not None and target_tokenizer is not None:
             if self.tokenizer.get_vocab() != target_tokenizer.get_vocab():
-                last = self._cached
-                if isinstance(last, TranslatedModel) and last.translates == (vocab, target_tokenizer):
-                    return last
                 return TranslatedModel(self.model, vocab, target_tokenizer, self.tokenizer)
         elif ours != vocab:
             raise ValueError(
@@ -117,4 +71,59 @@ class ModelDrafter(TreeDrafter):
                 "generate(tokenizer=...): they tell whether the vocabularies differ by padding only or, if the tokenizers "
                 "differ, which tokens both have."
             )
-        return self._alone
+        return self.lm
+
+
+class ModelDraftRun(TreeDraftRun):
+    """A draft model at work, in a cache of its own."""
+
+    def __init__(self, drafter: ModelDrafter, batch: Batch, cached: CachedModel, last: DraftRun | None):
+        super().__init__(drafter, batch, last)
+        self.cached = cached
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        return *super().parts, self.cached
+
+    def enter(self, rows: list[int]) -> None:
+        self.cached.enter(self.batch, rows)
+        self.cached.compiles = self.batch.stages.compiles
+
+    def commit(self, outcome: Outcome) -> None:
+        super().commit(outcome)
+        order = self.asked.gather(1, outcome.path)
+        position = torch.arange(order.shape[1], device=order.device)
+        kept = (order >= 0) & (position < outcome.keep[:, None])  # an accepted leaf was drawn but never read
+        self.cached.cache.keep(order.clamp(min=0), kept.sum(1))
+        self.asked.fill_(-1)  # in steps in which it is not asked for a draft there is nothing new to keep
+
+    def prepare(self, frontier: Frontier) -> Hashable:
+        batch, longest = self.batch, self.batch.longest
+        if frontier.topology.depth:
+            return longest
+        # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
+        unread = _AFTER_OWN_DRAFT if batch.static else int((batch.lengths - self.cached.cache.lengths).max())
+        if batch.stages.static_shapes:
+            unread = min(1 << (unread - 1).bit_length(), longest)  # few shapes: each is compiled
+        self._unread = unread
+        return longest, unread
+
+    def score(self, frontier: Frontier) -> Tensor:
+        if frontier.topology.depth == 0:
+            logits = self._read_root()
+        else:
+            logits = self.cached.forward(frontier.tokens, frontier.topology, self.batch.longest - 1)
+        extra = self.batch.vocab - logits.shape[-1]
+        return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf) if extra else logits
+
+    def _read_root(self) -> Tensor:
+        """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
+        batch, cache, unread = self.batch, self.cached.cache, self._unread
+        # Shorter rows re-read their last tokens, so that all rows read `unread`.
+        start = (batch.lengths - unread).clamp(min=0)
+        cache.rewind(start)
+        tokens = self.cached.pending(batch.tokens, unread)
+        logits = self.cached.forward(tokens, batch.chain(unread), max(batch.longest - unread, 0))
+        last = batch.lengths - 1 - start
+        cache.rewind(batch.lengths - 1)
+        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))

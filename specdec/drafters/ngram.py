@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.batch import Batch
 from specdec.checks import as_int
 from specdec.coins import Coins
-from specdec.drafters.base import Acceptance, Context, Drafter
-from specdec.models.target import Target
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
 
@@ -32,24 +33,26 @@ class NgramDrafter(Drafter):
         nodes = 1 + self.length * self.branches
         return TreeSpec(frozenset({Law.POINT}), nodes, self.length, self.branches, by_depth=True)
 
-    def start(self, target: Target, context: Context) -> None:
-        self._text = np.array(context.tokens.numpy(force=True))  # [batch, capacity]: what is committed, on the host
-        self._lengths = list(context.host_lengths)
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        return _NgramRun(self, batch)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        rows = zip(self._text, self._lengths, context.host_row_depths, strict=True)
-        drafts = [self._draft(row[:n], min(self.length, depth)) for row, n, depth in rows]
-        return tree_of_points(context.root, drafts)
 
-    def commit(self, acceptance: Acceptance) -> None:
-        for b, tokens in enumerate(acceptance.emitted):
-            start, self._lengths[b] = self._lengths[b], self._lengths[b] + len(tokens)
-            self._text[b, start : self._lengths[b]] = tokens
+class _NgramRun(DraftRun):
+    def __init__(self, drafter: NgramDrafter, batch: Batch):
+        super().__init__(batch)
+        self._drafter = drafter
+
+    def propose(self, coins: Coins) -> DraftTree:
+        batch, length = self.batch, self._drafter.length
+        rows = zip(batch.texts, batch.host_left, strict=True)
+        return tree_of_points(batch.root, [self._draft(text, min(length, left - 1)) for text, left in rows])
 
     def _draft(self, text: np.ndarray, length: int) -> list[tuple[int, int]]:
         """(token, parent) of each drafted node: the continuations of `text` [length] as one tree, the latest first."""
+        if length < 1:
+            return []
         index: dict[tuple[int, int], int] = {}  # of the node that follows a parent with a token
-        for end in self._matches(text)[: -1 - self.branches : -1]:
+        for end in self._matches(text)[: -1 - self._drafter.branches : -1]:
             parent = 0
             for token in text[end + 1 : end + 1 + length].tolist():
                 parent = index.setdefault((token, parent), len(index) + 1)
@@ -58,7 +61,7 @@ class NgramDrafter(Drafter):
     def _matches(self, text: np.ndarray) -> np.ndarray:
         """Where the longest suffix of `text` that occurs earlier ends there, in order."""
         ends = np.flatnonzero(text[:-1] == text[-1])  # earlier places of the last token; the match may only grow back
-        for n in range(1, self.max_ngram):
+        for n in range(1, self._drafter.max_ngram):
             longer = ends[ends >= n]
             longer = longer[text[longer - n] == text[-1 - n]] if n < len(text) else longer[:0]
             if not len(longer):

@@ -1,9 +1,11 @@
 """Drafting nothing: autoregressive decoding as the same loop with trees of one node."""
 
+from specdec.batch import Batch
 from specdec.coins import Coins
-from specdec.drafters.base import Context, Drafter
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec, root_only
+from specdec.tree import DraftTree, Law, TreeSpec
 
 
 class NoDrafter(Drafter):
@@ -14,5 +16,10 @@ class NoDrafter(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), nodes=1, depth=0, width=0, by_depth=True)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        return root_only(context.root)
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        return last if last and last.batch is batch else _Undrafted(batch)
+
+
+class _Undrafted(DraftRun):
+    def propose(self, coins: Coins) -> DraftTree:
+        return self.batch.undrafted()

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 
+import numpy as np
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import as_float, as_ints, as_tuple, put_size
 from specdec.coins import Coins
-from specdec.drafters.base import Acceptance, Context, Drafter
-from specdec.models.target import Target
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
 
@@ -93,11 +95,11 @@ class SuffixDrafter(Drafter):
         self.nodes, self.depth, self.width = nodes, depth, width
         put_size(self)
         self.threshold = as_float("threshold", threshold, "(0, 1]")
-        self._corpus = SuffixAutomaton()
+        self.corpus = SuffixAutomaton()
         for i, text in enumerate(as_tuple("corpus", corpus, "texts, each a sequence of token ids")):
             # the last is a token that no text has: nothing runs on into the next one
             for token in (*as_ints(f"corpus[{i}]", text, 0, cure="texts are token ids"), -1 - i):
-                self._corpus.extend(token)
+                self.corpus.extend(token)
 
     def __repr__(self) -> str:
         return f"SuffixDrafter(nodes={self.nodes}, depth={self.depth}, width={self.width}, threshold={self.threshold})"
@@ -105,38 +107,47 @@ class SuffixDrafter(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
 
-    def start(self, target: Target, context: Context) -> None:
-        self._rows, self._places = [SuffixAutomaton() for _ in context.texts], [(0, 0) for _ in context.texts]
-        self._read(context.texts)
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        return _SuffixRun(self, batch)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        depths = (min(self.depth, depth) for depth in context.host_row_depths)
-        drafts = [list(self._grow(*self._match(b), deepest)) for b, deepest in enumerate(depths)]
-        return tree_of_points(context.root, drafts)
 
-    def commit(self, acceptance: Acceptance) -> None:
-        self._read(acceptance.emitted)
+class _SuffixRun(DraftRun):
+    def __init__(self, drafter: SuffixDrafter, batch: Batch):
+        super().__init__(batch)
+        self._drafter = drafter
+        self._rows = [SuffixAutomaton() for _ in batch.texts]  # of each row's text
+        self._places = [(0, 0) for _ in batch.texts]  # of each row in the corpus
+        self._read = [0] * len(batch)  # tokens of each row that stand in these
 
-    def _read(self, texts: Sequence[Sequence[int]]) -> None:
-        for b, tokens in enumerate(texts):
-            for token in tokens:
+    def propose(self, coins: Coins) -> DraftTree:
+        batch, most = self.batch, self._drafter.depth
+        self._read_on(batch.texts)
+        depths = (min(most, left - 1) for left in batch.host_left)
+        return tree_of_points(
+            batch.root, [list(self._grow(*self._match(b), deepest)) for b, deepest in enumerate(depths)]
+        )
+
+    def _read_on(self, texts: Sequence[np.ndarray]) -> None:
+        for b, text in enumerate(texts):
+            for token in text[self._read[b] :].tolist():
                 self._rows[b].extend(token)
-                self._places[b] = self._corpus.read(*self._places[b], token)
+                self._places[b] = self._drafter.corpus.read(*self._places[b], token)
+            self._read[b] = len(text)
 
     def _match(self, row: int) -> tuple[SuffixAutomaton, int, int]:
         """(automaton, state, length) of the longest suffix with a past: in the row's own text, unless the corpus knows more."""
         own = self._rows[row]
         state = own.link[own.last]
         length = own.length[state] if state > 0 else 0
-        return (self._corpus, *self._places[row]) if self._places[row][1] > length else (own, state, length)
+        return (self._drafter.corpus, *self._places[row]) if self._places[row][1] > length else (own, state, length)
 
     def _grow(self, automaton: SuffixAutomaton, state: int, length: int, deepest: int) -> Iterator[tuple[int, int]]:
         """(token, parent) of each node after the root, the best path first."""
-        if state <= 0 or deepest == 0:
+        if state <= 0 or deepest < 1:
             return
         made, heap = 0, []
         self._consider(heap, automaton, state, length, 1.0, 0, 0)
-        while heap and made < self.nodes - 1:
+        while heap and made < self._drafter.nodes - 1:
             minus_chance, _, parent, depth, token, state = heappop(heap)
             made += 1
             yield token, parent
@@ -147,7 +158,7 @@ class SuffixDrafter(Drafter):
         """Push the likeliest children of a node: after one sight in a short context a child is as likely as not."""
         ways = [(automaton.count[to], -token, to) for token, to in automaton.next[state].items() if token >= 0]
         seen = sum(count for count, _, _ in ways)
-        for count, token, to in sorted(ways, reverse=True)[: self.width]:
+        for count, token, to in sorted(ways, reverse=True)[: self._drafter.width]:
             estimate = chance * count / (seen + 1 / length)
-            if estimate >= self.threshold:
+            if estimate >= self._drafter.threshold:
                 heappush(heap, (-estimate, len(heap), parent, depth + 1, -token, to))

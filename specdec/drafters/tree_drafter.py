@@ -9,26 +9,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import check_kind, check_logits
 from specdec.coins import Coins
-from specdec.drafters.base import Acceptance, Context, Drafter
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.outcome import Outcome
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, TreeSpec, root_only
-from specdec.trees.base import Frontier, TreePolicy, drive
+from specdec.tree import DraftTree, TreeSpec
+from specdec.trees.base import Frontier, TreePolicy, TreeRun, grow_tree
 from specdec.trees.widths import Chain
 
 
 class TreeDrafter(Drafter):
-    """Grows the trees of a policy. Override `score`, and `start` if there is something to set up.
+    """Grows the trees of a policy. Its run, a `TreeDraftRun`, scores nodes.
 
     Args:
         tree: the tree policy; a chain of 4 by default.
     """
 
-    # [batch, node] int64: `Grown.asked` of the last tree, -1 for nodes that it has not. It stays in one place as long as that
-    # is possible: what was captured writes it there, and reads it there.
-    asked: Tensor | None = None
-    capturable_scores: bool = False  # True if what `score` does to the device depends only on `prepare`
+    # True if what `score` does to the device depends only on `prepare` and on shapes.
+    capturable_scores: bool = False
 
     def __init__(self, tree: TreePolicy | None = None):
         cure = "pass a tree policy such as Chain(4) or Widths([4, 2, 1])"
@@ -43,52 +43,77 @@ class TreeDrafter(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.tree.spec(sampling)
 
-    def prepare(self, frontier: Frontier, context: Context) -> Hashable:
+
+class TreeDraftRun(DraftRun):
+    """Grows the trees of the drafter's policy. Override `score`.
+
+    Args:
+        drafter: the description.
+        batch: the texts.
+        last: a run of an earlier batch.
+    """
+
+    def __init__(self, drafter: TreeDrafter, batch: Batch, last: DraftRun | None = None):
+        super().__init__(batch)
+        self.drafter = drafter
+        self.tree: TreeRun = drafter.tree.start(batch, last.tree if isinstance(last, TreeDraftRun) else None)
+        self._nodes = drafter.tree.spec(batch.sampling).nodes
+        # [batch, nodes] int64: `Grown.asked` of the last tree, -1 for nodes that it has not
+        self.asked = torch.full((len(batch), self._nodes), -1, device=batch.device)
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What it is made of: a run of the same parts lies in the same tensors. Add what a subclass has besides."""
+        return self.drafter, self.batch, self.tree
+
+    def begun(self, last: DraftRun | None) -> DraftRun:
+        """`last`, begun anew, if it is made of the same parts, so that what was captured with it holds; else this run."""
+        if not isinstance(last, type(self)) or any(a is not b for a, b in zip(self.parts, last.parts, strict=True)):
+            return self
+        last.asked.fill_(-1)
+        return last
+
+    def prepare(self, frontier: Frontier) -> Hashable:
         """Called before every `score`, on the host. Return a key of all host values that `score` uses, but for shapes."""
         return None
 
     @abstractmethod
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
+    def score(self, frontier: Frontier) -> Tensor:
         """[batch, count, vocab]: logits after the nodes of the frontier. In each tree the root comes first, alone.
 
         Each must give a law: NaN, inf or -inf for all tokens are told as the drafter's fault after the step.
         """
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        nodes = self.tree.spec(context.sampling).nodes
-        if context.max_depth == 0:
-            tree = root_only(context.root)
-            self.remember(tree.topology.parents, nodes)
-            return tree
-
-        broken = torch.zeros_like(context.lengths, dtype=torch.bool)  # [batch] bool: rows with logits that are no law
-
-        def drafted(frontier: Frontier) -> Tensor:
-            logits = self.score(frontier, context)
-            shape = (*frontier.tokens.shape, context.vocab)
-            check_logits(f"{type(self).__name__}.score", logits, "[batch, count, vocab]", shape, frontier.tokens.device)
-            return logits
+    def propose(self, coins: Coins) -> DraftTree:
+        if self.batch.max_depth == 0:
+            self.asked.fill_(-1)
+            return self.batch.undrafted()
+        broken = torch.zeros_like(self.batch.lengths, dtype=torch.bool)  # [batch]: rows with logits that are no law
 
         def checked(frontier: Frontier) -> Tensor:
-            key = id(self), self.prepare(frontier, context)
-            if not self.capturable_scores:
-                logits = drafted(frontier)
-            else:
-                logits = context.engine.perform(key, drafted, None, frontier)
+            logits = self._scored(frontier)
             broken.logical_or_(~logits.amax(-1).isfinite().all(1))
             return logits
 
-        grown = drive(self.tree, context, coins, checked)
-        self.remember(grown.asked, nodes)
+        grown = grow_tree(self.tree, coins, self._nodes, checked)
+        self.asked.fill_(-1)[:, : grown.asked.shape[1]] = grown.asked
         # no token is the root's: `DraftTree.invalid` tells the host with the step
         return replace(grown.tree, tokens=grown.tree.tokens.masked_fill(broken[:, None], -1))
 
-    def remember(self, asked: Tensor, nodes: int) -> None:
-        """Set `asked`, to `Grown.asked` [batch, <= nodes] int64 of a tree of which `nodes` is the largest size."""
-        shape, held = (len(asked), nodes), self.asked
-        if held is None or (held.shape, held.device) != (shape, asked.device):
-            held = self.asked = asked.new_empty(shape)
-        held.fill_(-1)[:, : asked.shape[1]] = asked
+    def _scored(self, frontier: Frontier) -> Tensor:
+        """`score`, checked; replayed where scores are captured one by one."""
 
-    def commit(self, acceptance: Acceptance) -> None:
-        self.tree.commit(acceptance)
+        def drafted(frontier: Frontier) -> Tensor:
+            logits = self.score(frontier)
+            shape = (*frontier.tokens.shape, self.batch.vocab)
+            axes, device = "[batch, count, vocab]", frontier.tokens.device
+            check_logits(f"{type(self).__name__}.score", logits, axes, shape, device)
+            return logits
+
+        key = id(self), self.prepare(frontier)
+        if not self.drafter.capturable_scores:
+            return drafted(frontier)
+        return self.batch.stages.perform(key, drafted, None, frontier)
+
+    def commit(self, outcome: Outcome) -> None:
+        self.tree.commit(outcome)

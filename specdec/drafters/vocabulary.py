@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.models.target import CachedModel
-from specdec.tree import Topology
+from specdec.models.cached_model import CausalLM
 
 _LEAST = 0.05  # share of the target's tokens: with fewer, a draft hardly ever has the token that is due
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -30,7 +29,7 @@ _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
 }  # spelling of byte-level BPE
 
 
-class TranslatedModel(CachedModel):
+class TranslatedModel(CausalLM):
     """A draft model that reads and predicts the tokens of a target with another tokenizer.
 
     Args:
@@ -41,14 +40,16 @@ class TranslatedModel(CachedModel):
 
     def __init__(self, model: PreTrainedModel, vocab: int, target_tokenizer: Any, draft_tokenizer: Any):
         super().__init__(model)
-        self.translates = vocab, target_tokenizer
+        self.reads = vocab, target_tokenizer
         sizes = vocab, self.vocab, len(target_tokenizer), len(draft_tokenizer)
-        reads, shared = _translation(target_tokenizer, draft_tokenizer, sizes)
-        self._reads, self._unshared = reads.to(self.device), ~shared.to(self.device)
+        ids, shared = _translation(target_tokenizer, draft_tokenizer, sizes)
+        self._ids, self._unshared = ids.to(self.device), ~shared.to(self.device)
 
-    def forward(self, tokens: Tensor, topology: Topology, logits_to_keep: int | None = None) -> Tensor:
-        logits = super().forward(self._reads[tokens], topology, logits_to_keep)
-        return logits[..., self._reads].masked_fill(self._unshared, -torch.inf)
+    def translate(self, tokens: Tensor) -> Tensor:
+        return self._ids[tokens]
+
+    def translate_back(self, logits: Tensor) -> Tensor:
+        return logits[..., self._ids].masked_fill(self._unshared, -torch.inf)
 
 
 @lru_cache(maxsize=4)

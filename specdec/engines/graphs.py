@@ -2,7 +2,7 @@
 
 A replay repeats what a stage did to the device when it was captured, in the same memory, and runs no Python. A stage may
 therefore be captured if what it does depends on nothing that the host knows but what stands in its key (shapes, and
-`Context.longest`), if it reads nothing back, and if whatever outlives the step is updated in place. The loop is written that
+`Batch.longest`), if it reads nothing back, and if whatever outlives the step is updated in place. The loop is written that
 way; drafters, tree policies, rules and targets say of themselves whether they are (`capturable`). Where a stage cannot be,
 parts of it may be: the passes of a draft that the host steers.
 
@@ -12,26 +12,23 @@ every step: what its Python leaves behind must not depend on how often it has ru
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
-from copy import copy
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from specdec.checks import check_callable, check_kind
-from specdec.drafters.base import Acceptance, Report
-from specdec.engines.base import Engine
+from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
-from specdec.models.target import Scores
-from specdec.tree import DraftTree, Topology
-from specdec.trees.base import Frontier
 
-_BLOCK = 256  # tokens: texts whose lengths fall in one block share graphs, and attend to as many slots too many at most
+# Tokens. Texts whose lengths fall in one block share graphs, and attend to as many slots too many at most.
+_BLOCK = 256
 
 
 class Graph(Protocol):
@@ -40,6 +37,25 @@ class Graph(Protocol):
     outputs: Any  # of the stage; every replay fills the same tensors
 
     def replay(self) -> None: ...
+
+
+class Staged(Protocol):
+    """What passes from stage to stage, if it is no tensor: `DraftTree`, `Frontier`, `Scores` and `Outcome`."""
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it consists of."""
+        ...
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Any:
+        """The same made of other tensors."""
+        ...
+
+    def renewed(self) -> Any:
+        """The same tensors without what has been derived from their contents after the capture.
+
+        What was derived during the capture is part of the graph, and stays: every replay derives it again in its place.
+        """
+        ...
 
 
 _Capture = Callable[[Callable[[], Any]], Graph]
@@ -57,58 +73,81 @@ class Graphs(Engine):
     >>> specdec.generate(target, prompts, drafter, engine=engine)  # the third step of every shape is captured
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
-    Graphs and buffers are kept until a run of another kind begins (other models, drafter, rule, sampling, batch size, or
-    texts of more blocks, or a drafter or a Target that another engine has used since), or the engine is dropped.
+    A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: the same models, drafter,
+    rule, sampling and batch size, and texts of as many blocks. A run of another kind drops what lies idle. Two runs at once
+    hold two sets.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile, once per shape and process).
         capture: how a stage is captured; by default as a CUDA graph where there is CUDA, else not at all.
     """
 
-    fixed = True
+    captures = True
 
     def __init__(self, *, compile: bool = False, capture: _Capture | None = None):
         check_kind("compile", compile, bool, "pass True or False")
         if capture is not None:
             check_callable("capture", capture, "pass a function that captures a stage, or None")
-        self.compiled, self._capture = compile, capture
-        self._made_for: Any = None
-        self._inside = False  # a stage that is captured as a whole
-        self._graphs: dict[Hashable, _Captured] = {}
+        self._compile, self._capture = compile, capture
+        self._idle: list[tuple[Any, Any]] = []  # (key, what was given back)
+        self._lock = threading.Lock()
+        self._stages: WeakSet[CapturedStages] = WeakSet()
 
     @property
     def captured(self) -> int:
-        """How many graphs there are."""
-        return len(self._graphs)
+        """How many graphs there are, in use or idle."""
+        return sum(len(stages.graphs) for stages in self._stages)
+
+    def stages(self, device: torch.device) -> CapturedStages:
+        capture = CudaCapture(device) if self._capture is None and device.type == "cuda" else self._capture
+        made = CapturedStages(device, capture, self._compile)
+        self._stages.add(made)
+        return made
+
+    def take(self, key: Any) -> Any:
+        with self._lock:
+            place = next((i for i, (known, _) in enumerate(self._idle) if known == key), None)
+            if place is None:
+                self._idle.clear()
+                return None
+            return self._idle.pop(place)[1]
+
+    def give_back(self, key: Any, parts: Any) -> None:
+        with self._lock:
+            self._idle.append((key, parts))
+
+
+class CapturedStages(Stages):
+    """The captured stages of a run.
+
+    Args:
+        device: that they run on.
+        capture: how a stage is captured; None: not at all.
+        compiles: whether forward passes are to be compiled.
+    """
+
+    static_shapes = True
+
+    def __init__(self, device: torch.device, capture: _Capture | None, compiles: bool):
+        self._device, self._capture, self.compiles = device, capture, compiles
+        self.graphs: dict[Hashable, _Captured] = {}
+        self._times: Counter[Hashable] = Counter()  # that stages were run
+        self._filled: dict[tuple[int, ...], Hashable] = {}  # by which graph, by the ids of the tensors
+        self._reasons: dict[str, str] = {}  # of stages that cannot be captured
+        self._inside = False  # a stage that is captured as a whole
 
     def rounded(self, length: int) -> int:
         return -(-length // _BLOCK) * _BLOCK
-
-    def forget(self) -> None:
-        self._made_for = None
-
-    def begin(self, device: torch.device, signature: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        if (device, signature) != self._made_for:
-            self._made_for, self._buffers = (device, signature), make()
-            self._device = device
-            self._times: Counter[Hashable] = Counter()  # that stages were run
-            self._graphs = {}
-            self._filled: dict[tuple[int, ...], Hashable] = {}  # by which graph, by the ids of the tensors
-            self._reasons: dict[str, str] = {}  # of stages that cannot be captured
-            self._how = self._capture
-            if self._how is None and device.type == "cuda":
-                self._how = CudaCapture(device)
-        return self._buffers
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")
         if reason is not None:
             self._leave_out(name, reason)
-        if self._how is None or self._inside or name in self._reasons:
+        if self._capture is None or self._inside or name in self._reasons:
             return stage(*args)
         self._inside = True
         try:
-            return self._replayed((name, key, *map(_shape, args)), name, self._how, stage, args)
+            return self._replayed((name, key, *map(_shape, args)), name, self._capture, stage, args)
         finally:
             self._inside = False
 
@@ -124,10 +163,10 @@ class Graphs(Engine):
         sources = [self._filled.get(_ids(arg)) for arg in args]
         key = (*key, *sources)
         try:
-            if key not in self._graphs:
+            if key not in self.graphs:
                 held = tuple(map(self._held, args, sources))
-                self._graphs[key] = _Captured(capture(lambda: stage(*held)), held)
-            graph, held = self._graphs[key]
+                self.graphs[key] = _Captured(capture(lambda: stage(*held)), held)
+            graph, held = self.graphs[key]
             for to, arg, source in zip(held, args, sources, strict=True):
                 if source is None:
                     for target, new in zip(_tensors(to), _tensors(arg), strict=True):
@@ -137,7 +176,7 @@ class Graphs(Engine):
         except Exception as error:
             self._leave_out(name, f"capturing or replaying it failed ({_summary(error)})")
             return stage(*args)
-        return _anew(graph.outputs)
+        return _renewed(graph.outputs)
 
     def _watched(self, name: str, stage: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         with HostReads(self._device) as host:
@@ -148,9 +187,9 @@ class Graphs(Engine):
 
     def _held(self, arg: Any, source: Hashable | None) -> Any:
         """`arg` in the memory that a stage is captured with: where it is, if the graph `source` fills it."""
-        if source is None:
-            return _with(arg, [tensor.clone() for tensor in _tensors(arg)])
-        return _anew(self._graphs[source].graph.outputs)
+        if source is not None:
+            return _renewed(self.graphs[source].graph.outputs)
+        return arg.clone() if isinstance(arg, Tensor) else arg.with_tensors([t.clone() for t in arg.tensors()])
 
     def _leave_out(self, name: str, reason: str) -> None:
         if name not in self._reasons:
@@ -161,51 +200,16 @@ class Graphs(Engine):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """What a result of a stage consists of."""
-    match value:
-        case DraftTree():
-            probs = [] if value.draft_probs is None else [value.draft_probs]
-            return [value.tokens, value.topology.parents, value.laws, *probs]
-        case Frontier():
-            return [value.tokens, value.topology.parents]
-        case Scores():
-            return [t for t in value if t is not None]
-        case Acceptance():
-            return [value.path, value.keep, value.report.columns]
-    return [value]
+    """What a result of a stage consists of; a stage may return nothing."""
+    return [] if value is None else [value] if isinstance(value, Tensor) else value.tensors()
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     return tuple(map(id, _tensors(value)))
 
 
-def _anew(value: Any) -> Any:
-    """The same tensors without what has been derived from their contents since the capture.
-
-    What was derived during the capture is part of the graph, and stays: every replay derives it again in its place.
-    """
-    match value:
-        case DraftTree() | Frontier():
-            return replace(value, topology=copy(value.topology))
-        case Acceptance():
-            return replace(value, report=copy(value.report))
-    return value
-
-
-def _with(value: Any, tensors: list[Tensor]) -> Any:
-    """The same made of other tensors."""
-    match value:
-        case DraftTree():
-            tokens, parents, laws, *probs = tensors
-            shape = value.topology
-            return DraftTree(tokens, Topology(parents, shape.depth, shape.width), laws, *probs)
-        case Frontier():
-            return Frontier(tensors[0], Topology(tensors[1], value.topology.depth, value.topology.width))
-        case Scores():
-            return Scores(tensors[0], tensors[1] if len(tensors) > 1 else None)
-        case Acceptance():
-            return Acceptance(tensors[0], tensors[1], Report(tensors[2]))
-    return tensors[0]
+def _renewed(value: Any) -> Any:
+    return value if value is None or isinstance(value, Tensor) else value.renewed()
 
 
 def _summary(error: Exception) -> str:
@@ -215,6 +219,6 @@ def _summary(error: Exception) -> str:
 
 def _shape(value: Any) -> Hashable:
     """What a captured stage depends on besides the numbers in `_tensors`."""
-    shapes = tuple((tuple(t.shape), t.dtype) for t in _tensors(value))
-    grown = isinstance(value, DraftTree | Frontier)
-    return (shapes, value.topology.depth, value.topology.width) if grown else shapes
+    topology = getattr(value, "topology", None)
+    limits = (topology.depth, topology.width) if topology is not None else ()
+    return tuple((tuple(t.shape), t.dtype) for t in _tensors(value)), limits

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.arguments import as_engine, as_target, check_tokenizer
+from specdec.arguments import as_engine, as_request, as_target, check_tokenizer
 from specdec.checks import as_seed, check_kind
 from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
 from specdec.huggingface.batch_processors import BatchProcessors
 from specdec.huggingface.call import LoopWithTokenizer, arguments_of_generate
 from specdec.huggingface.generation_config import split
-from specdec.huggingface.stopping import Stopping
+from specdec.huggingface.stopping import Criteria
 from specdec.loop import Decoding
 from specdec.models.cache import GENERATE_CACHE
 from specdec.processors import Processors, check_copies
@@ -93,14 +93,17 @@ def custom_generate(
             rows = [ids[own] for ids, own in zip(input_ids, mask, strict=True)]
             drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
             shown = {"prompts": input_ids, "ends": stop_tokens, "filler": filler}
-            run = Decoding(
+            pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+            request = as_request(
                 target, rows, drafter, rule=rule, sampling=_Prepared(**fields, processors=processors, **shown),
                 max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer or given, seed=drawn, engine=engine,
                 stop_tokens=[token for token in stop_tokens if 0 <= token < target.vocab],  # others, as -1, end no text there
+                stopping=Criteria(others, input_ids, filler, pads) if others else None,
             )  # fmt: skip
-            pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-            _finish(run, Stopping(others, input_ids, filler, pads) if others else None, streamer)
-        sequences: Any = _sequences(input_ids, run.emitted, filler)
+            with Decoding(request) as run:
+                _finish(run, streamer)
+                emitted = run.emitted
+        sequences: Any = _sequences(input_ids, emitted, filler)
         return SpeculativeOutput(sequences, trace=run.trace) if config.return_dict_in_generate else sequences
 
     return LoopWithTokenizer(decode)
@@ -221,13 +224,11 @@ def _ends(criteria: StoppingCriteriaList, longest: int) -> tuple[tuple[int, ...]
     return tuple(tokens), limit, StoppingCriteriaList(others)
 
 
-def _finish(run: Decoding, stopping: Stopping | None, streamer: Any) -> None:
-    """Decode to the end, asking the criteria and serving the streamer after each step."""
+def _finish(run: Decoding, streamer: Any) -> None:
+    """Decode to the end, serving the streamer after each step."""
     told = 0
     while not run.finished:
         run.step()
-        if stopping is not None:
-            stopping.ask(run)
         if streamer is not None:
             for token in run.emitted[0][told:]:
                 streamer.put(torch.tensor([token]))

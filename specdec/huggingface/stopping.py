@@ -1,19 +1,49 @@
-"""Stopping criteria: asked as transformers asks them, about the whole batch, once for every length of its texts."""
+"""What ends a text besides stop tokens and budgets: stop strings, and transformers' stopping criteria."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Protocol
+
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteriaList, StopStringCriteria
 
-from specdec.loop import Decoding
+if TYPE_CHECKING:
+    from specdec.loop import Decoding
 
 
-class Stopping:
-    """The criteria of a run, whose rows grow by unequal steps here.
+class Stopping(Protocol):
+    """Asked after every step."""
 
-    A length is asked about as soon as every row that may reach it has. What faster rows have beyond the length at which they
-    are found to have ended is cut again: it depends on no other row.
+    def ask(self, run: Decoding) -> None:
+        """End the rows of `run` that are to end."""
+
+
+class StopStrings:
+    """Ends a text at the token that completes one of these strings.
+
+    Args:
+        tokenizer: that of the text.
+        strings: the strings.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Any):
+        self._complete: Any = StopStringCriteria(tokenizer, strings)
+
+    def ask(self, run: Decoding) -> None:
+        for row, count in enumerate(run.trace.steps[-1].emitted):
+            text = torch.from_numpy(run.batch.texts[row])[None]
+            for beyond in reversed(range(count)):
+                if self._complete(text[:, : text.shape[1] - beyond], None):
+                    run.end(row, len(run.emitted[row]) - beyond)
+                    break
+
+
+class Criteria:
+    """transformers' stopping criteria, asked as it asks them: about the whole batch, once for every length of its texts.
+
+    Rows grow by unequal steps here. A length is asked about as soon as every row that may reach it has. What faster rows have
+    beyond the length at which they are found to have ended is cut again: it depends on no other row.
 
     Args:
         criteria: called with texts [batch, prompt + length] and None, for length 1, 2, ... in order.

@@ -152,6 +152,10 @@ class TreeCache(Cache):
         self.write_slots = (self._starts + self.lengths[:, None] + nodes).flatten()
         self.view = view
 
+    def rewind(self, lengths: Tensor) -> None:
+        """Let the first lengths[b] slots of row b be its committed ones; they have been written. lengths: [batch] int64."""
+        self.lengths.copy_(lengths)
+
     def take_over(self, other: TreeCache, kept: list[int]) -> None:
         """Begin with the first kept[b] slots of row b of another cache, or of this one, and forget all that was here."""
         for slab, stack in self._stacks.items():
@@ -159,7 +163,7 @@ class TreeCache(Cache):
                 if count and other is not self:
                     stack[:, row, :count] = other._stacks[slab][:, row, :count]
                 stack[:, row, count:] = 0  # a slot that is not seen has weight 0, and 0 times garbage could be NaN
-        self.lengths.copy_(torch.tensor(kept))
+        self.rewind(torch.tensor(kept))
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         """What transformers hands on to the function that makes masks."""

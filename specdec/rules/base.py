@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
 from specdec.target_law import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec
+from specdec.tree import DraftTree, RowTree, Topology, TreeSpec
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,6 @@ class Decisions:
         """[batch] int64: the last accepted nodes."""
         return self.path.gather(1, self.accepted[:, None])[:, 0]
 
-    def cut(self, tree: DraftTree, stop_tokens: Tensor, budget: Tensor) -> Cut:
-        """What is left of it after the first stop token, and within the `budget` [batch] of new tokens."""
-        accepted, place = self.accepted[:, None], torch.arange(self.path.shape[1], device=self.path.device)
-        tokens = tree.tokens.gather(1, self.path).roll(-1, 1).scatter(1, accepted, self.token[:, None])
-        # not `torch.isin`, which sorts many stop tokens, and on a GPU waits for that
-        ends = (tokens[..., None] == stop_tokens).any(-1) & (place <= accepted)
-        first_end = torch.where(ends, place, self.path.shape[1]).amin(1)
-        count = torch.minimum(torch.minimum(self.accepted, first_end) + 1, budget)
-        more = ((tree.topology.parents == self.last[:, None]) & (tree.laws != Law.PADDING)).any(1)  # it has children
-        tried = torch.minimum(self.accepted + more, count)
-        left = torch.where(first_end < count, 0, budget - count)
-        return Cut(tokens, count, torch.minimum(self.accepted, count), tried, left)
-
     @classmethod
     def ending_at(cls, node: Tensor, law: Tensor, topology: Topology, coins: Coins) -> Decisions:
         """Accept the path to `node` [batch, 1] and draw from `law` [batch, vocab] what follows."""
@@ -58,17 +45,6 @@ class Decisions:
         on_path = topology.ancestors[rows, node[:, 0]][:, None] & (depths[:, None] == place)  # [batch, depth + 1, node]
         token = inverse_cdf(law, coins.uniforms(Purpose.EMIT).gather(1, node)[:, 0])
         return cls(on_path.long().argmax(-1), depths.gather(1, node)[:, 0], token)
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """What the text gains by a step. All [batch] int64 but `tokens`; 0 for rows that had ended."""
-
-    tokens: Tensor  # [batch, <= depth + 1] int64: the new tokens; entries from `count` on are unused
-    count: Tensor
-    accepted: Tensor  # drafted tokens among them
-    tried: Tensor  # deepest drafted depth that was put to the test
-    left: Tensor  # the budget from now on
 
 
 class Rule(ABC):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.batch import Batch
 from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind
 from specdec.coins import Coins
-from specdec.drafters import Context, Drafter
+from specdec.drafters import Drafter, DraftRun
 from specdec.generate import generate
-from specdec.models.target import Target
+from specdec.models.target import Target, TargetRun
 from specdec.sampling import Sampling
 from specdec.testing.laws import exact_law, target_law
 from specdec.testing.tables import TabularTarget
@@ -152,18 +153,25 @@ class _Draft:
 
 
 class Noting(Drafter):
-    """Another drafter, and what it drafted for every row."""
+    """Another drafter, and what its runs drafted for every row, in `drafts`."""
 
     def __init__(self, drafter: Drafter):
-        self.drafter, self.uses_hidden = drafter, drafter.uses_hidden
+        self.drafter, self.states, self.models = drafter, drafter.states, drafter.models
         self.drafts: list[_Draft] = []
-        self.start, self.commit, self.patched = drafter.start, drafter.commit, drafter.patched
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         return self.drafter.spec(sampling)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        tree = self.drafter.propose(context, coins)
-        columns = (tree.tokens.tolist(), tree.topology.parents.tolist(), tree.laws.tolist())
-        self.drafts += [_Draft(tuple(text), *row) for text, *row in zip(context.texts, *columns, strict=True)]
-        return tree
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        run = self.drafter.start(target, batch)
+        propose = run.propose
+
+        def noted(coins: Coins) -> DraftTree:
+            tree = propose(coins)
+            columns = (tree.tokens.tolist(), tree.topology.parents.tolist(), tree.laws.tolist())
+            rows = zip(batch.texts, *columns, strict=True)
+            self.drafts += [_Draft(tuple(text.tolist()), *row) for text, *row in rows]
+            return tree
+
+        run.propose = noted
+        return run

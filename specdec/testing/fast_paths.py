@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specdec.batch import Batch
 from specdec.coins import Coins, Purpose
-from specdec.drafters import Context
 from specdec.rules import Rule
 from specdec.sampling import Sampling
 from specdec.target_law import TargetLaw
@@ -223,9 +223,9 @@ class FastDecisions:
         topology = Topology(torch.tensor([-1] + [0] * width).expand(rows, -1), 1, width)
         probs = None if nodes.law == Law.POINT else nodes.weights[owner][:, None]
         tree = DraftTree(pad(children.clamp(min=0), (1, 0)), topology, laws.to(torch.uint8), probs)
-        context = Context.empty(rows, 1, nodes.logits.shape[1], nodes.logits.device)
-        context.sampling = nodes.sampling
-        law = TargetLaw(nodes.logits[owner][:, None].expand(-1, 1 + width, -1), tree, context)
+        batch = Batch(rows, 1, nodes.logits.shape[1], nodes.logits.device)
+        batch.sampling = nodes.sampling
+        law = TargetLaw(nodes.logits[owner][:, None].expand(-1, 1 + width, -1), tree, batch)
         return tree, law, GivenCoins(pad(accept, (1, 0)), emit[:, None].expand(-1, 1 + width))
 
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from transformers import PreTrainedModel
 
-from specdec.arguments import as_stop_tokens
+from specdec.arguments import as_request, as_stop_tokens
 from specdec.checks import as_int, as_ints, check_kind
 from specdec.coins import Coins
 from specdec.drafters import Drafter
@@ -98,22 +98,14 @@ def _enumerate(
             return coins[0]
 
         prompts = [torch.tensor(prompt)] * len(scripts)
-        run = Decoding(
-            target,
-            prompts,
-            drafter,
-            rule=rule,
-            sampling=sampling,
-            max_new_tokens=budget,
-            stop_tokens=stop_tokens,
-            coins=build,
-        )
-        acceptance = run.step()
-        while not (one_step or run.finished):
-            coins[0].ended = acceptance.stopped
-            acceptance = run.step()
-        for emitted, stopped, probability in zip(run.emitted, acceptance.stopped, coins[0].probabilities, strict=True):
-            yield tuple(emitted), stopped, probability
+        settings = {"rule": rule, "sampling": sampling, "max_new_tokens": budget, "stop_tokens": stop_tokens}
+        with Decoding(as_request(target, prompts, drafter, **settings, coins=build)) as run:
+            run.step()
+            while not (one_step or run.finished):
+                coins[0].ended = [not going for going in run.running]
+                run.step()
+        for emitted, going, probability in zip(run.emitted, run.running, coins[0].probabilities, strict=True):
+            yield tuple(emitted), not going, probability
         queue += coins[0].branches
 
 

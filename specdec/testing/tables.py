@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import as_int, check_kind
-from specdec.drafters import Context, TreeDrafter
-from specdec.drafters.base import Acceptance
-from specdec.models.target import Target
+from specdec.drafters.base import DraftRun
+from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
+from specdec.models.target import Scores, Target, TargetRun
 from specdec.tree import DraftTree
-from specdec.trees import Frontier, TreePolicy
+from specdec.trees.base import Frontier, TreePolicy
 
 Text = tuple[int, ...]
 
@@ -33,16 +36,16 @@ class Table:
 class TabularTarget(Table, Target):
     """A target that is a table."""
 
-    context_length = None
-    device = torch.device("cpu")
+    def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
+        return _TabularRun(self, batch)
 
-    def start(self, context: Context, capacity: int, hidden: bool) -> None: ...
 
-    def score(self, tree: DraftTree, context: Context) -> Tensor:
-        texts = _paths(context.texts, tree.tokens, tree.topology.ancestors)
-        return torch.stack([torch.stack([self.logits(text) for text in row]) for row in texts])
+class _TabularRun(TargetRun):
+    target: TabularTarget
 
-    def commit(self, acceptance: Acceptance) -> None: ...
+    def score(self, tree: DraftTree) -> Scores:
+        texts = _paths(self.batch.texts, tree.tokens, tree.topology.ancestors)
+        return Scores(torch.stack([torch.stack([self.target.logits(text) for text in row]) for row in texts]))
 
 
 class TabularDrafter(TreeDrafter):
@@ -53,18 +56,29 @@ class TabularDrafter(TreeDrafter):
         check_kind("table", table, Table)
         self.table = table
 
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        return TabularDraftRun(self, batch, last)
+
+
+class TabularDraftRun(TreeDraftRun):
+    """A table at work."""
+
+    drafter: TabularDrafter
+
+    def score(self, frontier: Frontier) -> Tensor:
         count = frontier.tokens.shape[1]
         before = self._tokens if frontier.topology.depth else frontier.tokens[:, :0]
         self._tokens = torch.cat([before, frontier.tokens], 1)  # [batch, asked]: of all nodes asked for in this tree
-        texts = _paths(context.texts, self._tokens, frontier.topology.ancestors)
-        return torch.stack([torch.stack([self.table.logits(text) for text in row[-count:]]) for row in texts])
+        texts = _paths(self.batch.texts, self._tokens, frontier.topology.ancestors)
+        logits = self.drafter.table.logits
+        return torch.stack([torch.stack([logits(text) for text in row[-count:]]) for row in texts])
 
 
-def _paths(prefixes: list[list[int]], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:
+def _paths(prefixes: list[np.ndarray], tokens: Tensor, ancestors: Tensor) -> list[list[Text]]:
     """The text up to each node of each row; prefixes end in the root."""
     rows = []
-    for prefix, row, reach in zip(prefixes, tokens.tolist(), ancestors.tolist(), strict=True):
+    texts = (prefix.tolist() for prefix in prefixes)
+    for prefix, row, reach in zip(texts, tokens.tolist(), ancestors.tolist(), strict=True):
         rows.append(
             [(*prefix, *(t for t, on_path in zip(row[1:], line[1:], strict=True) if on_path)) for line in reach]
         )

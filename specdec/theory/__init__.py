@@ -3,7 +3,7 @@
 >>> specdec.theory.one_step_ceiling(p, Law.IID, q, count=4)  # no verifier accepts one of 4 children more often
 """
 
-from specdec.theory.ceilings import one_step_ceiling, visits
+from specdec.theory.ceilings import one_step_ceiling
 from specdec.theory.costs import CostCurve, Costs, measure_costs, predicted_speed_up
 from specdec.theory.optima import chain_optimum, tree_optimum
 from specdec.theory.shapes import (
@@ -29,5 +29,4 @@ __all__ = [
     "positional_acceptance",
     "predicted_speed_up",
     "tree_optimum",
-    "visits",
 ]

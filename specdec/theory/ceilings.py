@@ -8,11 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, brief
-from specdec.rules.base import Rule
-from specdec.theory.divergence import divergence
-from specdec.trace.laws import Record
-from specdec.trace.trace import Visit
-from specdec.tree import Law, RowTree, as_law
+from specdec.tree import Law, as_law
 
 _STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12
 _DECAY = 40.0  # exp(-40) < 1e-17: where integrands are cut off
@@ -105,24 +101,3 @@ def normalised(weights: ArrayLike) -> np.ndarray:
         cure = "a law is a vector of finite non-negative weights [vocab], not all of them 0"
         raise ValueError(f"weights={brief(weights)}: {cure}.")
     return law / law.sum()
-
-
-def visits(record: Record, accepted: list[int], tried: list[int], rule: Rule) -> list[list[Visit]]:
-    """For every row, the first tried[row] nodes of the path that was decided on, of which it accepted[row] drafted tokens."""
-    tree, law, coins, paths = record.tree(), record.law(), record.coins(), record.decisions.path.tolist()
-    found = []
-    for b, (path, kept, count) in enumerate(zip(paths, accepted, tried, strict=True)):
-        row = tree.row(b, coins.row(b))
-        steps = ((path[d], path[d + 1] if d < kept else None) for d in range(count))
-        found.append([_visit(row, node, child, law.probabilities(b, node), rule) for node, child in steps])
-    return found
-
-
-def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray, rule: Rule) -> Visit:
-    children, law = tree.children(node), Law(tree.laws[node])
-    known = {Law.POINT: children, Law.SAMPLED_THEN_TOP: children[1:]}.get(law, [])
-    probs = tree.tree.draft_probs
-    q = None if law == Law.POINT or probs is None else probs[tree.row, node].double().numpy(force=True)
-    drawn = {"count": len(children), "top": [tree.tokens[child] for child in known]}
-    slot = None if accepted is None else children.index(accepted)
-    return Visit(len(children), slot, one_step_ceiling(p, law, q, **drawn), divergence(rule, p, law, q, **drawn))

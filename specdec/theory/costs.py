@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind, put
 from specdec.clock import finish
-from specdec.models.target import CachedModel
+from specdec.models.cached_model import CausalLM
 from specdec.tree import chain
 
 
@@ -103,18 +103,18 @@ def measure_costs(
 
 def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Callable[[int], float]:
     """(nodes) -> seconds of one forward pass of a chain of that many after `context` tokens."""
-    cached = CachedModel(model)
-    tokens = torch.arange(context + most, device=cached.device).remainder(cached.vocab).expand(batch, -1)
-    with torch.inference_mode(), cached.patch:
-        cached.start(batch, context + most)
+    lm = CausalLM(model)
+    tokens = torch.arange(context + most, device=lm.device).remainder(lm.vocab).expand(batch, -1)
+    with torch.inference_mode():
+        cached = lm.start(batch, context + most)
         cached.read(tokens, [context] * batch)
 
     def forward(nodes: int) -> float:
-        with torch.inference_mode(), cached.patch:
-            finish(cached.device)
+        with torch.inference_mode():
+            finish(lm.device)
             began = time.perf_counter()
-            cached.forward(tokens[:, :nodes], chain(batch, nodes, cached.device))
-            finish(cached.device)
+            cached.forward(tokens[:, :nodes], chain(batch, nodes, lm.device), context)
+            finish(lm.device)
             return time.perf_counter() - began
 
     return forward

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.checks import check_kind
+from specdec.outcome import Outcome
 from specdec.rules.base import Rule
 from specdec.trace.laws import Record
 
@@ -57,6 +59,15 @@ class Trace:
 
     prefill_seconds: float = 0.0
     steps: list[Step] = field(default_factory=list)
+
+    def cut(self, row: int, beyond: int) -> None:
+        """Forget the last `beyond` tokens of a row."""
+        for step in reversed(self.steps):
+            gone = min(step.emitted[row], beyond)
+            if gone <= 0:
+                break
+            step.cut(row, step.emitted[row] - gone)
+            beyond -= gone
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file, for `load`."""
@@ -178,6 +189,7 @@ def _decided_by(rule: Rule, step: Step) -> Step:
     rule.check(record.spec)
     tree = record.tree()
     decisions = rule(tree, record.law(), record.coins())
-    cut = decisions.cut(tree, record.stop_tokens, record.budget)
-    counts = (cut.count.tolist(), cut.accepted.tolist(), cut.tried.tolist())
+    invalid = torch.zeros_like(record.budget)
+    outcome = Outcome.of(tree, decisions, record.stop_tokens, record.budget, (invalid, invalid))
+    counts = (list(map(len, outcome.emitted)), outcome.accepted, outcome.tried)
     return Step(step.nodes, *counts, 0.0, 0.0, 0.0, record=replace(record, decisions=decisions))

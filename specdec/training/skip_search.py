@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
-from specdec.drafters.layer_skip import decoder_layers, passing_through, skippable
-from specdec.models.target import CachedModel
+from specdec.drafters.layer_skip import passing_through, skippable
+from specdec.models.cached_model import CausalLM
+from specdec.models.states import decoder_layers
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
 from specdec.training.distillation import acceptance_by_depth
-from specdec.tree import text_chain
+from specdec.tree import chain
 
 Skip = frozenset[int]  # indices of the layers left out
 
@@ -45,16 +46,17 @@ class Rehearsal:
     def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], depth: int, sampling: Sampling):
         depth = as_int("depth", depth, 1)
         check_kind("sampling", sampling, Sampling)
-        self._cached, self._sampling = CachedModel(model), sampling
+        lm, self._sampling = CausalLM(model), sampling
         self.layers = decoder_layers(model)
         lengths = torch.tensor([len(text) for text in texts])
         if int(lengths.min()) < depth + 2:
             raise ValueError(f"A text has {int(lengths.min())} tokens: chains of {depth} need {depth + 2} or more.")
-        tokens = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(self._cached.device)
+        tokens = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(lm.device)
         path = (lengths[:, None] - depth - 1 + torch.arange(depth + 1)).to(tokens.device)
         self._path = tokens.gather(1, path)  # [text, depth + 1]: the root and what followed it
-        with torch.inference_mode(), self._cached.patch:
-            self._cached.start(len(tokens), tokens.shape[1])
+        self._longest = int(lengths.max()) - depth - 1  # tokens before a root
+        with torch.inference_mode():
+            self._cached = lm.start(len(tokens), tokens.shape[1])
             self._cached.read(tokens, (lengths - depth - 1).tolist())
         self._target = self._laws(frozenset())
 
@@ -69,8 +71,9 @@ class Rehearsal:
     def _laws(self, skip: Skip) -> Tensor:
         """[text, depth, vocab]: log-laws after the root and the nodes but the last, without these layers."""
         nodes = self._path[:, :-1]
-        with torch.inference_mode(), self._cached.patch, passing_through([self.layers[i] for i in sorted(skip)]):
-            logits = self._cached.forward(nodes, text_chain(len(nodes), nodes.shape[1], nodes.device))
+        shape = chain(len(nodes), nodes.shape[1], nodes.device)
+        with torch.inference_mode(), passing_through([self.layers[i] for i in sorted(skip)]):
+            logits = self._cached.forward(nodes, shape, self._longest)
             return self._sampling.probabilities(logits).log()
 
 

@@ -1,7 +1,8 @@
 """Tree policies: who gets how many children, under which law. One policy per file."""
 
-from specdec.trees.adaptive.policy import Adaptive
-from specdec.trees.base import Children, Frontier, Grown, Growth, TreePolicy, draw
+from specdec.trees.adaptive import Adaptive
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
+from specdec.trees.draw import Children, draw
 from specdec.trees.dynamic import Dynamic
 from specdec.trees.static import Static
 from specdec.trees.widths import Chain, Widths
@@ -16,6 +17,7 @@ __all__ = [
     "Growth",
     "Static",
     "TreePolicy",
+    "TreeRun",
     "Widths",
     "draw",
 ]

@@ -1,42 +1,65 @@
-"""The contract of a tree policy, and how children are drawn."""
+"""The contract of a tree policy."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import check_kind
 from specdec.coins import Coins
-from specdec.drafters.base import Acceptance, Context
+from specdec.outcome import Outcome
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec, as_law
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Nodes whose continuations a policy asks for."""
+    """Nodes whose continuations a policy asks for.
 
-    tokens: Tensor  # [batch, count] int64
-    topology: Topology  # of all nodes asked for so far, these last; node 0 is the root
+    Args:
+        tokens: [batch, count] int64.
+        topology: of all nodes asked for so far, these last; node 0 is the root.
+    """
+
+    tokens: Tensor
+    topology: Topology
+
+    def tensors(self) -> list[Tensor]:
+        """What it consists of."""
+        return [self.tokens, self.topology.parents]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Frontier:
+        """A frontier of the same shape made of other tensors."""
+        return Frontier(tensors[0], Topology(tensors[1], self.topology.depth, self.topology.width))
+
+    def renewed(self) -> Frontier:
+        """The same tensors; what is derived from them later is derived anew."""
+        return replace(self, topology=copy(self.topology))
 
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """A finished tree."""
+    """A finished tree.
+
+    Args:
+        tree: the draft trees.
+        asked: [batch, node] int64: the order in which each node was asked for, -1 for nodes that never were.
+    """
 
     tree: DraftTree
-    asked: Tensor  # [batch, node] int64: the order in which each node was asked for, -1 for nodes that never were
+    asked: Tensor
 
 
 Growth = Generator[Frontier, Tensor, Grown]
 
 
 class TreePolicy(ABC):
-    """Decides the shape of draft trees; drafters that can score any node grow them with it."""
+    """Decides the shape of draft trees; drafters that can score any node grow them with it. It may serve any number of runs."""
 
     capturable: bool = False  # True if `grow` does the same to the device every step: see `specdec.engines.graphs`
 
@@ -45,110 +68,52 @@ class TreePolicy(ABC):
         """What trees this policy may grow under this sampling."""
 
     @abstractmethod
-    def grow(self, context: Context, coins: Coins) -> Growth:
+    def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
+        """Begin a run for these texts.
+
+        Args:
+            batch: the texts; it stays the same object for the whole run.
+            last: the run of an earlier batch. A policy that can begin anew in the tensors of that one returns it, so that what
+                was captured with them is replayed.
+        """
+
+
+class TreeRun(ABC):
+    """A policy at work on the texts of one run."""
+
+    def __init__(self, policy: TreePolicy, batch: Batch):
+        self.policy, self.batch = policy, batch
+
+    def serves(self, policy: TreePolicy, batch: Batch) -> bool:
+        """Whether it is a run of this policy, over the tensors of this batch."""
+        return self.policy == policy and self.batch is batch
+
+    @abstractmethod
+    def grow(self, coins: Coins) -> Growth:
         """A generator: yield a `Frontier`, receive the draft's logits [batch, count, vocab] after its nodes, repeat.
 
         What to draw next may depend on anything drawn before. A sampled node is never dropped or re-ranked, and a
-        POINT node only on what was known before anything below it was sampled. Not deeper than `context.max_depth`. A tree
+        POINT node only on what was known before anything below it was sampled. Not deeper than `Batch.max_depth`. A tree
         of the root alone may be returned without asking for anything.
         """
 
-    def commit(self, acceptance: Acceptance) -> None:  # noqa: B027 - optional
-        """Called by drafters from their own `commit`, for policies that learn from outcomes: what was kept of the last tree,
-        if one was grown since the last call.
-        """
+    def commit(self, outcome: Outcome) -> None:  # noqa: B027 - optional
+        """Called after every step, for policies that learn: what became of the last tree, if one was grown since."""
 
 
-def drive(tree: TreePolicy, context: Context, coins: Coins, score: Callable[[Frontier], Tensor]) -> Grown:
-    """Grow a tree, answering the policy's frontiers with `score`."""
-    growth, most = tree.grow(context, coins), tree.spec(context.sampling).nodes
+def grow_tree(run: TreeRun, coins: Coins, most: int, score: Callable[[Frontier], Tensor]) -> Grown:
+    """Grow a tree, answering the policy's frontiers with `score`; at most so many nodes may be asked for."""
+    growth = run.grow(coins)
     try:
         frontier = next(growth)
         while True:
-            check_kind(f"what {type(tree).__name__}.grow yielded", frontier, Frontier)
+            check_kind(f"what {type(run).__name__}.grow yielded", frontier, Frontier)
             asked = frontier.topology.parents.shape[1]
             if asked > most:  # caches have no room for them but that of the next row
                 raise ValueError(
-                    f"{tree} asks to continue {asked} nodes, of {most} at most by its TreeSpec: raise `nodes`."
+                    f"{type(run).__name__} asks to continue {asked} nodes, of {most} at most by its TreeSpec: raise `nodes`."
                 )
             frontier = growth.send(score(frontier))
     except StopIteration as stop:
-        check_kind(f"what {type(tree).__name__}.grow returned", stop.value, Grown)
+        check_kind(f"what {type(run).__name__}.grow returned", stop.value, Grown)
         return stop.value
-
-
-@dataclass(frozen=True, eq=False)
-class Children:
-    """The children of every node of a frontier: `count` nodes with `width` children each."""
-
-    tokens: Tensor  # [batch, count * width] int64, siblings together, in the order they were drawn
-    exists: Tensor | None  # [batch, count * width] bool; None if all do
-    laws: Tensor  # [batch, count] uint8, of the parents
-    draft_probs: Tensor | None  # [batch, count, vocab]
-
-
-def drawable(law: Law | int) -> Law:
-    """`law` as one that children can be drawn under; raises ValueError for PADDING, and for what is no law."""
-    law = as_law(law)
-    if law == Law.PADDING:
-        raise ValueError("law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP.")
-    return law
-
-
-def drawn_laws(law: Law, sampling: Sampling) -> frozenset[Law]:
-    """The laws that `draw` may record when asked for `law`."""
-    if sampling.temperature == 0:
-        return frozenset({Law.POINT})
-    # the top k - 1 may be the whole support
-    return frozenset({law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law})
-
-
-def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins, first: int) -> Children:
-    """Draw `width` children for each node from the draft's law under `sampling`.
-
-    Args:
-        logits: [batch, count, vocab] raw draft logits of the parents.
-        width: children per parent.
-        law: how to draw. At temperature 0 a sampled law would be one-hot, so children are the top `width` of the raw
-            logits instead, as POINT.
-        first: node index that the first child will have; its siblings and cousins follow.
-    """
-    if width > logits.shape[-1] and (law != Law.IID or sampling.temperature == 0):
-        raise ValueError(
-            f"A node cannot have {width} different children: the vocabulary has {logits.shape[-1]} tokens."
-        )
-    if sampling.temperature == 0 or law == Law.POINT:
-        tokens = logits.topk(width, -1).indices.flatten(1)
-        return Children(tokens, None, torch.full_like(logits[..., 0], Law.POINT, dtype=torch.uint8), None)
-    probs = sampling.probabilities(logits)
-    laws = torch.full_like(probs[..., 0], law, dtype=torch.uint8)
-    if law == Law.SAMPLED_THEN_TOP:
-        tokens, exists, laws = _sampled_then_top(probs, width, laws, coins, first)
-    else:
-        tokens, exists = _sampled(probs, width, law, coins, first)
-    return Children(tokens.flatten(1), None if exists is None else exists.flatten(1), laws, probs)
-
-
-def _sampled(probs: Tensor, width: int, law: Law, coins: Coins, first: int) -> tuple[Tensor, Tensor | None]:
-    """[batch, count, width] tokens, and which of them exist: without replacement a small support runs out."""
-    batch, count, vocab = probs.shape
-    if law == Law.IID:
-        weights = probs[:, :, None].expand(-1, -1, width, -1).reshape(batch, count * width, vocab)
-        return coins.picks(range(first, first + count * width), weights).view(batch, count, width), None
-    weights, tokens, exists = probs.clone(), [], []
-    for j in range(width):
-        exists.append(weights.sum(-1) > 0)
-        tokens.append(coins.picks(range(first + j, first + count * width, width), weights))
-        weights.scatter_(-1, tokens[-1][..., None], 0)
-    return torch.stack(tokens, -1), torch.stack(exists, -1)
-
-
-def _sampled_then_top(probs: Tensor, width: int, laws: Tensor, coins: Coins, first: int):
-    """As `_sampled`, and the laws: where the top k - 1 are the whole support, they are POINT children without a first."""
-    top = probs.topk(width - 1, -1)
-    rest = probs.scatter(-1, top.indices, 0)
-    left = rest.sum(-1) > 0
-    token = coins.picks(range(first, first + probs.shape[1] * width, width), rest)
-    tokens = torch.cat([token[..., None], top.indices], -1)
-    exists = torch.cat([left[..., None], top.values > 0], -1)
-    return tokens, exists, torch.where(left, laws, Law.POINT)

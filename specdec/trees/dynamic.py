@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import as_float, put, put_size
 from specdec.coins import Coins
-from specdec.drafters.base import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.base import Frontier, Grown, Growth, TreePolicy
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,42 @@ class Dynamic(TreePolicy):
         asked = 1 + self.width * (self.depth - 1)  # more than `nodes` where the beams of all depths are
         return TreeSpec(frozenset({Law.POINT}), max(self.nodes, asked), self.depth, self.width, by_depth=True)
 
-    def grow(self, context: Context, coins: Coins) -> Growth:
-        batch, device = len(context.tokens), context.tokens.device
-        tokens = context.root[:, None]  # [batch, beam]
+    def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
+        return last if last and last.serves(self, batch) else _DynamicRun(self, batch)
+
+
+class _DynamicRun(TreeRun):
+    policy: Dynamic
+
+    def grow(self, coins: Coins) -> Growth:
+        policy, texts = self.policy, self.batch
+        batch, device, deepest = len(texts), texts.device, min(policy.depth, texts.max_depth)
+        tokens = texts.root[:, None]  # [batch, beam]
         score = tokens.new_zeros((batch, 1), dtype=torch.float64)  # log-probability of each path of the beam
         order = torch.zeros_like(tokens)  # [batch, beam]: when each was asked for
         origin = torch.full_like(tokens, -1)  # [batch, beam]: its index among the candidates
         asked, found = Topology(tokens.new_full((batch, 1), -1), 0, 0), _Candidates(batch, device)
-        for depth in range(1, min(self.depth, context.max_depth) + 1):
+        for depth in range(1, deepest + 1):
             logits = yield Frontier(tokens, asked)
-            logp = (logits.double() / (context.sampling.temperature or 1.0)).log_softmax(-1)
-            best = logp.topk(min(self.width, logp.shape[-1]), -1)
+            logp = (logits.double() / (texts.sampling.temperature or 1.0)).log_softmax(-1)
+            best = logp.topk(min(policy.width, logp.shape[-1]), -1)
             score = (score[..., None] + best.values).flatten(1)
-            beyond = context.row_depths[:, None] < depth  # no row draws beyond its budget
-            score = torch.where(beyond | (score.exp() < self.threshold), -torch.inf, score)
+            beyond = texts.left[:, None] <= depth  # no row draws beyond its budget
+            score = torch.where(beyond | (score.exp() < policy.threshold), -torch.inf, score)
             repeats = best.indices.shape[-1]
             index = found.add(best.indices.flatten(1), score, origin.repeat_interleave(repeats, 1))
-            beam = score.topk(min(self.width, score.shape[1]), -1)
+            beam = score.topk(min(policy.width, score.shape[1]), -1)
             tokens, score = best.indices.flatten(1).gather(1, beam.indices), beam.values
             parent = order.repeat_interleave(repeats, 1).gather(1, beam.indices)
             origin = index.gather(1, beam.indices)
             start = asked.parents.shape[1]
             order = torch.arange(start, start + tokens.shape[1], device=device).expand(batch, -1)
-            asked = Topology(torch.cat([asked.parents, parent], 1), depth, self.width)
-            if self.threshold and not bool((score > -torch.inf).any()):
+            asked = Topology(torch.cat([asked.parents, parent], 1), depth, policy.width)
+            if policy.threshold and not bool((score > -torch.inf).any()):
                 break
-            if depth < min(self.depth, context.max_depth):
+            if depth < deepest:
                 found.note_order(origin, order)
-        return found.best(self.nodes - 1, context.root, self.width, shrinks=self.threshold > 0)
+        return found.best(policy.nodes - 1, texts.root, policy.width, shrinks=policy.threshold > 0)
 
 
 class _Candidates:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import as_parents, put
 from specdec.coins import Coins
-from specdec.drafters.base import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
+from specdec.trees.draw import draw, drawable, drawn_laws
 
 
 @dataclass(frozen=True)
@@ -49,32 +51,72 @@ class Static(TreePolicy):
         width = max(group.width for level in plan for group in level)
         return TreeSpec(drawn_laws(self.law, sampling), len(self.parents), len(plan), width, by_depth=True)
 
-    def grow(self, context: Context, coins: Coins) -> Growth:
-        plan = _plan(tuple(self.parents))[: context.max_depth]
-        batch, device = len(context.tokens), context.tokens.device
-        shapes, asked = _shapes(tuple(self.parents), len(plan), batch, device)
-        whole = shapes[-1]
-        tokens = torch.zeros_like(whole.parents)
-        tokens[:, 0] = context.root
+    def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
+        return last if last and last.serves(self, batch) else _StaticRun(self, batch)
+
+
+class _StaticRun(TreeRun):
+    policy: Static
+
+    def __init__(self, policy: Static, batch: Batch):
+        super().__init__(policy, batch)
+        self._plan = _plan(tuple(policy.parents))
+        self._cut: dict[int, _Shapes] = {}  # by the depth that trees are cut at
+        self._members: dict[tuple[int, ...], Tensor] = {}
+
+    def grow(self, coins: Coins) -> Growth:
+        batch, plan = self.batch, self._plan[: self.batch.max_depth]
+        shapes = self._shapes(len(plan))
+        tokens = torch.zeros_like(shapes.whole.parents)
+        tokens[:, 0] = batch.root
         laws = torch.zeros_like(tokens, dtype=torch.uint8)
         exists = torch.ones_like(tokens, dtype=torch.bool)
         probs: list[tuple[tuple[int, ...], Tensor]] = []
-        for level, shape in zip(plan, shapes, strict=False):
+        for level, shape in zip(plan, shapes.levels, strict=True):
             members = tuple(node for group in level for node in group.nodes)
-            logits = yield Frontier(tokens[:, _index(members, device)], shape)
+            logits = yield Frontier(tokens[:, self._index(members)], shape)
             for group in level:
                 part, logits = logits[:, : len(group.nodes)], logits[:, len(group.nodes) :]
-                drawn = draw(part, group.width, self.law, context.sampling, coins, group.first)
+                drawn = draw(part, group.width, self.policy.law, batch.sampling, coins, group.first)
                 end = group.first + drawn.tokens.shape[1]
                 tokens[:, group.first : end] = drawn.tokens
-                nodes = _index(group.nodes, device)
+                nodes = self._index(group.nodes)
                 laws[:, nodes] = drawn.laws
                 above = exists[:, nodes].repeat_interleave(group.width, 1)
                 exists[:, group.first : end] = above if drawn.exists is None else above & drawn.exists
                 if drawn.draft_probs is not None:
                     probs.append((group.nodes, drawn.draft_probs))
-        tree = DraftTree(tokens, whole, torch.where(exists, laws, Law.PADDING), _by_node(probs))
-        return Grown(tree, asked)
+        tree = DraftTree(tokens, shapes.whole, torch.where(exists, laws, Law.PADDING), self._by_node(probs))
+        return Grown(tree, shapes.asked)
+
+    def _by_node(self, probs: list[tuple[tuple[int, ...], Tensor]]) -> Tensor | None:
+        """[batch, node, vocab] up to the last node with children; zeros at leaves before it."""
+        if not probs:
+            return None
+        batch, _, vocab = probs[0][1].shape
+        table = probs[0][1].new_zeros((batch, 1 + max(max(nodes) for nodes, _ in probs), vocab))
+        for nodes, law in probs:
+            table[:, self._index(nodes)] = law
+        return table
+
+    def _index(self, nodes: tuple[int, ...]) -> Tensor:
+        """On the device once and for all: indexing by a list waits for a copy."""
+        if nodes not in self._members:
+            self._members[nodes] = torch.tensor(nodes, device=self.batch.device)
+        return self._members[nodes]
+
+    def _shapes(self, levels: int) -> _Shapes:
+        if levels not in self._cut:
+            self._cut[levels] = _shapes(self._plan[:levels], len(self.batch), self.batch.device)
+        return self._cut[levels]
+
+
+class _Shapes(NamedTuple):
+    """Of trees that are cut at some depth."""
+
+    levels: list[Topology]  # the nodes asked for up to each level
+    whole: Topology
+    asked: Tensor  # `Grown.asked`
 
 
 @dataclass(frozen=True)
@@ -105,34 +147,16 @@ def _plan(parents: tuple[int, ...]) -> tuple[tuple[_Group, ...], ...]:
     return tuple(levels)
 
 
-@cache  # for good: see `specdec.tree.chain`
-def _shapes(parents: tuple[int, ...], depth: int, batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
-    """The nodes asked for up to each level, then the whole tree; and `Grown.asked`."""
-    index, asked, shapes = [-1], [], []
-    for number, level in enumerate(_plan(parents)[:depth]):
-        members = [node for group in level for node in group.nodes]
-        asked += members
+def _shapes(plan: Sequence[tuple[_Group, ...]], batch: int, device: torch.device) -> _Shapes:
+    def topology(parents: list[int], depth: int, width: int | None) -> Topology:
+        return Topology(torch.tensor(parents, device=device).expand(batch, -1), depth, width)
+
+    index, asked, levels = [-1], [], []
+    for depth, level in enumerate(plan):
+        asked += [node for group in level for node in group.nodes]
         above = [asked.index(index[node]) if node else -1 for node in asked]
-        shapes.append(Topology(torch.tensor(above, device=device).expand(batch, -1), number, None))
+        levels.append(topology(above, depth, None))
         index += [node for group in level for node in group.nodes for _ in range(group.width)]
-    width = max((group.width for level in _plan(parents)[:depth] for group in level), default=0)
-    shapes.append(Topology(torch.tensor(index, device=device).expand(batch, -1), depth, width))
+    width = max((group.width for level in plan for group in level), default=0)
     order = [asked.index(node) if node in asked else -1 for node in range(len(index))]
-    return shapes, torch.tensor(order, device=device).expand(batch, -1)
-
-
-@cache
-def _index(nodes: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device once and for all: indexing by a list waits for a copy."""
-    return torch.tensor(nodes, device=device)
-
-
-def _by_node(probs: list[tuple[tuple[int, ...], Tensor]]) -> Tensor | None:
-    """[batch, node, vocab] up to the last node with children; zeros at leaves before it."""
-    if not probs:
-        return None
-    batch, _, vocab = probs[0][1].shape
-    table = probs[0][1].new_zeros((batch, 1 + max(max(nodes) for nodes, _ in probs), vocab))
-    for nodes, law in probs:
-        table[:, _index(nodes, table.device)] = law
-    return table
+    return _Shapes(levels, topology(index, len(plan), width), torch.tensor(order, device=device).expand(batch, -1))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import as_int, as_ints, put
 from specdec.coins import Coins
-from specdec.drafters.base import Context
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
+from specdec.trees.draw import draw, drawable, drawn_laws
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,8 @@ class Widths(TreePolicy):
         nodes = 1 + sum(accumulate(self.widths, lambda a, b: a * b))
         return TreeSpec(drawn_laws(self.law, sampling), nodes, len(self.widths), max(self.widths), by_depth=True)
 
-    def grow(self, context: Context, coins: Coins) -> Growth:
-        widths = self.widths[: context.max_depth]
-        shapes, asked = _shapes(tuple(widths), len(context.tokens), context.tokens.device)
-        tokens = [context.root[:, None]]
-        laws, exists, probs, first = [], None, [], 1
-        for width, shape in zip(widths, shapes, strict=False):
-            logits = yield Frontier(tokens[-1], shape)
-            level = draw(logits, width, self.law, context.sampling, coins, first)
-            first += level.tokens.shape[1]
-            tokens.append(level.tokens)
-            laws.append(_mark(level.laws, exists))
-            probs.append(level.draft_probs)
-            exists = _inherit(level.exists, exists, width)
-        laws.append(_mark(torch.zeros_like(tokens[-1], dtype=torch.uint8), exists))
-        draft_probs = torch.cat(probs, 1) if probs and probs[0] is not None else None
-        tree = DraftTree(torch.cat(tokens, 1), shapes[-1], torch.cat(laws, 1), draft_probs)
-        return Grown(tree, asked)
+    def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
+        return last if last and last.serves(self, batch) else _WidthsRun(self, batch)
 
 
 class Chain(Widths):
@@ -73,20 +58,40 @@ class Chain(Widths):
         return f"Chain({len(self.widths)})"
 
 
-def _inherit(exists: Tensor | None, parents: Tensor | None, width: int) -> Tensor | None:
-    """Children exist where they were drawn and their parents exist."""
-    if exists is None or parents is None:
-        return exists
-    return exists & parents.repeat_interleave(width, 1)
+class _WidthsRun(TreeRun):
+    policy: Widths
+
+    def __init__(self, policy: Widths, batch: Batch):
+        super().__init__(policy, batch)
+        self._cut: dict[int, tuple[list[Topology], Tensor]] = {}  # by the depth that trees are cut at
+
+    def grow(self, coins: Coins) -> Growth:
+        batch, law = self.batch, self.policy.law
+        widths = self.policy.widths[: batch.max_depth]
+        shapes, asked = self._shapes(len(widths))
+        tokens = [batch.root[:, None]]
+        laws, exists, probs, first = [], None, [], 1
+        for width, shape in zip(widths, shapes, strict=False):
+            logits = yield Frontier(tokens[-1], shape)
+            level = draw(logits, width, law, batch.sampling, coins, first)
+            first += level.tokens.shape[1]
+            tokens.append(level.tokens)
+            laws.append(_mark(level.laws, exists))
+            probs.append(level.draft_probs)
+            exists = _inherit(level.exists, exists, width)
+        laws.append(_mark(torch.zeros_like(tokens[-1], dtype=torch.uint8), exists))
+        draft_probs = torch.cat(probs, 1) if probs and probs[0] is not None else None
+        tree = DraftTree(torch.cat(tokens, 1), shapes[-1], torch.cat(laws, 1), draft_probs)
+        return Grown(tree, asked)
+
+    def _shapes(self, levels: int) -> tuple[list[Topology], Tensor]:
+        """The tree cut off after each depth, from the root alone to the whole, and `Grown.asked`: the same every step."""
+        if levels not in self._cut:
+            self._cut[levels] = _shapes(self.policy.widths[:levels], len(self.batch), self.batch.device)
+        return self._cut[levels]
 
 
-def _mark(laws: Tensor, exists: Tensor | None) -> Tensor:
-    return laws if exists is None else torch.where(exists, laws, Law.PADDING)
-
-
-@cache  # for good: see `specdec.tree.chain`
-def _shapes(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
-    """The tree cut off after each depth, from the root alone to the whole, and `Grown.asked`: the same every step."""
+def _shapes(widths: Sequence[int], batch: int, device: torch.device) -> tuple[list[Topology], Tensor]:
     parents, level, shapes = [-1], [0], []
     for depth, width in enumerate((*widths, 0)):
         index = torch.tensor(parents, device=device).expand(batch, -1)
@@ -97,3 +102,14 @@ def _shapes(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[
     order = torch.arange(inner, device=device)
     scored = shapes[-2].parents.shape[1] if widths else 0  # the deepest level is never asked for
     return shapes, torch.where(order < scored, order, -1).expand(batch, -1)
+
+
+def _inherit(exists: Tensor | None, parents: Tensor | None, width: int) -> Tensor | None:
+    """Children exist where they were drawn and their parents exist."""
+    if exists is None or parents is None:
+        return exists
+    return exists & parents.repeat_interleave(width, 1)
+
+
+def _mark(laws: Tensor, exists: Tensor | None) -> Tensor:
+    return laws if exists is None else torch.where(exists, laws, Law.PADDING)

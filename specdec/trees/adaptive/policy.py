@@ -7,22 +7,24 @@ the draft's confidence and from what became of earlier drafts, `specdec.trees.ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.checks import check_kind, put_size
 from specdec.coins import Coins
-from specdec.drafters.base import Acceptance, Context
+from specdec.outcome import Outcome
 from specdec.sampling import Sampling
 from specdec.theory import Costs
-from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
+from specdec.tree import DraftTree, Law, Topology, TreeSpec
 from specdec.trees.adaptive.hit_rates import Times
 from specdec.trees.adaptive.price import Economy
-from specdec.trees.base import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
+from specdec.trees.draw import Children, draw, drawn_laws
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with
@@ -30,7 +32,7 @@ _REST = 7  # steps at most from one thought to the next, where drafts do not pay
 _OVERLAP = 0.5  # of a flat draft law with the target's, on the demo pair at temperature 1; outcomes correct it
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Adaptive(TreePolicy):
     """Depth and widths chosen level by level from measured times and acceptance; no draft where none pays.
 
@@ -42,8 +44,7 @@ class Adaptive(TreePolicy):
     Sampled children are drawn as SAMPLED_THEN_TOP, a single one from the draft's law. A draft that is never accepted costs
     about 2 tokens, and 1 % of the steps: see `hit_rates.Rate`. Where drafts hardly pay, 5 % of the steps go
     without one, and 2 % where they clearly do, to know what that takes; where they do not pay, every eighth step thinks of one.
-    Without `costs` a run begins with what the last one of that batch size has learned, so a policy serves one pair of models,
-    and one run at a time.
+    Without `costs` a run that goes on from an earlier one of that batch size begins with what that has learned.
 
     Args:
         nodes: most nodes of a tree, the root included.
@@ -57,13 +58,6 @@ class Adaptive(TreePolicy):
     depth: int = 8
     width: int = 3
     costs: Costs | None = None
-    _known: dict[int, Economy] = field(default_factory=dict, init=False, repr=False)  # by batch
-    _economy: Economy | None = field(default=None, init=False, repr=False)
-    _texts: list[list[int]] | None = field(default=None, init=False, repr=False)  # of the run
-    _expected: np.ndarray | None = field(default=None, init=False, repr=False)
-    _grown: bool = field(default=False, init=False, repr=False)
-    _rest: int = field(default=0, init=False, repr=False)  # steps without a thought, the last time or still to come
-    _rested: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         put_size(self)
@@ -83,81 +77,94 @@ class Adaptive(TreePolicy):
         clock = self.costs is None
         return TreeSpec(laws, self.nodes, self.depth, self.width, by_depth=True, by_row=False, by_clock=clock)
 
-    def grow(self, context: Context, coins: Coins) -> Growth:
-        if context.texts is not self._texts:  # a new run
-            self._texts, self._begun = context.texts, context.host_lengths
-            self._economy, self._rest, self._rested = self._begin(len(context.tokens)), 0, 0
+    def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
+        return _AdaptiveRun(self, batch, last if isinstance(last, _AdaptiveRun) else None)
+
+
+class _AdaptiveRun(TreeRun):
+    """What one run has learned; the next one of that batch size may begin with it."""
+
+    policy: Adaptive
+
+    def __init__(self, policy: Adaptive, batch: Batch, last: _AdaptiveRun | None):
+        super().__init__(policy, batch)
+        known = last is not None and last.policy == policy and len(last.batch) == len(batch) and policy.costs is None
+        self._economy = last._economy if last is not None and known else self._made()
+        self._economy.turn_to_another_text()
+        self._begun = list(batch.host_lengths)
+        self._expected: np.ndarray | None = None
+        self._grown = False
+        self._rest = self._rested = 0  # steps without a thought: how many the last time or still to come, and so far
+
+    def _made(self) -> Economy:
+        policy = self.policy
+        if policy.costs is None:
+            return Economy(Times(policy.nodes), Times(1), Times(policy.width))
+        draft = policy.costs.draft or (lambda nodes: 0.0)
+        return Economy(Times(policy.nodes, policy.costs.verify), Times(1, draft), Times(policy.width, draft))
+
+    def grow(self, coins: Coins) -> Growth:
+        policy, batch, economy = self.policy, self.batch, self._economy
         if self._rested < self._rest:
             self._rested += 1
-            return _silent(context)
-        economy, self._expected, self._grown = self._economy, None, True
-        assert economy is not None
-        budgets = context.row_depths.tolist()
-        weights = self._weights(context.host_lengths, budgets)
+            return _silent(batch)
+        self._expected, self._grown = None, True
+        weights = self._weights(batch.host_lengths, batch.host_left)
         last = 1 / sum(weight**2 for weight in weights)  # how many rows may be the last
-        left = sum(weight * (budget + 1) for weight, budget in zip(weights, budgets, strict=True))
-        economy.begin(min(self.depth, context.max_depth), last, left, 1 + self._rested)
+        left = sum(weight * left for weight, left in zip(weights, batch.host_left, strict=True))
+        economy.begin(min(policy.depth, batch.max_depth), last, left, 1 + self._rested)
         going, self._rested = economy.continues(), 0
         self._rest = min(2 * self._rest + 1, _REST) if economy.sure and not going else 0
         if not going:
             economy.finish()
-            return _silent(context)
-        tree, weight = _Growing(context.root, budgets, self.nodes), np.array(weights)[:, None]
+            return _silent(batch)
+        tree = _Growing(batch.root, [left - 1 for left in batch.host_left], policy.nodes)
+        weight = np.array(weights)[:, None]
         # [batch, frontier]: the chance of each node of the frontier to be accepted, times the row's weight
         reach = weight * tree.useful()
         while going:
             logits = yield tree.frontier()
-            families = _families(logits, min(self.width, economy.room, logits.shape[-1]), context.sampling)
+            families = _families(logits, min(policy.width, economy.room, logits.shape[-1]), batch.sampling)
             count = economy.children(reach.sum().item(), (reach[..., None] * families).sum((0, 1)).tolist())
             if count == 0:
                 break
             law = Law.SAMPLED_THEN_TOP if count > 1 else Law.IID
-            drawn = draw(logits, count, law, context.sampling, coins, tree.nodes)
+            drawn = draw(logits, count, law, batch.sampling, coins, tree.nodes)
             chances = np.minimum(economy.calibration * _chances(drawn, families[..., :count]), 1)
             exists = tree.add(drawn, families[..., count - 1] * tree.useful())
             reach = (reach[..., None] * chances).reshape(len(weights), -1) * exists * tree.useful()
-            best = (-reach).argsort(1, kind="stable")[:, : self.width]
+            best = (-reach).argsort(1, kind="stable")[:, : policy.width]
             reach = reach[tree.rows, best]
             count = economy.frontier(reach.sum(0).tolist())
             reach, going = reach[:, :count], economy.continues()
             tree.turn_to(best[:, :count])
         economy.finish()
         self._expected = np.concatenate([weight, tree.expected], 1)
-        return tree.grown(self.width)
+        return tree.grown(policy.width)
 
-    def _weights(self, lengths: list[int], budgets: list[int]) -> list[float]:
+    def _weights(self, lengths: list[int], left: list[int]) -> list[float]:
         """Of the rows, together 1: a batch ends with its last row, so rows with most time to go count most."""
         # all rows have made as many steps, so what a row has gained is its pace
-        rows = zip(lengths, budgets, self._begun, strict=True)
-        left = [(budget + 1) / (length - begun + _USUAL) for length, budget, begun in rows]
-        most = max(left)
-        powers = [(each / most) ** _LAGGARDS for each in left]
+        rows = zip(lengths, left, self._begun, strict=True)
+        to_go = [budget / (length - begun + _USUAL) for length, budget, begun in rows]
+        most = max(to_go)
+        powers = [(each / most) ** _LAGGARDS for each in to_go]
         total = sum(powers)
         return [power / total for power in powers]
 
-    def _begin(self, batch: int) -> Economy:
-        if self.costs is not None:
-            draft = self.costs.draft or (lambda nodes: 0.0)
-            return Economy(Times(self.nodes, self.costs.verify), Times(1, draft), Times(self.width, draft))
-        known = self._known.setdefault(batch, Economy(Times(self.nodes), Times(1), Times(self.width)))
-        known.turn_to_another_text()
-        return known
-
-    def commit(self, acceptance: Acceptance) -> None:
-        if not self._grown or self._economy is None:
+    def commit(self, outcome: Outcome) -> None:
+        if not self._grown:
             return
         self._grown = False
         if self._expected is None:  # nothing was drafted
             return self._economy.learn([])
-        paths, kept = acceptance.path.cpu().numpy(), acceptance.keep.tolist()
-        rows = zip(self._expected, paths, kept, acceptance.stopped, strict=True)
-        self._economy.learn(
-            [(row[0], row[path[:keep] + 1].tolist()) for row, path, keep, stopped in rows if not stopped]
-        )
+        paths, kept = outcome.path.cpu().numpy(), outcome.keep.tolist()
+        rows = zip(self._expected, paths, kept, outcome.left, strict=True)
+        self._economy.learn([(row[0], row[path[:keep] + 1].tolist()) for row, path, keep, left in rows if left])
 
 
-def _silent(context: Context) -> Grown:
-    tree = root_only(context.root)
+def _silent(batch: Batch) -> Grown:
+    tree = batch.undrafted()
     return Grown(tree, tree.topology.parents)
 
 

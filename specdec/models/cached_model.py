@@ -1,0 +1,218 @@
+"""A Hugging Face causal LM over a batch of rows with lengths of their own: it reads ragged texts and scores tree nodes.
+
+Targets and draft models run in the same machinery. `CausalLM` is what was found out about a model and may be shared;
+`CachedModel` is one run of it, and owns its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.batch import Batch
+from specdec.models.attention import Patch, View
+from specdec.models.cache import TreeCache, cache_argument
+from specdec.models.compilation import Compiled
+from specdec.models.context_limit import context_limit_of
+from specdec.models.fingerprint import fingerprint
+from specdec.models.prepared_inputs import takes
+from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
+from specdec.models.states import Capture
+from specdec.tree import Topology, chain
+
+_TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
+
+Listen = Callable[[Tensor, Tensor, Tensor], None]  # `DraftRun.read`
+
+
+class CausalLM:
+    """A supported model, and what is known of it.
+
+    Args:
+        model: the model; it is left as it is found.
+
+    Raises:
+        UnsupportedModel: trees cannot be scored with it.
+    """
+
+    reads: Any = None  # whose tokens it reads, where these are not its own
+
+    def __init__(self, model: PreTrainedModel):
+        check_ready(model)
+        self.model, self.patch = model, Patch(model)
+        self.device, self._home = device_of(model), _home(model)
+        # by the dtype of autocast: keys and values have another one inside of it
+        self._layouts = {autocast_dtype(self.device): layout_of(model)}
+        self.layers = len(next(iter(self._layouts.values())))
+        self.vocab: int = model.config.get_text_config().vocab_size
+        self.context_length, self.context_reason = context_limit_of(model)
+        self.cache_argument, self.keeps_logits = cache_argument(model), takes(model, "logits_to_keep")
+
+    def start(
+        self, rows: int, capacity: int, states: Sequence[int] = (), last: CachedModel | None = None
+    ) -> CachedModel:
+        """A run with room for so many slots per row: `last` if that is one, else a new one that may take over from it.
+
+        Args:
+            states: of the layers that are noted in every pass: see `Drafter.states`.
+        """
+        check_ready(self.model)
+        if _home(self.model) != self._home:
+            raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
+        if last is not None and (last.lm.model is not self.model or last.lm.reads != self.reads):
+            last = None
+        made = (rows, capacity, tuple(states), autocast_dtype(self.device))
+        return last if last is not None and last.made == made else CachedModel(self, *made, last)
+
+    def layout(self, autocast: torch.dtype | None) -> Any:
+        """The shapes of the model's key-value layers under this autocast."""
+        if autocast not in self._layouts:
+            self._layouts[autocast] = score_probe_tree(self.model, self.layers)[1]
+        return self._layouts[autocast]
+
+    def translate(self, tokens: Tensor) -> Tensor:
+        """The model's own ids for tokens of the text: the other model of a pair may have a longer vocabulary."""
+        return tokens.clamp(max=self.vocab - 1)
+
+    def translate_back(self, logits: Tensor) -> Tensor:
+        """Logits over the tokens of the text."""
+        return logits
+
+
+class CachedModel:
+    """A run of a model: its cache, and the passes that read and write it.
+
+    Args:
+        lm: the model.
+        rows, capacity, states, autocast: as for `CausalLM.start`, and what autocast computes in.
+        last: a run to take over from.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        rows: int,
+        capacity: int,
+        states: tuple[int, ...],
+        autocast: torch.dtype | None,
+        last: CachedModel | None,
+    ):
+        self.lm, self.made = lm, (rows, capacity, states, autocast)
+        self._autocast, self._last = autocast, last
+        self.cache = TreeCache(lm.layout(autocast), rows, capacity, lm.device)
+        self.capture = Capture(lm.model, states, lm.device)
+        self._passes = Compiled(self._logits, lm.model)
+        self.compiles = False  # whether passes are compiled from now on: those of steps, whose shapes recur
+        self._texts: list[np.ndarray] = []  # whose beginnings are in the cache
+        self._computed: Any = None  # by what; None if nobody will ask
+
+    @property
+    def states(self) -> Tensor | None:
+        """[batch, count, state, hidden] of the last pass, if some were asked for."""
+        return self.capture.states
+
+    @property
+    def wanted(self) -> bool:
+        """Whether states were asked for."""
+        return bool(self.made[2])
+
+    def enter(
+        self,
+        batch: Batch,
+        rows: Sequence[int],
+        unread: int = 1,
+        limit: list[int] | None = None,
+        listen: Listen | None = None,
+    ) -> None:
+        """Read the prompts of these rows but for their last tokens; of a run to be resumed, what is not in the cache.
+
+        Args:
+            unread: how many tokens of each prompt to leave.
+            limit: [batch]: how many tokens of each row need not be read again at most.
+            listen: is told the states.
+        """
+        last, noted = self._last or self, batch.keep or batch.resume
+        computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if noted else None
+        goals = [max(n - unread, 0) for n in batch.host_lengths]
+        kept = [0] * len(goals)
+        if batch.resume and len(last._texts) == len(goals) and last._computed == computes:
+            most = zip(
+                goals, map(_alike, last._texts, batch.texts), last.cache.lengths.tolist(), limit or goals, strict=True
+            )
+            kept = [max(min(row), 0) for row in most]
+        for row in {*range(len(goals))} - {*rows}:  # these go on as they are
+            goals[row] = kept[row] = int(self.cache.lengths[row])
+        self._texts, last._texts, self._last = [], [], None  # of neither, should this fail half-way
+        self.cache.take_over(last.cache, kept)
+        self._texts, self._computed, self.compiles = batch.records, computes, False
+        self.read(batch.tokens, goals, listen)
+
+    def read(self, tokens: Tensor, goals: list[int], listen: Listen | None = None) -> None:
+        """Commit the tokens of each row from where it stands up to goals[b]. tokens: [batch, capacity] int64."""
+        goal, now = torch.tensor(goals, device=self.lm.device), self.cache.lengths
+        while missing := int((goal - now).max()):
+            count = min(max(_TOKENS // len(tokens), 1), missing)
+            # Shorter rows re-read their last tokens, so that all rows read `count`.
+            start = now.minimum((goal - count).clamp(min=0))
+            self.cache.rewind(start)
+            topology = chain(len(tokens), count, self.lm.device)
+            self.forward(self.pending(tokens, count), topology, int(start.max()), logits_to_keep=1)
+            end = (start + count).minimum(goal)
+            if listen is not None and self.states is not None:
+                listen(self.states, start, end - start)
+            self.cache.rewind(end)
+            now = self.cache.lengths
+
+    def pending(self, tokens: Tensor, count: int) -> Tensor:
+        """[batch, count] int64: the tokens of each row after its committed ones (clamped at the end of the buffer)."""
+        index = self.cache.lengths[:, None] + torch.arange(count, device=self.lm.device)
+        return tokens.gather(1, index.clamp_(max=tokens.shape[1] - 1))
+
+    def forward(self, tokens: Tensor, topology: Topology, longest: int, logits_to_keep: int | None = None) -> Tensor:
+        """Score the last nodes of a tree whose earlier nodes were scored before.
+
+        Args:
+            tokens: [batch, count] int64, the tokens of the last `count` nodes of the topology.
+            topology: the tree so far; node i lies i slots after the committed ones.
+            longest: a host bound on the committed slots of any row.
+            logits_to_keep: how many of the last nodes get logits; all by default.
+
+        Returns:
+            [batch, count, vocab] logits.
+        """
+        count, nodes = tokens.shape[1], topology.parents.shape[1]
+        view = View(self.cache.lengths, topology, count, min(longest + nodes, self.cache.capacity))
+        self.cache.open(view)
+        positions = view.positions
+        if self.lm.context_length is not None:  # nodes past the budget of their row are never used: keep them in range
+            positions = positions.clamp(max=self.lm.context_length - 1)
+        tokens, keep = self.lm.translate(tokens), logits_to_keep or count
+        with self.lm.patch, self.capture.of_pass(keep):
+            if self.compiles:
+                view.prepare()
+                logits = self._passes((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
+            else:
+                logits = self._logits(tokens, positions, self.cache, keep)
+        return self.lm.translate_back(logits)
+
+    def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
+        lm, handed = self.lm, tokens.shape[1] if self.capture.all_logits else keep
+        named: dict[str, Any] = {lm.cache_argument: cache, **({"logits_to_keep": handed} if lm.keeps_logits else {})}
+        return lm.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def _home(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
+    weight = embedding(model)
+    return weight.dtype, weight.device

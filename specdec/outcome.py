@@ -1,0 +1,119 @@
+"""What a step gave each row of a batch, after stop tokens and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specdec.tree import DraftTree, Law
+
+if TYPE_CHECKING:
+    from specdec.rules.base import Decisions
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a step gave each row. Device tensors; what is asked of it as lists waits for the device, once.
+
+    Args:
+        path: [batch, <= depth + 1] int64: accepted nodes, the root first; entries from `keep` on are unused.
+        keep: [batch] int64: how many nodes of `path` the text now contains, the root included. It is the number of new
+            tokens too: the drafted ones below the root, and one that the target emits. 0 for rows that had ended.
+        columns: [batch, depth + 6] int64: the new tokens, and one column each for the counts in `_COUNTS`.
+    """
+
+    path: Tensor
+    keep: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(
+        cls, tree: DraftTree, decisions: Decisions, stop_tokens: Tensor, left: Tensor, invalid: Sequence[Tensor]
+    ) -> Outcome:
+        """What is left of a rule's decisions up to the first stop token and within the budgets.
+
+        Args:
+            tree: the trees that were decided on.
+            decisions: the rule's.
+            stop_tokens: [n] int64: tokens that end a text.
+            left: [batch] int64: tokens that each row may still emit.
+            invalid: [batch] bool each: rows in which the target gave no law, and those whose draft cannot be right.
+        """
+        path, accepted = decisions.path, decisions.accepted[:, None]
+        place = torch.arange(path.shape[1], device=path.device)
+        tokens = tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])
+        # not `torch.isin`, which sorts many stop tokens, and on a GPU waits for that
+        ends = (tokens[..., None] == stop_tokens).any(-1) & (place <= accepted)
+        first_end = torch.where(ends, place, path.shape[1]).amin(1)
+        count = torch.minimum(torch.minimum(decisions.accepted, first_end) + 1, left)
+        has_children = ((tree.topology.parents == decisions.last[:, None]) & (tree.laws != Law.PADDING)).any(1)
+        tried = torch.minimum(decisions.accepted + has_children, count)
+        after = torch.where(first_end < count, 0, left - count)
+        counts = (torch.minimum(decisions.accepted, count), tried, after, *invalid)
+        return cls(path, count, torch.cat([tokens, *(part[:, None] for part in (count, *counts))], 1))
+
+    @property
+    def tokens(self) -> Tensor:
+        """[batch, <= depth + 1] int64: the new tokens; entries from `keep` on are unused."""
+        return self.columns[:, : -len(_COUNTS)]
+
+    @property
+    def left_after(self) -> Tensor:
+        """[batch] int64: tokens that each row may still emit."""
+        return self.columns[:, _COUNTS.index("left") - len(_COUNTS)]
+
+    @cached_property
+    def _host(self) -> list[list[int]]:
+        return self.columns.T.tolist()
+
+    def _count(self, name: str) -> list[int]:
+        return self._host[_COUNTS.index(name) - len(_COUNTS)]
+
+    @property
+    def emitted(self) -> list[list[int]]:
+        """Each row's new tokens."""
+        rows = zip(*self._host[: -len(_COUNTS)], strict=True)
+        return [list(row[:n]) for row, n in zip(rows, self._count("emitted"), strict=True)]
+
+    @property
+    def accepted(self) -> list[int]:
+        """How many of those were drafted."""
+        return self._count("accepted")
+
+    @property
+    def tried(self) -> list[int]:
+        """Deepest drafted depth of each row that was put to the test: `accepted`, or one more."""
+        return self._count("tried")
+
+    @property
+    def left(self) -> list[int]:
+        """Tokens that each row may still emit: 0 when it has ended."""
+        return self._count("left")
+
+    @property
+    def invalid(self) -> list[list[int]]:
+        """Rows that had not ended in which the target gave no law, and those in which the draft cannot be right."""
+        running = self._count("emitted")
+        columns = (self._count("no law"), self._count("no draft"))
+        return [[b for b, n in enumerate(running) if n and bad[b]] for bad in columns]
+
+    def of_rows(self, rows: Tensor) -> Outcome:
+        """The same for some rows [batch] bool, and for the others as if nothing had been accepted."""
+        return replace(self, path=self.path.where(rows[:, None], 0), keep=self.keep.where(rows, 0))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.path, self.keep, self.columns]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Outcome:
+        return Outcome(*tensors)
+
+    def renewed(self) -> Outcome:
+        return Outcome(*self.tensors())
+
+
+_COUNTS = ("emitted", "accepted", "tried", "left", "no law", "no draft")  # columns of numbers behind those of tokens

@@ -1,0 +1,126 @@
+"""What a run owns: texts, coins, the runs of target and drafter, and captured stages. A later run may go on in it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specdec.batch import Batch
+from specdec.coins import Coins
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.engines.base import Stages
+from specdec.models.fingerprint import fingerprint
+from specdec.models.probe import autocast_dtype
+from specdec.models.target import Target, TargetRun
+
+if TYPE_CHECKING:
+    from specdec.arguments import Request
+
+
+@dataclass(eq=False)
+class Runs:
+    """What a run owns.
+
+    Args:
+        key: what its tensors and captured stages depend on.
+        batch: the texts.
+        coins: the coins.
+        stop_tokens: [n] int64: ids that end a text.
+        stages: how stages are run.
+        target, drafter: the runs of the parts.
+        description: the drafter that `drafter` is a run of.
+        busy: held by the run that is using it.
+    """
+
+    key: Any
+    batch: Batch
+    coins: Coins
+    stop_tokens: Tensor
+    stages: Stages
+    target: TargetRun
+    drafter: DraftRun
+    description: Drafter
+    busy: threading.Lock
+
+    def is_of(self, target: Target) -> bool:
+        """Whether it is a run of this target, or of another one made of the same model."""
+        mine = self.target.target
+        return mine is target or (mine.model is not None and mine.model is target.model)
+
+
+def start(request: Request) -> Runs:
+    """Begin a run, in what an earlier one has left if there is such, and read the prompts. Nobody else uses it until `end`."""
+    capacity = request.engine.stages(request.target.device).rounded(request.longest) + request.largest_tree
+    key = _key(request, capacity)
+    last = request.last if request.last is not None else request.engine.take(key)
+    if last is not None and not last.busy.acquire(blocking=False):
+        last = None  # what is in use elsewhere cannot be gone on from: the text is the same
+    try:
+        runs = _begun(request, key, capacity, last)
+    except BaseException:
+        if last is not None:
+            last.busy.release()
+        raise
+    if last is not None and runs.busy is not last.busy:
+        last.busy.release()
+    return runs
+
+
+def end(request: Request, runs: Runs) -> None:
+    """Let others have it: a later turn if the run was to be kept, else the engine's next run of the same kind."""
+    runs.busy.release()
+    if not request.keep:
+        request.engine.give_back(runs.key, runs)
+
+
+def _begun(request: Request, key: Any, capacity: int, last: Runs | None) -> Runs:
+    rows, nodes, target, device = len(request.prompts), request.spec.nodes, request.target, request.target.device
+    same = last if last is not None and last.key == key else None
+    batch = same.batch if same else Batch(rows, capacity, target.vocab, device)
+    stages = same.stages if same else request.engine.stages(device)
+    coins = (
+        request.coins(rows, nodes)
+        if request.coins
+        else same.coins
+        if same
+        else Coins(request.seed, rows, nodes, device)
+    )
+    coins.reseed(request.seed)
+    stop = same.stop_tokens if same else torch.tensor(request.stop_tokens, dtype=torch.int64, device=device)
+    batch.begin(request, stages)
+    with torch.inference_mode():
+        scoring = target.start(batch, request.drafter.states, last.target if last and last.is_of(target) else None)
+        known = last.drafter if last and last.description is request.drafter else None
+        drafting = request.drafter.start(scoring, batch, known)
+        if not (same and scoring is same.target and drafting is same.drafter):
+            batch.stages = stages = request.engine.stages(device)  # what was captured reads other tensors
+        scoring.enter([*range(rows)], drafting)
+        drafting.enter([*range(rows)])
+    busy = same.busy if same else threading.Lock()
+    if not same:
+        busy.acquire()
+    return Runs(key, batch, coins, stop, stages, scoring, drafting, request.drafter, busy)
+
+
+def _key(request: Request, capacity: int) -> Any:
+    """What tensors and captured stages depend on: compared with `==`."""
+    target, drafter, engine = request.target, request.drafter, request.engine
+    shapes = (
+        engine,
+        len(request.prompts),
+        capacity,
+        request.spec.nodes,
+        target.vocab,
+        target.device,
+        request.stop_tokens,
+    )
+    if not engine.captures:
+        return shapes
+    models = [model for model in (target.model, *drafter.models) if model is not None]
+    computes = fingerprint(*models, numbers=False), autocast_dtype(target.device)
+    parts = target if target.model is None else target.model, drafter, request.rule, request.sampling, request.spec
+    return *shapes, *parts, *computes

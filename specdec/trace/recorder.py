@@ -1,0 +1,58 @@
+"""Notes what a run does, step by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specdec.coins import Coins
+from specdec.outcome import Outcome
+from specdec.rules.base import Decisions
+from specdec.target_law import TargetLaw
+from specdec.trace.laws import Record
+from specdec.trace.trace import Step, Trace
+from specdec.trace.visits import visits
+from specdec.tree import DraftTree
+
+if TYPE_CHECKING:
+    from specdec.arguments import Request
+
+
+class Recorder:
+    """Keeps the trace of one run.
+
+    Args:
+        request: what the run was asked for.
+        prefill_seconds: how long it took to begin.
+    """
+
+    def __init__(self, request: Request, prefill_seconds: float):
+        self.trace = Trace(prefill_seconds=prefill_seconds)
+        self.reads_laws = request.trace != "summary"
+        self._request = request
+        self._record: Record | None = None
+
+    def note(self, tree: DraftTree, law: TargetLaw, decisions: Decisions, coins: Coins, left: Tensor) -> None:
+        """What is decided on, if that is wanted; before the text is appended, as logits processors read the text so far.
+
+        Args:
+            tree, law, decisions, coins: of this step.
+            left: [batch] int64: tokens that each row may still emit, before this step.
+        """
+        if self.reads_laws:
+            request = self._request
+            run = {"seed": request.seed, "step": coins.step, "spec": request.spec, "budget": left}
+            stop = torch.tensor(request.stop_tokens, dtype=torch.int64)
+            self._record = Record.of(tree, law, decisions, **run, stop_tokens=stop)
+
+    def step(self, nodes: int, outcome: Outcome, seconds: tuple[float, float, float]) -> None:
+        """Add a step with trees of so many nodes; seconds: of drafting, verification and all the rest."""
+        request, record = self._request, self._record
+        visited = None
+        if request.trace == "ceiling" and record is not None:
+            visited = visits(record, outcome.accepted, outcome.tried, request.rule)
+        kept = record if request.trace == "laws" else None
+        rows = list(map(len, outcome.emitted))
+        self.trace.steps.append(Step(nodes, rows, outcome.accepted, outcome.tried, *seconds, visited, kept))
