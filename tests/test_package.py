@@ -1,9 +1,11 @@
 """The package as a whole: what it declares, what it imports, what it leaves alone."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +26,31 @@ PINS = {
     if (text := line.partition("#")[0].strip())
     for pin in [Requirement(text)]
 }
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "specdec").rglob("*.py"))
+}
+
+
+class Imported(ast.NodeVisitor):
+    """The modules of specdec that a file imports, in its functions too; not under TYPE_CHECKING, where nothing runs."""
+
+    def __init__(self, path: Path):
+        self.modules: set[str] = set()
+        self.visit(ast.parse(path.read_text("utf-8")))
+
+    def visit_If(self, node: ast.If) -> None:
+        for part in node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else [*node.body, *node.orelse]:
+            self.visit(part)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.modules |= {alias.name for alias in node.names} & {*MODULES}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, "specdec imports by full names"
+        names = (f"{node.module}.{alias.name}" for alias in node.names)
+        self.modules |= {name if name in MODULES else str(node.module) for name in names} & {*MODULES}
 
 
 def fresh_python(code: str, cwd: Path = ROOT) -> str:
@@ -47,10 +74,28 @@ def test_transformers_does_not_take_our_kernels_folder_for_the_package_of_that_n
     assert origin == "None" or not Path(origin).is_relative_to(ROOT / "kernels")
 
 
-def test_importing_specdec_leaves_experiment_dependencies_out(tmp_path):
-    """Run elsewhere than in the repository, so it also shows that the installed package is found."""
-    code = "import sys, specdec; print(*{'hydra', 'omegaconf', 'wandb', 'matplotlib'} & set(sys.modules))"
-    assert fresh_python(code, cwd=tmp_path) == ""
+def test_importing_specdec_imports_nothing_that_a_model_and_its_tokenizer_do_not(tmp_path):
+    """So it takes the time of its own files alone, and needs no dependency of the experiments.
+
+    Run elsewhere than in the repository, so it also shows that the installed package is found.
+    """
+    code = """
+import sys
+from transformers import AutoTokenizer, LlamaForCausalLM
+before = {*sys.modules}
+import specdec
+print(*sorted({*sys.modules} - before))
+"""
+    added = fresh_python(code, cwd=tmp_path).split()
+    assert "specdec.loop" in added
+    free = {"specdec", "specdec_kernels", *sys.stdlib_module_names}
+    assert [module for module in added if module.partition(".")[0] not in free] == []
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = {module: Imported(path).modules for module, path in MODULES.items()}
+    assert "specdec.generate" in graph["specdec"]
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
 def test_all_that_the_readme_names_is_there_after_the_import():
