@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
-from experiments import calls
-from experiments.inputs import begin
-from experiments.report import markdown
+from experiments.bench import calls
+from experiments.bench.inputs import begin
+from experiments.bench.report import markdown
 from specdec import Law, rules
 from specdec.drafters import ModelDrafter
 from specdec.trees import TreePolicy, Widths

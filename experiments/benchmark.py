@@ -5,7 +5,7 @@
 
 Settings and their defaults are in `conf/benchmark.yaml`; --help lists the choices of every group. Speed-ups are over the
 first method. Ctrl-C ends early with the table of the rounds that are complete. A sweep goes on where it was stopped: see
-`experiments/sweep.py`.
+`experiments/bench/sweep.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
-from experiments import calls, sweep
-from experiments.inputs import begin, in_batches
-from experiments.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
-from experiments.report import figures, speed, table
-from experiments.results import Wandb
+from experiments.bench import calls, sweep
+from experiments.bench.inputs import begin, in_batches
+from experiments.bench.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
+from experiments.bench.report import figures, speed, table
+from experiments.bench.results import Wandb
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")

@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
-from experiments import calls
-from experiments.inputs import begin
-from experiments.results import whole
+from experiments.bench import calls
+from experiments.bench.inputs import begin
+from experiments.bench.results import whole
 from specdec import Law
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.theory import (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -23,10 +24,12 @@ import torch
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from experiments.cases import ADAPTIVE, ROUNDING, Case, llama
-from experiments.mutants import MUTANTS, STOP
-from experiments.report import markdown
-from experiments.results import ROOT, Json, provenance
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # its cases and planted bugs
+
+from certificates.cases import ADAPTIVE, ROUNDING, Case, llama
+from certificates.mutants import MUTANTS, STOP
+from experiments.bench.report import markdown
+from experiments.bench.results import ROOT, Json, provenance
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter
 from specdec.rules import (

@@ -17,14 +17,17 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.cases import law_name, sampling_name
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # its cases
+
+from certificates.cases import law_name, sampling_name
+from experiments.bench.report import markdown
+from experiments.bench.results import ROOT, provenance
 from experiments.certify import arguments, certify, write
-from experiments.report import markdown
-from experiments.results import ROOT, provenance
 from specdec import Law, Sampling
 from specdec.rules import BlockVerification, KSeq, LevelVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.testing.fast_paths import measured
@@ -117,7 +120,7 @@ def failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def kernel(sets: int) -> dict[str, int]:
     """How many sets of coins the kernel decided, and how many otherwise than torch: in a process with the interpreter on."""
-    command = [sys.executable, "-m", "experiments.kernel_decisions", str(sets)]
+    command = [sys.executable, "kernels/tests/kernel_decisions.py", str(sets)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True, capture_output=True, text=True
     )

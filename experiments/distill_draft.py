@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import specdec
-from experiments import calls
 from experiments.acceptance import bootstrap, interval, per_prompt
-from experiments.inputs import Setting, begin
-from experiments.report import markdown
-from experiments.results import leads
-from experiments.training import fit, own_texts, take_up
+from experiments.bench import calls
+from experiments.bench.inputs import Setting, begin
+from experiments.bench.report import markdown
+from experiments.bench.results import leads
+from experiments.bench.training import fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
 from specdec.rules import BlockVerification, SiblingRejection

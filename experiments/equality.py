@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import specdec
-from experiments.report import markdown
-from experiments.results import Json, provenance, whole
+from experiments.bench.report import markdown
+from experiments.bench.results import Json, provenance, whole
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
 from specdec.trees import Widths
 

@@ -3,8 +3,8 @@
     python experiments/gpu.py smoke        python experiments/gpu.py smoke --dry-run
 
 Needs torch >= 2.11 with CUDA, triton >= 3.6, transformers >= 5.17, pytest and this checkout; no network, no git, and nothing
-is installed. A call runs its parts in processes (experiments/parts.py), each with a limit of time, and whatever becomes of them
-leaves one archive, RESULTS/<call>_call.tar.gz, packed anew after every round and every half minute: tables, logs, JUnit
+is installed. A call runs its parts in processes (experiments/bench/parts.py), each with a limit of time, and whatever becomes
+of them leaves one archive, RESULTS/<call>_call.tar.gz, packed anew after every round and every half minute: tables, logs, JUnit
 reports, and parts.json, which says how each part ended. Environment:
 
     RESULTS=folder            of the archive; experiments/results by default
@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing is installed
 
-from experiments.parts import ROOT, Part, perform
+from experiments.bench.parts import ROOT, Part, perform
 
 SECONDS = 535  # that a call may take
 NEEDED = ("torch", "triton", "transformers", "pytest")

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from experiments.results import Json, provenance
+from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
 from specdec.coins import Purpose
 from specdec.rules import Rule

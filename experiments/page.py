@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments import report
-from experiments.report import COLUMNS, cells
+from experiments.bench import report
+from experiments.bench.report import COLUMNS, cells
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #2f7de1; --faint: #8889; }
@@ -53,7 +53,7 @@ def main() -> None:
 def read(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Results with figures of methods by file, in order of their dates, and the names of the other JSON files."""
     names = (path.relative_to(folder) for path in sorted(folder.rglob("*.json")))
-    # hidden: what is being written, see `experiments.results.whole`
+    # hidden: what is being written, see `experiments.bench.results.whole`
     seen = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     files = {str(name): json.loads((folder / name).read_text("utf-8")) for name in seen}
     if not files:
@@ -100,7 +100,7 @@ def page(results: dict[str, dict[str, Any]], others: list[str]) -> str:
 
 
 def _by_method(content: Any) -> bool:
-    """Whether its figures are those of `experiments.report.figures`."""
+    """Whether its figures are those of `experiments.bench.report.figures`."""
     figures = content.get("figures") if isinstance(content, dict) else None
     rows = list(figures.values()) if isinstance(figures, dict) else []
     return bool(rows) and all(isinstance(row, dict) and set(row) >= NEEDED for row in rows)

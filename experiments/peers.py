@@ -2,7 +2,8 @@
 
     python experiments/peers.py
 
-writes the enlarged demo pair to outputs/peers, where libraries (`experiments/libraries.py`) look for their own copies of it:
+writes the enlarged demo pair to outputs/peers, where other libraries (`experiments/peer_methods/libraries.py`) look for their
+own copies of it:
 
     cd outputs/peers; for MODEL in target draft; do
     optimum-cli export openvino --task text-generation-with-past --weight-format fp32 -m $MODEL openvino/$MODEL; done
@@ -24,13 +25,13 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments import calls
+from experiments.bench import calls
+from experiments.bench.inputs import begin
+from experiments.bench.measure import AGAIN, Method, Round, rounds, uninterrupted
+from experiments.bench.report import cells, figures, interval, markdown, median, speed
+from experiments.bench.results import leads, whole
 from experiments.benchmark import with_models
-from experiments.inputs import begin
-from experiments.libraries import Absent
-from experiments.measure import AGAIN, Method, Round, rounds, uninterrupted
-from experiments.report import cells, figures, interval, markdown, median, speed
-from experiments.results import leads, whole
+from experiments.peer_methods.libraries import Absent
 from specdec import Sampling
 from specdec.trace import Trace
 

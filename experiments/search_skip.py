@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 import specdec
-from experiments import calls
-from experiments.inputs import Setting, begin
-from experiments.measure import rounds, uninterrupted
-from experiments.report import figures, table
-from experiments.results import Json, whole
+from experiments.bench import calls
+from experiments.bench.inputs import Setting, begin
+from experiments.bench.measure import rounds, uninterrupted
+from experiments.bench.report import figures, table
+from experiments.bench.results import Json, whole
 from specdec.drafters import LayerSkipDrafter
 from specdec.drafters.layer_skip import decoder_layers, skippable
 from specdec.theory import CostCurve

@@ -22,10 +22,10 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
-from experiments import calls
-from experiments.inputs import begin
-from experiments.measure import Round, rounds, uninterrupted
-from experiments.report import figures, floor, interval, markdown, median
+from experiments.bench import calls
+from experiments.bench.inputs import begin
+from experiments.bench.measure import Round, rounds, uninterrupted
+from experiments.bench.report import figures, floor, interval, markdown, median
 from specdec import rules
 from specdec.drafters import ModelDrafter
 from specdec.prediction import texts

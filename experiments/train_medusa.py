@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from experiments import calls
-from experiments.inputs import begin
-from experiments.results import leads
-from experiments.training import fit, own_texts, take_up
+from experiments.bench import calls
+from experiments.bench.inputs import begin
+from experiments.bench.results import leads
+from experiments.bench.training import fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.training.medusa import States, acceptance_by_head, medusa_loss

@@ -7,7 +7,15 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import specdec
-from experiments.audit_calibration import BETS, DEMO_BUGS, DEMO_TOKENS, PartOfTheResidual, _half, on_demo, on_tables
+from experiments.studies.audit_calibration import (
+    BETS,
+    DEMO_BUGS,
+    DEMO_TOKENS,
+    PartOfTheResidual,
+    _half,
+    on_demo,
+    on_tables,
+)
 from specdec import Sampling
 from specdec.rules import SiblingRejection
 from specdec.testing.audit import audit, detectable, model_log_probs

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import specdec
-from experiments import baseline
-from experiments.measure import AGAIN, Run, recorded, uninterrupted
-from experiments.report import figures, median, resolved, table
-from experiments.results import Csv, Nothing, Wandb, acceptance_by_depth, provenance
+from experiments.bench.measure import AGAIN, Run, recorded, uninterrupted
+from experiments.bench.report import figures, median, resolved, table
+from experiments.bench.results import Csv, Nothing, Wandb, acceptance_by_depth, provenance
+from experiments.peer_methods import baseline
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
 from specdec.trace import Step, Trace, load

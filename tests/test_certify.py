@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from experiments.cases import KEYS
+from certificates.cases import KEYS
+from experiments.bench.results import ROOT, provenance
 from experiments.certify import cases, certify, document, failures
-from experiments.results import ROOT, provenance
 
 RESULTS = ROOT / "experiments" / "results"
 ROWS = json.loads((RESULTS / "certificates.json").read_text("utf-8"))

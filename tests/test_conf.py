@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import specdec
-from experiments import calls
+from experiments.bench import calls
+from experiments.bench.inputs import Setting
 from experiments.benchmark import with_models
-from experiments.inputs import Setting
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 PRESETS = ("sweep", "experiment")  # they set other options: see test_sweep.py

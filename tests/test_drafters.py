@@ -8,7 +8,7 @@ import torch
 from tiny_models import llama
 
 import specdec
-from experiments.cases import ADAPTIVE
+from certificates.cases import ADAPTIVE
 from specdec import Law, TreeSpec
 from specdec.drafters import (
     Drafter,

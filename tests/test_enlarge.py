@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import llama
 
-from experiments.enlarge import enlarge, widen
+from experiments.demo_pair.enlarge import enlarge, widen
 from specdec.drafters import MedusaHeads
 
 

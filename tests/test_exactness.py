@@ -3,7 +3,7 @@
 import pytest
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from experiments.cases import PROMPT, llama
+from certificates.cases import PROMPT, llama
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.rules import SiblingRejection

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import gpu, parts
-from experiments.parts import Part, perform
+from experiments import gpu
+from experiments.bench import parts
+from experiments.bench.parts import Part, perform
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,9 @@ def ended(tmp_path):
 
 def begun(tmp_path, call):
     """A process that performs this plan (source text), once the text "begun" is in a log of it."""
-    source = (
-        f"import sys; sys.path.insert(0, {str(gpu.ROOT)!r}); from pathlib import Path; from experiments import parts\n"
-    )
-    source += f"parts.FINISH = 0; parts.EVERY = 0.2; Part = parts.Part; results = Path({str(tmp_path)!r})\n"
+    source = f"import sys; sys.path.insert(0, {str(gpu.ROOT)!r}); from pathlib import Path\n"
+    source += "from experiments.bench import parts; from experiments.bench.parts import Part\n"
+    source += f"parts.FINISH = 0; parts.EVERY = 0.2; results = Path({str(tmp_path)!r})\n"
     process = subprocess.Popen([sys.executable, "-c", source + f"sys.exit(parts.perform('some', {call}, results, 60))"])
     until(lambda: "begun" in "".join(log.read_text() for log in tmp_path.glob("some_call/*.log")))
     return process

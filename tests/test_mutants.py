@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.cases import Case
-from experiments.mutants import DRAFT, IN_RULES, MUTANTS, TREES, Sequential, example
+from certificates.cases import Case
+from certificates.mutants import DRAFT, IN_RULES, MUTANTS, TREES, Sequential, example
 from specdec.rules import BlockVerification
 from specdec.testing import TabularDrafter, assert_lossless
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench.report import COLUMNS, cells
 from experiments.page import chart, markdown, page, read
-from experiments.report import COLUMNS, cells
 
 RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results"
 

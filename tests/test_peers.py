@@ -14,13 +14,14 @@ from test_benchmark import run
 from tiny_models import build
 
 import specdec
-from experiments import baseline, calls
+from experiments.bench import calls
+from experiments.bench.measure import AGAIN
+from experiments.bench.report import figures
 from experiments.benchmark import with_models
 from experiments.export_gguf import export
-from experiments.libraries import LlamaCpp, OpenVino
-from experiments.measure import AGAIN
+from experiments.peer_methods import baseline
+from experiments.peer_methods.libraries import LlamaCpp, OpenVino
 from experiments.peers import over, present, spent, table
-from experiments.report import figures
 from specdec import Sampling
 
 PAIR = specdec.demo.load()

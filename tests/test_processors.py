@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import specdec
-from experiments.cases import PROMPT
+from certificates.cases import PROMPT
 from specdec import Law, Sampling
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.processors import copied

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import specdec
-from experiments.inputs import Turn, in_batches, in_turns
-from experiments.measure import AGAIN, rounds
-from experiments.prompts import Prompt, dataset, demo, read
+from experiments.bench.inputs import Turn, in_batches, in_turns
+from experiments.bench.measure import AGAIN, rounds
+from experiments.bench.prompts import Prompt, dataset, demo, read
 from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.models.target import CachedModel

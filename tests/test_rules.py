@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import booleans, integers
 from random_trees import SAMPLED, differing, random_trees
 
-from experiments.mutants import example
+from certificates.mutants import example
 from specdec import Coins, DraftTree, Law, Sampling, Topology, TreeSpec
 from specdec.coins import Purpose, inverse_cdf
 from specdec.rules import (

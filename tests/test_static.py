@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from tiny_models import PROMPTS, llama, reference
 
 import specdec
+from experiments.bench.results import ROOT
 from experiments.calibrate_tree import option
-from experiments.results import ROOT
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law

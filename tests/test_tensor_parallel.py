@@ -13,8 +13,8 @@ from tiny_models import PROMPTS, llama
 from transformers import AutoModelForCausalLM
 
 import specdec
-from experiments import calls
-from experiments.results import Json, Wandb
+from experiments.bench import calls
+from experiments.bench.results import Json, Wandb
 from specdec import ModelTarget, Sampling
 from specdec.drafters import LayerSkipDrafter, MedusaDrafter, MedusaHeads, ModelDrafter, NgramDrafter
 from specdec.trees import Widths

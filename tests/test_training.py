@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from tiny_models import llama
 
-from experiments.training import fit, take_up
+from experiments.bench.training import fit, take_up
 from specdec.training.distillation import kl
 
 torch.set_num_threads(1)

@@ -3,11 +3,12 @@
     python kernels/bench/bench_engine.py --seconds 500
 
 Two kinds of target. "8B" and "1B" are the demo target made as large as such models, computing what it does (see
-`experiments/enlarge.py`), so that acceptance is real; their heads and vocabulary are not those of a published model. They are
-drafted for by the demo's draft, as it is and made as large as a model of 1 billion, by the target without some of its layers,
-and by the demo's Medusa heads, made as wide as the target. "Llama-3-8B" has the exact shape of that model and random weights:
-there the verification of trees of some sizes, of which nothing is accepted, is compared with its floor, the reading of the
-weights. Texts longer than the demo models were trained on are read all the same. Every method has a process of its own.
+`experiments/demo_pair/enlarge.py`), so that acceptance is real; their heads and vocabulary are not those of a published
+model. They are drafted for by the demo's draft, as it is and made as large as a model of 1 billion, by the target without
+some of its layers, and by the demo's Medusa heads, made as wide as the target. "Llama-3-8B" has the exact shape of that
+model and random weights: there the verification of trees of some sizes, of which nothing is accepted, is compared with its
+floor, the reading of the weights.
+Texts longer than the demo models were trained on are read all the same. Every method has a process of its own.
 Needs torch, triton and transformers, but no hydra.
 """
 
@@ -31,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 import specdec
-from experiments import baseline
-from experiments.enlarge import enlarge, widen
+from experiments.demo_pair.enlarge import enlarge, widen
+from experiments.peer_methods import baseline
 from specdec import Generation
 from specdec.clock import finish
 from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter

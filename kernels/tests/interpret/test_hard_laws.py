@@ -1,10 +1,10 @@
 """Sibling rejection in Triton decides as torch's does on laws that are hard for floating point, and wrong kernels do not."""
 
 import pytest
+from kernel_decisions import disagreements
 from planted import planted
 
 import specdec_kernels.triton.verify as kernel
-from experiments.kernel_decisions import disagreements
 
 SETS = 210
 BUGS = {

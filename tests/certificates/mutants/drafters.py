@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from experiments.cases import ADAPTIVE, Case
-from experiments.mutants.mutant import DRAFT, Mutant
+from certificates.cases import ADAPTIVE, Case
+from certificates.mutants.mutant import DRAFT, Mutant
 from specdec import DraftTree, Law, Topology, TreeSpec
 from specdec.drafters import Drafter
 from specdec.testing import Table, TabularDrafter

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.measure import AGAIN, Round, Run
+from experiments.bench.measure import AGAIN, Round, Run
 from specdec.trace import Trace
 
 COLUMNS = {

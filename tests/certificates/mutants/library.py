@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.cases import Case
-from experiments.mutants.mutant import Mutant
+from certificates.cases import Case
+from certificates.mutants.mutant import Mutant
 from specdec import Law, Sampling
 from specdec.rules import (
     BlockVerification,

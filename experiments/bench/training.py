@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.inputs import Setting
-from experiments.results import Json, whole
+from experiments.bench.inputs import Setting
+from experiments.bench.results import Json, whole
 from specdec.training.self_distillation import continuations
 
 # may change in between

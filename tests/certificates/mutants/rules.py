@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.cases import Case
-from experiments.mutants.mutant import DRAFT, STOP, TREES, Mutant
+from certificates.cases import Case
+from certificates.mutants.mutant import DRAFT, STOP, TREES, Mutant
 from specdec import Sampling
 from specdec.coins import Purpose
 from specdec.rules import Decision, Rule

@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from experiments.prompts import Prompt
+from experiments.bench.prompts import Prompt
 
 END = "<|endoftext|>"
 LICENCES = {

@@ -1,6 +1,6 @@
 """Whether Triton's kernel of sibling rejection decides as torch does, on coins at the thresholds of torch's decisions.
 
-    TRITON_INTERPRET=1 python -m experiments.kernel_decisions 2000
+    TRITON_INTERPRET=1 python kernels/tests/kernel_decisions.py 2000
 
 Prints as JSON how many sets of coins were decided, and how many of them otherwise.
 """

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 import specdec
-from experiments import calls
-from experiments.prompts import Prompt
-from experiments.results import provenance
+from experiments.bench import calls
+from experiments.bench.prompts import Prompt
+from experiments.bench.results import provenance
 from specdec import Sampling
 
 
@@ -36,7 +36,7 @@ class Setting:
     prompts: list[torch.Tensor]  # 1-D int64
     turns: list[Turn]  # of each prompt
     sampling: Sampling
-    log: Any  # with `write`, see `experiments.results`
+    log: Any  # with `write`, see `experiments.bench.results`
     source: dict[str, Any]  # provenance, as it was when the experiment began
 
     @property

@@ -1,7 +1,7 @@
 """Trains the demo pair: a 5M-parameter target with early exits and a 0.7M draft distilled from it, on one CPU core.
 
-    python experiments/train_demo.py                # everything, about 85 minutes; may be stopped, and resumes
-    python experiments/train_demo.py --stage eval   # held-out losses and sample continuations
+    python experiments/demo_pair/train.py                # everything, about 85 minutes; may be stopped, and resumes
+    python experiments/demo_pair/train.py --stage eval   # held-out losses and sample continuations
 
 The target follows LayerSkip (arXiv:2404.16710): layers are skipped at random, deeper ones more often, and the shared
 LM head also reads one early layer a step. Deviations: a whole batch skips a layer at once (that saves the compute), and
@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import demo_data
-import demo_prompts
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from experiments.demo_pair import data, prompts
 
 VOCAB = 4096
 TARGET = dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=640)
@@ -34,7 +34,7 @@ MAX_LAYER_DROP = 0.1  # of the last layer
 EXIT_WEIGHT = 0.15
 MUON_LR, ADAM_LR = 0.02, 3e-3
 SAVE_SECONDS, REPORT_SECONDS = 150, 20
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Progress(NamedTuple):
@@ -156,7 +156,7 @@ class Corpus:
     def __init__(self, folder: Path):
         if not (folder / "counts.json").exists():
             print("building the corpus", flush=True)
-            demo_data.build(folder, VOCAB)
+            data.build(folder, VOCAB)
         self.tokens = {path.stem: np.load(path) for path in folder.glob("*.npy")}
 
     def batch(self, step: int, length: int) -> Tensor:  # [batch, length + 1] int64
@@ -280,7 +280,7 @@ def export(work: Path, out: Path) -> None:
         trained(work / f"{name}.pt", shape).bfloat16().save_pretrained(out / name)
     tokenizer = AutoTokenizer.from_pretrained(work / "data" / "tokenizer")
     shutil.copytree(work / "data" / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    demo_prompts.build(work / "data" / "held.jsonl", tokenizer, out / "prompts.jsonl")
+    prompts.build(work / "data" / "held.jsonl", tokenizer, out / "prompts.jsonl")
 
 
 def evaluate(work: Path, corpus: Corpus) -> None:

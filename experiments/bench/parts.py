@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FINISH = 40  # seconds for what was begun in time
 EVERY = 30  # seconds between archives, so that a call which is killed loses no more
 LARGEST = 32 << 20  # bytes of a file that are packed, its last ones: a core dump takes longer than there is

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.baseline import StepTimes
+from experiments.peer_methods.baseline import StepTimes
 from specdec import Generation, Sampling
 
 

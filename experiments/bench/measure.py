@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from experiments import baseline
+from experiments.peer_methods import baseline
 from specdec import Generation, ModelTarget, Sampling
 from specdec.trace import Trace
 

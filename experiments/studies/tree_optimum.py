@@ -1,6 +1,6 @@
 """How close acceptance rules come to the optimum of trees, on pairs of tables small enough for exact figures.
 
-    python -m experiments.optimum            # about 5 minutes, no model needed; scipy solves the linear programs
+    python -m experiments.studies.tree_optimum            # about 5 minutes, no model needed; scipy solves the linear programs
 
 Writes experiments/results/verification_optimum.md.
 """
@@ -20,8 +20,8 @@ import torch
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
-from experiments.report import markdown
-from experiments.results import ROOT, provenance
+from experiments.bench.report import markdown
+from experiments.bench.results import ROOT, provenance
 from specdec import DraftTree, Sampling
 from specdec.rules import LevelVerification
 from specdec.rules.residual import residual
@@ -287,11 +287,11 @@ def shown(rows: Iterator[list[str]]) -> list[list[str]]:
 def main() -> None:
     torch.set_num_threads(1)
     first, second = markdown(shown(rules_table())), markdown(shown(families_table()))
-    made = provenance("-m experiments.optimum", [], {"pairs": PAIRS}, "cpu")
+    made = provenance("-m experiments.studies.tree_optimum", [], {"pairs": PAIRS}, "cpu")
     versions = ", ".join(f"{name} {v}" for name, v in {**made["versions"], "scipy": version("scipy")}.items())
     head = f"Commit {made['commit']}; {versions}; {made['date'][:10]}."
     path = ROOT / "experiments" / "results" / "verification_optimum.md"
-    text = (ROOT / "experiments" / "optimum.md").read_text()
+    text = (ROOT / "experiments" / "studies" / "tree_optimum.md").read_text()
     path.write_text(text.format(made=head, rules=first, families=second))
 
 

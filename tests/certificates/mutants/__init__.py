@@ -4,11 +4,11 @@ with mutant.planted():
     mutant.case.certify()["total_variation"]  # above 0
 """
 
-from experiments.mutants.drafters import IN_DRAFTERS
-from experiments.mutants.library import IN_RULES, UNCAPPED, example
-from experiments.mutants.loop import IN_LOOP
-from experiments.mutants.mutant import DRAFT, STOP, TREES, Mutant
-from experiments.mutants.rules import BROKEN_RULES, Sequential
+from certificates.mutants.drafters import IN_DRAFTERS
+from certificates.mutants.library import IN_RULES, UNCAPPED, example
+from certificates.mutants.loop import IN_LOOP
+from certificates.mutants.mutant import DRAFT, STOP, TREES, Mutant
+from certificates.mutants.rules import BROKEN_RULES, Sequential
 
 MUTANTS = [*BROKEN_RULES, *IN_DRAFTERS, *IN_LOOP, *IN_RULES, UNCAPPED]
 

@@ -21,9 +21,9 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.measure import AGAIN, Refused
-from experiments.report import MARKED, cells, interval, markdown
-from experiments.results import Json, without_folders
+from experiments.bench.measure import AGAIN, Refused
+from experiments.bench.report import MARKED, cells, interval, markdown
+from experiments.bench.results import Json, without_folders
 
 PARTS = ("drafter", "tree", "rule")  # groups that are measured only as parts of methods
 SHOWN = ("target", *PARTS, "sampling", "task")

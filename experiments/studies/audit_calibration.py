@@ -1,6 +1,6 @@
 """How often the audit raises a false alarm, and how large a bias it finds in how many tokens.
 
-    python experiments/audit_calibration.py
+    python experiments/studies/audit_calibration.py
 
 Generators are the real loop on tables, over hundreds of seeds, and on the demo pair. Bugs are planted in the rule with an
 adjustable strength; the bias of each is the total variation of what one step emits, averaged over the steps of the run.
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # its planted bugs
+
 import specdec
-from experiments.mutants import Sequential
-from experiments.report import markdown
-from experiments.results import ROOT, provenance
+from certificates.mutants import Sequential
+from experiments.bench.report import markdown
+from experiments.bench.results import ROOT, provenance
 from specdec import DraftTree, Sampling
 from specdec.drafters import Context, Drafter, ModelDrafter, TreeDrafter
 from specdec.rules import Rule, SiblingRejection
@@ -292,7 +296,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     began, seeds, tokens = time.perf_counter(), options.seeds, 4000
-    made = provenance("experiments/audit_calibration.py", [f"--seeds={seeds}"], {}, "cpu")
+    made = provenance("experiments/studies/audit_calibration.py", [f"--seeds={seeds}"], {}, "cpu")
     parts: dict[str, Callable[[], list[list[str]]]] = {
         "alarms": lambda: false_alarms(2 * seeds, 1500),
         "halves": lambda: halves(seeds, (1000, 4000, 16000)),

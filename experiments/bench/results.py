@@ -22,7 +22,7 @@ import torch
 
 from specdec import Generation, display
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance(script: str, overrides: list[str], options: Any, device: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import specdec
-from experiments.models import Models
+from experiments.bench.models import Models
 from specdec.drafters import MedusaHeads
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from experiments.cases import Case
-from experiments.mutants.mutant import DRAFT, STOP, Mutant
+from certificates.cases import Case
+from certificates.mutants.mutant import DRAFT, STOP, Mutant
 from specdec import Sampling
 from specdec.loop import Decoding
 from specdec.target_law import TargetLaw

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.results import leads
+from experiments.bench.results import leads
 
 
 def check(node: Any, path: str = "") -> None:
