@@ -2,9 +2,9 @@
 
 from specdec import demo, display, drafters, prediction, rules, testing, theory, trace, trees
 from specdec.coins import Coins
+from specdec.custom_generate import custom_generate
 from specdec.engines.graphs import Graphs
 from specdec.generate import Generation, generate, stream
-from specdec.huggingface.custom_generate import custom_generate
 from specdec.models.target import ModelTarget
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Law, Topology, TreeSpec

@@ -54,13 +54,14 @@ class Runs:
 
 def start(request: Request) -> Runs:
     """Begin a run, in what an earlier one has left if there is such, and read the prompts. Nobody else uses it until `end`."""
-    capacity = request.engine.stages(request.target.device).rounded(request.longest) + request.largest_tree
+    stages = request.engine.stages(request.target.device)
+    capacity = stages.rounded(request.longest) + request.largest_tree
     key = _key(request, capacity)
     last = request.last if request.last is not None else request.engine.take(key)
     if last is not None and not last.busy.acquire(blocking=False):
         last = None  # what is in use elsewhere cannot be gone on from: the text is the same
     try:
-        runs = _begun(request, key, capacity, last)
+        runs = _begun(request, key, capacity, stages, last)
     except BaseException:
         if last is not None:
             last.busy.release()
@@ -77,11 +78,11 @@ def end(request: Request, runs: Runs) -> None:
         request.engine.give_back(runs.key, runs)
 
 
-def _begun(request: Request, key: Any, capacity: int, last: Runs | None) -> Runs:
+def _begun(request: Request, key: Any, capacity: int, new: Stages, last: Runs | None) -> Runs:
     rows, nodes, target, device = len(request.prompts), request.spec.nodes, request.target, request.target.device
     same = last if last is not None and last.key == key else None
     batch = same.batch if same else Batch(rows, capacity, target.vocab, device)
-    stages = same.stages if same else request.engine.stages(device)
+    stages = same.stages if same else new
     coins = (
         request.coins(rows, nodes)
         if request.coins
@@ -97,7 +98,7 @@ def _begun(request: Request, key: Any, capacity: int, last: Runs | None) -> Runs
         known = last.drafter if last and last.description is request.drafter else None
         drafting = request.drafter.start(scoring, batch, known)
         if not (same and scoring is same.target and drafting is same.drafter):
-            batch.stages = stages = request.engine.stages(device)  # what was captured reads other tensors
+            batch.stages = stages = new  # what was captured reads other tensors
         scoring.enter([*range(rows)], drafting)
         drafting.enter([*range(rows)])
     busy = same.busy if same else threading.Lock()

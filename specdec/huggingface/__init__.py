@@ -1,1 +1,1 @@
-"""transformers' own call, `model.generate`, decoded here."""
+"""What lies between transformers' `model.generate` and this library: its configurations, processors, criteria and calls."""
