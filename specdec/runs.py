@@ -79,46 +79,42 @@ def end(request: Request, runs: Runs) -> None:
 
 
 def _begun(request: Request, key: Any, capacity: int, new: Stages, last: Runs | None) -> Runs:
-    rows, nodes, target, device = len(request.prompts), request.spec.nodes, request.target, request.target.device
+    target, drafter = request.target, request.drafter
     same = last if last is not None and last.key == key else None
-    batch = same.batch if same else Batch(rows, capacity, target.vocab, device)
-    stages = same.stages if same else new
-    coins = (
-        request.coins(rows, nodes)
-        if request.coins
-        else same.coins
-        if same
-        else Coins(request.seed, rows, nodes, device)
-    )
-    coins.reseed(request.seed)
-    stop = same.stop_tokens if same else torch.tensor(request.stop_tokens, dtype=torch.int64, device=device)
+    batch, coins, stop = (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, capacity)
+    stages, busy = (same.stages, same.busy) if same else (new, _taken())
     batch.begin(request, stages)
+    coins.reseed(request.seed)
     with torch.inference_mode():
-        scoring = target.start(batch, request.drafter.states, last.target if last and last.is_of(target) else None)
-        known = last.drafter if last and last.description is request.drafter else None
-        drafting = request.drafter.start(scoring, batch, known)
+        scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
+        drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
         if not (same and scoring is same.target and drafting is same.drafter):
-            batch.stages = stages = new  # what was captured reads other tensors
-        scoring.enter([*range(rows)], drafting)
-        drafting.enter([*range(rows)])
-    busy = same.busy if same else threading.Lock()
-    if not same:
-        busy.acquire()
-    return Runs(key, batch, coins, stop, stages, scoring, drafting, request.drafter, busy)
+            batch.stages = stages = new  # what was captured reads other tensors than theirs
+        rows = [*range(len(batch))]
+        scoring.enter(rows, drafting)
+        drafting.enter(rows)
+    return Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy)
+
+
+def _allocated(request: Request, capacity: int) -> tuple[Batch, Coins, Tensor]:
+    """Texts, coins and stop tokens of a new run."""
+    rows, nodes, target = len(request.prompts), request.spec.nodes, request.target
+    coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
+    stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
+    return Batch(rows, capacity, target.vocab, target.device), coins, stop
+
+
+def _taken() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def _key(request: Request, capacity: int) -> Any:
     """What tensors and captured stages depend on: compared with `==`."""
     target, drafter, engine = request.target, request.drafter, request.engine
-    shapes = (
-        engine,
-        len(request.prompts),
-        capacity,
-        request.spec.nodes,
-        target.vocab,
-        target.device,
-        request.stop_tokens,
-    )
+    rows, stop = len(request.prompts), request.stop_tokens
+    shapes = engine, rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins
     if not engine.captures:
         return shapes
     models = [model for model in (target.model, *drafter.models) if model is not None]
