@@ -27,8 +27,9 @@ from experiments.cases import ADAPTIVE, ROUNDING, Case, llama
 from experiments.mutants import MUTANTS, STOP
 from experiments.report import markdown
 from experiments.results import ROOT, Json, provenance
-from specdec import Law, Sampling
+from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter
+from specdec.laws import SAMPLED
 from specdec.rules import (
     BlockVerification,
     KSeq,
@@ -46,7 +47,6 @@ RULES: list[Rule] = [
     SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(rounds=1), KSeq(), LenientRejection(),
     TypicalAcceptance(),
 ]  # fmt: skip
-SAMPLED = (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
 TREES = [
     Chain(1), Chain(2), Chain(3), *(Widths(widths, law) for widths in ((2, 1), (1, 2)) for law in SAMPLED), Dynamic(5, 2, 2)
 ]  # fmt: skip

@@ -29,16 +29,17 @@ from specdec.coins import Coins
 from specdec.drafters.base import Acceptance, Context, Drafter, Report
 from specdec.drafters.no_drafter import NoDrafter
 from specdec.engines.base import Engine
+from specdec.laws import Law
 from specdec.models.fingerprint import fingerprint
 from specdec.models.probe import autocast_dtype
 from specdec.models.target import Scores, Target
 from specdec.rules import Decisions, Rule, SiblingRejection
 from specdec.sampling import Sampling
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw, TargetLaw
 from specdec.theory import visits
 from specdec.trace.laws import Record
 from specdec.trace.trace import LEVELS, Step, Trace
-from specdec.tree import DraftTree, Law
+from specdec.tree import DraftTree
 from specdec.trees.base import TreePolicy
 
 
@@ -218,7 +219,7 @@ class Decoding:
         logits, self.target.hidden = scores  # a graph replay writes into these tensors: restore them
         invalid, tree = tree.invalid(self.context.root, self.context.vocab), tree.within(self.context.vocab)
         top_down = self.rule.top_down and self.level == "summary"  # a trace looks at every law
-        law = TargetLaw(logits, tree, self.context, top_down)
+        law = LogitsLaw(logits, tree, self.context, top_down)
         decisions = self.rule(tree, law, self.coins)
         no_law = law.invalid()
         if self.level != "summary":

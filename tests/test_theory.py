@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from experiments.simulate import parents_of
 from specdec import Law, Sampling, generate
 from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.laws import SAMPLED, drafts
 from specdec.rules import BlockVerification, KSeq, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
 from specdec.theory import (
@@ -30,7 +31,6 @@ from specdec.theory import (
     tree_optimum,
 )
 from specdec.theory.ceilings import _all_among_first
-from specdec.theory.optima import _draws
 from specdec.trace import Trace
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -69,7 +69,7 @@ def test_one_step_ceiling_is_the_optimal_transport(law):
         top = best[q[best] > 0].tolist()
         if law == Law.SAMPLED_THEN_TOP and q[top].sum() > 1 - 1e-12:
             continue  # no law is left for the first child: the children are POINT
-        expected = best_coupling(p, _draws(q, count, law))
+        expected = best_coupling(p, drafts(law, q, count))
         assert one_step_ceiling(p, law, q, count=count, top=top) == pytest.approx(expected, abs=SOLVED)
 
 
@@ -88,9 +88,6 @@ def test_a_law_that_is_none_is_refused():
         one_step_ceiling([0.5, -0.5], Law.POINT, top=[0])
     with pytest.raises(ValueError, match="law=IID, q=None: give"):
         one_step_ceiling([0.5, 0.5], Law.IID)
-
-
-SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
 
 
 def first_step(law, rule, width=2):

@@ -11,9 +11,10 @@ from torch import Tensor
 from specdec.checks import check_kind, put
 from specdec.coins import Coins
 from specdec.drafters.base import Acceptance, Context, Drafter
+from specdec.laws import Law
 from specdec.models.target import Target
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 class Fallback(Drafter):

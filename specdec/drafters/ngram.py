@@ -7,9 +7,10 @@ import numpy as np
 from specdec.checks import as_int
 from specdec.coins import Coins
 from specdec.drafters.base import Acceptance, Context, Drafter
+from specdec.laws import Law
 from specdec.models.target import Target
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
+from specdec.tree import DraftTree, TreeSpec, tree_of_points
 
 
 class NgramDrafter(Drafter):

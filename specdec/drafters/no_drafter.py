@@ -2,8 +2,9 @@
 
 from specdec.coins import Coins
 from specdec.drafters.base import Context, Drafter
+from specdec.laws import Law
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec, root_only
+from specdec.tree import DraftTree, TreeSpec, root_only
 
 
 class NoDrafter(Drafter):

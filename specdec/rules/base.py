@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
+from specdec.laws import Law
 from specdec.target_law import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec
+from specdec.tree import DraftTree, RowTree, Topology, TreeSpec
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ class Rule(ABC):
     code that makes the same decisions on the same coins.
     """
 
-    capturable: ClassVar[bool] = (
-        False  # True if `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`
-    )
+    # True if `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`
+    capturable: ClassVar[bool] = False
     # True if it asks for the target's law at nodes that it accepts only, each after its parent: logits processors that keep
     # state then go along the path, where other rules take a copy of them for every node
     top_down: ClassVar[bool] = False
@@ -105,7 +105,7 @@ class Rule(ABC):
         rows = []
         for b in range(len(tree.tokens)):
             flips = coins.row(b)
-            rows.append(self._decide(tree.row(b, flips), target_law.row(b, flips), flips))
+            rows.append(self._decide(tree.row(b, flips.normalise), target_law.row(b, flips.normalise), flips))
         device, width = tree.tokens.device, tree.topology.depth + 1
         path = torch.tensor([r.path + [0] * (width - len(r.path)) for r in rows], device=device)
         accepted = torch.tensor([len(r.path) - 1 for r in rows], device=device)

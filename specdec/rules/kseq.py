@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, RowCoins
+from specdec.laws import Law
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import ChildLaw, Siblings
 from specdec.rules.walk_children import top_down
 from specdec.target_law import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree, TreeSpec
+from specdec.tree import DraftTree, RowTree, TreeSpec
 
 _GRID = 2**16
 _MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho will do

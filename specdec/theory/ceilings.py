@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, brief
+from specdec.laws import Law, drawable, excludes_elders, is_random
 from specdec.rules.base import Rule
 from specdec.theory.divergence import divergence
 from specdec.trace.laws import Record
 from specdec.trace.trace import Visit
-from specdec.tree import Law, RowTree, as_law
+from specdec.tree import RowTree
 
 _STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12
 _DECAY = 40.0  # exp(-40) < 1e-17: where integrands are cut off
@@ -42,22 +43,22 @@ def one_step_ceiling(
         count: number of children, for IID and WITHOUT_REPLACEMENT.
         top: tokens of the children that are not random: all of them for POINT, all but the first for SAMPLED_THEN_TOP.
     """
-    p, law, count = normalised(p), as_law(law), as_int("count", count, 0)
+    p, law, count = normalised(p), drawable(law), as_int("count", count, 0)
     top = sorted(set(as_ints("top", top, 0, len(p) - 1, "tokens are indices of p")))
-    if law == Law.POINT:
+    if not is_random(law, 0):
         return float(p[top].sum())
-    if q is None or law == Law.PADDING:
-        raise ValueError(f"law={law.name}, q={q}: give a sampled law and q, the law that the children are drawn from.")
+    if q is None:
+        raise ValueError(f"law={law.name}, q=None: give q, the law that the children are drawn from.")
     q = normalised(q)
     if len(q) != len(p):
         raise ValueError(f"q has {len(q)} weights and p {len(p)}: must be laws of one vocabulary.")
-    if law == Law.SAMPLED_THEN_TOP:
+    if not is_random(law, 1):
         q[top] = 0
         both = np.minimum(p, normalised(q))
         return float(p[top].sum() + both.sum())
     drawn = np.flatnonzero(q)
     order = drawn[np.argsort(p[drawn] / q[drawn], kind="stable")]
-    inside = np.cumsum(q[order]) ** count if law == Law.IID else _all_among_first(q[order], count)
+    inside = _all_among_first(q[order], count) if excludes_elders(law) else np.cumsum(q[order]) ** count
     return float(1 + min(0, np.min(np.cumsum(p[order]) - inside)))
 
 
@@ -109,10 +110,10 @@ def normalised(weights: ArrayLike) -> np.ndarray:
 
 def visits(record: Record, accepted: list[int], tried: list[int], rule: Rule) -> list[list[Visit]]:
     """For every row, the first tried[row] nodes of the path that was decided on, of which it accepted[row] drafted tokens."""
-    tree, law, coins, paths = record.tree(), record.law(), record.coins(), record.decisions.path.tolist()
+    tree, law, paths = record.tree(), record.law(), record.decisions.path.tolist()
     found = []
     for b, (path, kept, count) in enumerate(zip(paths, accepted, tried, strict=True)):
-        row = tree.row(b, coins.row(b))
+        row = tree.row(b)
         steps = ((path[d], path[d + 1] if d < kept else None) for d in range(count))
         found.append([_visit(row, node, child, law.probabilities(b, node), rule) for node, child in steps])
     return found
@@ -120,9 +121,7 @@ def visits(record: Record, accepted: list[int], tried: list[int], rule: Rule) ->
 
 def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray, rule: Rule) -> Visit:
     children, law = tree.children(node), Law(tree.laws[node])
-    known = {Law.POINT: children, Law.SAMPLED_THEN_TOP: children[1:]}.get(law, [])
-    probs = tree.tree.draft_probs
-    q = None if law == Law.POINT or probs is None else probs[tree.row, node].double().numpy(force=True)
-    drawn = {"count": len(children), "top": [tree.tokens[child] for child in known]}
+    points = [tree.tokens[child] for slot, child in enumerate(children) if not is_random(law, slot)]
+    q, drawn = tree.weights(node, len(p)), {"count": len(children), "top": points}
     slot = None if accepted is None else children.index(accepted)
     return Visit(len(children), slot, one_step_ceiling(p, law, q, **drawn), divergence(rule, p, law, q, **drawn))

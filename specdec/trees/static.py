@@ -18,9 +18,10 @@ from torch import Tensor
 from specdec.checks import as_parents, put
 from specdec.coins import Coins
 from specdec.drafters.base import Context
+from specdec.laws import Law, drawable, drawn_laws
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, draw, drawable, drawn_laws
+from specdec.tree import DraftTree, Topology, TreeSpec
+from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, draw
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from torch import Tensor
 from specdec.checks import check_kind, put_size
 from specdec.coins import Coins
 from specdec.drafters.base import Acceptance, Context
+from specdec.laws import Law, drawn_laws
 from specdec.sampling import Sampling
 from specdec.theory import Costs
-from specdec.tree import DraftTree, Law, Topology, TreeSpec, root_only
+from specdec.tree import DraftTree, Topology, TreeSpec, root_only
 from specdec.trees.adaptive.hit_rates import Times
 from specdec.trees.adaptive.price import Economy
-from specdec.trees.base import Children, Frontier, Grown, Growth, TreePolicy, draw, drawn_laws
+from specdec.trees.base import Children, Frontier, Grown, Growth, TreePolicy, draw
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with
