@@ -13,35 +13,17 @@ from specdec_kernels.reference.laws import Law, excludes_elders, is_random, is_s
 if TYPE_CHECKING:
     from specdec.sampling import Sampling
 
-__all__ = [
-    "SAMPLED",
-    "Law",
-    "as_law",
-    "child_weights",
-    "drafts",
-    "drawable",
-    "drawn_laws",
-    "excludes_elders",
-    "is_random",
-    "is_struck",
-    "normalised",
-]
+__all__ = ["Law", "excludes_elders", "is_random", "is_struck"]  # imported from here, the rest is defined here
 
 # the laws under which a child is random
 SAMPLED = tuple(law for law in Law if law != Law.PADDING and is_random(law, 0))
 
 
 def as_law(law: Law | int) -> Law:
-    """The law of this number; raises ValueError if there is none."""
-    names = ", ".join(f"Law.{each.name}" for each in Law)
-    return Law(as_int("law", law, 0, len(Law) - 1, f"choose one of {names}"))
-
-
-def drawable(law: Law | int) -> Law:
-    """`law` as one that children can be drawn under; raises ValueError for PADDING, and for what is no law."""
-    law = as_law(law)
+    """The law of this number, for nodes with children; raises ValueError for PADDING, and if there is none."""
+    names = ", ".join(f"Law.{each.name}" for each in Law if each != Law.PADDING)
+    law = Law(as_int("law", law, 0, len(Law) - 1, f"choose one of {names}"))
     if law == Law.PADDING:
-        names = ", ".join(each.name for each in Law if each != Law.PADDING)
         raise ValueError(f"law=PADDING marks absent nodes; choose one of {names}.")
     return law
 

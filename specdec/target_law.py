@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.laws import normalised
 from specdec.processors import Processors
 from specdec.tree import DraftTree
 
@@ -47,8 +46,8 @@ class TargetLaw(ABC):
         """What the laws are made of, if that is logits alone."""
         return None
 
-    def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray] = normalised) -> RowLaw:
-        """The scalar face of one row; `normalise` [vocab] makes laws of weights, here in float64."""
+    def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray]) -> RowLaw:
+        """The scalar face of one row; `normalise` makes the law of weights [vocab], in the arithmetic that is asked for."""
         return RowLaw(self, row, normalise)
 
 

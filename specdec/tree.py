@@ -146,26 +146,18 @@ class DraftTree:
 
     def check(self, spec: TreeSpec, batch: int, max_depth: int, vocab: int) -> None:
         """Raise ValueError unless the shapes are those promised; what only the device knows is left to `invalid`."""
-        nodes = self.tokens.shape[1]
-        probs = (batch, nodes if self.draft_probs is None else self.draft_probs.shape[1], vocab)
-        wrong = [
-            f"{name} is {list(got)}, not {list(due)}"
-            for name, got, due in (
-                ("tokens", self.tokens.shape, (batch, nodes)),
-                ("topology.parents", self.topology.parents.shape, (batch, nodes)),
-                ("laws", self.laws.shape, (batch, nodes)),
-                ("draft_probs", probs if self.draft_probs is None else self.draft_probs.shape, probs),
-            )
-            if tuple(got) != due
-        ]
+        nodes, probs = self.tokens.shape[1], self.draft_probs
+        parts = [("tokens", self.tokens, torch.int64), ("topology.parents", self.topology.parents, torch.int64)]
+        parts.append(("laws", self.laws, torch.uint8))
+        shapes = [(name, part.shape, (batch, nodes)) for name, part, _ in parts]
+        if probs is not None:
+            shapes.append(("draft_probs", probs.shape, (batch, probs.shape[1], vocab)))
+        wrong = [f"{name} is {list(got)}, not {list(due)}" for name, got, due in shapes if got != due]
         limits = (("nodes", nodes, spec.nodes), ("depth", self.topology.depth, min(spec.depth, max_depth)))
         wrong += [f"{name} {got}, at most {most} may be drafted now" for name, got, most in limits if got > most]
-        integers = (("tokens", self.tokens), ("topology.parents", self.topology.parents))
-        wrong += [f"{name} of {t.dtype}, not torch.int64" for name, t in integers if t.dtype != torch.int64]
-        if self.laws.dtype != torch.uint8:
-            wrong.append(f"laws of {self.laws.dtype}, not torch.uint8")
-        if self.draft_probs is not None and not self.draft_probs.is_floating_point():
-            wrong.append(f"draft_probs of {self.draft_probs.dtype}, not of floating-point numbers")
+        wrong += [f"{name} of {part.dtype}, not {dtype}" for name, part, dtype in parts if part.dtype != dtype]
+        if probs is not None and not probs.is_floating_point():
+            wrong.append(f"draft_probs of {probs.dtype}, not of floating-point numbers")
         if wrong:
             raise ValueError(
                 f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Context.max_depth)."
@@ -208,7 +200,7 @@ class DraftTree:
         return wrong | impossible.any(1) | (drawn_from & ~totals.isfinite()).any(1)
 
     def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray] = normalised) -> RowTree:
-        """The scalar face of one row; `normalise` [vocab] makes laws of weights, here in float64."""
+        """The scalar face of one row; `normalise` makes the law of weights [vocab], in float64 if nothing else is asked for."""
         return RowTree(self, row, normalise)
 
 

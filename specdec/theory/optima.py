@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, check_callable
-from specdec.laws import Law, drafts, drawable
+from specdec.laws import Law, as_law, drafts
 from specdec.theory.ceilings import normalised
 
 TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
@@ -65,7 +65,7 @@ def tree_optimum(target: TextLaw, draft: TextLaw, widths: Sequence[int], law: La
         raise ImportError("tree_optimum solves a linear program: pip install 'specdec[experiments]'") from error
     _check_laws(target, draft)
     prompt, widths = as_ints("prompt", prompt), as_ints("widths", widths, 1)
-    trees = _draft_trees(draft, prompt, widths, drawable(law))
+    trees = _draft_trees(draft, prompt, widths, as_law(law))
     mass, gain, entries = _program(target, trees, prompt)
     rows = {equation: i for i, equation in enumerate(mass)}
     values, at = zip(*((value, (rows[equation], column)) for equation, column, value in entries), strict=True)

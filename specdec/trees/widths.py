@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.checks import as_int, as_ints, put
 from specdec.coins import Coins
 from specdec.drafters.base import Context
-from specdec.laws import Law, drawable, drawn_laws
+from specdec.laws import Law, as_law, drawn_laws
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, draw
@@ -36,7 +36,7 @@ class Widths(TreePolicy):
 
     def __post_init__(self) -> None:
         cure = "a tree needs at least one level, and each level at least one child, as [4, 2, 1] has"
-        put(self, widths=as_ints("widths", self.widths, 1, cure=cure), law=drawable(self.law))
+        put(self, widths=as_ints("widths", self.widths, 1, cure=cure), law=as_law(self.law))
         if not self.widths:
             raise ValueError(f"widths=(): {cure}.")
 

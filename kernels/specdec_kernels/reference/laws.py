@@ -1,8 +1,7 @@
-"""How the children of a node were drawn: the four laws, and the two facts about each from which everything else follows.
+"""How the children of a node were drawn: the four laws, and the two facts about each from which all else follows.
 
-A law says which children are random, `is_random`, and which siblings' tokens a random child could not be, `is_struck`: the
-draft's weights are 0 there. Rules, theory and displays ask these two functions alone. So a fifth law is a member of `Law`, a
-clause in each of them, a branch of the verification kernel, and the drawing itself.
+Rules, theory and displays ask `is_random` and `is_struck`. So a fifth law is a member of `Law`, a clause in each of the two,
+a branch of the verification kernel, and the drawing itself, in `specdec.trees`.
 """
 
 from __future__ import annotations
@@ -12,20 +11,20 @@ from typing import Any
 
 
 class Law(IntEnum):
-    """How the children of a node were drawn, given all that was drawn before them. With w the draft's weights after the node:
+    """How the children of a node were drawn, by the weights w [vocab] that the draft gives the tokens after it.
 
-    ===================  ===============================================================  ==========================
-    law                  children                                                         a child's token has the law
-    ===================  ===============================================================  ==========================
-    POINT                chosen before anything is drawn: top-k, n-grams; they differ     certain of that token
-    IID                  drawn independently of each other; tokens may repeat             w
-    WITHOUT_REPLACEMENT  drawn one after the other; they differ                           w without the elder siblings
-    SAMPLED_THEN_TOP     of k, the first is drawn, then come the k - 1 most probable      first: w without the others;
-                         tokens of w; they differ                                         others: certain
-    PADDING              none: there is no such node (a row has fewer nodes than others)
-    ===================  ===============================================================  ==========================
+    ===================  =================================================================  ============================
+    law                  children                                                           a child's token has the law
+    ===================  =================================================================  ============================
+    POINT                chosen without a coin, as by top-k or n-grams; they differ         certain of that token
+    IID                  drawn independently of each other; tokens may repeat               w
+    WITHOUT_REPLACEMENT  drawn one after the other; they differ                             w without the elder siblings
+    SAMPLED_THEN_TOP     of k, the first is drawn, and the k - 1 most probable tokens       w without the others;
+                         follow; they differ                                                of the others: certain
+    PADDING              none: there is no such node, as a row has fewer than the batch
+    ===================  =================================================================  ============================
 
-    Laws are normalised: "w" stands for w / sum(w). A node without children says POINT.
+    A law is its weights over their sum. A node without children says POINT.
     """
 
     POINT = 0
@@ -38,16 +37,16 @@ class Law(IntEnum):
 def is_random(law: Any, slot: Any) -> Any:
     """Whether the child in place `slot`, counted from 0 among those that exist, was drawn; the others are points.
 
-    Both functions take numbers, arrays and tensors, which broadcast, and the laws of nodes that exist.
+    All arguments here are numbers, arrays or tensors, which broadcast; `law` is that of a node that exists.
     """
     return (law != Law.POINT) & ((law != Law.SAMPLED_THEN_TOP) | (slot == 0))
 
 
 def is_struck(law: Any, slot: Any, sibling: Any) -> Any:
-    """Whether the random child in place `slot` could not have the token of the one in place `sibling`."""
+    """Whether the random child in place `slot` could not be the token of the one in place `sibling`: its weight is 0 there."""
     return ((law == Law.WITHOUT_REPLACEMENT) & (sibling < slot)) | ((law == Law.SAMPLED_THEN_TOP) & (sibling > slot))
 
 
 def excludes_elders(law: Any) -> Any:
-    """Whether a random child could not have the token of one drawn before it."""
+    """Whether a random child could not be the token of one drawn before it."""
     return is_struck(law, 1, 0)

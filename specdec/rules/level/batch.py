@@ -55,13 +55,16 @@ class Levels:
         rank = (elder & self.exists[:, None]).sum(-1)  # among those that exist
         law = self.tree.laws.gather(1, self.parents)
         pairs, drawn = excludes_elders(law), is_random(law, rank)
+        real = drawn & self.exists
+        draws = (siblings & real[:, None]).sum(-1)
         self.point = ~drawn
-        # points come after what was drawn
-        self.phase = torch.where(pairs, rank // 2, (self.point & is_random(law, 0)).long())
-        mates = siblings & pairs[..., None] & self.exists[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
+        # points come after all that was drawn
+        turn = torch.where(drawn, rank, draws + 1)
+        self.phase = torch.where(pairs, turn // 2, (self.point & (draws > 0)).long())
+        mates = siblings & (pairs & drawn)[..., None] & real[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
         self.paired, self.mate = mates.any(-1), mates.long().argmax(-1)
         self.second = self.paired & (rank % 2 == 1)
-        self.sharers = torch.where(pairs, 1, (siblings & (drawn & self.exists)[:, None]).sum(-1))
+        self.sharers = torch.where(pairs, 1, draws)
 
     def _descend(self, depth: int, target_law: TargetLaw) -> _Wave:
         """The mass owed at the nodes of one depth, and their children, ready to be tried."""
