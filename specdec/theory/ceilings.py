@@ -48,6 +48,8 @@ def one_step_ceiling(
     known, draws = p[top].sum(), sum(is_random(law, slot) for slot in range(count + len(top)))
     if draws == 0:
         return float(known)
+    if top and draws == count + len(top):
+        raise ValueError(f"top={top}: no child is certain under law={law.name}; leave it out.")
     if q is None:
         raise ValueError(f"law={law.name}, q=None: give q, the law that the children are drawn from.")
     q = normalised(q)
