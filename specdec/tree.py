@@ -149,10 +149,10 @@ class DraftTree:
         nodes, probs = self.tokens.shape[1], self.draft_probs
         parts = [("tokens", self.tokens, torch.int64), ("topology.parents", self.topology.parents, torch.int64)]
         parts.append(("laws", self.laws, torch.uint8))
-        shapes = [(name, part.shape, (batch, nodes)) for name, part, _ in parts]
-        if probs is not None:
-            shapes.append(("draft_probs", probs.shape, (batch, probs.shape[1], vocab)))
-        wrong = [f"{name} is {list(got)}, not {list(due)}" for name, got, due in shapes if got != due]
+        shape = [batch, nodes]
+        wrong = [f"{name} is {list(part.shape)}, not {shape}" for name, part, _ in parts if list(part.shape) != shape]
+        if probs is not None and list(probs.shape) != (due := [batch, probs.shape[1], vocab]):
+            wrong.append(f"draft_probs is {list(probs.shape)}, not {due}")
         limits = (("nodes", nodes, spec.nodes), ("depth", self.topology.depth, min(spec.depth, max_depth)))
         wrong += [f"{name} {got}, at most {most} may be drafted now" for name, got, most in limits if got > most]
         wrong += [f"{name} of {part.dtype}, not {dtype}" for name, part, dtype in parts if part.dtype != dtype]
