@@ -30,8 +30,9 @@ from certificates.cases import ADAPTIVE, ROUNDING, Case, llama
 from certificates.mutants import MUTANTS, STOP
 from experiments.bench.report import markdown
 from experiments.bench.results import ROOT, Json, provenance
-from specdec import Law, Sampling
+from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter
+from specdec.laws import SAMPLED
 from specdec.rules import (
     BlockVerification,
     KSeq,
@@ -49,7 +50,6 @@ RULES: list[Rule] = [
     SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(rounds=1), KSeq(), LenientRejection(),
     TypicalAcceptance(),
 ]  # fmt: skip
-SAMPLED = (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
 TREES = [
     Chain(1), Chain(2), Chain(3), *(Widths(widths, law) for widths in ((2, 1), (1, 2)) for law in SAMPLED), Dynamic(5, 2, 2)
 ]  # fmt: skip

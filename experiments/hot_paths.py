@@ -28,7 +28,7 @@ from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
 from specdec.coins import Purpose
 from specdec.rules import Rule
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.base import drive
 from specdec_kernels import linear
@@ -96,7 +96,7 @@ def draft(batch: int, vocab: int, tree: TreePolicy, sampling: Sampling) -> tuple
 
 
 def decide(rule: Rule, tree: DraftTree, logits: Tensor, context: Any, coins: Coins) -> Any:
-    return rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
+    return rule.decide_batch(tree, LogitsLaw(logits, tree, context), coins)
 
 
 def products(rows: int, columns: int) -> Timed:

@@ -5,9 +5,10 @@ from specdec.coins import Coins
 from specdec.custom_generate import custom_generate
 from specdec.engines.graphs import Graphs
 from specdec.generate import Generation, generate, stream
+from specdec.laws import Law
 from specdec.models.target import ModelTarget
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 __version__ = "0.1.0"
 

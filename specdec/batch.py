@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from specdec.engines.base import Stages
+from specdec.laws import Law
 from specdec.outcome import Outcome
 from specdec.processors import Processors
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, chain
+from specdec.tree import DraftTree, Topology, chain
 
 if TYPE_CHECKING:
     from specdec.arguments import Request

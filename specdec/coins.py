@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.checks import as_int, as_seed
+from specdec.laws import normalised
 from specdec_kernels.reference.inverse_cdf import inverse_cdf
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio as a signed 64-bit integer (SplitMix64's increment)
@@ -102,10 +103,9 @@ class RowCoins:
         threshold = min(self._uniform(purpose, node) * cdf[-1], np.nextafter(cdf[-1], 0))
         return int(np.searchsorted(cdf, threshold, side="right"))
 
-    def law(self, weights: np.ndarray) -> np.ndarray:
-        """`weights` [vocab] normalised in the arithmetic of these coins (float64 here, fractions when enumerating)."""
-        weights = weights.astype(np.float64)
-        return weights / weights.sum()
+    def normalise(self, weights: np.ndarray) -> np.ndarray:
+        """The law of `weights` [vocab] in the arithmetic of these coins: float64 here, fractions when enumerating."""
+        return normalised(weights)
 
 
 def _tabulate(seed: int, batch: int, first: int, nodes: int, device: torch.device) -> Tensor:

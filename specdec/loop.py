@@ -13,7 +13,7 @@ from specdec.checks import check_kind, check_logits
 from specdec.clock import Clock, finish
 from specdec.models.target import Scores
 from specdec.outcome import Outcome
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw
 from specdec.trace.recorder import Recorder
 from specdec.trace.trace import Trace
 from specdec.tree import DraftTree
@@ -72,7 +72,7 @@ class Decoding:
         """What the rule accepts, up to stop tokens and budgets: appended to the texts and kept by the target."""
         batch, rule = self.batch, self.request.rule
         invalid, tree = tree.invalid(batch.root, batch.vocab), tree.within(batch.vocab)
-        law = TargetLaw(scores.logits, tree, batch, rule.top_down and not self.recorder.reads_laws)
+        law = LogitsLaw(scores.logits, tree, batch, rule.top_down and not self.recorder.reads_laws)
         decisions = rule(tree, law, self.runs.coins)
         no_law = law.invalid()
         self.recorder.note(tree, law, decisions, self.runs.coins, batch.left)  # now: processors read the text so far

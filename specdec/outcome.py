@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.tree import DraftTree, Law
+from specdec.laws import Law
+from specdec.tree import DraftTree
 
 if TYPE_CHECKING:
     from specdec.rules.base import Decisions

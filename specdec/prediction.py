@@ -40,12 +40,13 @@ from specdec.checks import as_int, as_tuple, check_callable, check_kind
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter
 from specdec.generate import generate
+from specdec.laws import Law, excludes_elders
 from specdec.loop import Decoding
 from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.rules.residual import residual
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, RowTree, Topology, TreeSpec
+from specdec.tree import DraftTree, RowTree, Topology, TreeSpec
 from specdec.trees import Static, TreePolicy
 from specdec.trees.base import Frontier, Grown, Growth, TreeRun
 from specdec.trees.draw import draw
@@ -121,7 +122,7 @@ class Text:
             leaves.masked_fill_(~drawn.exists, Law.PADDING)
         tokens = torch.cat([drawn.tokens.new_zeros(1, places), drawn.tokens], 1)
         topology, laws = Topology(parents[None], 1, width), torch.cat([drawn.laws, leaves], 1)
-        return DraftTree(tokens, topology, laws, drawn.draft_probs).row(0, coins.row(0))
+        return DraftTree(tokens, topology, laws, drawn.draft_probs).row(0)
 
 
 def texts(
@@ -208,9 +209,9 @@ def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> 
     if type(rule) not in _ACCEPTING:
         names = ", ".join(known.__name__ for known in _ACCEPTING)
         raise ValueError(f"{type(rule).__name__}: what it accepts of a given text is known for {names} only; run it.")
-    if spec.width > 1 and Law.WITHOUT_REPLACEMENT in spec.laws:
+    if spec.width > 1 and any(excludes_elders(each) for each in spec.laws):
         raise ValueError(
-            "law=WITHOUT_REPLACEMENT: what is owed after a child failed depends on its token, which is not in the text; "
+            f"law={law.name}: what is owed after a child failed depends on its token, which is not in the text; "
             "use SAMPLED_THEN_TOP, IID or POINT, or run it."
         )
     rule.check(spec)

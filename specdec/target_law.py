@@ -6,24 +6,64 @@ it and not before: most nodes of a tree are never visited.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import specdec_kernels
-from specdec.coins import RowCoins
 from specdec.processors import Processors
 from specdec.tree import DraftTree
-from specdec_kernels.reference.verify import walk
 
 if TYPE_CHECKING:
     from specdec.batch import Batch
 
 
-class TargetLaw:
-    """The target's law after the nodes of a batch of trees, evaluated where it is asked for.
+class Raw(NamedTuple):
+    """What a kernel that works out laws by itself reads, and where it says that one was none."""
+
+    logits: Tensor  # [batch, node, vocab]
+    filters: tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
+    no_law: Tensor  # [batch] int64: to be raised in rows in which a visited node has no law
+
+
+class TargetLaw(ABC):
+    """The target's law after the nodes of a batch of trees, as rules ask for it."""
+
+    vocab: int
+
+    @abstractmethod
+    def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
+
+    @abstractmethod
+    def probabilities(self, row: int, node: int) -> np.ndarray:
+        """[vocab] float64: the law at one node of one row."""
+
+    def raw(self) -> Raw | None:
+        """What the laws are made of, if that is logits alone."""
+        return None
+
+    def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray]) -> RowLaw:
+        """The scalar face of one row; `normalise` makes the law of weights [vocab], in the arithmetic that is asked for."""
+        return RowLaw(self, row, normalise)
+
+
+class RowLaw:
+    """One row of the target's law, for specifications."""
+
+    def __init__(self, law: TargetLaw, row: int, normalise: Callable[[np.ndarray], np.ndarray]):
+        self._law, self._row, self._normalise, self.vocab = law, row, normalise, law.vocab
+
+    def probs(self, node: int) -> np.ndarray:
+        """[vocab]: the target's law after the path to `node`."""
+        return self._normalise(self._law.probabilities(self._row, node))
+
+
+class LogitsLaw(TargetLaw):
+    """The law that logits give under the sampling and the processors of a run, evaluated where it is asked for.
 
     Args:
         logits: [batch, node, vocab] the target's raw logits.
@@ -41,7 +81,6 @@ class TargetLaw:
         self._after: dict[tuple[int, int], Processors] = {}
 
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
         rows = self._rows if rows is None else rows
         scores = self._logits[rows, nodes]
         if len(nodes) and self._batch.processed:
@@ -50,25 +89,8 @@ class TargetLaw:
         self._check(scores, rows)
         return self._batch.sampling.probabilities(scores)
 
-    def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Sibling rejection against this law: (path, accepted, token) of `specdec_kernels.reference.verify`.
-
-        Args:
-            tree: the trees.
-            accept, emit: [batch, node] coins.
-            lenience: the fraction of a child's law that the target's is compared with.
-        """
-        drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
-        if self._logits.device.type not in specdec_kernels.DEVICES or self._batch.processed:
-            return walk(self.at, *drafted, lenience)
-        kernel, filters = specdec_kernels.verify, self._batch.sampling.filters
-        path, accepted, token, invalid = kernel(self._logits, *drafted, *filters, lenience)
-        self._no_law += invalid
-        return path, accepted, token
-
-    def row(self, row: int, coins: RowCoins) -> RowLaw:
-        """The scalar face of one row."""
-        return RowLaw(self, row, coins)
+    def raw(self) -> Raw | None:
+        return None if self._batch.processed else Raw(self._logits, self._batch.sampling.filters, self._no_law)
 
     def scores(self, row: int, node: int) -> Tensor:
         """[1, vocab]: processed logits at one node."""
@@ -77,7 +99,6 @@ class TargetLaw:
         return scores
 
     def probabilities(self, row: int, node: int) -> np.ndarray:
-        """[vocab]: the law at one node of one row."""
         return self._batch.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
 
     def processors(self, last: Tensor) -> list[Processors]:
@@ -121,14 +142,3 @@ class TargetLaw:
             if token in self._batch.stop_tokens or self._processed(row, above)[token] == -torch.inf:
                 return None
         return torch.cat([self._batch.tokens[row, : self._batch.host_lengths[row]], drafted])
-
-
-class RowLaw:
-    """One row of the target's law, for specifications."""
-
-    def __init__(self, law: TargetLaw, row: int, coins: RowCoins):
-        self._law, self._row, self._coins, self.vocab = law, row, coins, law.vocab
-
-    def probs(self, node: int) -> np.ndarray:
-        """[vocab]: the target's law after the path to `node`, in the arithmetic of the coins."""
-        return self._coins.law(self._law.probabilities(self._row, node))

@@ -1,15 +1,27 @@
-"""Draft trees: tokens, who descends from whom, and the law each token was drawn from.
+"""Draft trees: tokens, who descends from whom, and how the children of each node were drawn.
 
-A node carries the law its children were drawn from, and that is all a rule needs to be exact. A chain is a tree of
-width one, the autoregressive step a tree of one node, and a greedy draft a tree of POINT nodes.
+One step may draft this tree, with q0 the draft's law after "the" and q1 its law after "the cat":
+
+    0 "the"            the root: the last token of the text
+    ├─ 1 "cat"         drawn from q0 without "dog"
+    │  ├─ 3 "sat"      drawn from q1
+    │  └─ 4 "ran"      drawn from q1
+    └─ 2 "dog"         the most probable token of q0
+
+    tokens             [[the, cat, dog, sat, ran]]                     [batch, node]
+    topology.parents   [[-1, 0, 0, 1, 1]]                              [batch, node]
+    laws               [[SAMPLED_THEN_TOP, IID, POINT, POINT, POINT]]  [batch, node], of each node's children
+    draft_probs        [[q0, q1]]                                      [batch, internal, vocab], after nodes 0 and 1
+
+A rule needs no more than that to be exact. A chain is a tree of width one, a step that drafts nothing a tree of one node,
+and a greedy draft a tree whose nodes all say POINT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from copy import copy
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
@@ -17,39 +29,30 @@ import torch
 from torch import Tensor
 
 from specdec.checks import as_int, check_kind, put
-from specdec.coins import RowCoins
-
-
-class Law(IntEnum):
-    """How the children of a node were drawn, given everything drawn before them."""
-
-    POINT = 0  # deterministic given what was known before: n-gram, top-k, beam; siblings differ
-    IID = 1  # independent draws from the node's draft law (siblings may repeat)
-    WITHOUT_REPLACEMENT = 2  # each from the draft law without the earlier siblings, renormalised
-    SAMPLED_THEN_TOP = 3  # first child from the law outside its top k - 1, then the top k - 1 themselves
-    PADDING = 4  # there is no such node (a row with fewer nodes than the batch's budget)
-
-
-def as_law(law: Law | int) -> Law:
-    """The law of this number; raises ValueError if there is none."""
-    names = ", ".join(f"Law.{each.name}" for each in Law)
-    return Law(as_int("law", law, 0, len(Law) - 1, f"choose one of {names}"))
+from specdec.laws import Law, as_law, child_weights, is_random, normalised
 
 
 @dataclass(frozen=True)
 class TreeSpec:
-    """What trees a drafter may produce: the promise that rules and buffers are checked against."""
+    """What trees a drafter may produce: the promise that rules and buffers are checked against.
+
+    Args:
+        laws: that nodes with children may have.
+        nodes: most nodes, the root included, in the tree and in the draft's cache.
+        depth: longest path, in drafted tokens.
+        width: most children of one node; 1 for chains.
+        by_depth: whether a node's existence depends on no token of its own depth or below, so not on its siblings or cousins
+            either. `KSeq` and `LevelVerification` rely on it, and `specdec.testing.assert_drafter` checks it.
+        by_row: whether a row's tree depends on no other row. `specdec.testing` relies on it.
+        by_clock: whether trees depend on measured times: processes that share a model would draft different ones.
+    """
 
     laws: frozenset[Law]
-    nodes: int  # most nodes, the root included, in the tree and in the draft's cache
-    depth: int  # longest path, in drafted tokens
-    width: int  # most children of one node; 1 for chains
-    # Whether a node exists depends on no token of its own depth or below, so not on its siblings or cousins either:
-    # `KSeq` and `LevelVerification` rely on it, and `specdec.testing.assert_drafter` checks it.
+    nodes: int
+    depth: int
+    width: int
     by_depth: bool = False
-    # Whether a row's tree depends on no other row: `specdec.testing` relies on it.
     by_row: bool = True
-    # Whether trees depend on measured times: processes that share a model would draft different ones.
     by_clock: bool = False
 
     def __post_init__(self) -> None:
@@ -64,20 +67,23 @@ class Topology:
     """Who descends from whom: fixed shapes, shared between steps by policies whose trees never change.
 
     Args:
-        parents: [batch, node] int64; parents[:, 0] == -1 and 0 <= parents[:, i] < i for i > 0.
+        parents: [batch, node] int64; parents[:, 0] == -1 and 0 <= parents[:, i] < i for i > 0. Siblings stand in the order
+            they were drawn.
         depth: longest path, in edges (a host integer, so that nothing has to be asked of the device).
+        width: most children of a node; if it is not given, the device is asked for it, which waits.
     """
 
     parents: Tensor  # [batch, node] int64
     depth: int
-    width: int | None = None  # most children of a node; counted (with a device synchronisation) when not given
+    width: int | None = None
 
     @cached_property
     def ancestors(self) -> Tensor:
         """[batch, node, node] bool: entry (i, j) is True when j is i or an ancestor of i."""
         index = torch.arange(self.parents.shape[1], device=self.parents.device)
         reach = ((self.parents[..., None] == index) | (index[:, None] == index)).float()
-        for _ in range(max(self.depth - 1, 0).bit_length()):  # repeated squaring of (identity + parent)
+        # repeated squaring of identity + parent
+        for _ in range(max(self.depth - 1, 0).bit_length()):
             reach = (reach @ reach).clamp_(max=1)
         return reach > 0
 
@@ -121,40 +127,32 @@ class DraftTree:
 
     Args:
         tokens: [batch, node] int64; node 0 is the root, the last committed token.
-        topology: who descends from whom; parents precede children, siblings stand in the order they were drawn.
-        laws: [batch, node] uint8: `Law` of the children of each node; PADDING where a row has no such node (then
-            neither has it the node's descendants). Leaves say POINT.
-        draft_probs: [batch, internal, vocab]: the law at node i, for every node with sampled children (possibly
-            unnormalised, as long as the children were drawn from the same weights); None if all are POINT.
+        topology: who descends from whom.
+        laws: [batch, node] uint8, the `Law` of each node's children. PADDING where a row has no such node; then it has
+            none of the node's descendants either.
+        draft_probs: [batch, internal, vocab] floating-point weights that the children of nodes 0, 1, ... were drawn by,
+            normalised or not; at least up to the last node with a random child. None if all children are points.
     """
 
-    tokens: Tensor
+    tokens: Tensor  # [batch, node] int64
     topology: Topology
-    laws: Tensor
-    draft_probs: Tensor | None = None
+    laws: Tensor  # [batch, node] uint8
+    draft_probs: Tensor | None = None  # [batch, internal, vocab]
 
     def check(self, spec: TreeSpec, batch: int, max_depth: int, vocab: int) -> None:
         """Raise ValueError unless the shapes are those promised; what only the device knows is left to `invalid`."""
-        nodes = self.tokens.shape[1]
-        probs = (batch, nodes if self.draft_probs is None else self.draft_probs.shape[1], vocab)
-        wrong = [
-            f"{name} is {list(got)}, not {list(due)}"
-            for name, got, due in (
-                ("tokens", self.tokens.shape, (batch, nodes)),
-                ("topology.parents", self.topology.parents.shape, (batch, nodes)),
-                ("laws", self.laws.shape, (batch, nodes)),
-                ("draft_probs", probs if self.draft_probs is None else self.draft_probs.shape, probs),
-            )
-            if tuple(got) != due
-        ]
+        nodes, probs = self.tokens.shape[1], self.draft_probs
+        parts = [("tokens", self.tokens, torch.int64), ("topology.parents", self.topology.parents, torch.int64)]
+        parts.append(("laws", self.laws, torch.uint8))
+        shape = [batch, nodes]
+        wrong = [f"{name} is {list(part.shape)}, not {shape}" for name, part, _ in parts if list(part.shape) != shape]
+        if probs is not None and list(probs.shape) != (due := [batch, probs.shape[1], vocab]):
+            wrong.append(f"draft_probs is {list(probs.shape)}, not {due}")
         limits = (("nodes", nodes, spec.nodes), ("depth", self.topology.depth, min(spec.depth, max_depth)))
         wrong += [f"{name} {got}, at most {most} may be drafted now" for name, got, most in limits if got > most]
-        integers = (("tokens", self.tokens), ("topology.parents", self.topology.parents))
-        wrong += [f"{name} of {t.dtype}, not torch.int64" for name, t in integers if t.dtype != torch.int64]
-        if self.laws.dtype != torch.uint8:
-            wrong.append(f"laws of {self.laws.dtype}, not torch.uint8")
-        if self.draft_probs is not None and not self.draft_probs.is_floating_point():
-            wrong.append(f"draft_probs of {self.draft_probs.dtype}, not of floating-point numbers")
+        wrong += [f"{name} of {part.dtype}, not {dtype}" for name, part, dtype in parts if part.dtype != dtype]
+        if probs is not None and not probs.is_floating_point():
+            wrong.append(f"draft_probs of {probs.dtype}, not of floating-point numbers")
         if wrong:
             raise ValueError(f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Batch.max_depth).")
 
@@ -175,20 +173,21 @@ class DraftTree:
         return replace(self, tokens=self.tokens.clamp(0, vocab - 1))
 
     def invalid(self, root: Tensor, vocab: int) -> Tensor:
-        """[batch] bool: rows whose root is not `root` [batch], whose tokens are not of the vocabulary, or cannot have been
-        drawn as the laws say.
+        """[batch] bool: rows whose root is not `root` [batch] int64, whose tokens are not of the vocabulary, or cannot have
+        been drawn as the laws say.
         """
-        tokens = self.within(vocab).tokens
-        wrong = (self.tokens[:, 0] != root) | ((self.tokens != tokens) & self.laws.ne(Law.PADDING)).any(1)
-        drawn = self.laws[:, :, None].ne(Law.POINT) & self.laws[:, :, None].ne(Law.PADDING)  # [batch, parent, 1]
+        tokens, exists = self.within(vocab).tokens, self.laws != Law.PADDING
+        wrong = (self.tokens[:, 0] != root) | ((self.tokens != tokens) & exists).any(1)
+        drawn = exists & is_random(self.laws, 0)  # [batch, parent]
         if self.draft_probs is None:
-            return wrong | drawn.any((1, 2))
+            return wrong | drawn.any(1)
         internal = self.draft_probs.shape[1]
         parents = self.topology.parents.clamp(min=0, max=internal - 1)
-        sampled = drawn[..., 0].gather(1, parents) & self.laws.ne(Law.PADDING)
+        sampled = drawn.gather(1, parents) & exists
         sampled[:, 0] = False
         rows = torch.arange(len(root), device=root.device)[:, None]
-        impossible = sampled & ~(self.draft_probs[rows, parents, tokens] > 0)  # NaN too
+        # NaN is impossible too
+        impossible = sampled & ~(self.draft_probs[rows, parents, tokens] > 0)
         totals = self.draft_probs.sum(-1, dtype=torch.promote_types(self.draft_probs.dtype, torch.float32))
         drawn_from = torch.zeros_like(totals, dtype=torch.int64).scatter_add_(1, parents, sampled.long()) > 0
         return wrong | impossible.any(1) | (drawn_from & ~totals.isfinite()).any(1)
@@ -211,9 +210,9 @@ class DraftTree:
         """The same tensors; what is derived from them later is derived anew."""
         return replace(self, topology=copy(self.topology))
 
-    def row(self, row: int, coins: RowCoins) -> RowTree:
-        """The scalar face of one row; laws come in the arithmetic of its coins."""
-        return RowTree(self, row, coins)
+    def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray] = normalised) -> RowTree:
+        """The scalar face of one row; `normalise` makes the law of weights [vocab], in float64 if nothing else is asked for."""
+        return RowTree(self, row, normalise)
 
 
 def root_only(tokens: Tensor) -> DraftTree:
@@ -254,7 +253,7 @@ class RowTree:
 
     tree: DraftTree
     row: int
-    coins: RowCoins
+    normalise: Callable[[np.ndarray], np.ndarray]
     tokens: list[int] = field(init=False)
     parents: list[int] = field(init=False)
     laws: list[int] = field(init=False)
@@ -266,23 +265,19 @@ class RowTree:
 
     def children(self, node: int) -> list[int]:
         """Node indices of the children, in the order they were drawn."""
-        return [
-            i for i in range(node + 1, len(self.parents)) if self.parents[i] == node and self.laws[i] != Law.PADDING
-        ]
+        later = range(node + 1, len(self.parents))
+        return [i for i in later if self.parents[i] == node and self.laws[i] != Law.PADDING]
+
+    def weights(self, node: int, vocab: int) -> np.ndarray:
+        """[vocab] float64: what the random children of a node were drawn by; 0 where it has none."""
+        probs = self.tree.draft_probs
+        if probs is None or node >= probs.shape[1] or not is_random(self.laws[node], 0):
+            return np.zeros(vocab)
+        return probs[self.row, node].double().numpy(force=True)
 
     def draws(self, node: int, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
         """(child, law [vocab] that its token was drawn from given the parent and the earlier siblings), in order."""
-        siblings, law = self.children(node), self.laws[node]
+        siblings, weights = self.children(node), self.weights(node, vocab)
         tokens = [self.tokens[child] for child in siblings]
-        for j, child in enumerate(siblings):
-            if law == Law.POINT or (law == Law.SAMPLED_THEN_TOP and j > 0):
-                weights = np.zeros(vocab)
-                weights[tokens[j]] = 1
-            else:
-                assert self.tree.draft_probs is not None, "a sampled law needs draft_probs"
-                weights = self.tree.draft_probs[self.row, node].double().numpy(force=True).copy()
-                if law == Law.WITHOUT_REPLACEMENT:
-                    weights[tokens[:j]] = 0
-                elif law == Law.SAMPLED_THEN_TOP:
-                    weights[tokens[1:]] = 0
-            yield child, self.coins.law(weights)
+        for slot, child in enumerate(siblings):
+            yield child, self.normalise(child_weights(self.laws[node], weights, tokens, slot))

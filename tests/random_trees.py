@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from specdec import DraftTree, Law, Topology
-
-SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
+from specdec.laws import SAMPLED
 
 
 def differing(fast, slow) -> torch.Tensor:

@@ -15,7 +15,7 @@ from specdec import Coins, Law, Sampling
 from specdec.coins import Purpose, inverse_cdf
 from specdec.drafters import Context, TreeDrafter
 from specdec.rules import LenientRejection, Rule, SiblingRejection
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw
 from specdec.testing import assert_fast_path
 from specdec.testing.coins import ExactCoins
 from specdec.testing.fast_paths import FastDecisions, emitted_laws
@@ -150,9 +150,9 @@ def test_deeper_trees_of_hard_laws_are_decided_as_the_specification_does_in_floa
 
     def by_specification(shift):
         coins.shift = shift
-        return Rule.decide_batch(rule, exact, TargetLaw(logits.double(), exact, context), coins)
+        return Rule.decide_batch(rule, exact, LogitsLaw(logits.double(), exact, context), coins)
 
-    fast = rule.decide_batch(drafted, TargetLaw(logits, drafted, context), coins)
+    fast = rule.decide_batch(drafted, LogitsLaw(logits, drafted, context), coins)
     odd = differing(fast, by_specification(0.0))
     assert odd.sum() <= rows // 50
     if odd.any():  # only where a coin lies next to a threshold

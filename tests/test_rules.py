@@ -24,7 +24,7 @@ from specdec.rules import (
     TraversalVerification,
     TypicalAcceptance,
 )
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_lossless, exact_law, target_law
 from specdec.tree import root_only
 from specdec.trees import Chain, Dynamic, Widths
@@ -86,8 +86,8 @@ def test_the_fast_path_equals_the_specification_on_drafted_trees(rule, tree, sam
         drafted = TabularDrafter(Table(vocab, seed=1), tree).propose(context, coins)
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(rows, drafted.tokens.shape[1], vocab, dtype=torch.float64, generator=generator) * 2
-        fast = rule.decide_batch(drafted, TargetLaw(logits, drafted, context), coins)
-        slow = Rule.decide_batch(rule, drafted, TargetLaw(logits, drafted, context), coins)
+        fast = rule.decide_batch(drafted, LogitsLaw(logits, drafted, context), coins)
+        slow = Rule.decide_batch(rule, drafted, LogitsLaw(logits, drafted, context), coins)
         assert not differing(fast, slow).any()
 
 
@@ -111,16 +111,16 @@ def compare(rule, rows: int, vocab: int, seed: int, single: bool) -> None:
     """Decide random trees by the specification and by the fast path, in float64 and in float32."""
     tree, logits = trees_for(rule, rows, vocab, seed, single)
     context, coins = Batch(rows, vocab, Sampling(1.0), seed), Shifted(seed, rows, 16)
-    slow = Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins)
-    fast = rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
+    slow = Rule.decide_batch(rule, tree, LogitsLaw(logits, tree, context), coins)
+    fast = rule.decide_batch(tree, LogitsLaw(logits, tree, context), coins)
     assert not differing(fast, slow).any()
     low = replace(tree, draft_probs=tree.draft_probs.float())
-    odd = differing(rule.decide_batch(low, TargetLaw(logits.float(), low, context), coins), slow)
+    odd = differing(rule.decide_batch(low, LogitsLaw(logits.float(), low, context), coins), slow)
     assert odd.sum() <= 1
     if odd.any():  # float32 may decide otherwise only where a coin lies next to a threshold
         decisions = []
         for coins.shift in (-FLOAT32, FLOAT32):
-            decisions.append(Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins))
+            decisions.append(Rule.decide_batch(rule, tree, LogitsLaw(logits, tree, context), coins))
         assert not (~differing(decisions[0], slow) & ~differing(decisions[1], slow) & odd).any()
 
 
@@ -141,12 +141,12 @@ def test_the_fast_path_equals_the_specification_over_a_large_vocabulary(rule, ro
 def test_without_a_draft_the_fast_path_samples_from_the_target(rule):
     context, coins = Batch(5, 6, Sampling(1.0), 0), Coins(0, 5, 16)
     tree, logits = root_only(context.root), torch.randn(5, 1, 6, dtype=torch.float64)
-    fast = rule.decide_batch(tree, TargetLaw(logits, tree, context), coins)
-    assert not differing(fast, Rule.decide_batch(rule, tree, TargetLaw(logits, tree, context), coins)).any()
+    fast = rule.decide_batch(tree, LogitsLaw(logits, tree, context), coins)
+    assert not differing(fast, Rule.decide_batch(rule, tree, LogitsLaw(logits, tree, context), coins)).any()
     assert torch.equal(fast.token, inverse_cdf(logits[:, 0].softmax(-1), coins.uniforms(Purpose.EMIT)[:, 0]))
 
 
-class NotingLaw(TargetLaw):
+class NotingLaw(LogitsLaw):
     """Notes which nodes a specification looks at."""
 
     def __init__(self, logits, *args):
@@ -166,7 +166,7 @@ def test_a_nan_at_a_node_that_the_specification_does_not_visit_is_no_error(rule)
         context, coins = Batch(16, 6, Sampling(1.0), seed), Coins(seed, 16, 16)
         noting = NotingLaw(logits, tree, context)
         slow = Rule.decide_batch(rule, tree, noting, coins)
-        law = TargetLaw(logits.masked_fill(~noting.seen[..., None], torch.nan), tree, context)
+        law = LogitsLaw(logits.masked_fill(~noting.seen[..., None], torch.nan), tree, context)
         fast = rule.decide_batch(tree, law, coins)
         assert not differing(fast, slow).any()
         assert not law.invalid().any()
@@ -182,7 +182,7 @@ def test_the_fast_path_never_asks_the_device(rule):
     topology = Topology(tree.topology.parents.to("meta"), tree.topology.depth, tree.topology.width)
     assert tree.draft_probs is not None
     tree = DraftTree(tree.tokens.to("meta"), topology, tree.laws.to("meta"), tree.draft_probs.to("meta"))
-    decisions = rule.decide_batch(tree, TargetLaw(logits.to("meta"), tree, context), Coins(0, 4, 16, "meta"))
+    decisions = rule.decide_batch(tree, LogitsLaw(logits.to("meta"), tree, context), Coins(0, 4, 16, "meta"))
     assert decisions.path.shape == (4, topology.depth + 1)
     assert decisions.accepted.shape == decisions.token.shape == (4,)
 
@@ -264,7 +264,7 @@ def test_flows_add_up_to_the_expected_number_of_accepted_tokens():
     rule, rows, target = LevelVerification(), 2000, TabularTarget(3, seed=2)
     context, coins = Batch(rows, 3, Sampling(1.0), 0), Coins(0, rows, 16)
     tree = TabularDrafter(Table(3, seed=3), Widths((2, 2), Law.IID)).propose(context, coins)
-    law = TargetLaw(target.score(tree, context), tree, context)
+    law = LogitsLaw(target.score(tree, context), tree, context)
     expected = rule.flows(tree, law)[:, 1:].sum(1).mean()
     assert float(rule.decide_batch(tree, law, coins).accepted.double().mean()) == pytest.approx(
         float(expected), abs=0.05
@@ -289,7 +289,7 @@ def test_rules_for_trees_are_block_verification_on_chains(tree_rule, law):
         context, coins = Batch(16, 6, Sampling(1.0), seed), Coins(seed, 16, 16)
         for decide in (Rule.decide_batch, lambda rule, *args: rule.decide_batch(*args)):
             one, other = (
-                decide(rule, tree, TargetLaw(logits, tree, context), coins) for rule in (block_rule, tree_rule)
+                decide(rule, tree, LogitsLaw(logits, tree, context), coins) for rule in (block_rule, tree_rule)
             )
             assert not differing(one, other).any()
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from experiments.simulate import parents_of
 from specdec import Law, Sampling, generate
 from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.laws import SAMPLED, drafts, is_random
 from specdec.rules import BlockVerification, KSeq, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
 from specdec.theory import (
@@ -30,7 +31,6 @@ from specdec.theory import (
     tree_optimum,
 )
 from specdec.theory.ceilings import _all_among_first
-from specdec.theory.optima import _draws
 from specdec.trace import Trace
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -58,18 +58,21 @@ def best_coupling(p, drawn):
     return -linprog(-np.ones(len(inside)), limits.tocsr(), [*drawn.values(), *p]).fun
 
 
-@pytest.mark.parametrize(
-    "law", [Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP], ids=lambda w: w.name
-)
+def points(q, law, count):
+    """The most probable tokens, as many as children are certain."""
+    certain = sum(not is_random(law, slot) for slot in range(count))
+    return np.argsort(-q, kind="stable")[:certain].tolist()
+
+
+@pytest.mark.parametrize("law", [Law.POINT, *SAMPLED], ids=lambda law: law.name)
 def test_one_step_ceiling_is_the_optimal_transport(law):
     for trial in range(60):
         vocab, count = int(RANDOM.integers(3, 7)), int(RANDOM.integers(1, 4))
         p, q = (random_law(vocab, RANDOM.choice([0.5, 2, 5]), zeros=trial % 3 == 0) for _ in "pq")
-        best = np.argsort(-q, kind="stable")[: count - (law == Law.SAMPLED_THEN_TOP)]
-        top = best[q[best] > 0].tolist()
+        top = [x for x in points(q, law, count) if q[x] > 0]
         if law == Law.SAMPLED_THEN_TOP and q[top].sum() > 1 - 1e-12:
             continue  # no law is left for the first child: the children are POINT
-        expected = best_coupling(p, _draws(q, count, law))
+        expected = best_coupling(p, drafts(law, q, count))
         assert one_step_ceiling(p, law, q, count=count, top=top) == pytest.approx(expected, abs=SOLVED)
 
 
@@ -88,9 +91,8 @@ def test_a_law_that_is_none_is_refused():
         one_step_ceiling([0.5, -0.5], Law.POINT, top=[0])
     with pytest.raises(ValueError, match="law=IID, q=None: give"):
         one_step_ceiling([0.5, 0.5], Law.IID)
-
-
-SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
+    with pytest.raises(ValueError, match="no child is certain under law=IID"):
+        one_step_ceiling([0.5, 0.5], Law.IID, [0.5, 0.5], top=[0])
 
 
 def first_step(law, rule, width=2):
@@ -99,8 +101,7 @@ def first_step(law, rule, width=2):
     drafter = TabularDrafter(draft, Widths((width,), law))
     found = exact_law(target, prompt, drafter, rule=rule, max_new_tokens=2)
     p, q = (table.logits(prompt).softmax(0).numpy() for table in (target, draft))
-    top = np.argsort(-q)[: width - (law == Law.SAMPLED_THEN_TOP)].tolist()
-    return found.expected_tokens - 1, one_step_ceiling(p, law, q, count=width, top=top)
+    return found.expected_tokens - 1, one_step_ceiling(p, law, q, count=width, top=points(q, law, width))
 
 
 @pytest.mark.parametrize("law", [Law.POINT, Law.SAMPLED_THEN_TOP], ids=lambda law: law.name)
@@ -190,9 +191,8 @@ def test_block_verification_example_of_the_paper():
 def test_tree_optimum_of_one_node_is_its_ceiling(law):
     for seed in range(10):
         p, q = (toy(seed + offset)[1](()) for offset in (0, 50))
-        top = np.argsort(-q)[: 2 - (law == Law.SAMPLED_THEN_TOP)].tolist()
         optimum = tree_optimum(lambda _, p=p: p, lambda _, q=q: q, (2,), law)
-        assert optimum == pytest.approx(1 + one_step_ceiling(p, law, q, count=2, top=top), abs=SOLVED)
+        assert optimum == pytest.approx(1 + one_step_ceiling(p, law, q, count=2, top=points(q, law, 2)), abs=SOLVED)
 
 
 def test_rules_stay_below_the_optimum_of_a_tree():

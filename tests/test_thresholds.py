@@ -11,7 +11,7 @@ from specdec import Law
 from specdec.drafters import Context
 from specdec.rules import BlockVerification, KSeq, Rule, TraversalVerification, block, traversal
 from specdec.sampling import Sampling
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw
 from specdec.testing.fast_paths import LEAST_COIN, SURE, GivenCoins, bisect
 from specdec.tree import DraftTree, Topology
 
@@ -58,7 +58,7 @@ class EveryNode:
         )
         context = Context.empty(len(rows), 1, VOCAB, torch.device("cpu"))
         context.sampling = Sampling(1.0)
-        law = TargetLaw(self.logits[rows], tree, context)
+        law = LogitsLaw(self.logits[rows], tree, context)
         made = decide(tree, law, GivenCoins(accept, torch.zeros_like(accept)))
         kept = torch.arange(made.path.shape[1]) <= made.accepted[:, None]
         return ((made.path == self.node[rows, None]) & kept).any(1)

@@ -73,7 +73,7 @@ class EmittedTooCold(Planted):
     """Emitted tokens are sampled at temperature 1 - strength, drafts are tested at temperature 1."""
 
     def emit(self, coins, path, p, target_law):
-        wrong = coins.law(p ** (1 / (1 - self.strength)))
+        wrong = coins.normalise(p ** (1 / (1 - self.strength)))
         self.total += _distance(wrong, p)
         return coins.pick(path[-1], wrong)
 

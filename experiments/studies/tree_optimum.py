@@ -23,10 +23,11 @@ from scipy.sparse import coo_matrix
 from experiments.bench.report import markdown
 from experiments.bench.results import ROOT, provenance
 from specdec import DraftTree, Sampling
+from specdec.laws import SAMPLED, Law, child_weights, drafts, normalised
 from specdec.rules import LevelVerification
 from specdec.rules.residual import residual
-from specdec.target_law import TargetLaw
-from specdec.tree import Law, Topology
+from specdec.target_law import LogitsLaw
+from specdec.tree import Topology
 
 Prefix = tuple[int, ...]
 Laws = dict[Prefix, np.ndarray]  # after each prefix, [vocab]
@@ -34,7 +35,6 @@ Tree = tuple[tuple[int, np.ndarray, Any], ...]  # of each child: token, the law 
 
 PAIRS = 20
 SETTINGS = [(3, (2, 1)), (4, (2, 1)), (3, (2, 2)), (3, (3, 1)), (2, (2, 1, 1))]  # vocabulary, widths
-SAMPLED = [Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP]
 FAMILIES = [(3, (2, 1), 2), (2, (2, 1), 4), (3, (2, 2), 2), (2, (2, 1, 1), 2)]  # vocabulary, widths, laws per context
 
 
@@ -64,23 +64,8 @@ def prefixes(vocab: int, depth: int) -> Iterator[Prefix]:
 
 def draws(q: np.ndarray, count: int, law: Law) -> Iterator[tuple[float, Prefix, list[np.ndarray]]]:
     """(probability, tokens, law of each given the earlier ones) of all sets of siblings."""
-    if law == Law.SAMPLED_THEN_TOP:
-        top = [int(x) for x in np.argsort(-q)[: count - 1]]
-        rest = without(q, top)
-        laws = [rest, *np.eye(len(q))[top]]
-        yield from ((float(rest[x]), (int(x), *top), laws) for x in np.flatnonzero(rest))
-        return
-    for tokens in itertools.product(range(len(q)), repeat=count):
-        replaced = law == Law.IID
-        if replaced or len(set(tokens)) == count:
-            laws = [q if replaced else without(q, list(tokens[:j])) for j in range(count)]
-            yield math.prod(float(each[x]) for each, x in zip(laws, tokens, strict=True)), tokens, laws
-
-
-def without(q: np.ndarray, tokens: list[int]) -> np.ndarray:
-    rest = q.copy()
-    rest[tokens] = 0
-    return rest / rest.sum()
+    for tokens, chance in drafts(law, q, count).items():
+        yield chance, tokens, [normalised(child_weights(law, q, tokens, slot)) for slot in range(count)]
 
 
 def trees(q: Laws, widths: Prefix, law: Law, u: Prefix = ()) -> list[tuple[float, Tree]]:
@@ -146,8 +131,8 @@ def level(p: Laws, q: Laws, found: list[tuple[float, Tree]], widths: Prefix, law
     tree = DraftTree(
         tokens, Topology(parents, len(widths), max(widths)), torch.full_like(tokens, int(law), dtype=torch.uint8), probs
     )
-    context: Any = SimpleNamespace(sampling=Sampling(1.0), processors=[()] * len(rows))
-    flows = LevelVerification(rounds).flows(tree, TargetLaw(logits, tree, context))
+    context: Any = SimpleNamespace(sampling=Sampling(1.0), processors=[()] * len(rows), processed=False)
+    flows = LevelVerification(rounds).flows(tree, LogitsLaw(logits, tree, context))
     return float(flows[:, 1:].sum(1) @ torch.tensor([chance for chance, _ in found], dtype=flows.dtype))
 
 

@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.coins import Coins
 from specdec.drafters.base import Context, Drafter
+from specdec.laws import Law
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 SHAPE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import specdec_kernels
 from specdec import Law, Topology
+from specdec.laws import excludes_elders, is_random
 from specdec_kernels.reference.compact import compact as compact_in_torch
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.verify import verify as walk_in_torch
@@ -51,18 +52,18 @@ def verify_inputs(shape: Laws, device: str, seed: int) -> Arguments:
     tokens = torch.cat([drawn.new_zeros(batch, 1), drawn], 1)[:, :nodes].contiguous()
     laws = torch.full((batch, nodes), int(law), dtype=torch.uint8, device=device)
     coins = torch.rand(2, batch, nodes, dtype=torch.float64, generator=generator, device=device)
-    drafted = tokens, topology.children, laws, None if law == Law.POINT else weights
+    drafted = tokens, topology.children, laws, weights if is_random(law, 0) else None
     return logits.bfloat16(), *drafted, *coins, shape.depth, *SAMPLINGS[shape.sampling], 1.0
 
 
 def _drawn(law: Law, weights: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """Children [node, width] int64 of nodes with laws `weights` [node, vocab]."""
-    if law in (Law.IID, Law.WITHOUT_REPLACEMENT):
-        return torch.multinomial(weights, width, law == Law.IID, generator=generator)
-    if law == Law.POINT:
-        return weights.topk(width).indices
-    top = weights.topk(width - 1).indices
-    return torch.cat([torch.multinomial(weights.scatter(1, top, 0), 1, generator=generator), top], 1)
+    draws = sum(is_random(law, slot) for slot in range(width))
+    top = weights.topk(width - draws).indices
+    if draws == 0:
+        return top
+    drawn = torch.multinomial(weights.scatter(1, top, 0), draws, not excludes_elders(law), generator=generator)
+    return torch.cat([drawn, top], 1)
 
 
 def compact_inputs(shape: Compaction, device: str, seed: int, calls: int = 1) -> list[Arguments]:

@@ -8,9 +8,10 @@ from typing import Any
 from specdec.checks import as_int, check_kind
 from specdec.display.picture import FAINT, PATH, PLAIN, Picture, Span
 from specdec.display.text import kind_of_last
+from specdec.laws import is_random
 from specdec.trace.laws import Record
 from specdec.trace.trace import Step
-from specdec.tree import Law, RowTree
+from specdec.tree import RowTree
 
 
 def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
@@ -30,7 +31,7 @@ def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
         raise ValueError('There is no tree in this step: record the run with trace="laws".')
     if not step.emitted[row]:
         raise ValueError(f"Prompt {row} had ended before this step; choose an earlier step, or another prompt.")
-    decided, drafted = record.decisions, record.tree().row(row, record.coins().row(row))
+    decided, drafted = record.decisions, record.tree().row(row)
     path = decided.path[row, : step.accepted[row] + 1].tolist()
     spans = [Span(_name(drafted.tokens[0], tokenizer), PATH), Span("\n")]
     for head, node, facts in _lines(record, drafted, row, 0, ""):
@@ -41,24 +42,19 @@ def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
         return Picture([*spans, Span("the text ends with an accepted token\n")])
     token, last = int(decided.token[row]), path[-1]
     kind = kind_of_last(step.accepted[row], step.tried[row])
-    after = (
-        f" after {_name(drafted.tokens[last], tokenizer)}  p {record.law().probabilities(row, last)[token]:.3f}  {kind}"
-    )
+    p = record.law().probabilities(row, last)[token]
+    after = f" after {_name(drafted.tokens[last], tokenizer)}  p {p:.3f}  {kind}"
     return Picture([*spans, Span("emitted "), Span(_name(token, tokenizer), PATH), Span(f"{after}\n")])
 
 
 def _lines(record: Record, drafted: RowTree, row: int, node: int, margin: str) -> Iterator[tuple[str, int, str]]:
     """(what stands before it, node, probabilities) of everything below a node."""
     p = record.law().probabilities(row, node)
-    draws, law = list(drafted.draws(node, len(p))), Law(drafted.laws[node])
+    draws = list(drafted.draws(node, len(p)))
     for slot, (child, q) in enumerate(draws):
         token, last = drafted.tokens[child], slot == len(draws) - 1
-        chosen = law == Law.POINT or (law == Law.SAMPLED_THEN_TOP and slot > 0)
-        yield (
-            f"{margin}{'└─ ' if last else '├─ '}",
-            child,
-            f"q {'top' if chosen else f'{q[token]:.3f}'}  p {p[token]:.3f}",
-        )
+        drawn = f"{q[token]:.3f}" if is_random(drafted.laws[node], slot) else "top"
+        yield f"{margin}{'└─ ' if last else '├─ '}", child, f"q {drawn}  p {p[token]:.3f}"
         yield from _lines(record, drafted, row, child, f"{margin}{'   ' if last else '│  '}")
 
 

@@ -9,10 +9,11 @@ from specdec.batch import Batch
 from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.laws import Law
 from specdec.models.target import TargetRun
 from specdec.outcome import Outcome
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 class Fallback(Drafter):

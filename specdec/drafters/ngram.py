@@ -8,9 +8,10 @@ from specdec.batch import Batch
 from specdec.checks import as_int
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.laws import Law
 from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
+from specdec.tree import DraftTree, TreeSpec, tree_of_points
 
 
 class NgramDrafter(Drafter):

@@ -3,9 +3,10 @@
 from specdec.batch import Batch
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.laws import Law
 from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec
+from specdec.tree import DraftTree, TreeSpec
 
 
 class NoDrafter(Drafter):

@@ -17,9 +17,10 @@ from specdec.batch import Batch
 from specdec.checks import as_float, as_ints, as_tuple, put_size
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.laws import Law
 from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, TreeSpec, tree_of_points
+from specdec.tree import DraftTree, TreeSpec, tree_of_points
 
 _LINKS = 32  # most suffixes counted per token: text that repeats one token for ever has one for each place
 

@@ -55,9 +55,8 @@ class Rule(ABC):
     code that makes the same decisions on the same coins.
     """
 
-    capturable: ClassVar[bool] = (
-        False  # True if `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`
-    )
+    # True if `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`
+    capturable: ClassVar[bool] = False
     # True if it asks for the target's law at nodes that it accepts only, each after its parent: logits processors that keep
     # state then go along the path, where other rules take a copy of them for every node
     top_down: ClassVar[bool] = False
@@ -81,7 +80,7 @@ class Rule(ABC):
         rows = []
         for b in range(len(tree.tokens)):
             flips = coins.row(b)
-            rows.append(self._decide(tree.row(b, flips), target_law.row(b, flips), flips))
+            rows.append(self._decide(tree.row(b, flips.normalise), target_law.row(b, flips.normalise), flips))
         device, width = tree.tokens.device, tree.topology.depth + 1
         path = torch.tensor([r.path + [0] * (width - len(r.path)) for r in rows], device=device)
         accepted = torch.tensor([len(r.path) - 1 for r in rows], device=device)

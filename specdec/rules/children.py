@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specdec.tree import DraftTree, Law
+from specdec.laws import Law, is_random, is_struck
+from specdec.tree import DraftTree
 
 
 class Siblings:
@@ -34,7 +35,8 @@ class Siblings:
         """[batch, vocab], at least in `dtype`: the node's draft law, not normalised; None where all children are POINT."""
         if self._tree.draft_probs is None:
             return None
-        internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)  # the nodes beyond are leaves
+        # the nodes beyond are leaves
+        internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)
         weights = self._tree.draft_probs[self._rows, internal]
         return weights.to(torch.promote_types(weights.dtype, self._dtype))
 
@@ -44,12 +46,11 @@ class Siblings:
         weights = self.weights
         if weights is None:
             return ChildLaw(token, torch.ones_like(slot, dtype=torch.bool), None)
-        top = self.exists & (self._law == Law.SAMPLED_THEN_TOP) & (self.exists.cumsum(1) > 1)
+        rank = self.exists.cumsum(1) - 1
+        own = rank.gather(1, slot)
         if self.index.shape[1] > 1:
-            place = torch.arange(self.index.shape[1], device=slot.device)
-            earlier = self.exists & (self._law == Law.WITHOUT_REPLACEMENT) & (place < slot)
-            weights = _drop(weights, self.tokens, top | earlier)
-        point = top.gather(1, slot) | (self._law == Law.POINT)
+            weights = _drop(weights, self.tokens, self.exists & is_struck(self._law, own, rank))
+        point = ~is_random(self._law, own)
         total = weights.sum(1, keepdim=True)
         law = weights / total.masked_fill(point | (total == 0), torch.inf)
         return ChildLaw(token, point, law.to(self._dtype))

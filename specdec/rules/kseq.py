@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.coins import Coins, RowCoins
+from specdec.coins import Coins, Purpose, RowCoins, inverse_cdf
+from specdec.laws import Law
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import ChildLaw, Siblings
-from specdec.rules.walk_children import top_down
 from specdec.target_law import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree, TreeSpec
+from specdec.tree import DraftTree, RowTree, TreeSpec
+from specdec_kernels.reference.nobody import nobody
 
 _GRID = 2**16
 _MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho will do
@@ -65,7 +66,24 @@ class KSeq(Rule):
             path.append(accepted)
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
-        return top_down(tree, target_law, coins, _try_children)
+        rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
+        # [batch] int64: the deepest accepted node, and how many were accepted
+        node, accepted = torch.zeros_like(rows), torch.zeros_like(rows)
+        alive, coin = torch.ones_like(rows, dtype=torch.bool), coins.uniforms(Purpose.ACCEPT)
+        # owed: [batch, vocab], what the target law still owes at `node`
+        owed, path = target_law.at(node), [node]
+        for _ in range(tree.topology.depth):
+            siblings = Siblings(tree, node, owed.dtype)
+            child, rest = _try_children(siblings, owed, coin.gather(1, siblings.index), alive)
+            alive = child > 0
+            if nobody(alive):
+                owed = rest
+                break
+            node = torch.where(alive, child, node)
+            owed = torch.where(alive[:, None], target_law.at(node), rest)
+            accepted = accepted + alive
+            path.append(node)
+        return Decisions(torch.stack(path, 1), accepted, inverse_cdf(owed, coins.uniforms(Purpose.EMIT)[rows, node]))
 
 
 def _rest(p: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
@@ -88,6 +106,11 @@ def _rho(p: np.ndarray, q: np.ndarray, count: int) -> int:
 
 
 def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Try the children of one node in the rows `alive` [batch] bool; p: [batch, vocab], coin: [batch, width].
+
+    Returns:
+        The accepted child [batch] int64, 0 where there is none, and what is owed there [batch, vocab].
+    """
     width = siblings.index.shape[1]
     count = siblings.exists.sum(1, keepdim=True).clamp(min=1)  # [batch, 1]
     child = siblings.child(torch.zeros_like(count))  # the first stands for all

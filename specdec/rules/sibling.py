@@ -12,11 +12,13 @@ and then down the tree: a child's subtree is verified against the target's law a
 
 from __future__ import annotations
 
+import specdec_kernels
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.residual import residual
 from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
+from specdec_kernels.reference.verify import walk
 
 
 class SiblingRejection(Rule):
@@ -39,5 +41,11 @@ class SiblingRejection(Rule):
                 return Decision(path, coins.pick(path[-1], p))
 
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
-        accept, emit = coins.uniforms(Purpose.ACCEPT), coins.uniforms(Purpose.EMIT)
-        return Decisions(*target_law.verify(tree, accept, emit, self.lenience))
+        drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs
+        given = *drafted, coins.uniforms(Purpose.ACCEPT), coins.uniforms(Purpose.EMIT), tree.topology.depth
+        raw = target_law.raw()
+        if raw is None or raw.logits.device.type not in specdec_kernels.DEVICES:
+            return Decisions(*walk(target_law.at, *given, self.lenience))
+        path, accepted, token, invalid = specdec_kernels.verify(raw.logits, *given, *raw.filters, self.lenience)
+        raw.no_law.add_(invalid)
+        return Decisions(path, accepted, token)

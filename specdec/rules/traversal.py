@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins, Purpose, RowCoins
+from specdec.laws import Law
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import Siblings
 from specdec.rules.residual import residual, residual_batch
 from specdec.target_law import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree
+from specdec.tree import DraftTree, RowTree
 
 
 class TraversalVerification(Rule):

@@ -94,7 +94,7 @@ class _ExactRow(RowCoins):
     def pick(self, node: int, probabilities: Any, purpose: Purpose = Purpose.EMIT) -> int:
         return self._coins.flip(self._row, purpose, node, list(probabilities))
 
-    def law(self, weights: np.ndarray) -> np.ndarray:
+    def normalise(self, weights: np.ndarray) -> np.ndarray:
         return np.array(_exact(np.asarray(weights, dtype=np.float64).tobytes()), dtype=object)
 
 

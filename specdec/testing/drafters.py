@@ -15,11 +15,12 @@ from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind
 from specdec.coins import Coins
 from specdec.drafters import Drafter, DraftRun
 from specdec.generate import generate
+from specdec.laws import Law
 from specdec.models.target import Target, TargetRun
 from specdec.sampling import Sampling
 from specdec.testing.laws import exact_law, target_law
 from specdec.testing.tables import TabularTarget
-from specdec.tree import DraftTree, Law, TreeSpec
+from specdec.tree import DraftTree, TreeSpec
 
 _MOST = 4  # tokens
 

@@ -10,9 +10,8 @@ arithmetic, and the law is compared with the exact one of the logits as they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from specdec.batch import Batch
 from specdec.coins import Coins, Purpose
+from specdec.laws import Law, drafts, is_random
 from specdec.rules import Rule
 from specdec.sampling import Sampling
-from specdec.target_law import TargetLaw
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.target_law import LogitsLaw, TargetLaw
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 # How far the emitted law may be from the target's, in total variation and per token of the vocabulary: four roundings.
 # Logits of 16 bits are worked on in 32.
@@ -78,7 +78,7 @@ class Nodes:
         return [
             (node, chance, tokens)
             for node, weights in enumerate(self.weights.double().numpy())
-            for chance, tokens in _drafts(weights, self.law, self.width)
+            for tokens, chance in drafts(self.law, weights, self.width).items()
             if chance > NEVER
         ]
 
@@ -96,28 +96,6 @@ def _exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if min_p is not None:
         law[logits < ranked[0] + temperature * np.log(min_p)] = 0
     return law / law.sum()
-
-
-def _drafts(weights: np.ndarray, law: Law, width: int) -> Iterator[tuple[float, tuple[int, ...]]]:
-    ranked = [int(x) for x in np.argsort(-weights, kind="stable") if weights[x] > 0]
-    top = tuple(ranked[: width - 1])
-    if law == Law.POINT or (law == Law.SAMPLED_THEN_TOP and len(ranked) < width):
-        yield 1.0, tuple(ranked[:width])
-    elif law == Law.SAMPLED_THEN_TOP:
-        yield from ((chance, (x, *top)) for x, chance in _chances(weights, top).items())
-    elif law == Law.IID:
-        for tokens in product(ranked, repeat=width):
-            yield float(np.prod(weights[list(tokens)] / weights.sum())), tokens
-    else:
-        for tokens in permutations(ranked, min(width, len(ranked))):
-            yield float(np.prod([_chances(weights, tokens[:j])[x] for j, x in enumerate(tokens)])), tokens
-
-
-def _chances(weights: np.ndarray, without: tuple[int, ...]) -> dict[int, float]:
-    """Probability of each token that may be drawn by `weights` [vocab] from all but those."""
-    left = weights.copy()
-    left[list(without)] = 0
-    return {int(x): float(left[x] / left.sum()) for x in np.flatnonzero(left)}
 
 
 @dataclass(frozen=True)
@@ -217,15 +195,15 @@ class FastDecisions:
         nodes, rows, width = self.nodes, len(drafts), self.nodes.width
         owner, children = self.owner[drafts], self.tokens[drafts]
         # as `specdec.trees.draw` has it: where the top tokens are the whole support, nothing was sampled
-        sampled = (children[:, -1:] >= 0) | (nodes.law != Law.SAMPLED_THEN_TOP)
-        root = torch.where(sampled, nodes.law, Law.POINT)
+        whole = (children[:, -1:] < 0) & (not is_random(nodes.law, width - 1))
+        root = torch.where(whole, Law.POINT, nodes.law)
         laws = torch.cat([root, torch.where(children >= 0, Law.POINT, Law.PADDING)], 1)
         topology = Topology(torch.tensor([-1] + [0] * width).expand(rows, -1), 1, width)
-        probs = None if nodes.law == Law.POINT else nodes.weights[owner][:, None]
+        probs = nodes.weights[owner][:, None] if is_random(nodes.law, 0) else None
         tree = DraftTree(pad(children.clamp(min=0), (1, 0)), topology, laws.to(torch.uint8), probs)
         batch = Batch(rows, 1, nodes.logits.shape[1], nodes.logits.device)
         batch.sampling = nodes.sampling
-        law = TargetLaw(nodes.logits[owner][:, None].expand(-1, 1 + width, -1), tree, batch)
+        law = LogitsLaw(nodes.logits[owner][:, None].expand(-1, 1 + width, -1), tree, batch)
         return tree, law, GivenCoins(pad(accept, (1, 0)), emit[:, None].expand(-1, 1 + width))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from specdec.laws import Law
 from specdec.sampling import Sampling
 from specdec.testing.fast_paths import Nodes
-from specdec.tree import Law
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 LEAST = 2.0**-149  # the smallest float32 above 0

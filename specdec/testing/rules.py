@@ -10,16 +10,14 @@ import torch
 
 from specdec.checks import as_int, as_tuple, check_kind
 from specdec.drafters import Drafter, NgramDrafter
+from specdec.laws import SAMPLED, Law
 from specdec.rules import Rule
 from specdec.sampling import Sampling
 from specdec.testing.fast_paths import measured
 from specdec.testing.hard_laws import hard_nodes
 from specdec.testing.laws import exact_law, target_law
 from specdec.testing.tables import Table, TabularDrafter, TabularTarget
-from specdec.tree import Law
 from specdec.trees import Chain, Dynamic, Widths
-
-_LAWS = (Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
 
 
 def assert_lossless(
@@ -69,7 +67,7 @@ def assert_fast_path(rule: Rule) -> None:
     """
     name, refusal, admitted = type(rule).__name__, None, 0
     assert rule.lossless, f"{name} does not claim to be lossless (`lossless` is False), so there is nothing to assert."
-    for law, width, sampling in product(_LAWS, (1, 2), (Sampling(1.0), Sampling(0.7, top_k=2))):
+    for law, width, sampling in product((Law.POINT, *SAMPLED), (1, 2), (Sampling(1.0), Sampling(0.7, top_k=2))):
         hard = hard_nodes(3, law, width, sampling, torch.float32)
         try:
             rule.check(hard.spec)
@@ -89,9 +87,8 @@ def assert_fast_path(rule: Rule) -> None:
 
 def _battery(vocab: int, drafters: Sequence[Drafter] | None) -> Iterable[tuple[int, Sampling, Drafter]]:
     """(seed of the target, sampling, drafter)."""
-    sampled = (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)
-    wide = [Chain(2), *(Widths((2, 1), law) for law in sampled)]
-    deep = [Chain(3), *(Widths((1, 2), law) for law in sampled)]  # siblings below a node that may not be reached
+    wide = [Chain(2), *(Widths((2, 1), law) for law in SAMPLED)]
+    deep = [Chain(3), *(Widths((1, 2), law) for law in SAMPLED)]  # siblings below a node that may not be reached
     # Seeds are chosen: a wrong residual inside a block shows only where the target's law, times a chance of acceptance
     # below 1, still exceeds the draft's somewhere. On many tables (target 0, draft 1 among them) it nowhere does.
     for seed, sampling, trees in (

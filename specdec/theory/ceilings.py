@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, brief
-from specdec.tree import Law, as_law
+from specdec.laws import Law, as_law, excludes_elders, is_random
 
 _STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12
 _DECAY = 40.0  # exp(-40) < 1e-17: where integrands are cut off
@@ -21,15 +21,15 @@ def one_step_ceiling(
 
     A verifier couples the children with a token of law p, and accepts when that token is one of them. By max-flow =
     min-cut the best coupling does so with probability min over sets H of tokens of 1 + p(H) - Pr[all children in H]
-    (optimal transport: Sun et al., arXiv:2310.15141; its dual: Hu et al., arXiv:2502.18779). In closed form:
+    (optimal transport: Sun et al., arXiv:2310.15141; its dual: Hu et al., arXiv:2502.18779). H has to hold the points, `top`,
+    or Pr is 0. With r the draft's law q outside of them, the minimum over the rest of H has a closed form:
 
-    - POINT: p(children).
-    - SAMPLED_THEN_TOP: Pr is r(H - top) if H holds the top and 0 otherwise, r being q outside the top, so that the
-      minimum is p(top) + sum min(p, r) outside. Sibling rejection has this value.
-    - IID: Pr = q(H)^count is convex in q(H): against its tangent at the best H, a set {p < c q} is as good. So H may be
-      sought among the prefixes of the tokens sorted by p / q: O(V log V).
+    - independent draws (IID, and SAMPLED_THEN_TOP with its one draw): Pr = r(H)^count is convex in r(H): against its tangent
+      at the best H, a set {p < c r} is as good. So H may be sought among the prefixes of the tokens sorted by p / r:
+      O(V log V). For one draw the minimum is p(top) + sum min(p, r): sibling rejection has this value.
     - WITHOUT_REPLACEMENT: prefixes too (see `_all_among_first`, which evaluates Pr for all of them in O(V count G) with
       some G = 200 points of quadrature: 0.1 to 0.2 s for 4,096 tokens).
+    - POINT: p(top).
 
     Args:
         p: [vocab] the target's law at the node.
@@ -40,21 +40,21 @@ def one_step_ceiling(
     """
     p, law, count = normalised(p), as_law(law), as_int("count", count, 0)
     top = sorted(set(as_ints("top", top, 0, len(p) - 1, "tokens are indices of p")))
-    if law == Law.POINT:
-        return float(p[top].sum())
-    if q is None or law == Law.PADDING:
-        raise ValueError(f"law={law.name}, q={q}: give a sampled law and q, the law that the children are drawn from.")
+    known, draws = p[top].sum(), sum(is_random(law, slot) for slot in range(count + len(top)))
+    if draws == 0:
+        return float(known)
+    if top and draws == count + len(top):
+        raise ValueError(f"top={top}: no child is certain under law={law.name}; leave it out.")
+    if q is None:
+        raise ValueError(f"law={law.name}, q=None: give q, the law that the children are drawn from.")
     q = normalised(q)
     if len(q) != len(p):
         raise ValueError(f"q has {len(q)} weights and p {len(p)}: must be laws of one vocabulary.")
-    if law == Law.SAMPLED_THEN_TOP:
-        q[top] = 0
-        both = np.minimum(p, normalised(q))
-        return float(p[top].sum() + both.sum())
-    drawn = np.flatnonzero(q)
-    order = drawn[np.argsort(p[drawn] / q[drawn], kind="stable")]
-    inside = np.cumsum(q[order]) ** count if law == Law.IID else _all_among_first(q[order], count)
-    return float(1 + min(0, np.min(np.cumsum(p[order]) - inside)))
+    q[top] = 0
+    r, drawn = normalised(q), np.flatnonzero(q)
+    order = drawn[np.argsort(p[drawn] / r[drawn], kind="stable")]
+    inside = _all_among_first(r[order], draws) if excludes_elders(law) else np.cumsum(r[order]) ** draws
+    return float(1 + min(0, known + np.min(np.cumsum(p[order]) - inside)))
 
 
 def _all_among_first(q: np.ndarray, count: int) -> np.ndarray:

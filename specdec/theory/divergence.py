@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from specdec.laws import Law, child_weights, excludes_elders, normalised
 from specdec.rules.base import Rule
-from specdec.tree import Law
 
 _DRAWS = 64  # of the earlier siblings, where the law of a child depends on them
 
@@ -35,7 +35,7 @@ def divergence(
     if type(rule).trial is Rule.trial:
         return None
     random = np.random.default_rng(0)
-    repeats = _DRAWS if law == Law.WITHOUT_REPLACEMENT and count > 1 else 1
+    repeats = _DRAWS if excludes_elders(law) and count > 1 else 1
     emitted = [_emitted(rule, p, law, q, count, top, random) for _ in range(repeats)]
     return float(abs(np.mean(emitted, 0) - p).sum() / 2)
 
@@ -43,18 +43,17 @@ def divergence(
 def _emitted(rule: Rule, p: np.ndarray, law: Law, q, count: int, top: Sequence[int], random) -> np.ndarray:
     """[vocab]: the law of the next token, given the earlier siblings where they were drawn here."""
     emitted, unmet, owed = np.zeros_like(p), 1.0, p  # unmet: chance that no child so far was accepted
-    known = [None] * (count - len(top)) + list(top)
+    # tokens that are not known yet are 0: no child's law depends on them
+    tokens = [0] * (count - len(top)) + list(top)
     weights = np.zeros_like(p) if q is None else np.array(q, dtype=np.float64)
-    if law == Law.SAMPLED_THEN_TOP:
-        weights[list(top)] = 0
-    for slot, token in enumerate(known):
-        child = np.eye(1, len(p), token)[0] if token is not None else weights / weights.sum()
+    for slot in range(count):
+        child = normalised(child_weights(law, weights, tokens, slot))
         hit, owed = rule.trial(owed, child)
         emitted += unmet * child * hit
         failed = child * (1 - hit)
         if not failed.sum() > 0:
             return emitted
         unmet *= failed.sum()
-        if law == Law.WITHOUT_REPLACEMENT and slot + 1 < count:
-            weights[random.choice(len(p), p=failed / failed.sum())] = 0
+        if excludes_elders(law) and slot + 1 < count:
+            tokens[slot] = random.choice(len(p), p=failed / failed.sum())
     return emitted + unmet * owed

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, check_callable
+from specdec.laws import Law, as_law, drafts
 from specdec.theory.ceilings import normalised
-from specdec.tree import Law, as_law
 
 TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
 
@@ -113,24 +113,9 @@ def _draft_trees(draft: TextLaw, text: tuple[int, ...], widths: tuple[int, ...],
         return {frozenset(): 1.0}
     found: dict[frozenset, float] = {}
     below = cache(lambda x: _draft_trees(draft, (*text, x), widths[1:], law))
-    for children, probability in _draws(normalised(draft(text)), widths[0], law).items():
+    for children, probability in drafts(law, normalised(draft(text)), widths[0]).items():
         for subtrees in product(*(below(x).items() for x in children)):
             paths = [{(x,), *((x, *path) for path in tree)} for x, (tree, _) in zip(children, subtrees, strict=True)]
             tree = frozenset().union(*paths)
             found[tree] = found.get(tree, 0) + probability * float(np.prod([chance for _, chance in subtrees]))
     return found
-
-
-def _draws(q: np.ndarray, count: int, law: Law) -> dict[tuple[int, ...], float]:
-    """{children in the order they are drawn: probability}; fewer than `count` where the support runs out."""
-    support = np.flatnonzero(q).tolist()
-    if law == Law.IID:
-        return {xs: float(np.prod(q[list(xs)])) for xs in product(support, repeat=count)}
-    if law == Law.WITHOUT_REPLACEMENT:
-        orders = permutations(support, min(count, len(support)))
-        left = {xs: [sum(q[x] for x in support if x not in xs[:j]) for j in range(len(xs))] for xs in orders}
-        return {xs: float(np.prod(q[list(xs)] / weights)) for xs, weights in left.items()}
-    best = np.argsort(-q, kind="stable").tolist()
-    top = [x for x in best[: count - (law == Law.SAMPLED_THEN_TOP)] if q[x] > 0]
-    rest = [x for x in support if x not in top] if law == Law.SAMPLED_THEN_TOP else []
-    return {(x, *top): q[x] / q[rest].sum() for x in rest} or {tuple(top): 1.0}

@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.coins import Coins
+from specdec.laws import Law
 from specdec.rules.base import Decisions
 from specdec.target_law import TargetLaw
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
-from specdec_kernels.reference.verify import walk
+from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 class Packed(NamedTuple):
@@ -119,17 +120,13 @@ class _Recorded(TargetLaw):
     """Laws [batch, node, vocab] that are known already."""
 
     def __init__(self, laws: Tensor):
-        self._logits, self._rows, self.vocab = laws, torch.arange(len(laws)), laws.shape[-1]
+        self._laws, self._rows, self.vocab = laws, torch.arange(len(laws)), laws.shape[-1]
 
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
-        return self._logits[self._rows if rows is None else rows, nodes]
+        return self._laws[self._rows if rows is None else rows, nodes]
 
-    def verify(self, tree: DraftTree, accept: Tensor, emit: Tensor, lenience: float) -> tuple[Tensor, Tensor, Tensor]:
-        drafted = tree.tokens, tree.topology.children, tree.laws, tree.draft_probs, accept, emit, tree.topology.depth
-        return walk(self.at, *drafted, lenience)
-
-    def probabilities(self, row: int, node: int):
-        return self._logits[row, node].double().numpy()
+    def probabilities(self, row: int, node: int) -> np.ndarray:
+        return self._laws[row, node].double().numpy()
 
 
 def _kept(tensor: Tensor | None) -> Any:

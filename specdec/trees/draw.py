@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from specdec.coins import Coins
+from specdec.laws import Law
 from specdec.sampling import Sampling
-from specdec.tree import Law, as_law
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,22 +20,6 @@ class Children:
     exists: Tensor | None  # [batch, count * width] bool; None if all do
     laws: Tensor  # [batch, count] uint8, of the parents
     draft_probs: Tensor | None  # [batch, count, vocab]
-
-
-def drawable(law: Law | int) -> Law:
-    """`law` as one that children can be drawn under; raises ValueError for PADDING, and for what is no law."""
-    law = as_law(law)
-    if law == Law.PADDING:
-        raise ValueError("law=PADDING marks absent nodes; choose POINT, IID, WITHOUT_REPLACEMENT or SAMPLED_THEN_TOP.")
-    return law
-
-
-def drawn_laws(law: Law, sampling: Sampling) -> frozenset[Law]:
-    """The laws that `draw` may record when asked for `law`."""
-    if sampling.temperature == 0:
-        return frozenset({Law.POINT})
-    # the top k - 1 may be the whole support
-    return frozenset({law, Law.POINT} if law == Law.SAMPLED_THEN_TOP else {law})
 
 
 def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins, first: int) -> Children:

@@ -15,8 +15,9 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.checks import as_float, put, put_size
 from specdec.coins import Coins
+from specdec.laws import Law
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
 
 

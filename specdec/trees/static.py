@@ -19,10 +19,11 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.checks import as_parents, put
 from specdec.coins import Coins
+from specdec.laws import Law, as_law, drawn_laws
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
-from specdec.trees.draw import draw, drawable, drawn_laws
+from specdec.trees.draw import draw
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Static(TreePolicy):
     capturable = True
 
     def __post_init__(self) -> None:
-        put(self, parents=as_parents(self.parents), law=drawable(self.law))
+        put(self, parents=as_parents(self.parents), law=as_law(self.law))
         if len(self.parents) < 2:
             raise ValueError("parents=[-1]: this tree drafts nothing; use drafter=None.")
 

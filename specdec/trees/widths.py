@@ -12,10 +12,11 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.checks import as_int, as_ints, put
 from specdec.coins import Coins
+from specdec.laws import Law, as_law, drawn_laws
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
-from specdec.trees.draw import draw, drawable, drawn_laws
+from specdec.trees.draw import draw
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Widths(TreePolicy):
 
     def __post_init__(self) -> None:
         cure = "a tree needs at least one level, and each level at least one child, as [4, 2, 1] has"
-        put(self, widths=as_ints("widths", self.widths, 1, cure=cure), law=drawable(self.law))
+        put(self, widths=as_ints("widths", self.widths, 1, cure=cure), law=as_law(self.law))
         if not self.widths:
             raise ValueError(f"widths=(): {cure}.")
 

@@ -31,11 +31,10 @@ from torch import Tensor
 
 from specdec_kernels.reference.inverse_cdf import inverse_cdf
 from specdec_kernels.reference.law import probabilities
+from specdec_kernels.reference.laws import Law, excludes_elders, is_random
 from specdec_kernels.reference.nobody import nobody
 
 _LITTLE = 2.0**-64  # of what is left to draw: its inverse is far from infinite
-# of `specdec.Law`
-POINT, IID, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING = range(5)
 
 
 def verify(
@@ -91,7 +90,7 @@ def walk(
     path, rows = [node], torch.arange(len(node), device=node.device)
     while True:
         index = children[rows, node]
-        exists = (index > 0) & (laws.gather(1, index.clamp(min=0)) != PADDING)
+        exists = (index > 0) & (laws.gather(1, index.clamp(min=0)) != Law.PADDING)
         index = torch.where(exists, index, 0)  # [batch, width]
         owed = _Owed(law(node), tokens.gather(1, index), exists)
         if draft_probs is not None:
@@ -122,8 +121,7 @@ class _Owed:
 
     def draw(self, weights: Tensor, law: Tensor) -> None:
         """Children may have been drawn: by `weights` [batch, vocab], under `law` [batch]."""
-        point = (law == POINT)[:, None] | ((law == SAMPLED_THEN_TOP)[:, None] & (self.exists.cumsum(1) > 1))
-        drawn = self.exists & ~point
+        drawn = self.exists & is_random(law[:, None], self.exists.cumsum(1) - 1)
         self.draws = drawn.shape[1]
         while self.draws and nobody(drawn[:, self.draws - 1]):
             self.draws -= 1
@@ -134,7 +132,7 @@ class _Owed:
         own = weights.gather(1, self.tokens)  # [batch, width]: w of the siblings
         weights = weights.scatter_add(1, self.tokens, -own.where(self.first, 0))
         could = own.where(self.first & drawn, 0)  # of those that could have been drawn
-        left = torch.where((law == WITHOUT_REPLACEMENT)[:, None], _from_here_on(could), could.sum(1, True))
+        left = torch.where(excludes_elders(law)[:, None], _from_here_on(could), could.sum(1, True))
         drawable = weights.sum(1, keepdim=True) + left  # [batch, width]: W
         unit = _unit(drawable.where(drawn, 1).amin(1, keepdim=True))
         self.weights = (weights if nobody(unit[:, 0] < 1) else weights.div_(unit)).to(dtype)

@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.reference.verify import PADDING, POINT, SAMPLED_THEN_TOP, WITHOUT_REPLACEMENT
+from specdec_kernels.reference.laws import Law
 from specdec_kernels.triton.law import exponential, law
 
 _BLOCK = 4096  # tokens a program looks at, of float64 half as many: tiles of both laws are held in registers
 _SIZES = ["nodes", "internal", "width", "blocks", "depth", "coins"]  # of trees: each variant would be compiled anew
-_POINT, _WITHOUT, _TOP, _PADDING = map(tl.constexpr, (POINT, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING))
+_POINT, _WITHOUT, _TOP, _PADDING = (
+    tl.constexpr(int(law)) for law in (Law.POINT, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP, Law.PADDING)
+)
 
 
 @triton.jit

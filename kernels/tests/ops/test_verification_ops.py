@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import specdec_kernels
-from specdec import DraftTree, Law, Sampling, Topology
-from specdec.target_law import TargetLaw
-from specdec_kernels.reference.verify import IID, PADDING, POINT, SAMPLED_THEN_TOP, WITHOUT_REPLACEMENT
+from specdec import DraftTree, Sampling, Topology
+from specdec.rules import SiblingRejection
+from specdec.target_law import LogitsLaw
+from specdec.testing.fast_paths import GivenCoins
 
 
 def cases() -> dict[str, tuple]:
@@ -50,11 +51,6 @@ def test_ops_compile_into_one_graph_for_devices_that_are_not_there(name):
         assert real is None or (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-def test_laws_have_the_numbers_that_specdec_gives_them():
-    names = Law.POINT, Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP, Law.PADDING
-    assert names == (POINT, IID, WITHOUT_REPLACEMENT, SAMPLED_THEN_TOP, PADDING)
-
-
 class Called(TorchDispatchMode):
     """Notes the ops of specdec that are called."""
 
@@ -76,7 +72,7 @@ def test_on_cuda_devices_sibling_rejection_is_one_op():
         tree = DraftTree(tokens, topology, tokens.to(torch.uint8), torch.zeros(2, 1, 7, device="cuda"))
         context: Any = SimpleNamespace(sampling=Sampling(1.0), processors=[()] * 2, processed=False)
         coins = torch.zeros(2, 4, dtype=torch.float64, device="cuda")
-        law = TargetLaw(torch.zeros(2, 4, 7, device="cuda"), tree, context)
-        path, accepted, token = law.verify(tree, coins, coins, 1.0)
-        assert [path.shape, accepted.shape, token.shape] == [(2, 3), (2,), (2,)]
+        law = LogitsLaw(torch.zeros(2, 4, 7, device="cuda"), tree, context)
+        made = SiblingRejection().decide_batch(tree, law, GivenCoins(coins, coins))
+        assert [made.path.shape, made.accepted.shape, made.token.shape] == [(2, 3), (2,), (2,)]
     assert seen.names == ["verify.default"]

@@ -10,9 +10,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from specdec.laws import Law, excludes_elders, is_random
 from specdec.rules.children import Siblings
 from specdec.target_law import TargetLaw
-from specdec.tree import DraftTree, Law
+from specdec.tree import DraftTree
 from specdec_kernels.reference.nobody import nobody
 
 BOUNDS = 4  # passes over what those who are tried together may take: k of them are exact for the first k
@@ -53,13 +54,17 @@ class Levels:
         self.slot = elder.sum(-1)  # among all siblings, padding too
         rank = (elder & self.exists[:, None]).sum(-1)  # among those that exist
         law = self.tree.laws.gather(1, self.parents)
-        pairs, sampled_then_top = law == Law.WITHOUT_REPLACEMENT, law == Law.SAMPLED_THEN_TOP
-        self.point = (law == Law.POINT) | (sampled_then_top & (rank > 0))
-        self.phase = torch.where(pairs, rank // 2, (sampled_then_top & (rank > 0)).long())
-        mates = siblings & pairs[..., None] & self.exists[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
+        pairs, drawn = excludes_elders(law), is_random(law, rank)
+        real = drawn & self.exists
+        draws = (siblings & real[:, None]).sum(-1)
+        self.point = ~drawn
+        # points come after all that was drawn
+        turn = torch.where(drawn, rank, draws + 1)
+        self.phase = torch.where(pairs, turn // 2, (self.point & (draws > 0)).long())
+        mates = siblings & (pairs & drawn)[..., None] & real[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
         self.paired, self.mate = mates.any(-1), mates.long().argmax(-1)
         self.second = self.paired & (rank % 2 == 1)
-        self.sharers = torch.where(law == Law.IID, (siblings & self.exists[:, None]).sum(-1), 1)
+        self.sharers = torch.where(pairs, 1, draws)
 
     def _descend(self, depth: int, target_law: TargetLaw) -> _Wave:
         """The mass owed at the nodes of one depth, and their children, ready to be tried."""
@@ -107,9 +112,8 @@ class _Wave:
         order = state.flow.gather(1, state.parents).sort(dim=1, descending=True, stable=True).indices
         self.turns = order.argsort(1)[rows, nodes]  # the children of the likeliest parents come first
         self.unmet = state.flow.new_ones(len(state.flow), 1)  # chance that all tries so far fail, given the tokens
-        child = Siblings(state.tree, state.parents[rows, nodes], state.owed.dtype, rows).child(
-            state.slot[rows, nodes][:, None]
-        )
+        siblings = Siblings(state.tree, state.parents[rows, nodes], state.owed.dtype, rows)
+        child = siblings.child(state.slot[rows, nodes][:, None])
         # [member, vocab]: law x chance of having failed
         self.weights = child.dense(state.owed[:1].expand(len(rows), -1))
         self.paired, self.mate = state.paired[rows, nodes], members.place[rows, state.mate[rows, nodes]]

@@ -47,10 +47,11 @@ from torch import Tensor
 
 from specdec.checks import as_int
 from specdec.coins import Coins, Purpose, RowCoins
+from specdec.laws import excludes_elders, is_random
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.level.batch import BOUNDS, Levels
 from specdec.target_law import RowLaw, TargetLaw
-from specdec.tree import DraftTree, Law, RowTree, TreeSpec
+from specdec.tree import DraftTree, RowTree, TreeSpec
 
 
 class LevelVerification(Rule):
@@ -153,11 +154,12 @@ class _Try:
 
 @dataclass
 class _Group:
-    """Siblings that share what is owed: independent ones, a pair drawn without replacement, or deterministic ones."""
+    """Siblings that share what is owed: independent ones, a pair of which the second excludes the first, or points."""
 
     phase: int
     parent: int
-    law: Law
+    drawn: bool  # or points
+    pair: bool
     children: list[int]
     laws: list[np.ndarray]  # of each child's token, at first
     kept: list[np.ndarray] = field(init=False)  # [vocab] for each child: chance of a token to have failed so far
@@ -167,15 +169,16 @@ class _Group:
 
     def tries(self, left: int, rounds: int, second: bool) -> list[_Try]:
         """Who is tried now: `left` of the rounds are left, this one included, and it is the turn of pairs' seconds or not."""
-        if self.law == Law.WITHOUT_REPLACEMENT and len(self.laws) == 2:
+        if self.pair:
             laws = self._pair()
             lefts = left - second, left  # the first has had its try of this round when it is the second's turn
             share = _ratio(laws[second], laws[0] * lefts[0] + laws[1] * lefts[1])
             return [_Try(self.children[second], self, int(second), laws[second], share)]
-        if second or not self.laws or (self.law == Law.POINT and left < rounds):
+        if second or not (self.drawn or left == rounds):
             return []
         one = type(self.laws[0][0])(1)
-        share = one if self.law == Law.POINT else one / (left * len(self.laws))  # deterministic tokens differ
+        # points differ: no two are offered the same token
+        share = one / (left * len(self.laws)) if self.drawn else one
         laws = [_normalised(law * kept) for law, kept in zip(self.laws, self.kept, strict=True)]
         return [_Try(child, self, slot, laws[slot], share) for slot, child in enumerate(self.children)]
 
@@ -190,16 +193,14 @@ class _Group:
 
 def _groups(tree: RowTree, node: int, vocab: int) -> list[_Group]:
     """The children of a node, in the order in which they are tried."""
-    draws, law = list(tree.draws(node, vocab)), Law(tree.laws[node])
-    if law == Law.WITHOUT_REPLACEMENT:
-        parts = [(law, draws[start : start + 2]) for start in range(0, len(draws), 2)]
-    elif law == Law.SAMPLED_THEN_TOP:
-        parts = [(law, draws[:1]), (Law.POINT, draws[1:])]
-    else:
-        parts = [(law, draws)]
+    draws, law = list(tree.draws(node, vocab)), tree.laws[node]
+    count, pairs = sum(is_random(law, slot) for slot in range(len(draws))), excludes_elders(law)
+    size = 2 if pairs else max(count, 1)
+    parts = [(True, draws[start : min(start + size, count)]) for start in range(0, count, size)]
+    points = [(False, draws[count:])] if count < len(draws) else []
     return [
-        _Group(phase, node, kind, [child for child, _ in part], [q for _, q in part])
-        for phase, (kind, part) in enumerate(parts)
+        _Group(phase, node, drawn, drawn and pairs and len(part) == 2, [i for i, _ in part], [q for _, q in part])
+        for phase, (drawn, part) in enumerate(parts + points)
     ]
 
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.checks import check_kind, put_size
 from specdec.coins import Coins
+from specdec.laws import Law, drawn_laws
 from specdec.outcome import Outcome
 from specdec.sampling import Sampling
 from specdec.theory import Costs
-from specdec.tree import DraftTree, Law, Topology, TreeSpec
+from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.adaptive.hit_rates import Times
 from specdec.trees.adaptive.price import Economy
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
-from specdec.trees.draw import Children, draw, drawn_laws
+from specdec.trees.draw import Children, draw
 
 _LAGGARDS = 8  # a row with a tenth less time to go counts half
 _USUAL = 16  # steps of one token that the pace of a row begins with

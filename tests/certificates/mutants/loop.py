@@ -8,11 +8,11 @@ from certificates.cases import Case
 from certificates.mutants.mutant import DRAFT, STOP, Mutant
 from specdec import Sampling
 from specdec.loop import Decoding
-from specdec.target_law import TargetLaw
+from specdec.target_law import LogitsLaw
 from specdec.testing import TabularDrafter
 from specdec.trees import Chain
 
-_accept, _processed = Decoding._accept, TargetLaw._processed
+_accept, _processed = Decoding._accept, LogitsLaw._processed
 
 
 def deaf_to_drafted_stops(self, *args):
@@ -24,7 +24,7 @@ def deaf_to_drafted_stops(self, *args):
 
 
 def without_the_path(self, row, node):
-    """`TargetLaw._processed` that shows the processors the text up to the root, whatever the node."""
+    """`LogitsLaw._processed` that shows the processors the text up to the root, whatever the node."""
     logits = self._logits
     self._logits = logits[:, node : node + 1].expand_as(logits)
     scores = _processed(self, row, 0)
@@ -35,7 +35,7 @@ def without_the_path(self, row, node):
 PENALTY = Sampling(1.0, processors=(RepetitionPenaltyLogitsProcessor(1.5),))
 _LOOP = {
     "text runs on after a stop token": ({"stop_tokens": (STOP,)}, (Decoding, "_accept", deaf_to_drafted_stops)),
-    "processors computed once per block": ({"sampling": PENALTY}, (TargetLaw, "_processed", without_the_path)),
+    "processors computed once per block": ({"sampling": PENALTY}, (LogitsLaw, "_processed", without_the_path)),
 }
 IN_LOOP = [
     Mutant(name, Case(TabularDrafter(DRAFT, Chain(2)), **options), (planted,))

@@ -55,7 +55,7 @@ class WithoutTemperature(Sequential):
     """The emitted token is sampled at temperature 1 while the law has temperature 0.7."""
 
     def emit(self, coins, path, p, target_law):
-        return coins.pick(path[-1], coins.law(p.astype(np.float64) ** 0.7))
+        return coins.pick(path[-1], coins.normalise(p.astype(np.float64) ** 0.7))
 
 
 class FreshSamplePerCandidate(Sequential):
