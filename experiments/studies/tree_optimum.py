@@ -1,6 +1,6 @@
 """How close acceptance rules come to the optimum of trees, on pairs of tables small enough for exact figures.
 
-    python -m experiments.studies.tree_optimum            # about 5 minutes, no model needed; scipy solves the linear programs
+    python -m experiments.studies.tree_optimum   # minutes; needs no model, and scipy for the linear programs
 
 Writes experiments/results/verification_optimum.md.
 """
