@@ -19,7 +19,7 @@ from tqdm import tqdm
 import specdec
 from experiments.bench import calls
 from experiments.bench.inputs import begin
-from experiments.bench.report import markdown
+from experiments.bench.report import interval, markdown, mean, per_prompt
 from specdec import Law, rules
 from specdec.drafters import ModelDrafter
 from specdec.trees import TreePolicy, Widths
@@ -48,7 +48,8 @@ def main(config: DictConfig) -> None:
         ]
         found[(*name, type(rule).__name__)] = per_prompt(runs)
     rows = [row(key, lengths, found) for key, lengths in found.items()]
-    table = markdown([HEADER, *([*r[:4], interval(r[4]), interval(r[5])] for r in rows)])
+    cells = ([*r[:4], *(interval(pair, digits=3, to=" to ") for pair in r[4:])] for r in rows)
+    table = markdown([HEADER, *cells])
     print(f"{len(prompts)} prompts x {config.new_tokens} tokens x {config.repeats} seeds\n\n{table}\n")
     names = ("tree", "law", "rule", "lossless", "tokens_per_forward", "over_token_level")
     figures = [dict(zip(names, r, strict=True)) for r in rows]
@@ -62,30 +63,12 @@ def trees() -> dict[tuple[str, str], TreePolicy]:
     return {**made, **{("4-2-1", law.name): Widths(WIDTHS, law) for law in laws}}
 
 
-def per_prompt(runs: list[Any]) -> np.ndarray:
-    """[prompt]: tokens per forward while the prompt's row ran, over all runs."""
-    steps = [step for run in runs for step in run.trace.steps]
-    tokens = np.array([step.emitted for step in steps])
-    return tokens.sum(0) / (tokens > 0).sum(0)
-
-
 def row(key: tuple[str, str, str], lengths: np.ndarray, found: dict[tuple[str, str, str], np.ndarray]) -> list[Any]:
     """One row of the table; token-level rejection is the sibling rule on independent children (chains: on the chain)."""
     shape, _, rule = key
     base = found[shape, "IID", "SiblingRejection"]
     lossless = "yes" if getattr(rules, rule).lossless else "no"
-    return [*key, lossless, bootstrap(lengths), bootstrap(lengths - base)]
-
-
-def bootstrap(values: np.ndarray) -> dict[str, float]:
-    """Mean over prompts and its 95 % interval."""
-    drawn = np.random.default_rng(0).choice(values, (4000, len(values))).mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def interval(found: dict[str, float]) -> str:
-    return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**found)
+    return [*key, lossless, mean(lengths), mean(lengths - base)]
 
 
 if __name__ == "__main__":

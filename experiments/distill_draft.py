@@ -27,10 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import specdec
-from experiments.acceptance import bootstrap, interval, per_prompt
 from experiments.bench import calls
 from experiments.bench.inputs import Setting, begin
-from experiments.bench.report import markdown
+from experiments.bench.report import interval, markdown, mean, per_prompt
 from experiments.bench.results import leads
 from experiments.bench.training import fit, own_texts, take_up
 from specdec import Sampling
@@ -175,8 +174,8 @@ def measure(
 
 def summary(row: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By figure: tokens per forward, averaged over seeds, and what that is above the draft before training, paired."""
-    mean, before = ({n: np.mean([tau[n] for tau in r["tau"]], 0) for n in r["tau"][0]} for r in (row, found["before"]))
-    return {n: {"tau": bootstrap(mean[n]), "gain": bootstrap(mean[n] - before[n])} for n in mean}
+    after, before = ({n: np.mean([tau[n] for tau in r["tau"]], 0) for n in r["tau"][0]} for r in (row, found["before"]))
+    return {n: {"tau": mean(after[n]), "gain": mean(after[n] - before[n])} for n in after}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -185,7 +184,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for name, row in found.items():
         which = "tau" if name == "before" else "gain"
         costs = [str(row["steps"]), f"{row['flops'] / 1e12:.1f}", f"{row['cpu_seconds']:.0f}"]
-        rows.append([name, *costs, *(interval(pair[which]) for pair in summary(row, found).values())])
+        rows.append(
+            [name, *costs, *(interval(pair[which], digits=3, to=" to ") for pair in summary(row, found).values())]
+        )
     return markdown(rows)
 
 

@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
 from specdec.coins import Purpose
@@ -81,7 +82,7 @@ def draft(batch: int, vocab: int, tree: TreePolicy, sampling: Sampling) -> tuple
     """Trees of random laws, and a target's logits not far from the draft's."""
     context: Any = SimpleNamespace(
         root=torch.zeros(batch, dtype=torch.int64), tokens=torch.zeros(batch, 1, dtype=torch.int64), max_depth=64,
-        row_depths=torch.full((batch,), 64), sampling=sampling, processors=[()] * batch,
+        row_depths=torch.full((batch,), 64), sampling=sampling, processors=[()] * batch, processed=False,
     )  # fmt: skip
     asked: list[Tensor] = []
 
@@ -148,11 +149,11 @@ def measure(timed: Timed, rounds: int, base: str) -> dict[str, dict[str, float]]
 
 
 def table(title: str, found: dict[str, dict[str, float]]) -> str:
-    cells = [
-        f"| {name} | {row['ms']:.2f} | {row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f}) |"
+    rows = [
+        [name, f"{row['ms']:.2f}", f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"]
         for name, row in found.items()
     ]
-    return "\n".join([f"\n{title}\n", "| | ms | ratio (quartiles) |", "| --- | --- | --- |", *cells])
+    return f"\n{title}\n\n{markdown([['', 'ms', 'ratio (quartiles)'], *rows])}"
 
 
 def main() -> None:

@@ -93,7 +93,6 @@ COUNTS = {
     "measure_costs: repeats": (lambda v: theory.measure_costs(MODEL, repeats=v), 1),
     "measure_costs: nodes[0]": (lambda v: theory.measure_costs(MODEL, nodes=[v]), 1),
     "chain_optimum: depth": (lambda v: theory.chain_optimum(even, even, v), 0),
-    "tree_optimum: widths[0]": (lambda v: theory.tree_optimum(even, even, [v], Law.IID), 1),
     "best_tree: nodes": (lambda v: theory.best_tree([[0.5]], COSTS, v), 1),
     "longest_tree: nodes": (lambda v: theory.longest_tree([[0.5]], v), 1),
     "prediction.texts: count": (lambda v: prediction.texts(MODEL, partial(ModelDrafter, MODEL), PROMPTS[0], v), 1),
@@ -229,7 +228,6 @@ SEQUENCES = {
     "expected_length: parents": lambda v: theory.expected_length(v, [[0.5]]),
     "expected_length: acceptance": lambda v: theory.expected_length([-1, 0], v),
     "chain_speed_ups: rates": lambda v: theory.chain_speed_ups(v, COSTS),
-    "tree_optimum: widths": lambda v: theory.tree_optimum(even, even, v, Law.IID),
     "acceptance_length: texts": lambda v: prediction.acceptance_length(v, [-1, 0]),
     "search: layers": lambda v: next(skip_search.search(lambda s: s, v, 1, 2)),
 }

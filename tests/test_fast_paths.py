@@ -7,10 +7,11 @@ import pytest
 import torch
 from random_trees import differing
 
+from certificates.fast_cases import KEYS
 from certificates.mutants.fast import FAST
 from experiments.bench.results import ROOT, provenance
 from experiments.certify import certify
-from experiments.certify_fast import KEYS, RULES, cases, document, failures, row
+from experiments.certify_fast import RULES, cases, document, failures, row
 from specdec import Coins, Law, Sampling
 from specdec.coins import Purpose, inverse_cdf
 from specdec.drafters import Context, TreeDrafter

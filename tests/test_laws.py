@@ -9,7 +9,7 @@ import torch
 from specdec import Law, Sampling
 from specdec.laws import SAMPLED, as_law, drafts, excludes_elders, is_random, is_struck
 from specdec.testing.coins import ExactCoins
-from specdec.trees.base import draw
+from specdec.trees.draw import draw
 
 LAWS = (Law.POINT, *SAMPLED)
 WEIGHTS = np.array([0.125, 0.5, 0.0, 0.375])

@@ -28,7 +28,6 @@ from specdec.theory import (
     one_step_ceiling,
     positional_acceptance,
     predicted_speed_up,
-    tree_optimum,
 )
 from specdec.theory.ceilings import _all_among_first
 from specdec.trace import Trace
@@ -169,7 +168,7 @@ def toy(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_chain_optimum_is_what_block_verification_reaches_and_what_the_linear_program_allows(seed):
+def test_chain_optimum_is_what_block_verification_reaches(seed):
     (_, p), (table, q) = toy(seed), toy(seed + 50)
     prompt, target = (0, 1), TabularTarget(3, seed)
     drafter, optimum = TabularDrafter(table, Chain(2)), chain_optimum(p, q, 2, prompt)
@@ -179,29 +178,11 @@ def test_chain_optimum_is_what_block_verification_reaches_and_what_the_linear_pr
     )
     assert block.expected_tokens == pytest.approx(optimum, abs=1e-12)
     assert sibling.expected_tokens <= optimum
-    assert tree_optimum(p, q, (1, 1), Law.IID, prompt) == pytest.approx(optimum, abs=SOLVED)
 
 
 def test_block_verification_example_of_the_paper():
     """p = (1/3, 2/3), q = (2/3, 1/3) at every text: 11/9 of 2 drafted tokens are accepted."""
     assert chain_optimum(lambda _: [1 / 3, 2 / 3], lambda _: [2 / 3, 1 / 3], 2) == pytest.approx(1 + 11 / 9, abs=1e-12)
-
-
-@pytest.mark.parametrize("law", [Law.POINT, *SAMPLED], ids=lambda law: law.name)
-def test_tree_optimum_of_one_node_is_its_ceiling(law):
-    for seed in range(10):
-        p, q = (toy(seed + offset)[1](()) for offset in (0, 50))
-        optimum = tree_optimum(lambda _, p=p: p, lambda _, q=q: q, (2,), law)
-        assert optimum == pytest.approx(1 + one_step_ceiling(p, law, q, count=2, top=points(q, law, 2)), abs=SOLVED)
-
-
-def test_rules_stay_below_the_optimum_of_a_tree():
-    (_, p), (table, q), prompt = toy(2), toy(3), (0, 1, 0)
-    drafter = TabularDrafter(table, Widths((2, 1), Law.IID))
-    optimum = tree_optimum(p, q, (2, 1), Law.IID, prompt)
-    for rule in (SiblingRejection(), TraversalVerification()):
-        found = exact_law(TabularTarget(3, 2), prompt, drafter, rule=rule, max_new_tokens=3)
-        assert 0.8 * optimum < found.expected_tokens < optimum
 
 
 def test_expected_length_adds_up_the_paths():

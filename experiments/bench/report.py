@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from experiments.bench.measure import AGAIN, Round, Run
+from specdec import Generation
 from specdec.trace import Trace
 
 COLUMNS = {
@@ -87,16 +89,19 @@ def speed(runs: list[list[Run]]) -> np.ndarray:
 
 
 def median(values: np.ndarray) -> dict[str, float | None]:
-    """Median of values [round, batch], its 95 % interval (None for a single value), and n.
+    """Median of values [round, batch], its 95 % interval (None for a single value), and n."""
+    return _bootstrap(np.median, values)
 
-    The bootstrap draws rounds and batches, each with replacement: a prompt decoded again is not another prompt.
-    """
-    if values.size == 1:
-        return {"median": values.item(), "low": None, "high": None, "n": 1}
-    random, (rounds, batches) = np.random.default_rng(0), values.shape
-    drawn = random.integers(rounds, size=(2000, rounds, 1)), random.integers(batches, size=(2000, 1, batches))
-    low, high = np.percentile(np.median(values[drawn], axis=(1, 2)), [2.5, 97.5])
-    return {"median": float(np.median(values)), "low": float(low), "high": float(high), "n": values.size}
+
+def mean(values: np.ndarray) -> dict[str, float | None]:
+    """Mean of values [prompt], its 95 % interval (None for a single value), and n."""
+    return _bootstrap(np.mean, values[None])
+
+
+def per_prompt(runs: list[Generation]) -> np.ndarray:
+    """[prompt]: tokens per forward while the prompt's row ran, over all runs."""
+    tokens = np.array([step.emitted for run in runs for step in run.trace.steps])
+    return tokens.sum(0) / (tokens > 0).sum(0)
 
 
 def cells(row: dict[str, Any], *columns: str) -> list[str]:
@@ -115,11 +120,22 @@ def cells(row: dict[str, Any], *columns: str) -> list[str]:
     return [texts[column] for column in columns]
 
 
-def interval(found: dict[str, Any], digits: int) -> str:
-    """Median and interval as text, behind ~ if it is of a difference that is not resolved."""
+def interval(found: dict[str, Any], digits: int, to: str = "-") -> str:
+    """Median or mean and interval as text, behind ~ if it is of a difference that is not resolved."""
     mark = "" if found.get("resolved", True) else "~ "
-    middle = f"{mark}{found['median']:.{digits}f}"
-    return middle if found["n"] == 1 else f"{middle} ({found['low']:.{digits}f}-{found['high']:.{digits}f})"
+    middle = f"{mark}{found['median' if 'median' in found else 'mean']:.{digits}f}"
+    return middle if found["n"] == 1 else f"{middle} ({found['low']:.{digits}f}{to}{found['high']:.{digits}f})"
+
+
+def _bootstrap(figure: Callable[..., Any], values: np.ndarray) -> dict[str, float | None]:
+    """Rounds and batches are drawn, each with replacement: a prompt decoded again is not another prompt."""
+    name, found = figure.__name__, float(figure(values))
+    if values.size == 1:
+        return {name: found, "low": None, "high": None, "n": 1}
+    random, (rounds, batches) = np.random.default_rng(0), values.shape
+    drawn = random.integers(rounds, size=(2000, rounds, 1)), random.integers(batches, size=(2000, 1, batches))
+    low, high = np.percentile(figure(values[drawn], axis=(1, 2)), [2.5, 97.5])
+    return {name: found, "low": float(low), "high": float(high), "n": values.size}
 
 
 def _compared(rounds: list[Round]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ import torch
 from floors import RATES, Compaction, Laws, Shape, floor
 from meter import LoadMeter
 
+from experiments.bench.report import markdown
 from specdec.clock import Clock, finish
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,12 +131,10 @@ def write(rows: list[dict[str, Any]], notes: dict[str, Any], folder: Path, patte
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**notes, "rows": rows}, indent=1) + "\n", "utf-8")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(_cell(row.get(column)) for column in columns) for row in rows]
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     head = [f"- {key}: {value}" for key, value in notes.items()]
-    path.with_suffix(".md").write_text(
-        "\n".join([f"# {name}", "", *head, "", *(f"| {x} |" for x in lines), ""]), "utf-8"
-    )
+    text = "\n".join([f"# {name}", "", *head, "", markdown([columns, *cells]), ""])
+    path.with_suffix(".md").write_text(text, "utf-8")
     return path
 
 

@@ -1,11 +1,11 @@
-"""What the best verifier, tree and machine would give: ceilings of acceptance, optima of toy models, a cost model.
+"""What the best verifier, tree and machine would give: ceilings of acceptance, the optimum of a chain, a cost model.
 
 >>> specdec.theory.one_step_ceiling(p, Law.IID, q, count=4)  # no verifier accepts one of 4 children more often
 """
 
 from specdec.theory.ceilings import one_step_ceiling
 from specdec.theory.costs import CostCurve, Costs, measure_costs, predicted_speed_up
-from specdec.theory.optima import chain_optimum, tree_optimum
+from specdec.theory.optima import chain_optimum
 from specdec.theory.shapes import (
     best_chain_length,
     best_tree,
@@ -28,5 +28,4 @@ __all__ = [
     "one_step_ceiling",
     "positional_acceptance",
     "predicted_speed_up",
-    "tree_optimum",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from certificates.fast_cases import FastCase
 from certificates.mutants.mutant import Mutant
-from experiments.certify_fast import FastCase
 from specdec import Law, Sampling, sampling
 from specdec.rules import (
     BlockVerification,
