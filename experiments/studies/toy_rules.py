@@ -8,10 +8,11 @@ import torch
 from experiments.studies.toy_trees import Laws, Prefix, Tree, flat
 from specdec import DraftTree, Sampling
 from specdec.batch import Batch
+from specdec.laws import Law
 from specdec.rules import LevelVerification
 from specdec.rules.residual import residual
 from specdec.target_law import LogitsLaw
-from specdec.tree import Law, Topology
+from specdec.tree import Topology
 
 
 def sibling(p: Laws, tree: Tree, u: Prefix = ()) -> float:

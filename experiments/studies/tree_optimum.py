@@ -23,7 +23,7 @@ from experiments.bench.report import markdown
 from experiments.bench.results import ROOT, provenance
 from experiments.studies.toy_rules import kseq, level, sibling, traversal
 from experiments.studies.toy_trees import Laws, Member, Prefix, family, flat, pair, trees
-from specdec.laws import Law
+from specdec.laws import SAMPLED, Law
 
 PAIRS = 20
 SETTINGS = [(3, (2, 1)), (4, (2, 1)), (3, (2, 2)), (3, (3, 1)), (2, (2, 1, 1))]  # vocabulary, widths

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specdec.checks import as_int, as_ints, check_callable
-from specdec.laws import normalised
+from specdec.theory.ceilings import normalised
 
 TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
 _CURE = "pass a function from a text to the law of its next token"
