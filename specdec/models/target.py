@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import Acceptance, Context
-from specdec.models.attention import Patch, View
+from specdec.models.attention import NAME, View
 from specdec.models.cache import TreeCache, cache_argument
 from specdec.models.compilation import Compiled
 from specdec.models.context_limit import context_limit_of
@@ -33,6 +33,7 @@ from specdec.models.probe import (
     layout_of,
     score_probe_tree,
 )
+from specdec.models.routing import Route
 from specdec.tree import DraftTree, Topology, chain, text_chain
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
@@ -92,7 +93,7 @@ class CachedModel:
 
     def __init__(self, model: PreTrainedModel):
         check_ready(model)
-        self.model, self.layout, self.patch = model, layout_of(model), Patch(model)
+        self.model, self.layout, self.patch = model, layout_of(model), Route(model, NAME)
         self._cache_argument, self._keeps = cache_argument(model), takes(model, "logits_to_keep")
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length, self.context_reason = context_limit_of(model)
@@ -192,7 +193,8 @@ class CachedModel:
         """Forward passes inside leave in `hidden`, on `device`, what the LM head reads: the last states, normed."""
 
         def catch(module, args):
-            self.hidden = args[0].to(self.device)  # of a model over several devices the last layer is on another
+            if self.patch.here:  # other threads may run the model
+                self.hidden = args[0].to(self.device)  # of a model over several devices the last layer is on another
 
         # not of the base model: OPT's own forward pass goes around it, and Llama 4 names none
         head: Any = self.model.get_output_embeddings()

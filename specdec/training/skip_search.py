@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
-from specdec.drafters.layer_skip import decoder_layers, passing_through, skippable
+from specdec.drafters.layer_skip import decoder_layers, skippable
+from specdec.models.routing import passing_through
 from specdec.models.target import CachedModel
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
