@@ -245,7 +245,7 @@ def test_a_forward_function_that_somebody_sets_while_its_layer_is_left_out_stays
 
 def test_a_probe_within_a_probe_of_another_model():
     one, other = llama(), llama(1)
-    within = Gate(one.model.layers[1]).stopped(layout_of, one)
+    within = Gate(one.model.layers[0]).stopped(layout_of, one)  # before its attention was called
     assert layout_of(other) == within.end()
 
 

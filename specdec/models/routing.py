@@ -39,8 +39,7 @@ class Route:
     def __init__(self, model: PreTrainedModel, name: str):
         configs = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
         configs += [sub for config in configs for sub in _subconfigs(config)]
-        self._configs = configs  # kept, so that their ids stay theirs
-        self.names = {id(config): name for config in configs}
+        self.name, self._configs = name, list({id(c): c for c in configs}.values())
 
     def __enter__(self) -> None:
         _here.routes.append(self)
@@ -53,6 +52,10 @@ class Route:
         """Whether this thread is inside: what hooks ask that serve the passes of one run, and see those of all threads."""
         return any(route is self for route in _here.routes)
 
+    def covers(self, config: PreTrainedConfig) -> bool:
+        """Whether it is one of the model's."""
+        return any(each is config for each in self._configs)
+
 
 def _subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for name in config.sub_configs:
@@ -64,8 +67,8 @@ def _subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def _implementation(config: PreTrainedConfig) -> str | None:
     """What transformers is told when it reads which attention implementation a config has."""
     for route in reversed(_here.routes):
-        if (name := route.names.get(id(config))) is not None:
-            return name
+        if route.covers(config):
+            return route.name
     try:
         return config.__dict__[_STORED]
     except KeyError:
