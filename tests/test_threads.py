@@ -257,6 +257,25 @@ def test_a_fresh_model_is_probed_by_one_of_many_threads():
     assert gates[0].passes == gates[1].passes > 0
 
 
+def test_a_module_is_looked_at_while_another_thread_hooks_it():
+    module, ended = torch.nn.Identity(), threading.Event()
+    before = fingerprint(module, numbers=True)
+
+    def hook_often():
+        while not ended.is_set():
+            with passing_through([module]):
+                module.register_forward_pre_hook(Gate.__call__).remove()
+
+    def look():
+        try:
+            return [fingerprint(module, numbers=True).count("forward") for _ in range(20000)]
+        finally:
+            ended.set()
+
+    assert together([hook_often, look])[1] == [0] * 20000
+    assert fingerprint(module, numbers=True) == before
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3n_shared_layers"])
 def test_many_runs_and_plain_generates_at_once(kind):
     """From the first of all on: the model is fresh."""
