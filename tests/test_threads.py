@@ -264,7 +264,7 @@ def test_a_module_is_looked_at_while_another_thread_hooks_it():
     def hook_often():
         while not ended.is_set():
             with passing_through([module]):
-                module.register_forward_pre_hook(Gate.__call__).remove()
+                module.register_forward_pre_hook(lambda *_: None).remove()
 
     def look():
         try:
