@@ -115,7 +115,8 @@ def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
 
     with FakeTensorMode():  # tensors without numbers, on devices that need not be there
         head = torch.nn.Identity()
-        cached = SimpleNamespace(model=SimpleNamespace(get_output_embeddings=lambda: head), device=first)
+        model, here = SimpleNamespace(get_output_embeddings=lambda: head), SimpleNamespace(here=True)
+        cached = SimpleNamespace(model=model, device=first, patch=here)
         with CachedModel.capturing_hidden(cached):
             head(torch.empty(1, 3, 32, device=last))
         logits = MedusaHeads(2, 1, 32)(cached.hidden[:, 0], lambda x: torch.empty(*x.shape[:2], 50, device=last))

@@ -7,9 +7,7 @@ scratch that verification overwrites, and every token of the text has its full k
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Hashable, Sequence, Set
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +17,7 @@ from specdec.checks import as_int, as_ints
 from specdec.drafters.base import DraftRun
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.models.cached_model import CachedModel
+from specdec.models.routing import passing_through
 from specdec.models.states import decoder_layers
 from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.trees.base import Frontier, TreePolicy
@@ -97,22 +96,3 @@ def skippable(model: PreTrainedModel) -> range:
     count = len(decoder_layers(model))
     sharing = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) or 0
     return range(count - sharing if sharing else 0, count)
-
-
-@contextlib.contextmanager
-def passing_through(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these layers hand their input on unchanged."""
-    found = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        vars(layer)["forward"] = _hand_on
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, found, strict=True):
-            del vars(layer)["forward"]
-            if forward is not None:
-                vars(layer)["forward"] = forward
-
-
-def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states

@@ -8,15 +8,14 @@ for it, else as a dense bias; all layers of the kind share it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 import specdec_kernels
@@ -121,7 +120,7 @@ def _window(pattern: Any, size: int | None, custom: bool, config: Any) -> int | 
     return None
 
 
-def _mask(
+def mask(
     *,
     mask_function: Callable[..., Tensor],
     q_offset: Any,
@@ -146,15 +145,9 @@ def _mask(
     return view.bias(mask_function, dtype).to(device)
 
 
-class _Counter:
-    calls: list[int] | None = None  # not a context variable: those cannot be compiled
-
-
-def _attend(
+def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    if _Counter.calls is not None:
-        _Counter.calls.append(1)
     if attention_mask is None:
         raise ValueError(
             f"{type(module).__name__} attends without a causal mask over its cache, so it cannot follow a tree: it reads both "
@@ -165,46 +158,9 @@ def _attend(
         return reference.biased_attention(query, key, value, attention_mask, *options), None
     first, lengths, ancestors = attention_mask[:, 0, :, 0], attention_mask[:, 0, 0, 1], attention_mask[:, 0, :, 2:]
     fits = supports(query.dtype, query.shape[3], value.shape[3])
-    attend = tree_attention if fits else reference.tree_attention
-    return attend(query, key, value, first, lengths, ancestors, *options)[0], None
+    kernel = tree_attention if fits else reference.tree_attention
+    return kernel(query, key, value, first, lengths, ancestors, *options)[0], None
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _mask)
-
-
-@contextlib.contextmanager
-def counting_calls() -> Iterator[list[int]]:
-    """Collects one entry per layer that went through tree attention."""
-    _Counter.calls = calls = []
-    try:
-        yield calls
-    finally:
-        _Counter.calls = None
-
-
-class Patch:
-    """Routes a model's attention through specdec, or another of that name, while entered, and restores it on exit."""
-
-    def __init__(self, model: PreTrainedModel, name: str = NAME):
-        self._name = name
-        configs = [model.config, *(m.config for m in model.modules() if isinstance(m, PreTrainedModel))]
-        configs += [sub for config in configs for sub in _subconfigs(config)]
-        self._configs = list({id(c): c for c in configs}.values())  # parents before children: setting one sets those
-        self._found: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._found.append([c._attn_implementation for c in self._configs])
-        for config in self._configs:
-            config._attn_implementation_internal = self._name
-
-    def __exit__(self, *_: object) -> None:
-        for config, found in zip(self._configs, self._found.pop(), strict=True):
-            config._attn_implementation_internal = found
-
-
-def _subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    for name in config.sub_configs:
-        if (sub := getattr(config, name, None)) is not None:
-            yield sub
-            yield from _subconfigs(sub)
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, mask)

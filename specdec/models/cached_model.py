@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.batch import Batch
-from specdec.models.attention import Patch, View
+from specdec.models.attention import NAME, View
 from specdec.models.cache import TreeCache, cache_argument
 from specdec.models.compilation import Compiled
 from specdec.models.context_limit import context_limit_of
 from specdec.models.fingerprint import fingerprint
 from specdec.models.prepared_inputs import takes
 from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
+from specdec.models.routing import Route
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
 
@@ -44,7 +45,7 @@ class CausalLM:
 
     def __init__(self, model: PreTrainedModel):
         check_ready(model)
-        self.model, self.patch = model, Patch(model)
+        self.model, self.route = model, Route(model, NAME)
         self.device, self._home = device_of(model), _home(model)
         # by the dtype of autocast: keys and values have another one inside of it
         self._layouts = {autocast_dtype(self.device): layout_of(model)}
@@ -192,7 +193,7 @@ class CachedModel:
         if self.lm.context_length is not None:  # nodes past the budget of their row are never used: keep them in range
             positions = positions.clamp(max=self.lm.context_length - 1)
         tokens, keep = self.lm.translate(tokens), logits_to_keep or count
-        with self.lm.patch, self.capture.of_pass(keep):
+        with self.lm.route, self.capture.of_pass(keep):
             if self.compiles:
                 view.prepare()
                 logits = self._passes((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
@@ -201,7 +202,9 @@ class CachedModel:
         return self.lm.translate_back(logits)
 
     def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
-        lm, handed = self.lm, tokens.shape[1] if self.capture.all_logits else keep
+        lm = self.lm
+        # The LM head is handed all nodes if what it reads is wanted, and computes as few of them all the same.
+        handed = tokens.shape[1] if -1 in self.capture.which else keep
         named: dict[str, Any] = {lm.cache_argument: cache, **({"logits_to_keep": handed} if lm.keeps_logits else {})}
         return lm.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
 

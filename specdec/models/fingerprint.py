@@ -32,7 +32,8 @@ def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
     met: set[int] = set()  # ids of the groups inside them: one may hold itself
     for title, group in groups:  # which grow in number
         before = len(found)
-        for name, value in group.items() if isinstance(group, dict) else enumerate(group):
+        # a list at once: other threads may add hooks of theirs
+        for name, value in list(group.items() if isinstance(group, dict) else enumerate(group)):
             if type(value) in _PLAIN:
                 found += name, value
             elif isinstance(value, _GROUPS):
@@ -45,8 +46,8 @@ def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
                 found += name, _place(value), numbers and _writes(value)
             elif isinstance(value, set):
                 found += name, frozenset(value)
-            elif not _ours(value):  # specdec's own hooks are those of a run, not of the model
-                found += name, _Itself(value)
+            elif (lasting := _lasting(value)) is not None:
+                found += name, _Itself(lasting)
         if len(found) > before:
             found += title, type(group)
     return found
@@ -61,8 +62,10 @@ def _writes(tensor: Tensor) -> object:
     return object() if tensor.is_meta or tensor.is_inference() else tensor._version
 
 
-def _ours(value: Any) -> bool:
-    return isinstance(value, FunctionType) and value.__module__.split(".")[0] == "specdec"
+def _lasting(value: Any) -> Any:
+    """What is there without the runs of the moment, whose hooks and functions specdec puts in; None if nothing."""
+    ours = isinstance(value, FunctionType) and value.__module__.split(".")[0] == "specdec"
+    return getattr(value, "__wrapped__", None) if ours else value
 
 
 class _Itself:  # noqa: PLW1641 - nobody hashes it

@@ -6,20 +6,23 @@ key-value layers, and a small tree scored in one forward pass gives the logits o
 
 from __future__ import annotations
 
+import threading
 import warnings
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from specdec.checks import wrong_kind
-from specdec.models.attention import NAME, Patch, View, counting_calls
+from specdec.models.attention import NAME, View, attend, mask
 from specdec.models.cache import RecordingCache, Slab, cache_argument
 from specdec.models.fingerprint import fingerprint
 from specdec.models.prepared_inputs import difference_from_text, full_name, prepared_inputs, preparer_name, takes
+from specdec.models.routing import Route
 from specdec.tree import Topology
 
 Layout = list[tuple[Slab, Slab] | None]
@@ -49,7 +52,37 @@ _TOKENS_ALONE = (
     "the prompt, or call model.generate without specdec."
 )
 
-_layouts: WeakKeyDictionary[PreTrainedModel, tuple[tuple, Layout]] = WeakKeyDictionary()
+
+@dataclass
+class _Probed:
+    """What was found out about one model, by the first of the threads that ask at a time."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    signature: tuple[Any, ...] = ()  # of the state in which it was found out
+    layout: Layout = field(default_factory=list)
+
+
+_probed: WeakKeyDictionary[PreTrainedModel, _Probed] = WeakKeyDictionary()
+
+
+class _Calls(threading.local):
+    """Of tree attention, in the probe that a thread is in."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []  # of what has called; torch.compile would lose a number
+
+
+_calls = _Calls()
+
+
+def _counted(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    _calls.names.append(type(module).__name__)
+    return attend(module, *args, **kwargs)
+
+
+_COUNTED = f"{NAME}_counted"
+AttentionInterface.register(_COUNTED, _counted)
+AttentionMaskInterface.register(_COUNTED, mask)
 
 
 class UnsupportedModel(ValueError):
@@ -96,11 +129,12 @@ def _inputs_for(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per state of the model."""
-    signature = (autocast_dtype(device_of(model)), fingerprint(model, numbers=False))
-    known = _layouts.get(model)
-    if known is None or known[0] != signature:
-        known = _layouts[model] = (signature, _probe(model))
-    return known[1]
+    known = _probed.setdefault(model, _Probed())
+    with known.lock:
+        signature = (autocast_dtype(device_of(model)), fingerprint(model, numbers=False))
+        if known.signature != signature:
+            known.layout, known.signature = _probe(model), signature
+        return known.layout
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -110,7 +144,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def _given_by_hooks(model: PreTrainedModel) -> dict[str, Any]:
     """What hooks that the caller has set hand to layers, row by row: PEFT's `adapter_names` and `alora_offsets`."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    hooks = (hook for module in model.modules() for hook in list(module._forward_pre_hooks.values()))
     return {name: value for hook in hooks if isinstance(hook, partial) for name, value in hook.keywords.items()}
 
 
@@ -153,11 +187,12 @@ def score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layou
     topology = Topology(torch.tensor([[-1, 0, 0]] * batch, device=device), depth=1, width=2)
     view = View(torch.zeros(batch, dtype=torch.int64, device=device), topology, count=3, slots=3)
     cache = RecordingCache(layers, view)
-    with Patch(model), counting_calls() as calls:
+    _calls.names.clear()
+    with Route(model, _COUNTED):
         logits = model(
             input_ids=tokens, position_ids=view.positions, use_cache=True, **{cache_argument(model): cache}
         ).logits
-    if not calls:
+    if not _calls.names:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
     layout: Layout = [(r.slabs[0], r.slabs[1]) if r.is_initialized else None for r in cache.records]
     if not any(layout):
@@ -171,7 +206,7 @@ def _compare_with_own_attention(model: PreTrainedModel, logits: Tensor) -> None:
         _compare_with_paths(model, logits)
     except UnsupportedModel:
         own = model.config._attn_implementation
-        with Patch(model, "eager"):  # faster ones may leave out what they are told, a softcap say
+        with Route(model, "eager"):  # faster ones may leave out what they are told, a softcap say
             _compare_with_paths(model, logits)
         warnings.warn(
             f"{type(model).__name__}: its {own!r} attention leaves out a part of what its own 'eager' attention does, so "

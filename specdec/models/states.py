@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
+class _Pass(threading.local):
+    """The pass that a thread is in."""
+
+    def __init__(self) -> None:  # not attributes of the class: torch.compile takes those for the same in every thread
+        self.found: list[Tensor] | None = None  # states so far, in the order in which the model computes them
+        self.keep = 0  # of how many nodes the LM head computes logits
+
+
+_pass = _Pass()
+
+
+# Functions of the module, not closures: torch.compile follows them. Other threads that run the model pass by.
+def _catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if _pass.found is not None:
+        _pass.found.append(args[0].clone())
+
+
+def _catch_before_head(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    if _pass.found is not None:
+        _pass.found.append(args[0].clone())
+        return args[0][:, -_pass.keep :], *args[1:]
+
+
 class Capture:
-    """Forward passes inside leave their states in `states`; it does nothing if none are asked for.
+    """Notes a model's states, pass by pass, in `states`; it does nothing if none are asked for.
 
     Args:
         model: the model.
@@ -21,31 +45,28 @@ class Capture:
     """
 
     def __init__(self, model: PreTrainedModel, which: Sequence[int], device: torch.device):
-        self._device = device
-        self._modules = [_place(model, index) for index in which]
-        self._hooks = [self._hook(place, index < 0) for place, index in enumerate(which)]
-        self._found: list[Tensor] = []
-        self._keep: int | None = None
+        self.which, self._device = tuple(which), device
+        met = sorted(set(which), key=lambda index: (index < 0, index))  # the head comes last
+        self._hooked = [(_place(model, index), _catch if index >= 0 else _catch_before_head) for index in met]
+        self._order = [met.index(index) for index in which]
         self.states: Tensor | None = None  # [batch, count, state, hidden] of the last pass
-        self.all_logits = -1 in which  # the LM head has to be handed all nodes, though few of its logits may be wanted
 
     @contextlib.contextmanager
-    def of_pass(self, logits_to_keep: int) -> Iterator[None]:
-        """Note the states of the pass inside, in which the LM head computes this many of the last logits."""
-        self._found, self._keep = [torch.empty(0)] * len(self._hooks), logits_to_keep
-        with contextlib.ExitStack() as stack:
-            for module, hook in zip(self._modules, self._hooks, strict=True):
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    def of_pass(self, keep: int) -> Iterator[None]:
+        """Note the states of the pass inside, in which the last `keep` nodes get logits."""
+        if not self.which:
             yield
-        if self._hooks:
-            self.states = torch.stack([part.to(self._device) for part in self._found], 2)
-
-    def _hook(self, place: int, before_head: bool) -> Callable[..., Any]:
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._found[place] = states = args[0] if args else kwargs["hidden_states"]
-            return ((states[:, -self._keep :], *args[1:]), kwargs) if before_head and self._keep else None
-
-        return catch
+            return
+        handles = [module.register_forward_pre_hook(hook) for module, hook in self._hooked]
+        _pass.found, _pass.keep = [], keep
+        try:
+            yield
+            found = _pass.found
+        finally:
+            _pass.found = None
+            for handle in handles:
+                handle.remove()
+        self.states = torch.stack([found[place].to(self._device) for place in self._order], 2)
 
 
 def _place(model: PreTrainedModel, index: int) -> nn.Module:

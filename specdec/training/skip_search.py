@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
-from specdec.drafters.layer_skip import passing_through, skippable
+from specdec.drafters.layer_skip import skippable
 from specdec.models.cached_model import CausalLM
+from specdec.models.routing import passing_through
 from specdec.models.states import decoder_layers
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
