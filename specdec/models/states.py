@@ -57,16 +57,38 @@ class Capture:
         if not self.which:
             yield
             return
-        handles = [module.register_forward_pre_hook(hook) for module, hook in self._hooked]
+        for place in self._hooked:
+            _hook(*place)
         _pass.found, _pass.keep = [], keep
         try:
             yield
             found = _pass.found
         finally:
             _pass.found = None
-            for handle in handles:
-                handle.remove()
+            for place in self._hooked:
+                _unhook(*place)
         self.states = torch.stack([found[place].to(self._device) for place in self._order], 2)
+
+
+_lock = threading.Lock()  # of `_hooks`
+_hooks: dict[
+    Any, tuple[Any, int]
+] = {}  # (module, hook) -> its handle, and how many passes want it: it fires once for each
+
+
+def _hook(module: nn.Module, hook: Any) -> None:
+    with _lock:
+        handle, users = _hooks.get((module, hook), (None, 0))
+        _hooks[module, hook] = handle or module.register_forward_pre_hook(hook), users + 1
+
+
+def _unhook(module: nn.Module, hook: Any) -> None:
+    with _lock:
+        handle, users = _hooks.pop((module, hook))
+        if users > 1:
+            _hooks[module, hook] = handle, users - 1
+        else:
+            handle.remove()
 
 
 def _place(model: PreTrainedModel, index: int) -> nn.Module:
