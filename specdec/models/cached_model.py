@@ -7,6 +7,7 @@ Targets and draft models run in the same machinery. `CausalLM` is what was found
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,10 +108,13 @@ class CachedModel:
         self._autocast, self._last = autocast, last
         self.cache = TreeCache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
-        self._passes = Compiled(self._logits, lm.model)
         self.compiles = False  # whether passes are compiled from now on: those of steps, whose shapes recur
         self._texts: list[np.ndarray] = []  # whose beginnings are in the cache
         self._computed: Any = None  # by what; None if nobody will ask
+
+    @cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled(self._logits, self.lm.model)
 
     @property
     def states(self) -> Tensor | None:
@@ -196,7 +200,7 @@ class CachedModel:
         with self.lm.route, self.capture.of_pass(keep):
             if self.compiles:
                 view.prepare()
-                logits = self._passes((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
+                logits = self._compiled((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
             else:
                 logits = self._logits(tokens, positions, self.cache, keep)
         return self.lm.translate_back(logits)

@@ -15,6 +15,8 @@ without drafted tokens samples from the target.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree, TreeSpec
 
 
+@dataclass(frozen=True)
 class BlockVerification(Rule):
     """Accept the longest prefix of a chain whose coin comes up; chains only, under any draft law."""
 

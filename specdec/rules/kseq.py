@@ -16,6 +16,8 @@ in any arithmetic.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ _GRID = 2**16
 _MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho will do
 
 
+@dataclass(frozen=True)
 class KSeq(Rule):
     """Accept a child with probability min(1, p / (rho q)), one after the other; IID children, or single ones."""
 

@@ -6,13 +6,16 @@ min(q, p / lenience), and the mass then left over, at most sum (q - p)+ = sum (p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from specdec.checks import as_float
+from specdec.checks import as_float, put
 from specdec.rules.residual import residual
 from specdec.rules.sibling import SiblingRejection
 
 
+@dataclass(frozen=True)
 class LenientRejection(SiblingRejection):
     """Accept a child with probability min(1, p / (lenience q)), and go on as sibling rejection does.
 
@@ -22,8 +25,10 @@ class LenientRejection(SiblingRejection):
 
     lossless = False
 
-    def __init__(self, lenience: float = 0.5):
-        self.lenience = as_float("lenience", lenience, "(0, 1]", "1 is SiblingRejection")
+    lenience: float = 0.5  # type: ignore[misc] - there it is the same for all
+
+    def __post_init__(self) -> None:
+        put(self, lenience=as_float("lenience", self.lenience, "(0, 1]", "1 is SiblingRejection"))
 
     def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hit = np.divide(owed, self.lenience * law, out=np.ones_like(owed), where=law > 0)

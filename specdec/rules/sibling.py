@@ -12,6 +12,9 @@ and then down the tree: a child's subtree is verified against the target's law a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import specdec_kernels
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
@@ -21,11 +24,12 @@ from specdec.tree import DraftTree, RowTree
 from specdec_kernels.reference.verify import walk
 
 
+@dataclass(frozen=True)
 class SiblingRejection(Rule):
     """Try the children in the order they were drawn, each against what the target law still owes."""
 
     lossless = capturable = top_down = True
-    lenience: float = 1  # `LenientRejection` lowers it
+    lenience: ClassVar[float] = 1  # `LenientRejection` lowers it
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
         path = [0]

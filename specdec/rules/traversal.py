@@ -19,6 +19,7 @@ whose coin comes up is the one accepted: that is the fast path.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 
 
+@dataclass(frozen=True)
 class TraversalVerification(Rule):
     """Accept the first node, children before their parents, whose coin comes up; any tree, any draft law."""
 

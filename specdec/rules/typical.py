@@ -7,11 +7,12 @@ and the text is the target's.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from specdec.checks import as_float
+from specdec.checks import as_float, put
 from specdec.coins import Coins, RowCoins
 from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import Siblings
@@ -19,6 +20,7 @@ from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree
 
 
+@dataclass(frozen=True)
 class TypicalAcceptance(Rule):
     """Accept x where p(x) > min(epsilon, alpha exp(-entropy(p))), keep the longest accepted path, sample what follows.
 
@@ -29,8 +31,11 @@ class TypicalAcceptance(Rule):
 
     lossless = False
 
-    def __init__(self, epsilon: float = 0.09, alpha: float = 0.3):
-        self.epsilon, self.alpha = as_float("epsilon", epsilon, "[0, 1]"), as_float("alpha", alpha, "[0, 1]")
+    epsilon: float = 0.09
+    alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        put(self, **{name: as_float(name, getattr(self, name), "[0, 1]") for name in ("epsilon", "alpha")})
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
         paths = [[0]]

@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from specdec.checks import as_int
+from specdec.checks import as_int, put
 from specdec.coins import Coins, Purpose, RowCoins
 from specdec.laws import excludes_elders, is_random
 from specdec.rules.base import Decision, Decisions, Rule
@@ -54,13 +54,16 @@ from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree, TreeSpec
 
 
+@dataclass(frozen=True)
 class LevelVerification(Rule):
     """Accept the deepest node to which the target's mass can be led, looking at all nodes of a depth together."""
 
     lossless = True
 
-    def __init__(self, rounds: int = 2):
-        self.rounds = as_int("rounds", rounds, 1, cure="every child has to be tried at least once")
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        put(self, rounds=as_int("rounds", self.rounds, 1, cure="every child has to be tried at least once"))
 
     def check(self, spec: TreeSpec) -> None:
         if spec.width > 1 and not spec.by_depth:
