@@ -48,7 +48,7 @@ class View:
         """Have computed what masks are made of: `cached_property` itself cannot be compiled."""
         _ = self.positions, self._allowed, self._slot_positions, self.topology.ancestors, self.topology.depths
 
-    def sight(self, window: int | None) -> Tensor | None:
+    def packed_mask(self, window: int | None) -> Tensor | None:
         """[batch, 1, count, 2 + word] int32: the same for the kernel, None for trees and patterns that it does not know.
 
         Of each query the first slot that it sees, the length of its prefix, and the bits of the nodes that it sees. Models
@@ -139,9 +139,9 @@ def mask(
         return None
     view = q_offset
     if device.type in specdec_kernels.DEVICES:
-        sight = view.sight(_window(mask_function, local_size, use_vmap, config))
-        if sight is not None:
-            return sight
+        packed = view.packed_mask(_window(mask_function, local_size, use_vmap, config))
+        if packed is not None:
+            return packed
     return view.bias(mask_function, dtype).to(device)
 
 

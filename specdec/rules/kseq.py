@@ -28,7 +28,7 @@ from specdec.rules.base import Decision, Decisions, Rule
 from specdec.rules.children import ChildLaw, Siblings
 from specdec.target_law import RowLaw, TargetLaw
 from specdec.tree import DraftTree, RowTree, TreeSpec
-from specdec_kernels.reference.nobody import nobody
+from specdec_kernels.reference.early_exit import all_false_cheaply
 
 _GRID = 2**16
 _MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho will do
@@ -79,7 +79,7 @@ class KSeq(Rule):
             siblings = Siblings(tree, node, owed.dtype)
             child, rest = _try_children(siblings, owed, coin.gather(1, siblings.index), alive)
             alive = child > 0
-            if nobody(alive):
+            if all_false_cheaply(alive):
                 owed = rest
                 break
             node = torch.where(alive, child, node)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from specdec_kernels.reference.nobody import nobody
+from specdec_kernels.reference.early_exit import all_false_cheaply
 
 
 def probabilities(
@@ -86,7 +86,7 @@ def _in_nucleus(scores: Tensor, probs: Tensor, top_p: float) -> Tensor:
     least = _nucleus_threshold(rounded, top_p)
     kept, last = rounded >= least, rounded == least
     ranked = scores.masked_fill(~last, -torch.inf)
-    if nobody((last & (scores < ranked.amax(-1, keepdim=True))).any(-1)):
+    if all_false_cheaply((last & (scores < ranked.amax(-1, keepdim=True))).any(-1)):
         return kept
     # several scores have the least probability that is kept: the smaller ones may have to go
     ranked, index = ranked.sort(dim=-1, descending=True)

@@ -29,10 +29,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from specdec_kernels.reference.early_exit import all_false_cheaply
 from specdec_kernels.reference.inverse_cdf import inverse_cdf
 from specdec_kernels.reference.law import probabilities
 from specdec_kernels.reference.laws import Law, excludes_elders, is_random
-from specdec_kernels.reference.nobody import nobody
 
 _LITTLE = 2.0**-64  # of what is left to draw: its inverse is far from infinite
 
@@ -96,7 +96,7 @@ def walk(
         if draft_probs is not None:
             owed.draw(draft_probs[rows, node.clamp(max=draft_probs.shape[1] - 1)], laws[rows, node])  # beyond: leaves
         child = owed.try_children(index, accept.gather(1, index), lenience)
-        if len(path) > depth or nobody(child > 0):
+        if len(path) > depth or all_false_cheaply(child > 0):
             break
         node = torch.where(child > 0, child, node)  # rows that have stopped decide the same once more
         path.append(node)
@@ -123,7 +123,7 @@ class _Owed:
         """Children may have been drawn: by `weights` [batch, vocab], under `law` [batch]."""
         drawn = self.exists & is_random(law[:, None], self.exists.cumsum(1) - 1)
         self.draws = drawn.shape[1]
-        while self.draws and nobody(drawn[:, self.draws - 1]):
+        while self.draws and all_false_cheaply(drawn[:, self.draws - 1]):
             self.draws -= 1
         if not self.draws:
             return
@@ -135,7 +135,7 @@ class _Owed:
         left = torch.where(excludes_elders(law)[:, None], _from_here_on(could), could.sum(1, True))
         drawable = weights.sum(1, keepdim=True) + left  # [batch, width]: W
         unit = _unit(drawable.where(drawn, 1).amin(1, keepdim=True))
-        self.weights = (weights if nobody(unit[:, 0] < 1) else weights.div_(unit)).to(dtype)
+        self.weights = (weights if all_false_cheaply(unit[:, 0] < 1) else weights.div_(unit)).to(dtype)
         self.units = (unit / drawable).where(drawn, 0).to(dtype)  # [batch, width]: by which c grows, and S
         drawable = drawable.masked_fill(~drawn, torch.inf)
         self.chance = (own / drawable).masked_fill(~drawn, 1).to(dtype)  # [batch, width]: l(x) of each child
@@ -149,7 +149,7 @@ class _Owed:
             trying, total = self.exists[:, j] & (taken == 0), self.rest_total + self.owed.sum(1)
             hit = trying & (coin[:, j] < self.owed[:, j] / total / (lenience * self.chance[:, j]))
             taken = torch.where(hit, index[:, j], taken)
-            if not nobody(trying & ~hit):
+            if not all_false_cheaply(trying & ~hit):
                 self._reject(j, trying & ~hit, total)
         if self.draws < index.shape[1]:
             taken = torch.where(taken > 0, taken, self._first_point(index, coin, lenience))
@@ -172,7 +172,7 @@ class _Owed:
         scale = self.scale + growth
         owed = (self.owed - total[:, None] * self.shares[:, j]).clamp_(min=0)
         owed[:, j] = 0
-        rest_total = self.rest_total if nobody(growth > 0) else self._rest(scale).sum(1)
+        rest_total = self.rest_total if all_false_cheaply(growth > 0) else self._rest(scale).sum(1)
         # nothing left over: all of it was accepted up to rounding, and it stays owed
         where = where & (rest_total + owed.sum(1) > 0)
         self.owed = torch.where(where[:, None], owed, self.owed)

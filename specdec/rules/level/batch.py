@@ -14,7 +14,7 @@ from specdec.laws import Law, excludes_elders, is_random
 from specdec.rules.children import Siblings
 from specdec.target_law import TargetLaw
 from specdec.tree import DraftTree
-from specdec_kernels.reference.nobody import nobody
+from specdec_kernels.reference.early_exit import all_false_cheaply
 
 BOUNDS = 4  # passes over what those who are tried together may take: k of them are exact for the first k
 
@@ -117,7 +117,7 @@ class _Wave:
         # [member, vocab]: law x chance of having failed
         self.weights = child.dense(state.owed[:1].expand(len(rows), -1))
         self.paired, self.mate = state.paired[rows, nodes], members.place[rows, state.mate[rows, nodes]]
-        self.pairs = bool(len(rows)) and not nobody(self.paired)
+        self.pairs = bool(len(rows)) and not all_false_cheaply(self.paired)
         if self.pairs:  # the law of a second is that of the first, before tokens are looked at
             second = state.second[rows, nodes][:, None]
             self.weights = torch.where(second, self.weights[self.mate], self.weights)

@@ -1,4 +1,4 @@
-"""A question that is free on a CPU, and would make the host wait elsewhere."""
+"""Whether work may be skipped: a question that is free on a CPU, and would make the host wait elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
-def nobody(rows: Tensor) -> bool:
+def all_false_cheaply(rows: Tensor) -> bool:
     """Whether no row [batch] bool is True, on a CPU. Elsewhere False, so that work is done which may not be needed.
 
     Under a TorchDispatchMode too: whoever watches or records operations on a CPU finds those of a GPU.
