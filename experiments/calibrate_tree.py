@@ -28,10 +28,9 @@ from specdec.theory import (
     expected_length,
     longest_tree,
     measure_costs,
-    positional_acceptance,
     predicted_speed_up,
 )
-from specdec.trace import Trace
+from specdec.trace import Trace, positional_acceptance
 from specdec.trees import Widths
 
 LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance does not depend on later siblings

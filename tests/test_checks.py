@@ -291,7 +291,7 @@ KINDS = {
     "verify": (Costs, "CostCurve"),
     "target of measure_costs": (theory.measure_costs, "transformers model"),
     "costs of a speed-up": (lambda v: theory.chain_speed_ups([0.5], v), "measure_costs"),
-    "trace": (theory.positional_acceptance, "specdec Trace"),
+    "trace": (specdec.trace.positional_acceptance, "specdec Trace"),
     "drafter of texts": (lambda v: prediction.texts(MODEL, v, PROMPTS[0]), "partial(ModelDrafter, draft)"),
     "block": (lambda v: distillation.expected_tau(LAWS, LAWS, TOKENS, 2, v), "True or False"),
     "sampling of a rehearsal": (lambda v: skip_search.Rehearsal(MODEL, [TEXT], 2, v), "specdec Sampling"),

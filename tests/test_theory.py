@@ -26,11 +26,10 @@ from specdec.theory import (
     longest_tree,
     measure_costs,
     one_step_ceiling,
-    positional_acceptance,
     predicted_speed_up,
 )
 from specdec.theory.ceilings import _all_among_first
-from specdec.trace import Trace
+from specdec.trace import Trace, positional_acceptance
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)

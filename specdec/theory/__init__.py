@@ -12,7 +12,6 @@ from specdec.theory.shapes import (
     chain_speed_ups,
     expected_length,
     longest_tree,
-    positional_acceptance,
 )
 
 __all__ = [
@@ -26,6 +25,5 @@ __all__ = [
     "longest_tree",
     "measure_costs",
     "one_step_ceiling",
-    "positional_acceptance",
     "predicted_speed_up",
 ]

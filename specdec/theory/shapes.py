@@ -8,28 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from specdec.checks import as_float, as_int, as_parents, as_tuple, check_kind
+from specdec.checks import as_float, as_int, as_parents, as_tuple
 from specdec.theory.costs import Costs, predicted_speed_up
-from specdec.trace.trace import Trace
-
-
-def positional_acceptance(trace: Trace) -> list[list[float]]:
-    """[depth][slot]: how often the child in that place was accepted where its parent was, from a trace="ceiling".
-
-    Siblings exclude each other, so that the sum over slots is the chance to get one level deeper. With sampled laws the
-    figures hold for the widths that they were recorded with: where a child stands says how it was drawn.
-    """
-    check_kind("trace", trace, Trace)
-    rows = [row for step in trace.steps for row in step.visits or ()]
-    depths = range(max(map(len, rows), default=0))
-    levels = [[row[depth] for row in rows if len(row) > depth] for depth in depths]
-    return [
-        [
-            sum(visit.slot == slot for visit in level) / sum(visit.children > slot for visit in level)
-            for slot in range(max(visit.children for visit in level))
-        ]
-        for level in levels
-    ]
 
 
 def expected_length(parents: Sequence[int], acceptance: Sequence[Sequence[float]]) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.checks import check_kind
 from specdec.laws import Law, is_random
 from specdec.rules.base import Rule
 from specdec.theory.ceilings import one_step_ceiling
 from specdec.theory.divergence import divergence
 from specdec.trace.laws import Record
-from specdec.trace.trace import Visit
+from specdec.trace.trace import Trace, Visit
 from specdec.tree import RowTree
 
 
@@ -30,3 +31,22 @@ def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray, rule: 
     q, drawn = tree.weights(node, len(p)), {"count": len(children), "top": points}
     slot = None if accepted is None else children.index(accepted)
     return Visit(len(children), slot, one_step_ceiling(p, law, q, **drawn), divergence(rule, p, law, q, **drawn))
+
+
+def positional_acceptance(trace: Trace) -> list[list[float]]:
+    """[depth][slot]: how often the child in that place was accepted where its parent was, from a trace="ceiling".
+
+    Siblings exclude each other, so that the sum over slots is the chance to get one level deeper. With sampled laws the
+    figures hold for the widths that they were recorded with: where a child stands says how it was drawn.
+    """
+    check_kind("trace", trace, Trace)
+    rows = [row for step in trace.steps for row in step.visits or ()]
+    depths = range(max(map(len, rows), default=0))
+    levels = [[row[depth] for row in rows if len(row) > depth] for depth in depths]
+    return [
+        [
+            sum(visit.slot == slot for visit in level) / sum(visit.children > slot for visit in level)
+            for slot in range(max(visit.children for visit in level))
+        ]
+        for level in levels
+    ]
