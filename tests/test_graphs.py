@@ -167,24 +167,24 @@ def test_an_inner_draft_whose_weights_have_moved_is_captured_again():
     drafter, made = Fallback(NgramDrafter(2), ModelDrafter(draft, Chain(2))), []
     engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
     counts = []
-    for moved in (False, False, False, True, False):
+    for moved in (False, False, False, False, True, False):
         if moved:
             for p in draft.parameters():
                 p.data = p.data.flip(0).clone()
         found, before = texts(drafter, engine), len(made)
         assert all(map(torch.equal, found, texts(drafter, "eager")))
         counts.append(before)
-    assert counts[1] == counts[2] < counts[3]
+    assert 0 < counts[2] == counts[3] < counts[4]  # by then every size of tree has been seen often enough
 
 
 def test_a_draft_whose_weights_have_moved_and_another_rule_are_captured_again():
-    made = []
+    made, rules = [], {lenience: LenientRejection(lenience) for lenience in (0.2, 1.0)}
     engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
     draft, own = llama(1), heads()
     for drafter, module in ((ModelDrafter(draft, Chain(3)), draft), (MedusaDrafter(own), own)):
 
         def run(engine, lenience=0.2, drafter=drafter):
-            options = {"rule": LenientRejection(lenience), "sampling": Sampling(1.0), "stop_tokens": ()}
+            options = {"rule": rules[lenience], "sampling": Sampling(1.0), "stop_tokens": ()}
             return texts(drafter, engine, **options)
 
         before, _ = len(made), (run(engine), run(engine))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Capture:
     def __init__(self, model: PreTrainedModel, which: Sequence[int], device: torch.device):
         self._device = device
         self._modules = [_place(model, index) for index in which]
-        self._hooks = [self._hook(place, index < 0) for place, index in enumerate(which)]
+        self._hooks = [partial(self._note, place, index < 0) for place, index in enumerate(which)]
         self._found: list[Tensor] = []
         self._keep: int | None = None
         self.states: Tensor | None = None  # [batch, count, state, hidden] of the last pass
@@ -40,12 +41,9 @@ class Capture:
         if self._hooks:
             self.states = torch.stack([part.to(self._device) for part in self._found], 2)
 
-    def _hook(self, place: int, before_head: bool) -> Callable[..., Any]:
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._found[place] = states = args[0] if args else kwargs["hidden_states"]
-            return ((states[:, -self._keep :], *args[1:]), kwargs) if before_head and self._keep else None
-
-        return catch
+    def _note(self, place: int, before_head: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._found[place] = states = args[0] if args else kwargs["hidden_states"]
+        return ((states[:, -self._keep :], *args[1:]), kwargs) if before_head and self._keep else None
 
 
 def _place(model: PreTrainedModel, index: int) -> nn.Module:
