@@ -13,8 +13,9 @@ from experiments.bench.results import ROOT, provenance
 from experiments.certify import certify
 from experiments.certify_fast import RULES, cases, document, failures, row
 from specdec import Coins, Law, Sampling
+from specdec.batch import Batch
 from specdec.coins import Purpose, inverse_cdf
-from specdec.drafters import Context, TreeDrafter
+from specdec.drafters import TreeDrafter, TreeDraftRun
 from specdec.rules import LenientRejection, Rule, SiblingRejection
 from specdec.target_law import LogitsLaw
 from specdec.testing import assert_fast_path
@@ -117,8 +118,14 @@ class HardDrafter(TreeDrafter):
         super().__init__(tree)
         self.laws = laws  # [case, vocab] draft logits
 
-    def score(self, frontier, context):
-        return self.laws[(7 * frontier.tokens + frontier.topology.depth) % len(self.laws)]
+    def start(self, target, batch, last=None):
+        return HardDraftRun(self, batch)
+
+
+class HardDraftRun(TreeDraftRun):
+    def score(self, frontier):
+        laws = self.drafter.laws
+        return laws[(7 * frontier.tokens + frontier.topology.depth) % len(laws)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -138,22 +145,22 @@ def test_deeper_trees_of_hard_laws_are_decided_as_the_specification_does_in_floa
     hard = hard_nodes(vocab, Law.IID, 1, sampling, dtype)
     drafts = hard.weights.log().to(dtype)
     drafts[:, 0] = drafts[:, 0].clamp(min=-300)  # a law where all is underflow is none
-    context = Context.empty(rows, 2, vocab, torch.device("cpu"))
-    context.lengths.fill_(1)
-    context.tokens[:, 0] = torch.arange(rows) % vocab
-    context.sampling, context.max_depth = sampling, tree.spec(sampling).depth
-    context.row_depths.fill_(context.max_depth)
+    batch = Batch(rows, 2, vocab, torch.device("cpu"))
+    batch.lengths.fill_(1)
+    batch.tokens[:, 0] = torch.arange(rows) % vocab
+    batch.sampling, batch.max_depth = sampling, tree.spec(sampling).depth
+    batch.left.fill_(batch.max_depth + 1)
     coins = Shifted(5, rows, tree.spec(sampling).nodes)
-    drafted = HardDrafter(drafts, tree).propose(context, coins)
+    drafted = HardDrafter(drafts, tree).start(None, batch).propose(coins)
     at = (torch.arange(rows)[:, None] + 3 * drafted.tokens + 5 * drafted.topology.depths) % len(hard.logits)
     logits = hard.logits[at]
     exact = replace(drafted, draft_probs=drafted.draft_probs.double())
 
     def by_specification(shift):
         coins.shift = shift
-        return Rule.decide_batch(rule, exact, LogitsLaw(logits.double(), exact, context), coins)
+        return Rule.decide_batch(rule, exact, LogitsLaw(logits.double(), exact, batch), coins)
 
-    fast = rule.decide_batch(drafted, LogitsLaw(logits, drafted, context), coins)
+    fast = rule.decide_batch(drafted, LogitsLaw(logits, drafted, batch), coins)
     odd = differing(fast, by_specification(0.0))
     assert odd.sum() <= rows // 50
     if odd.any():  # only where a coin lies next to a threshold

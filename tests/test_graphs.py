@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
+import threading
 import warnings
-import weakref
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from tiny_models import PROMPTS, llama
 import specdec
 import specdec_kernels.reference.verify
 from specdec import Law, ModelTarget, Sampling
+from specdec.arguments import as_request
 from specdec.drafters import (
     Fallback,
     LayerSkipDrafter,
@@ -37,9 +38,8 @@ from specdec.engines.host_reads import HostReads
 from specdec.loop import Decoding
 from specdec.rules import BlockVerification, LenientRejection, SiblingRejection
 from specdec.testing import Tape
-from specdec.tree import chain, root_only
 from specdec.trees import Chain, Dynamic, Static
-from specdec.trees.base import Grown
+from specdec.trees.base import Grown, TreeRun
 
 GREEDY = [(name, "greedy") for name in ("dynamic", "suffixes, then a model")]
 
@@ -80,16 +80,24 @@ def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monk
     monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
 
     class Late(Chain):
-        def grow(self, context, coins):
-            if context.host_lengths[0] > 40:  # it reads 40 tokens: as many as 64 would not fit
-                return (yield from super().grow(context, coins))
-            tree = root_only(context.root)
+        capturable = False
+
+        def start(self, batch, last=None):
+            return LateRun(self, batch)
+
+    class LateRun(TreeRun):
+        def __init__(self, policy, batch):
+            super().__init__(policy, batch)
+            self.inner = Chain(1).start(batch)
+
+        def grow(self, coins):
+            if self.batch.host_lengths[0] > 40:  # it reads 40 tokens: as many as 64 would not fit
+                return (yield from self.inner.grow(coins))
+            tree = self.batch.undrafted()
             return Grown(tree, tree.topology.parents)
 
     options = {"prompts": [torch.arange(5)], "max_new_tokens": 43, "stop_tokens": ()}
-    late = Late(1)
-    object.__setattr__(late, "capturable", False)
-    found = texts(ModelDrafter(DRAFT, late), "graph", **options)
+    found = texts(ModelDrafter(DRAFT, Late(1)), "graph", **options)
     assert torch.equal(found[0], texts(None, "eager", **options)[0])
 
 
@@ -107,23 +115,41 @@ def test_another_batch_begins_anew():
         assert all(map(torch.equal, texts(drafter, engine, prompts), texts(drafter, "eager", prompts)))
 
 
-def test_parts_that_another_engine_has_used_are_captured_again():
+def test_parts_that_another_engine_has_used_in_between_keep_their_graphs():
     target, drafter, engine = ModelTarget(llama()), ModelDrafter(llama(), Chain(3)), specdec.Graphs(capture=Tape)
     options = {**OPTIONS, "sampling": Sampling(1.0), "stop_tokens": ()}
+    made = []
+    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
     for _ in range(2):
         found = specdec.generate(target, PROMPTS, drafter, engine=engine, **options)
         expected = specdec.generate(target, PROMPTS, drafter, **options)
         assert all(map(torch.equal, found.tokens, expected.tokens))
         assert min(found.summary()["acceptance_rate"]) == 1  # the model drafts for itself
+        assert len(made) == 4
 
 
-def test_two_streams_cannot_share_an_engine():
-    engine = specdec.Graphs(capture=Tape)
-    first = specdec.stream(TARGET, PROMPTS, engine=engine, **OPTIONS)
-    next(first)
-    next(specdec.stream(TARGET, PROMPTS[:1], engine=engine, **OPTIONS))
-    with pytest.raises(RuntimeError, match=r"Graphs.*has begun another text"):
-        next(first)
+def test_streams_at_once_have_graphs_of_their_own_and_the_next_ones_replay_them():
+    made, drafter = [], ModelDrafter(DRAFT, Chain(3))
+    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    options = {**OPTIONS, "sampling": Sampling(1.0), "stop_tokens": ()}
+    expected = specdec.generate(TARGET, PROMPTS, drafter, **options).tokens
+    for _ in range(2):
+        streams = [specdec.stream(TARGET, PROMPTS, drafter, engine=engine, **options) for _ in range(2)]
+        steps = [*zip(*streams, strict=True)]
+        for one in zip(*steps, strict=True):
+            assert all(map(torch.equal, map(torch.cat, zip(*one, strict=True)), expected))
+        assert len(made) == 2 * 4
+
+
+@pytest.mark.parametrize("name", [*ON_HOST, "suffixes, then a model", "none"])
+def test_drafters_that_draft_on_the_host_replay_the_graphs_of_their_last_run(name):
+    made, drafter = [], DRAFTERS[name](DRAFT)
+    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    expected, counts = texts(drafter, "eager"), []
+    for _ in range(4):
+        assert all(map(torch.equal, texts(drafter, engine), expected))
+        counts.append(len(made))
+    assert 0 < counts[-2] == counts[-1]  # by then every size of tree has been seen often enough
 
 
 def test_weights_that_have_moved_are_captured_again():
@@ -139,23 +165,27 @@ def test_weights_that_have_moved_are_captured_again():
 def test_an_inner_draft_whose_weights_have_moved_is_captured_again():
     draft, engine = llama(1), specdec.Graphs(capture=Tape)
     drafter, made = Fallback(NgramDrafter(2), ModelDrafter(draft, Chain(2))), []
-    for moved in (False, False, True):
+    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    counts = []
+    for moved in (False, False, False, False, True, False):
         if moved:
             for p in draft.parameters():
-                p.data = p.data.clone()
-        texts(drafter, engine)
-        made.append(engine._graphs)
-    assert made[0] is made[1] is not made[2]
+                p.data = p.data.flip(0).clone()
+        found, before = texts(drafter, engine), len(made)
+        assert all(map(torch.equal, found, texts(drafter, "eager")))
+        counts.append(before)
+    assert 0 < counts[2] == counts[3] < counts[4]  # by then every size of tree has been seen often enough
 
 
-def test_a_draft_whose_weights_have_moved_and_a_rule_that_was_changed_are_captured_again():
-    made, rule = [], LenientRejection(0.2)
+def test_a_draft_whose_weights_have_moved_and_another_rule_are_captured_again():
+    made, rules = [], {lenience: LenientRejection(lenience) for lenience in (0.2, 1.0)}
     engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
     draft, own = llama(1), heads()
     for drafter, module in ((ModelDrafter(draft, Chain(3)), draft), (MedusaDrafter(own), own)):
 
-        def run(engine, drafter=drafter):
-            return texts(drafter, engine, rule=rule, sampling=Sampling(1.0), stop_tokens=())
+        def run(engine, lenience=0.2, drafter=drafter):
+            options = {"rule": rules[lenience], "sampling": Sampling(1.0), "stop_tokens": ()}
+            return texts(drafter, engine, **options)
 
         before, _ = len(made), (run(engine), run(engine))
         assert len(made) == before + 4
@@ -163,27 +193,19 @@ def test_a_draft_whose_weights_have_moved_and_a_rule_that_was_changed_are_captur
             p.data = p.data.clone()
         run(engine)
         assert len(made) == before + 8
-        rule.lenience = 1.0
-        assert all(map(torch.equal, run(engine), run("eager")))
+        assert all(map(torch.equal, run(engine, 1.0), run("eager", 1.0)))
+        assert len(made) == before + 12
 
 
-def test_a_tree_that_was_replaced_by_one_of_the_same_size_is_captured_again():
+def test_trees_of_one_size_and_other_shapes_have_graphs_of_their_own():
     options = {**OPTIONS, "sampling": Sampling(1.0), "max_new_tokens": 40, "stop_tokens": ()}
     accepted = []
     for engine in (specdec.Graphs(capture=Tape), "eager"):
-        drafter = LayerSkipDrafter(exit_layer=2)
         for parents in (-1, 0, 0, 1), (-1, 0, 0, 2):
-            drafter.tree = Static(parents, Law.IID)
+            drafter = LayerSkipDrafter(exit_layer=2, tree=Static(parents, Law.IID))
             steps = specdec.generate(TARGET, PROMPTS[0], drafter, engine=engine, **options).trace.steps
             accepted.append([step.accepted for step in steps])
     assert accepted[:2] == accepted[2:] and accepted[0] != accepted[1]
-
-
-def test_trees_of_captured_stages_are_kept_however_many_prompts_are_read():
-    kept = weakref.ref(chain(1, 2, TARGET.device))
-    for length in range(1, 80):
-        texts(None, "eager", [torch.ones(length, dtype=torch.int64)], max_new_tokens=1)
-    assert kept() is not None
 
 
 def test_what_cannot_be_captured_is_named_once():
@@ -224,15 +246,16 @@ def on_meta(run):
     def moved(tensor, memo):
         return memo.setdefault(id(tensor), tensor.detach().to("meta"))
 
-    kinds, table = (torch.Tensor, torch.nn.Parameter), copy._deepcopy_dispatch
+    kinds, table, lock = (torch.Tensor, torch.nn.Parameter), copy._deepcopy_dispatch, type(threading.Lock())
     found = [kind.__deepcopy__ for kind in kinds]
     table[torch.device] = lambda device, memo: torch.device("meta")
+    table[lock] = lambda held, memo: held
     try:
         for kind in kinds:
             kind.__deepcopy__ = moved
         return copy.deepcopy(run)
     finally:
-        del table[torch.device]
+        del table[torch.device], table[lock]
         for kind, method in zip(kinds, found, strict=True):
             kind.__deepcopy__ = method
 
@@ -240,16 +263,17 @@ def on_meta(run):
 def reads_of(target, drafter, sampling=SAMPLINGS["nucleus"], rule=SiblingRejection()):
     """What the host and a device with kernels wait for each other for in the stages of a step."""
     settings = {"sampling": sampling, "max_new_tokens": 24, "stop_tokens": (7,), "seed": 3}
-    run = Decoding(target, PROMPTS, drafter, rule=rule, **settings, engine=specdec.Graphs())
+    run = Decoding(as_request(target, PROMPTS, drafter, rule=rule, **settings, engine=specdec.Graphs()))
     run.step()
     run = on_meta(run)
     host = HostReads()
     try:
-        with torch.inference_mode(), run._patched():
+        with torch.inference_mode():
             for watched in (contextlib.nullcontext(), host):  # constants are made in the first step
                 with watched:
                     tree = run._propose()
-                    run._follow(run._decide(tree, run._score(tree)))
+                    scores = run._score(tree)
+                    run._commit(run._decide(tree, scores), scores)
     except RuntimeError as error:  # of a device that is asked for a number
         assert "meta tensor" in str(error)
         return {str(error)}
@@ -278,9 +302,14 @@ def test_what_waits_is_found(monkeypatch):
     monkeypatch.setattr(specdec_kernels, "DEVICES", {"meta"})
 
     class Listed(Chain):
-        def grow(self, context, coins):
-            context.tokens[:, [0, 1]]
-            return super().grow(context, coins)
+        def start(self, batch, last=None):
+            batch.tokens[:, [0, 1]]  # not in a step
+            return ListedRun(self, batch)
+
+    class ListedRun(TreeRun):
+        def grow(self, coins):
+            self.batch.tokens[:, [0, 1]]
+            return Chain(2).start(self.batch).grow(coins)
 
     assert reads_of(TARGET, ModelDrafter(DRAFT, Listed(2))) == {"a tensor made from Python numbers"}
 

@@ -1,5 +1,7 @@
 """Self-speculation by skipping layers: the target's text on every model, and the model left as it was found."""
 
+from itertools import islice
+
 import pytest
 import torch
 from tiny_models import GATE, MATRIX, PROMPTS, llama, reference, state
@@ -7,10 +9,11 @@ from tiny_models import GATE, MATRIX, PROMPTS, llama, reference, state
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import LayerSkipDrafter, NgramDrafter
-from specdec.drafters.layer_skip import decoder_layers
 from specdec.models.cache import GENERATE_CACHE
+from specdec.models.states import decoder_layers
 from specdec.testing import TabularTarget, exact_law, target_law
 from specdec.trees import Chain, Dynamic, Widths
+from specdec.trees.base import TreeRun
 
 torch.set_num_threads(1)
 LLAMA_TV = 1e-12  # float64 logits of one text differ by 1e-15 between batch shapes
@@ -50,21 +53,17 @@ def test_sampled_text_is_lossless(tree):
 
 def test_drafts_are_those_of_the_model_without_the_skipped_layers():
     model, prompt = llama(), PROMPTS[2]
-    drafted = []
-
-    class Listening(LayerSkipDrafter):
-        def propose(self, context, coins):
-            tree = super().propose(context, coins)
-            drafted.append((context.tokens[0, : context.host_lengths[0]].tolist(), tree.tokens[0].tolist()))
-            return tree
-
-    specdec.generate(model, prompt, Listening(skip=[1], tree=Chain(1)), max_new_tokens=12, stop_tokens=())
-    shallow = llama()
-    for text, tokens in drafted[:1]:  # afterwards the cache holds what the whole model wrote, as it should
+    drafter, shallow = LayerSkipDrafter(skip=[1], tree=Chain(1)), llama()
+    shallow.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    out = specdec.generate(model, prompt, drafter, max_new_tokens=12, stop_tokens=(), trace="laws")
+    text, new = prompt.tolist(), iter(out.tokens[0].tolist())
+    for step in out.trace.steps[:-1]:
+        # of what is before the root the cache holds what the whole model wrote
         full = model.model(torch.tensor([text[:-1]]), use_cache=True)[GENERATE_CACHE]
-        shallow.model.layers[1].forward = lambda hidden_states, **_: hidden_states
         expected = shallow(torch.tensor([text[-1:]]), **{GENERATE_CACHE: full}).logits[0, -1].argmax()
-        assert tokens[1] == int(expected)
+        assert step.record.bare.tokens[0, 1] == int(expected)
+        text += islice(new, step.emitted[0])
+    assert len(out.trace.steps) > 3
 
 
 def test_a_better_draft_is_accepted_more_often():
@@ -102,8 +101,12 @@ def test_the_model_is_whole_again_after_a_failure():
     found = state(model)
 
     class Failing(Chain):
-        def grow(self, context, coins):
-            yield from super().grow(context, coins)
+        def start(self, batch, last=None):
+            return FailingRun(self, batch)
+
+    class FailingRun(TreeRun):
+        def grow(self, coins):
+            yield from Chain(2).start(self.batch).grow(coins)
             raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):

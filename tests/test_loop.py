@@ -1,6 +1,7 @@
 """The loop on real (tiny, random) transformers models."""
 
 import threading
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from transformers import GenerationConfig
 
 import specdec
 from specdec import Law, Sampling
-from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.engines.base import Engine
 from specdec.models.attention import NAME
+from specdec.testing import Tape
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
@@ -102,38 +104,6 @@ def test_a_generation_config_gives_the_text_of_transformers(options):
     assert [t.tolist() for t in out.tokens] == [t.tolist() for t in expected]
 
 
-class Recorder(Drafter):
-    """Drafts nothing and notes the hidden states that it is given."""
-
-    uses_hidden = True
-
-    def spec(self, sampling):
-        return specdec.TreeSpec(frozenset({Law.POINT}), nodes=5, depth=4, width=1)
-
-    def start(self, target, context):
-        self.inner, self.seen = NgramDrafter(4), []
-        self.inner.start(target, context)
-
-    def propose(self, context, coins):
-        texts = [row[:n].tolist() for row, n in zip(context.tokens, context.host_lengths, strict=True)]
-        self.seen.append((texts, context.hidden.clone()))
-        return self.inner.propose(context, coins)
-
-
-@pytest.mark.parametrize("name", GATE)
-def test_hidden_states_are_those_of_the_token_before_the_root(name):
-    model, recorder = GATE[name](), Recorder()
-    prompts = [p for p in PROMPTS if len(p) > 1]
-    specdec.generate(model, prompts, recorder, max_new_tokens=12, stop_tokens=())
-    for texts, hidden in recorder.seen:
-        for prompt, text, found in zip(prompts, texts, hidden, strict=True):
-            if len(text) == len(prompt) + 12:  # it has ended
-                continue
-            with torch.inference_mode():
-                alone = model.base_model(torch.tensor([text[:-1]]), use_cache=False).last_hidden_state[0, -1]
-            assert float((found - alone).abs().max() / alone.abs().max()) < 1e-4  # float32 rounding; wrong ones: > 0.1
-
-
 def test_models_in_two_threads_do_not_meet():
     pairs = [(llama(seed), llama(seed + 2, num_hidden_layers=1)) for seed in (0, 1)]
 
@@ -151,17 +121,33 @@ def test_models_in_two_threads_do_not_meet():
     assert all(torch.equal(a, b) for e, f in zip(expected, found, strict=True) for a, b in zip(e, f, strict=True))
 
 
-def test_interleaved_streams_need_a_drafter_each():
-    model, shared = llama(), ModelDrafter(llama(1))
-    expected = specdec.generate(model, PROMPTS[0], max_new_tokens=8).tokens[0]
-    streams = [specdec.stream(model, PROMPTS[0], ModelDrafter(llama(1)), max_new_tokens=8) for _ in range(2)]
-    for steps in zip(*streams, strict=True):
-        assert torch.equal(steps[0][0], steps[1][0])
-    first, second = (specdec.stream(model, PROMPTS[0], shared, max_new_tokens=8) for _ in range(2))
-    next(first), next(second)
-    with pytest.raises(RuntimeError, match="each interleaved stream"):
-        next(first)
-    assert torch.equal(torch.cat([step[0] for step in specdec.stream(model, PROMPTS[0], max_new_tokens=8)]), expected)
+SHARED = {
+    "draft": lambda target: ModelDrafter(llama(1, num_hidden_layers=1), Widths((2, 1))),
+    "the target": lambda target: ModelDrafter(target, Chain(3)),
+    "layers left out": lambda target: LayerSkipDrafter(skip=[1]),
+    "suffixes, then the draft": lambda target: Fallback(SuffixDrafter(), ModelDrafter(llama(1), Dynamic(8, 3, 2))),
+}
+ENGINES = {"eager": Engine, "graph": specdec.Graphs, "tape": lambda: specdec.Graphs(capture=Tape)}
+
+
+@pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SHARED)
+def test_interleaved_streams_that_share_all_parts_give_the_texts_of_single_runs(name, engine):
+    model = llama()
+    target, drafter, engine = specdec.ModelTarget(model), SHARED[name](model), ENGINES[engine]()
+    options = {"sampling": Sampling(0.7), "max_new_tokens": 10, "stop_tokens": ()}
+    batches = [(PROMPTS[:2], 1), (PROMPTS[:2], 2), (PROMPTS[1:], 3)]  # two runs of one kind, and one of another
+    expected = [
+        specdec.generate(model, rows, SHARED[name](model), seed=seed, **options).tokens for rows, seed in batches
+    ]
+    for _ in range(2):  # again, in what the first ones gave back
+        streams = [specdec.stream(target, rows, drafter, engine=engine, seed=seed, **options) for rows, seed in batches]
+        steps = [*zip_longest(*streams)]
+        found = [
+            [torch.cat(parts) for parts in zip(*filter(None, one), strict=True)] for one in zip(*steps, strict=True)
+        ]
+        assert [[t.tolist() for t in texts] for texts in found] == [[t.tolist() for t in texts] for texts in expected]
 
 
 def test_the_cache_follows_autocast():
@@ -176,13 +162,15 @@ def test_the_cache_follows_autocast():
 def test_parts_that_were_made_outside_autocast_serve_inside_and_again_outside(engine):
     model = llama(dtype=torch.float32)
     target, drafter, engine = specdec.ModelTarget(model), ModelDrafter(llama(1, torch.float32)), engine()
+    last = None
     for enabled in (True, False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             for _ in range(2):
-                out = specdec.generate(target, PROMPTS[0], drafter, max_new_tokens=8, engine=engine, resume=True)
-                assert torch.equal(out.tokens[0], reference(model, PROMPTS[0], max_new_tokens=8))
-        kept = {stack.dtype for stack in target.cached.cache._stacks.values()}
-        assert (torch.bfloat16 in kept) == enabled
+                options = {"max_new_tokens": 8, "engine": engine, "resume": last, "keep": True}
+                last = specdec.generate(target, PROMPTS[0], drafter, **options)
+                assert torch.equal(last.tokens[0], reference(model, PROMPTS[0], max_new_tokens=8))
+                found = {t.dtype for layer in last.runs.target.cached.cache.layers for t in (layer.keys, layer.values)}
+                assert (torch.bfloat16 in found) == enabled
 
 
 class Words:

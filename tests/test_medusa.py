@@ -1,6 +1,7 @@
 """Medusa heads: laws by depth, lossless with every tree, and the layout of published checkpoints."""
 
 import json
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
-from specdec.models.target import CachedModel
+from specdec.models.states import Capture
 from specdec.testing import exact_law, target_law
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -85,21 +86,17 @@ def test_heads_are_saved_and_loaded(tmp_path, vocab):
 
 def test_the_heads_see_the_state_before_the_root():
     model, made = llama(), heads(2)
-    seen = []
-
-    class Listening(MedusaDrafter):
-        def propose(self, context, coins):
-            tree = super().propose(context, coins)
-            seen.append((context.tokens[0, : context.host_lengths[0]].tolist(), tree.tokens[0].tolist()))
-            return tree
-
-    specdec.generate(model, PROMPTS[2], Listening(made, Chain(2)), max_new_tokens=12, stop_tokens=())
-    assert len(seen) > 3
-    for text, tokens in seen:
+    options = {"max_new_tokens": 12, "stop_tokens": (), "trace": "laws"}
+    out = specdec.generate(model, PROMPTS[2], MedusaDrafter(made, Chain(2)), **options)
+    assert len(out.trace.steps) > 3
+    text, new = PROMPTS[2].tolist(), iter(out.tokens[0].tolist())
+    for step in out.trace.steps:
+        tokens = step.record.bare.tokens[0].tolist()
         with torch.inference_mode():
             hidden = model.model(torch.tensor([text[:-1]])).last_hidden_state[:, -1]
             expected = made(hidden, model.lm_head).argmax(-1)[0].tolist()
         assert tokens[1:] == expected[: len(tokens) - 1]
+        text += islice(new, step.emitted[0])
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama4_chunked"])  # one goes around its base model, the other names none
@@ -115,11 +112,10 @@ def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
 
     with FakeTensorMode():  # tensors without numbers, on devices that need not be there
         head = torch.nn.Identity()
-        model, here = SimpleNamespace(get_output_embeddings=lambda: head), SimpleNamespace(here=True)
-        cached = SimpleNamespace(model=model, device=first, patch=here)
-        with CachedModel.capturing_hidden(cached):
+        capture = Capture(SimpleNamespace(get_output_embeddings=lambda: head), (-1,), first)
+        with capture.of_pass(0):
             head(torch.empty(1, 3, 32, device=last))
-        logits = MedusaHeads(2, 1, 32)(cached.hidden[:, 0], lambda x: torch.empty(*x.shape[:2], 50, device=last))
+        logits = MedusaHeads(2, 1, 32)(capture.states[:, 0, 0], lambda x: torch.empty(*x.shape[:2], 50, device=last))
     assert (logits.shape, logits.device) == ((1, 2, 50), first)
 
 

@@ -11,13 +11,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 import specdec
-from specdec import DraftTree, Law, Sampling
-from specdec.drafters import ModelDrafter
-from specdec.drafters.base import Acceptance, Context, Report
+from specdec import DraftTree, Law
+from specdec.arguments import as_request
+from specdec.batch import Batch
+from specdec.drafters import ModelDrafter, NoDrafter
+from specdec.engines.base import Stages
 from specdec.models.attention import View
 from specdec.models.cache import TreeCache
 from specdec.models.probe import UnsupportedModel
 from specdec.models.target import ModelTarget
+from specdec.outcome import Outcome
+from specdec.rules.base import Decisions
 from specdec.tree import Topology
 from specdec.trees import Widths
 
@@ -40,29 +44,24 @@ class Walk:
 
     def __init__(self, model, steps, seed=0, plain=None):
         self.plain, self.target, self.steps = plain or copy.deepcopy(model), ModelTarget(model), steps
-        self.random = random.Random(seed)
-        self.texts = [p.tolist() for p in [*PROMPTS, torch.arange(10, 30)]]  # some longer than the window, some not
-        longest = max(map(len, self.texts)) + steps * NODES
-        tokens = torch.zeros(len(self.texts), longest + NODES, dtype=torch.int64)
-        self.context = Context(
-            tokens, torch.zeros(len(self.texts)), [], longest, 0, torch.zeros(0), Sampling(), [], VOCAB
-        )
-        self._write_context()
+        self.random, prompts = random.Random(seed), [*PROMPTS, torch.arange(10, 30)]  # some longer than the window
+        request = as_request(self.target, prompts, max_new_tokens=steps * NODES)
+        self.batch = Batch(len(prompts), request.longest + NODES, VOCAB, torch.device("cpu"))
+        self.batch.begin(request, Stages())
 
     def differences(self):
         """The largest difference of every step."""
         with torch.inference_mode():
-            with self.target.patched():
-                self.target.start(self.context, self.context.tokens.shape[1], hidden=False)
+            self.run = self.target.start(self.batch)
+            self.run.enter([*range(len(self.batch))], NoDrafter().start(self.run, self.batch))
             for step in range(self.steps):
                 tree = self._random_tree()
-                with self.target.patched():
-                    logits = self.target.score(tree, self.context)
-                yield max(self._difference(row, tree, logits[row]) for row in range(len(self.texts)))
+                logits = self.run.score(tree).logits
+                yield max(self._difference(row, tree, logits[row]) for row in range(len(self.batch)))
                 self._commit(tree, step)
 
     def _random_tree(self):
-        rows = [self._random_row(text[-1]) for text in self.texts]
+        rows = [self._random_row(int(text[-1])) for text in self.batch.texts]
         tokens, parents, laws = (torch.tensor(column) for column in zip(*rows, strict=True))
         return DraftTree(tokens, Topology(parents, depth=NODES - 1), laws.to(torch.uint8))
 
@@ -79,30 +78,27 @@ class Walk:
         """Between the logits of a row's nodes and those of the plain model on the full text of each path."""
         found = []
         for path in paths_to_leaves(tree, row):
-            text = self.texts[row] + tree.tokens[row, path[1:]].tolist()
+            text = self.batch.texts[row].tolist() + tree.tokens[row, path[1:]].tolist()
             alone = self.plain(torch.tensor([text]), use_cache=False).logits[0, -len(path) :]
             found.append(float((logits[path] - alone).abs().max() / alone.abs().max()))
         return max(found)
 
     def _commit(self, tree, step):
         """Rows meet their fates in turn; each step every fate is met by some row."""
-        batch = len(self.texts)
+        batch = len(self.batch)
         path = torch.tensor([[0, *self.random.choices(range(NODES), k=NODES - 1)] for _ in range(batch)])
-        keep = torch.zeros(batch, dtype=torch.int64)
-        for row, text in enumerate(self.texts):
+        accepted, left = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), NODES)
+        for row in range(batch):
             fate, leaf = FATES[(step + row) % len(FATES)], self.random.choice(paths_to_leaves(tree, row))
-            if fate != "stop":
-                count = {"accept all": len(leaf), "reject all": 1}.get(fate) or self.random.randint(1, len(leaf))
-                path[row, :count], keep[row] = torch.tensor(leaf[:count]), count
-                text += [*tree.tokens[row, leaf[1:count]].tolist(), self.random.randrange(VOCAB)]
-        self.target.commit(Acceptance(path, keep, Report(path)))
-        self._write_context()
-
-    def _write_context(self):
-        for row, text in zip(self.context.tokens, self.texts, strict=True):
-            row[: len(text)] = torch.tensor(text)
-        self.context.texts = self.texts
-        self.context.lengths = torch.tensor(self.context.host_lengths)
+            count = {"accept all": len(leaf), "reject all": 1}.get(fate) or self.random.randint(1, len(leaf))
+            path[row, :count], accepted[row] = torch.tensor(leaf[:count]), count - 1
+            left[row] *= fate != "stop"
+        token, never = torch.tensor(self.random.choices(range(VOCAB), k=batch)), torch.zeros(batch, dtype=torch.bool)
+        decisions = Decisions(path, accepted, token)
+        outcome = Outcome.of(tree, decisions, torch.tensor([], dtype=torch.int64), left, (never, never))
+        self.batch.append(outcome)
+        self.run.commit(outcome)
+        self.batch.note(outcome)
 
 
 def paths_to_leaves(tree, row):

@@ -14,7 +14,7 @@ from experiments.bench.measure import AGAIN, rounds
 from experiments.bench.prompts import Prompt, dataset, demo, read
 from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
-from specdec.models.target import CachedModel
+from specdec.models.cached_model import CachedModel
 
 torch.set_num_threads(1)
 PAIR = specdec.demo.load()
@@ -141,9 +141,9 @@ def test_methods_read_only_what_is_new_in_a_later_turn(monkeypatch):
     complete = rounds(PAIR.target, methods, batches, repeats=2, sampling=Sampling(), max_new_tokens=8, later=later)
     read, begin = [], CachedModel.read
 
-    def noting(self, tokens, lengths):
-        read.append((self.model, int((torch.tensor(lengths) - self.cache.lengths).max())))
-        begin(self, tokens, lengths)
+    def noting(self, tokens, goals, listen=None):
+        read.append((self.lm.model, int((torch.tensor(goals) - self.cache.lengths).max())))
+        begin(self, tokens, goals, listen)
 
     first, second = (batch[0] for batch in batches)
     text = torch.cat([first, specdec.generate(PAIR.target, first, max_new_tokens=8).tokens[0]])

@@ -36,6 +36,7 @@ def assert_plain(seed):
     draft = r.choice([model, DRAFT])
     target, drafters = ModelTarget(model), [(n, drafter(random.Random(n), draft)) for n in (seed, seed + 10**6)]
     engines, prompts = ["eager", specdec.Graphs(), specdec.Graphs(capture=Tape)], [torch.tensor([1])]
+    last = None  # of the generations that were kept
     for _ in range(4):
         if r.random() < 0.5:
             prompts = [torch.tensor(r.choices(range(1, VOCAB), k=r.choice((1, 2, 9)))) for _ in range(r.randint(1, 4))]
@@ -43,7 +44,9 @@ def assert_plain(seed):
         options |= {"rule": r.choice([TraversalVerification(), LevelVerification(), SiblingRejection()]), "seed": seed}
         options["sampling"] = Sampling(r.choice((0.0, 1.0)))
         number, kept = r.choice(drafters)
-        found = specdec.generate(target, prompts, kept, engine=r.choice(engines), resume=r.random() < 0.5, **options)
+        turns = {"resume": r.choice([None, last]), "keep": r.random() < 0.7}
+        found = specdec.generate(target, prompts, kept, engine=r.choice(engines), **turns, **options)
+        last = found if turns["keep"] else last
         plain = drafter(random.Random(number), draft) if options["sampling"].temperature else None
         expected = specdec.generate(model, prompts, plain, **options).tokens
         assert [t.tolist() for t in found.tokens] == [t.tolist() for t in expected], f"{kept}, {options}"

@@ -8,7 +8,7 @@ from random_trees import SAMPLED, random_trees
 
 from experiments.certify_fast import RULES
 from specdec import Law
-from specdec.drafters import Context
+from specdec.batch import Batch
 from specdec.rules import BlockVerification, KSeq, Rule, TraversalVerification, block, traversal
 from specdec.sampling import Sampling
 from specdec.target_law import LogitsLaw
@@ -56,9 +56,9 @@ class EveryNode:
             whole.laws[rows],
             whole.draft_probs[rows],
         )
-        context = Context.empty(len(rows), 1, VOCAB, torch.device("cpu"))
-        context.sampling = Sampling(1.0)
-        law = LogitsLaw(self.logits[rows], tree, context)
+        batch = Batch(len(rows), 1, VOCAB, torch.device("cpu"))
+        batch.sampling = Sampling(1.0)
+        law = LogitsLaw(self.logits[rows], tree, batch)
         made = decide(tree, law, GivenCoins(accept, torch.zeros_like(accept)))
         kept = torch.arange(made.path.shape[1]) <= made.accepted[:, None]
         return ((made.path == self.node[rows, None]) & kept).any(1)

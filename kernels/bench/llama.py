@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdec.batch import Batch
 from specdec.coins import Coins
-from specdec.drafters.base import Context, Drafter
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.models.target import TargetRun
 from specdec.laws import Law
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
@@ -45,15 +47,23 @@ class FixedTree(Drafter):
     def spec(self, sampling: Sampling) -> TreeSpec:
         return TreeSpec(frozenset({Law.POINT}), len(self.parents), self.depths[-1], WIDTH, by_depth=True)
 
-    def start(self, target, context: Context) -> None:
-        self._parents = torch.tensor(self.parents, device=context.tokens.device)
-        self._places = torch.arange(len(self.parents), device=context.tokens.device)
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        return last if last and last.batch is batch else _FixedRun(self, batch)
 
-    def propose(self, context: Context, coins: Coins) -> DraftTree:
-        depth = min(self.depths[-1], context.max_depth)
-        nodes = sum(own <= depth for own in self.depths)  # the deepest come last
-        parents = self._parents[:nodes].expand(len(context.lengths), -1)
-        tokens = (context.root[:, None] + self._places[:nodes]) % context.vocab
+
+class _FixedRun(DraftRun):
+    def __init__(self, drafter: FixedTree, batch: Batch):
+        super().__init__(batch)
+        self._depths = drafter.depths
+        self._parents = torch.tensor(drafter.parents, device=batch.device)
+        self._places = torch.arange(len(drafter.parents), device=batch.device)
+
+    def propose(self, coins: Coins) -> DraftTree:
+        batch = self.batch
+        depth = min(self._depths[-1], batch.max_depth)
+        nodes = sum(own <= depth for own in self._depths)  # the deepest come last
+        parents = self._parents[:nodes].expand(len(batch), -1)
+        tokens = (batch.root[:, None] + self._places[:nodes]) % batch.vocab
         return DraftTree(
             tokens, Topology(parents, depth, WIDTH), torch.full_like(tokens, int(Law.POINT), dtype=torch.uint8)
         )

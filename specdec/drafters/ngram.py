@@ -35,7 +35,7 @@ class NgramDrafter(Drafter):
         return TreeSpec(frozenset({Law.POINT}), nodes, self.length, self.branches, by_depth=True)
 
     def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
-        return _NgramRun(self, batch)
+        return last if last and last.batch is batch else _NgramRun(self, batch)
 
 
 class _NgramRun(DraftRun):

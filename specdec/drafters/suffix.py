@@ -109,16 +109,20 @@ class SuffixDrafter(Drafter):
         return TreeSpec(frozenset({Law.POINT}), self.nodes, self.depth, self.width, by_depth=True)
 
     def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
-        return _SuffixRun(self, batch)
+        return last if last and last.batch is batch else _SuffixRun(self, batch)
 
 
 class _SuffixRun(DraftRun):
     def __init__(self, drafter: SuffixDrafter, batch: Batch):
         super().__init__(batch)
         self._drafter = drafter
-        self._rows = [SuffixAutomaton() for _ in batch.texts]  # of each row's text
-        self._places = [(0, 0) for _ in batch.texts]  # of each row in the corpus
+        self._rows = [SuffixAutomaton()] * len(batch)  # of each row's text
+        self._places = [(0, 0)] * len(batch)  # of each row in the corpus
         self._read = [0] * len(batch)  # tokens of each row that stand in these
+
+    def enter(self, rows: list[int]) -> None:
+        for b in rows:
+            self._rows[b], self._places[b], self._read[b] = SuffixAutomaton(), (0, 0), 0
 
     def propose(self, coins: Coins) -> DraftTree:
         batch, most = self.batch, self._drafter.depth
