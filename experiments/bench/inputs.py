@@ -70,13 +70,15 @@ def in_turns(
     What comes before a later turn are the earlier ones and the target's own answers, the same for every method, so that
     methods stay paired.
     """
-    options = {"sampling": sampling, "max_new_tokens": new_tokens, "tokenizer": models.tokenizer, "resume": True}
-    target = specdec.ModelTarget(models.target)
+    options = {"sampling": sampling, "max_new_tokens": new_tokens, "tokenizer": models.tokenizer, "keep": True}
     for prompt in prompts:
         said: list[str] = []
+        last = None
         for number, turn in enumerate(prompt.turns):
             if said:
-                said += specdec.generate(target, _ids(models.tokenizer, said, prompt.chat), **options).text or []
+                ids = _ids(models.tokenizer, said, prompt.chat)
+                last = specdec.generate(models.target, ids, resume=last, **options)
+                said += last.text or []
             said.append(turn)
             yield _ids(models.tokenizer, said, prompt.chat), Turn(prompt.task, number)
 

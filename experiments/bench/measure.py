@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from experiments.peer_methods import baseline
-from specdec import Generation, ModelTarget, Sampling
+from specdec import Generation, Sampling
 from specdec.trace import Trace
 
 AGAIN = "the first again"
@@ -80,16 +80,17 @@ def _rounds(
 ) -> Iterator[Round]:
     greedy = options["sampling"].temperature == 0
     texts = [[baseline.generate(target, [p], **options).tokens[0] for p in batch if greedy] for batch in batches]
-    resuming = {
-        name: ModelTarget(target) for name, method in methods.items() if any(later) and _takes(method, "resume")
-    }
+    resuming = [name for name, method in methods.items() if any(later) and _takes(method, "resume")]
     with tqdm(total=repeats * len(batches) * len(methods), desc="decoding", leave=False) as bar:
         for seed in range(repeats):
             done: Round = {name: [] for name in methods}
-            for batch, resume, expected in zip(batches, later, texts, strict=True):
+            last: dict[str, Generation] = {}
+            for batch, goes_on, expected in zip(batches, later, texts, strict=True):
                 for name, method in methods.items():
-                    more = {"resume": resume} if name in resuming else {}
-                    out = method(resuming.get(name, target), batch, **options, seed=seed, **more)
+                    more = {"keep": True, "resume": last[name] if goes_on else None} if name in resuming else {}
+                    out = method(target, batch, **options, seed=seed, **more)
+                    if more:
+                        last[name] = out
                     identical = sum(map(torch.equal, out.tokens, expected)) if greedy else None
                     done[name].append(Run(out.trace, len(batch), identical))
                     bar.update()
