@@ -32,6 +32,7 @@ from specdec.tree import TreeSpec
 Prompt = Tensor | np.ndarray | Sequence[int] | str
 Prompts = Prompt | Sequence[Prompt]
 
+_UNDRAFTED = NoDrafter()  # one for all runs: what is captured of one is replayed in the next
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
 _CHAT = "of chat messages pass tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
@@ -144,7 +145,7 @@ def as_request(
     """
     if trace not in LEVELS:
         raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
-    made_engine, drafter = as_engine(engine), NoDrafter() if drafter is None else drafter
+    made_engine, drafter = as_engine(engine), _UNDRAFTED if drafter is None else drafter
     for name, part, kind in (("drafter", drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)):
         check_kind(name, part, kind)
     check_kind("keep", keep, bool, "pass True or False")

@@ -158,7 +158,7 @@ def test_streams_that_are_left_half_way_can_be_resumed(name):
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
-@pytest.mark.parametrize("name", ["chain", "heads"])
+@pytest.mark.parametrize("name", ["chain", "heads", "none"])
 def test_what_is_in_use_elsewhere_gives_the_same_text(name, engine):
     model, drafter, graphs = small(), DRAFTERS[name](DRAFT), specdec.Graphs(capture=Tape)
     options = {"engine": graphs if engine == "graph" else engine}

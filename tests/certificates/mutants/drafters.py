@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from small_drafters import Proposing, editing
 
 from certificates.cases import ADAPTIVE, Case
 from certificates.mutants.mutant import DRAFT, Mutant
-from small_drafters import Proposing, editing
 from specdec import DraftTree, Law, TreeSpec
 from specdec.testing import Table, TabularDrafter
 from specdec.trees import Chain, Widths
