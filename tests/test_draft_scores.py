@@ -105,7 +105,7 @@ WRONG = {
     "rank": (lambda logits: logits[:, 0], r"ModelDraftRun.score returned \[4, 50\], not \[batch, count, vocab\]"),
     "integers": (lambda logits: logits.long(), r"ModelDraftRun.score returned torch.int64; .* return float32"),
     "device": (lambda logits: logits.to("meta"), "ModelDraftRun.score returned logits on meta; return them on cpu"),
-    "nothing": (lambda logits: None, r"what ModelDraftRun.score returned is a NoneType; return a tensor \[batch, count, vocab\]"),
+    "nothing": (lambda logits: None, r"what ModelDraftRun.score returned is a NoneType; return a tensor \[batch, count,"),
     "a list": (lambda logits: logits.tolist(), r"what ModelDraftRun.score returned is a list; return a tensor"),
 }  # fmt: skip
 
@@ -132,6 +132,7 @@ def test_scores_in_another_precision_and_with_tokens_ruled_out_are_a_law(tree):
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
 
 
+@pytest.mark.filterwarnings("ignore:engine. the stage")
 def test_what_was_learned_from_logits_that_are_no_law_does_not_outlast_them():
     engine, broken = Graphs(), [True]
     edit = at_token(torch.nan)
@@ -140,9 +141,9 @@ def test_what_was_learned_from_logits_that_are_no_law_does_not_outlast_them():
     with pytest.raises(ValueError, match="the draft model's weights"):
         specdec.generate(llama(), PROMPTS, drafter, **options)
     broken.clear()
-    out = specdec.generate(llama(), PROMPTS, drafter, **options)
+    out = specdec.generate(llama(), PROMPTS, drafter, keep=True, **options)
     assert len(out.tokens[0]) == 60
-    assert sum(step.nodes > 1 for step in out.trace.steps) > 2
+    assert out.runs.drafter.tree._economy.calibration > 0
 
 
 FORMS = {
