@@ -32,7 +32,7 @@ from specdec.tree import TreeSpec
 Prompt = Tensor | np.ndarray | Sequence[int] | str
 Prompts = Prompt | Sequence[Prompt]
 
-_UNDRAFTED = NoDrafter()  # one for all runs: what is captured of one is replayed in the next
+_UNDRAFTED = NoDrafter()  # one, so that what is captured of a run serves the next
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
 _CHAT = "of chat messages pass tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"

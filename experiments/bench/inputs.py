@@ -71,13 +71,13 @@ def in_turns(
     methods stay paired.
     """
     options = {"sampling": sampling, "max_new_tokens": new_tokens, "tokenizer": models.tokenizer, "keep": True}
+    target = specdec.ModelTarget(models.target)
     for prompt in prompts:
         said: list[str] = []
         last = None
         for number, turn in enumerate(prompt.turns):
             if said:
-                ids = _ids(models.tokenizer, said, prompt.chat)
-                last = specdec.generate(models.target, ids, resume=last, **options)
+                last = specdec.generate(target, _ids(models.tokenizer, said, prompt.chat), resume=last, **options)
                 said += last.text or []
             said.append(turn)
             yield _ids(models.tokenizer, said, prompt.chat), Turn(prompt.task, number)

@@ -55,7 +55,7 @@ def rounds(
 
     Args:
         later: of each batch, whether it holds the next turns of the conversations of the batch before. There a method that
-            can resume does so, in caches of its own.
+            can resume does so, in the caches of its own last run.
 
     Raises:
         Refused: a method cannot decode these prompts.
@@ -80,16 +80,17 @@ def _rounds(
 ) -> Iterator[Round]:
     greedy = options["sampling"].temperature == 0
     texts = [[baseline.generate(target, [p], **options).tokens[0] for p in batch if greedy] for batch in batches]
-    resuming = [name for name, method in methods.items() if any(later) and _takes(method, "resume")]
+    resuming = {name for name, method in methods.items() if any(later) and _takes(method, "resume")}
+    going_on = [*later[1:], False]
     with tqdm(total=repeats * len(batches) * len(methods), desc="decoding", leave=False) as bar:
         for seed in range(repeats):
             done: Round = {name: [] for name in methods}
-            last: dict[str, Generation] = {}
-            for batch, goes_on, expected in zip(batches, later, texts, strict=True):
+            last: dict[str, Any] = {}  # what each method has kept
+            for batch, keep, expected in zip(batches, going_on, texts, strict=True):
                 for name, method in methods.items():
-                    more = {"keep": True, "resume": last[name] if goes_on else None} if name in resuming else {}
+                    more = {"resume": last.pop(name, None), "keep": keep} if name in resuming else {}
                     out = method(target, batch, **options, seed=seed, **more)
-                    if more:
+                    if more and keep:
                         last[name] = out
                     identical = sum(map(torch.equal, out.tokens, expected)) if greedy else None
                     done[name].append(Run(out.trace, len(batch), identical))
