@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,12 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
+from specdec.batch import Batch
 from specdec.coins import Purpose
 from specdec.rules import Rule
 from specdec.target_law import LogitsLaw
 from specdec.trees import Chain, TreePolicy, Widths
-from specdec.trees.base import drive
+from specdec.trees.base import grow_tree
 from specdec_kernels import linear
 
 LAWS: dict[str, tuple[Sampling, Any]] = {
@@ -66,7 +66,7 @@ def laws() -> Timed:
 def decisions(batch: int, vocab: int, tree: TreePolicy) -> Timed:
     """The fast path of every rule that admits such trees."""
     sampling = Sampling(1.0)
-    drafted, logits, context = draft(batch, vocab, tree, sampling)
+    drafted, logits, texts = draft(batch, vocab, tree, sampling)
     coins, timed = Coins(1, batch, drafted.tokens.shape[1]), {}
     coins.uniforms(Purpose.ACCEPT)  # tabulated for several steps at once: no part of a decision
     for rule in (getattr(rules, name)() for name in rules.__all__ if name not in ("Rule", "Decision", "Decisions")):
@@ -74,30 +74,30 @@ def decisions(batch: int, vocab: int, tree: TreePolicy) -> Timed:
             rule.check(tree.spec(sampling))
         except ValueError:
             continue
-        timed[type(rule).__name__] = lambda rule=rule: decide(rule, drafted, logits, context, coins)
+        timed[type(rule).__name__] = lambda rule=rule: decide(rule, drafted, logits, texts, coins)
     return timed
 
 
-def draft(batch: int, vocab: int, tree: TreePolicy, sampling: Sampling) -> tuple[DraftTree, Tensor, Any]:
+def draft(batch: int, vocab: int, tree: TreePolicy, sampling: Sampling) -> tuple[DraftTree, Tensor, Batch]:
     """Trees of random laws, and a target's logits not far from the draft's."""
-    context: Any = SimpleNamespace(
-        root=torch.zeros(batch, dtype=torch.int64), tokens=torch.zeros(batch, 1, dtype=torch.int64), max_depth=64,
-        row_depths=torch.full((batch,), 64), sampling=sampling, processors=[()] * batch, processed=False,
-    )  # fmt: skip
+    texts = Batch(batch, 64, vocab, torch.device("cpu"))
+    texts.sampling, texts.max_depth = sampling, 64
+    texts.lengths += 1
+    texts.left += 65
     asked: list[Tensor] = []
 
     def score(frontier: Any) -> Tensor:
         asked.append(torch.randn(batch, frontier.tokens.shape[1], vocab) * 3)
         return asked[-1]
 
-    grown = drive(tree, context, Coins(0, batch, 64), score)
+    grown = grow_tree(tree.start(texts), Coins(0, batch, 64), tree.spec(sampling).nodes, score)
     scores = torch.cat(asked, 1)
     near = scores.gather(1, grown.asked.clamp(min=0, max=scores.shape[1] - 1)[..., None].expand(-1, -1, vocab))
-    return grown.tree, near + NOISE * torch.randn(near.shape), context
+    return grown.tree, near + NOISE * torch.randn(near.shape), texts
 
 
-def decide(rule: Rule, tree: DraftTree, logits: Tensor, context: Any, coins: Coins) -> Any:
-    return rule.decide_batch(tree, LogitsLaw(logits, tree, context), coins)
+def decide(rule: Rule, tree: DraftTree, logits: Tensor, texts: Batch, coins: Coins) -> Any:
+    return rule.decide_batch(tree, LogitsLaw(logits, tree, texts), coins)
 
 
 def products(rows: int, columns: int) -> Timed:

@@ -66,8 +66,8 @@ def start(request: Request) -> Runs:
         if last is not None:
             last.busy.release()
         raise
-    if last is not None and runs.busy is not last.busy:
-        last.busy.release()
+    if last is not None:
+        runs.busy = last.busy  # whatever else is new, its caches may be those of `last`
     return runs
 
 

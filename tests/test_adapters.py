@@ -15,6 +15,7 @@ from tiny_models import llama, reference
 
 import specdec
 from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.models.cached_model import CachedModel
 from specdec.models.probe import UnsupportedModel
 from specdec.testing import Tape
 from specdec.trees import Widths
@@ -68,13 +69,13 @@ SWITCHES = {
 @pytest.mark.parametrize("engine", ["eager", "graphs"])
 def test_a_switch_of_adapters_leaves_no_key_and_no_graph_of_the_last_one(engine):
     model = with_two_adapters()
-    target, drafter, found = specdec.ModelTarget(model), ModelDrafter(model, Widths((2, 1))), []
+    target, drafter, found, out = specdec.ModelTarget(model), ModelDrafter(model, Widths((2, 1))), [], None
     engine = specdec.Graphs(capture=Tape) if engine == "graphs" else engine
     for switch in SWITCHES.values():
         switch(model)
         for _ in range(2):
             out = specdec.generate(
-                target, PROMPT, drafter, max_new_tokens=12, resume=True, engine=engine, stop_tokens=()
+                target, PROMPT, drafter, max_new_tokens=12, resume=out, keep=True, engine=engine, stop_tokens=()
             )
             found.append(out.tokens[0].tolist())
             assert found[-1] == reference(model, PROMPT, max_new_tokens=12, eos_token_id=None).tolist()
@@ -83,18 +84,18 @@ def test_a_switch_of_adapters_leaves_no_key_and_no_graph_of_the_last_one(engine)
 
 def test_what_has_not_been_switched_is_resumed(monkeypatch):
     model, read = with_two_adapters(), []
-    target, forward = specdec.ModelTarget(model), specdec.models.target.CachedModel.forward
+    last, forward = None, CachedModel.forward
 
     def noting(self, tokens, *args, **kwargs):
         read.append(tokens.shape[1])
         return forward(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(specdec.models.target.CachedModel, "forward", noting)
+    monkeypatch.setattr(CachedModel, "forward", noting)
     passes = []
     for switch in (lambda: None, lambda: None, lambda: SWITCHES["adapter a"](model)):
         switch()
         read.clear()
-        specdec.generate(target, PROMPT, max_new_tokens=1, resume=True)
+        last = specdec.generate(model, PROMPT, max_new_tokens=1, resume=last, keep=True)
         passes.append([*read])
     assert passes == [[len(PROMPT) - 1, 1], [1], [len(PROMPT) - 1, 1]]
 

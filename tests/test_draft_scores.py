@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_drafters import Edited
 from tiny_models import PROMPTS, VOCAB, llama
 
 import specdec
 from specdec import DraftTree, Graphs, Law, Sampling
-from specdec.drafters import Drafter, Fallback, ModelDrafter, NgramDrafter
+from specdec.drafters import Fallback, ModelDrafter, NgramDrafter
 from specdec.testing import Tape
 from specdec.theory import CostCurve, Costs
 from specdec.trees import Adaptive, Chain, Dynamic, Static, TreePolicy, Widths
+from specdec.trees.base import TreeRun
 
 torch.set_num_threads(1)
 
@@ -36,8 +38,11 @@ class Spoilt(ModelDrafter):
         super().__init__(llama(1) if model is None else model, tree)
         self.edit = edit
 
-    def score(self, frontier, context):
-        return self.edit(super().score(frontier, context))
+    def start(self, target, batch, last=None):
+        run = super().start(target, batch)
+        score = run.score
+        run.score = lambda frontier: self.edit(score(frontier))
+        return run
 
 
 def at_token(value, row=None):
@@ -94,14 +99,14 @@ def test_a_draft_that_breaks_after_it_was_captured_is_told(tree, sampling):
 
 
 WRONG = {
-    "vocabulary": (lambda logits: logits[..., :9], r"Spoilt.score returned \[4, 1, 9\], not .* = \[4, 1, 50\]"),
-    "count": (lambda logits: logits[:, :0], r"Spoilt.score returned \[4, 0, 50\], not .* = \[4, 1, 50\]"),
-    "batch": (lambda logits: logits[:1], r"Spoilt.score returned \[1, 1, 50\], not .* = \[4, 1, 50\]"),
-    "rank": (lambda logits: logits[:, 0], r"Spoilt.score returned \[4, 50\], not \[batch, count, vocab\]"),
-    "integers": (lambda logits: logits.long(), r"Spoilt.score returned torch.int64; .* return float32"),
-    "device": (lambda logits: logits.to("meta"), "Spoilt.score returned logits on meta; return them on cpu"),
-    "nothing": (lambda logits: None, r"what Spoilt.score returned is a NoneType; return a tensor \[batch, count, vocab\]"),
-    "a list": (lambda logits: logits.tolist(), r"what Spoilt.score returned is a list; return a tensor"),
+    "vocabulary": (lambda logits: logits[..., :9], r"ModelDraftRun.score returned \[4, 1, 9\], not .* = \[4, 1, 50\]"),
+    "count": (lambda logits: logits[:, :0], r"ModelDraftRun.score returned \[4, 0, 50\], not .* = \[4, 1, 50\]"),
+    "batch": (lambda logits: logits[:1], r"ModelDraftRun.score returned \[1, 1, 50\], not .* = \[4, 1, 50\]"),
+    "rank": (lambda logits: logits[:, 0], r"ModelDraftRun.score returned \[4, 50\], not \[batch, count, vocab\]"),
+    "integers": (lambda logits: logits.long(), r"ModelDraftRun.score returned torch.int64; .* return float32"),
+    "device": (lambda logits: logits.to("meta"), "ModelDraftRun.score returned logits on meta; return them on cpu"),
+    "nothing": (lambda logits: None, r"what ModelDraftRun.score returned is a NoneType; return a tensor \[batch, count,"),
+    "a list": (lambda logits: logits.tolist(), r"what ModelDraftRun.score returned is a list; return a tensor"),
 }  # fmt: skip
 
 
@@ -127,31 +132,22 @@ def test_scores_in_another_precision_and_with_tokens_ruled_out_are_a_law(tree):
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
 
 
+@pytest.mark.filterwarnings("ignore:engine. the stage")
 def test_what_was_learned_from_logits_that_are_no_law_does_not_outlast_them():
-    tree = Adaptive(6, 2, 2)
-    for edit in (at_token(torch.nan), lambda logits: logits):
-        drafter = Spoilt(edit, tree, llama())
-        try:
-            out = specdec.generate(llama(), PROMPTS, drafter, max_new_tokens=60, stop_tokens=())
-        except ValueError as error:
-            assert "the draft model's weights" in str(error)
+    engine, broken = Graphs(), [True]
+    edit = at_token(torch.nan)
+    drafter = Spoilt(lambda logits: edit(logits) if broken else logits, Adaptive(6, 2, 2), llama())
+    options = {"max_new_tokens": 60, "stop_tokens": (), "engine": engine}
+    with pytest.raises(ValueError, match="the draft model's weights"):
+        specdec.generate(llama(), PROMPTS, drafter, **options)
+    broken.clear()
+    out = specdec.generate(llama(), PROMPTS, drafter, keep=True, **options)
     assert len(out.tokens[0]) == 60
-    assert tree._known[len(PROMPTS)].calibration > 0
-
-
-class Edited(Drafter):
-    def __init__(self, edit):
-        self.inner, self.edit = ModelDrafter(llama(1), Chain(3)), edit
-        self.spec, self.start, self.patched = self.inner.spec, self.inner.start, self.inner.patched
-
-    def spec(self, sampling): ...
-
-    def propose(self, context, coins):
-        return self.edit(self.inner.propose(context, coins))
+    assert out.runs.drafter.tree._economy.calibration > 0
 
 
 FORMS = {
-    "nothing": (lambda tree: None, "what Edited proposed is a NoneType; pass a specdec DraftTree"),
+    "nothing": (lambda tree: None, "what ModelDraftRun proposed is a NoneType; pass a specdec DraftTree"),
     "float tokens": (lambda t: replace(t, tokens=t.tokens.float()), "tokens of torch.float32, not torch.int64"),
     "other laws": (lambda t: replace(t, laws=t.laws.long()), "laws of torch.int64, not torch.uint8"),
     "integer probabilities": (
@@ -165,7 +161,8 @@ FORMS = {
 def test_trees_of_another_form_are_refused(case):
     edit, cure = FORMS[case]
     with pytest.raises(ValueError, match=cure):
-        specdec.generate(llama(), PROMPTS, Edited(edit), sampling=Sampling(1.0), max_new_tokens=8)
+        drafter = Edited(ModelDrafter(llama(1), Chain(3)), edit)
+        specdec.generate(llama(), PROMPTS, drafter, sampling=Sampling(1.0), max_new_tokens=8)
 
 
 class Yields(TreePolicy):
@@ -175,13 +172,19 @@ class Yields(TreePolicy):
     def spec(self, sampling):
         return Chain(2).spec(sampling)
 
-    def grow(self, context, coins):
-        if self.what is not None:
-            yield self.what
+    def start(self, batch, last=None):
+        return YieldsRun(self, batch)
+
+
+class YieldsRun(TreeRun):
+    def grow(self, coins):
+        if self.policy.what is not None:
+            yield self.policy.what
 
 
 @pytest.mark.parametrize(
-    ("what", "cure"), [(3, "what Yields.grow yielded is a int"), (None, "what Yields.grow returned is a NoneType")]
+    ("what", "cure"),
+    [(3, "what YieldsRun.grow yielded is a int"), (None, "what YieldsRun.grow returned is a NoneType")],
 )
 def test_what_a_policy_yields_and_returns_is_looked_at(what, cure):
     with pytest.raises(ValueError, match=cure):

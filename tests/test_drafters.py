@@ -2,16 +2,17 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from small_drafters import Edited, Proposing
 from tiny_models import llama
 
 import specdec
 from certificates.cases import ADAPTIVE
 from specdec import Law, TreeSpec
 from specdec.drafters import (
-    Drafter,
     Fallback,
     LayerSkipDrafter,
     MedusaDrafter,
@@ -20,11 +21,12 @@ from specdec.drafters import (
     NgramDrafter,
     SuffixDrafter,
     TreeDrafter,
+    TreeDraftRun,
 )
 from specdec.rules import KSeq, LevelVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter, exact_law
 from specdec.testing.drafters import Noting, assert_by_depth
-from specdec.tree import DraftTree, chain, tree_of_points
+from specdec.tree import DraftTree, tree_of_points
 from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
@@ -65,7 +67,12 @@ def test_the_contract_is_kept(name):
 class LastToken(TreeDrafter):
     """Draws from a table of which token follows which."""
 
-    def score(self, frontier, context):
+    def start(self, target, batch, last=None):
+        return LastTokenRun(self, batch)
+
+
+class LastTokenRun(TreeDraftRun):
+    def score(self, frontier):
         return torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 3.0]])[frontier.tokens]
 
 
@@ -89,34 +96,31 @@ def test_what_is_no_tree_policy_is_refused(name):
             TAKE_A_TREE[name](tree)
 
 
-class Forgetful(SuffixDrafter):
-    """Does not read what the loop emitted."""
-
-    def commit(self, acceptance):
-        pass
-
-
-class Curious(Drafter):
+class Curious(Proposing):
     """Drafts the last token of the next row."""
 
     def spec(self, sampling):
         return TreeSpec(frozenset({Law.POINT}), 2, 1, 1)
 
-    def propose(self, context, coins):
-        tokens = context.root.roll(1).tolist()
-        return tree_of_points(context.root, [[(token, 0)] if context.max_depth else [] for token in tokens])
+    def propose(self, batch, coins):
+        tokens = batch.root.roll(1).tolist()
+        return tree_of_points(batch.root, [[(token, 0)][: batch.max_depth] for token in tokens])
 
 
-class Leaking(Drafter):
+class Forgetful(Curious):
+    """Drafts the last token of the prompt, whatever the loop emitted since."""
+
+    def start(self, target, batch, last=None):
+        run, roots = super().start(target, batch), batch.root.tolist()
+        run.propose = lambda coins: tree_of_points(batch.root, [[(token, 0)][: batch.max_depth] for token in roots])
+        return run
+
+
+class Leaking(Curious):
     """Drafts the first row's last token in all others."""
 
-    def spec(self, sampling):
-        return TreeSpec(frozenset({Law.POINT}), 2, 1, 1)
-
-    def propose(self, context, coins):
-        own, first = context.root.tolist(), int(context.root[0])
-        drafts = [[(first if row else own[0], 0)] if context.max_depth else [] for row in range(len(own))]
-        return tree_of_points(context.root, drafts)
+    def propose(self, batch, coins):
+        return tree_of_points(batch.root, [[(int(batch.root[0]), 0)][: batch.max_depth] for _ in batch.texts])
 
 
 class Careless(Curious):
@@ -125,12 +129,12 @@ class Careless(Curious):
     def spec(self, sampling):
         return TreeSpec(frozenset({Law.IID if sampling.temperature else Law.POINT}), 2, 1, 1)
 
-    def propose(self, context, coins):
-        if context.max_depth == 0 or context.sampling.temperature == 0:
-            return tree_of_points(context.root, [[] for _ in context.host_lengths])
-        tokens = torch.stack([context.root, torch.randint(0, context.vocab, context.root.shape)], 1)
+    def propose(self, batch, coins):
+        if batch.max_depth == 0 or batch.sampling.temperature == 0:
+            return batch.undrafted()
+        tokens = torch.stack([batch.root, torch.randint(0, batch.vocab, batch.root.shape)], 1)
         laws = torch.tensor([[Law.IID, Law.POINT]]).expand_as(tokens).to(torch.uint8)
-        return DraftTree(tokens, chain(len(tokens), 2), laws, torch.ones(len(tokens), 1, context.vocab))
+        return DraftTree(tokens, batch.chain(2), laws, torch.ones(len(batch), 1, batch.vocab))
 
 
 class Greedy(Chain):
@@ -140,40 +144,35 @@ class Greedy(Chain):
         return replace(super().spec(sampling), nodes=2)
 
 
-class Boastful(TabularDrafter):
+def boastful(tree):
     """Says that it drew from a sharper law than it did."""
-
-    def propose(self, context, coins):
-        tree = super().propose(context, coins)
-        if tree.draft_probs is not None:
-            tree.draft_probs.pow_(2)
-        return tree
+    if tree.draft_probs is not None:
+        tree.draft_probs.pow_(2)
+    return tree
 
 
-class SecondIfZero(TabularDrafter):
+def second_if_zero(tree, cousin=False):
     """Draws a second child of a node only where a token of the same depth is 0: the first child, or that of the first."""
-
-    def __init__(self, *args, cousin=False):
-        super().__init__(*args)
-        self.cousin = cousin
-
-    def propose(self, context, coins):
-        tree = super().propose(context, coins)
-        if context.max_depth < 1 + self.cousin:
-            return tree
-        looked_at, drawn_last = (3, 6) if self.cousin else (1, 2)
-        keep = tree.tokens[:, looked_at] == 0
-        laws = tree.laws.clone()
-        laws[:, drawn_last] = torch.where(keep, laws[:, drawn_last], Law.PADDING)
-        return replace(tree, laws=laws)
+    looked_at, drawn_last = (3, 6) if cousin else (1, 2)
+    if tree.topology.depth < 1 + cousin:
+        return tree
+    laws = tree.laws.clone()
+    laws[:, drawn_last] = torch.where(tree.tokens[:, looked_at] == 0, laws[:, drawn_last], Law.PADDING)
+    return replace(tree, laws=laws)
 
 
 BROKEN = {
-    "a sibling's token": (SecondIfZero(Table(3, 1), Widths((2,), Law.IID)), "promises TreeSpec.by_depth"),
-    "a cousin's token": (SecondIfZero(Table(3, 1), Widths((2, 2), Law.IID), cousin=True), "promises TreeSpec.by_depth"),
-    "forgetful": (Forgetful(6, 3, 2), "afresh"),
+    "a sibling's token": (
+        Edited(TabularDrafter(Table(3, 1), Widths((2,), Law.IID)), second_if_zero),
+        "promises TreeSpec.by_depth",
+    ),
+    "a cousin's token": (
+        Edited(TabularDrafter(Table(3, 1), Widths((2, 2), Law.IID)), partial(second_if_zero, cousin=True)),
+        "promises TreeSpec.by_depth",
+    ),
+    "forgetful": (Forgetful(), "afresh"),
     "careless": (Careless(), "changes the law|draw with `coins` only|depends on"),
-    "boastful": (Boastful(Table(3, 1), Chain(2)), "changes the law"),
+    "boastful": (Edited(TabularDrafter(Table(3, 1), Chain(2)), boastful), "changes the law"),
 }
 
 

@@ -1,13 +1,17 @@
 """Two drafters in one: each row has the first that drafts for it, and each drafter's state stays right."""
 
+from itertools import zip_longest
+
 import pytest
 import torch
+from small_drafters import Proposing
 from tiny_models import PROMPTS, VOCAB, llama, reference
 
 import specdec
 from specdec import Law, Sampling, TreeSpec
-from specdec.drafters import Drafter, Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
+from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
+from specdec.testing.drafters import Noting
 from specdec.tree import tree_of_points
 from specdec.trees import Chain, Dynamic, Widths
 
@@ -43,15 +47,10 @@ def test_the_second_drafter_knows_the_text_that_the_first_drafted():
     model = llama()  # it drafts for itself, so whatever it drafts must be accepted whoever drafted before
     drafter = Fallback(SuffixDrafter(), ModelDrafter(model, Chain(3)))
     model_only = ModelDrafter(model, Chain(3))
-    trees = []
-    propose = drafter.second.propose
-
-    def listen(context, coins):
-        trees.append(context.host_lengths[0])
-        return propose(context, coins)
-
-    drafter.second.propose = listen
+    noting = Noting(drafter.second)
+    drafter.second = noting
     out = specdec.generate(model, PROMPTS[3], drafter, max_new_tokens=48, stop_tokens=())
+    trees = [len(draft.text) for draft in noting.drafts]
     assert 0 < len(trees) < len(out.trace.steps)
     lengths = [n for n, step in zip(_lengths(out), out.trace.steps, strict=True) if step.accepted[0] == 3]
     assert set(trees[:-1]) <= set(lengths)
@@ -75,23 +74,21 @@ def test_sampled_text_is_lossless(law, merge):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_two_texts_at_once_that_share_a_part_are_told_so(nested):
+def test_texts_at_once_may_share_their_drafters(nested):
     model, shared = llama(), ModelDrafter(llama(1))
-
-    def begin():
-        drafter = Fallback(NgramDrafter(), shared)
-        drafter = Fallback(SuffixDrafter(), drafter) if nested else drafter
-        stream = specdec.stream(model, PROMPTS[3], drafter, max_new_tokens=24, stop_tokens=())
-        next(stream)
-        return stream
-
-    first, second = begin(), begin()
-    next(second)
-    with pytest.raises(RuntimeError, match=r"Fallback\(.* has begun another text"):
-        next(first)
+    drafter = Fallback(NgramDrafter(), shared)
+    drafter = Fallback(SuffixDrafter(), drafter) if nested else drafter
+    options = {"max_new_tokens": 24, "stop_tokens": ()}
+    calls = [(PROMPTS[3], drafter), (PROMPTS[2], drafter), (PROMPTS[3], shared)]
+    expected = [specdec.generate(model, *call, **options).tokens[0].tolist() for call in calls]
+    found = [[] for _ in calls]
+    for news in zip_longest(*(specdec.stream(model, *call, **options) for call in calls)):
+        for text, step in zip(found, news, strict=True):
+            text.extend([] if step is None else step[0].tolist())
+    assert found == expected
 
 
-class Uneven(Drafter):
+class Uneven(Proposing):
     """Drafts the target's own text for the first row; for the second a wrong token, and later nothing."""
 
     def __init__(self, text, until):
@@ -100,11 +97,11 @@ class Uneven(Drafter):
     def spec(self, sampling):
         return TreeSpec(frozenset({Law.POINT}), nodes=5, depth=4, width=1)
 
-    def propose(self, context, coins):
-        first, second = context.host_lengths
-        right = self.text[first : first + min(4, context.max_depth)]
-        wrong = [(VOCAB - 1, 0)] if second < self.until and context.max_depth else []
-        return tree_of_points(context.root, [[(token, i) for i, token in enumerate(right)], wrong])
+    def propose(self, batch, coins):
+        first, second = batch.host_lengths
+        right = self.text[first : first + min(4, batch.max_depth)]
+        wrong = [(VOCAB - 1, 0)] if second < self.until and batch.max_depth else []
+        return tree_of_points(batch.root, [[(token, i) for i, token in enumerate(right)], wrong])
 
 
 def test_the_first_drafter_may_draft_more_than_the_second_ever_does():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_drafters import Edited
 from tiny_models import PROMPTS, VOCAB, llama
 from transformers import (
     BatchEncoding,
@@ -15,8 +16,8 @@ from transformers import (
 
 import specdec
 from specdec import DraftTree, Law, Sampling
-from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
-from specdec.models.target import Target
+from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.models.target import Scores, Target, TargetRun
 from specdec.rules import (
     BlockVerification,
     Decision,
@@ -288,25 +289,6 @@ def test_draft_laws_that_are_no_laws():
         specdec.generate(llama(), PROMPTS, drafter, sampling=Sampling(1.0), max_new_tokens=8)
 
 
-class Edited(Drafter):
-    """A drafter whose trees are changed by `edit(tree)` before the loop sees them."""
-
-    def __init__(self, edit, length=3):
-        self.inner, self.edit = ModelDrafter(llama(1), Chain(length)), edit
-
-    def spec(self, sampling):
-        return self.inner.spec(sampling)
-
-    def start(self, target, context):
-        self.inner.start(target, context)
-
-    def propose(self, context, coins):
-        return self.edit(self.inner.propose(context, coins))
-
-    def patched(self):
-        return self.inner.patched()
-
-
 def unlikely(tree):
     tree.draft_probs[0, 1, tree.tokens[0, 2]] = 0
     return tree
@@ -318,12 +300,13 @@ def with_token(tree, token, node=2):
     return replace(tree, tokens=tokens)
 
 
+MODEL = ModelDrafter(llama(1), Chain(3))
 TREES = {
     "no laws": (lambda t: DraftTree(t.tokens, t.topology, t.laws), "draft_probs must be there"),
     "other root": (lambda t: replace(t, tokens=(t.tokens + 1) % VOCAB), r"prompt\(s\) \[0, 1, 2, 3\].*node 0"),
     "impossible token": (unlikely, r"prompt\(s\) \[0\].*positive at the drawn tokens"),
-    "negative token": (lambda t: with_token(t, -1), r"prompt\(s\) \[0\].*below context.vocab"),
-    "token past the vocabulary": (lambda t: with_token(t, VOCAB), r"prompt\(s\) \[0\].*below context.vocab"),
+    "negative token": (lambda t: with_token(t, -1), r"prompt\(s\) \[0\].*below batch.vocab"),
+    "token past the vocabulary": (lambda t: with_token(t, VOCAB), r"prompt\(s\) \[0\].*below batch.vocab"),
     "short law": (
         lambda t: replace(t, draft_probs=t.draft_probs[..., :9]),
         r"draft_probs is \[4, 3, 9\], not \[4, 3, 50\]",
@@ -336,7 +319,7 @@ TREES = {
 def test_trees_that_are_none(case):
     edit, cure = TREES[case]
     with pytest.raises(ValueError, match=cure):
-        specdec.generate(llama(), PROMPTS, Edited(edit), sampling=Sampling(1.0), max_new_tokens=8)
+        specdec.generate(llama(), PROMPTS, Edited(MODEL, edit), sampling=Sampling(1.0), max_new_tokens=8)
 
 
 RULES = [SiblingRejection(), BlockVerification(), TraversalVerification(), LevelVerification(), TypicalAcceptance()]
@@ -346,10 +329,9 @@ RULES = [SiblingRejection(), BlockVerification(), TraversalVerification(), Level
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafted_tokens_outside_the_vocabulary_are_told_before_they_are_looked_up(token, rule, temperature):
-    points = Edited(lambda tree: with_token(tree, token, 1))
-    points.inner.tree = Static([-1, 0, 1])
+    points = Edited(ModelDrafter(llama(1), Static([-1, 0, 1])), lambda tree: with_token(tree, token, 1))
     for target in (llama(), TabularTarget(VOCAB)):
-        with pytest.raises(ValueError, match=r"prompt\(s\) \[0\].*below context.vocab"):
+        with pytest.raises(ValueError, match=r"prompt\(s\) \[0\].*below batch.vocab"):
             sampling, prompt = Sampling(temperature), PROMPTS[0]
             specdec.generate(target, prompt, points, rule=rule, sampling=sampling, max_new_tokens=8, trace="laws")
 
@@ -360,7 +342,7 @@ def test_absent_nodes_may_hold_any_token():
 
     expected = specdec.generate(llama(), PROMPTS[0], max_new_tokens=3).tokens[0]
     out = specdec.generate(
-        llama(), PROMPTS[0], Edited(lambda t: absent(t) if t.tokens.shape[1] == 4 else t), max_new_tokens=8
+        llama(), PROMPTS[0], Edited(MODEL, lambda t: absent(t) if t.tokens.shape[1] == 4 else t), max_new_tokens=8
     )
     assert torch.equal(out.tokens[0][:3], expected)
 
@@ -377,9 +359,18 @@ def test_stop_tokens_are_integers_in_any_container(stop):
 
 
 def test_trees_that_are_larger_than_promised():
-    drafter = Edited(lambda tree: tree)
-    drafter.spec = Edited(None, length=2).spec
-    drafter.propose = lambda context, coins: drafter.inner.propose(replace(context, max_depth=3), coins)
+    class Modest(ModelDrafter):
+        def spec(self, sampling):
+            return Chain(2).spec(sampling)
+
+        def start(self, target, batch, last=None):
+            run = super().start(target, batch)
+            run.propose = lambda coins: DraftTree(
+                batch.root[:, None].expand(-1, 4), batch.chain(4), torch.zeros(len(batch), 4, dtype=torch.uint8)
+            )
+            return run
+
+    drafter = Modest(llama(1), Chain(3))
     with pytest.raises(ValueError, match=r"nodes 4, at most 3.*depth 3, at most 2"):
         specdec.generate(llama(), PROMPTS, drafter, max_new_tokens=8)
 
@@ -411,19 +402,23 @@ def test_decisions_that_are_none(answer, cure):
 class Uniform(Target):
     vocab = 4
 
-    def start(self, context, capacity, hidden):
-        pass
+    def start(self, batch, states=(), last=None):
+        return UniformRun(self, batch)
 
-    def score(self, tree, context):
-        return torch.zeros(*tree.tokens.shape, 4)
 
-    def commit(self, acceptance):
-        pass
+class UniformRun(TargetRun):
+    def score(self, tree):
+        return Scores(torch.zeros(*tree.tokens.shape, 4))
 
 
 class Short(Uniform):
-    def score(self, tree, context):
-        return super().score(tree, context)[..., :3]
+    def start(self, batch, states=(), last=None):
+        return ShortRun(self, batch)
+
+
+class ShortRun(UniformRun):
+    def score(self, tree):
+        return Scores(super().score(tree).logits[..., :3])
 
 
 def test_targets():

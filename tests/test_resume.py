@@ -1,5 +1,7 @@
-"""Runs that begin in the caches of the last one: the same text, and only what is new is read."""
+"""Runs that go on in the caches of an earlier generation: the same text, and only what is new is read."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ import specdec
 from specdec import ModelTarget
 from specdec.drafters import ModelDrafter
 from specdec.models.cache import TreeCache
-from specdec.models.target import CachedModel
+from specdec.models.cached_model import CachedModel
 from specdec.testing import Tape
 from specdec.trees import Chain
 
@@ -39,24 +41,37 @@ KINDS = (
 small = partial(llama, num_hidden_layers=2)
 
 
-def run(target, prompts, drafter=None, **options):
-    return specdec.generate(target, prompts, drafter, **{**OPTIONS, **options}).tokens
+def begin(model, drafter=None, prompts=PROMPTS, **options):
+    """A generation that can be resumed."""
+    return specdec.generate(model, prompts, drafter, keep=True, **{**OPTIONS, **options})
 
 
-def assert_resumes(target, drafter, fresh, prompts=PROMPTS, **options):
-    """The text is that of a run which begins anew, with a drafter that is `fresh`; returns the whole texts."""
-    found = run(target, prompts, drafter, resume=True, **options)
-    expected = run(target.model, prompts, fresh, **{**options, "engine": "eager"})
-    assert [t.tolist() for t in found] == [t.tolist() for t in expected]
-    return [torch.cat(parts) for parts in zip(prompts, found, strict=True)]
+def assert_resumes(last, model, drafter=None, prompts=PROMPTS, **options):
+    """The text is that of a run that begins anew; returns the generation."""
+    found = begin(model, drafter, prompts, resume=last, **options)
+    expected = specdec.generate(model, prompts, drafter, **{**OPTIONS, **options, "engine": "eager"})
+    assert [t.tolist() for t in found.tokens] == [t.tolist() for t in expected.tokens]
+    return found
+
+
+def whole(prompts, generation):
+    """Prompts and what followed them."""
+    return [torch.cat(parts) for parts in zip(prompts, generation.tokens, strict=True)]
+
+
+def asked(texts):
+    """Texts, and what is said after them."""
+    return [torch.cat(parts) for parts in zip(texts, SAID, strict=True)]
 
 
 def assert_conversation(model, drafter, **options):
-    """Turn after turn, all resumed. drafter: makes one."""
-    target, kept = ModelTarget(model), drafter()
-    texts = assert_resumes(target, kept, drafter(), **options)
+    """Turn after turn, each resumes the one before."""
+    last = begin(model, drafter, **options)
+    texts = whole(PROMPTS, last)
     for turn in TURNS.values():
-        texts = assert_resumes(target, kept, drafter(), list(map(turn, texts, SAID)), **options)
+        prompts = list(map(turn, texts, SAID))
+        last = assert_resumes(last, model, drafter, prompts, **options)
+        texts = whole(prompts, last)
 
 
 GREEDY = [(name, "greedy") for name in ("heads", "suffixes, then a model")]
@@ -64,26 +79,26 @@ GREEDY = [(name, "greedy") for name in ("heads", "suffixes, then a model")]
 
 @pytest.mark.parametrize(("name", "sampling"), [*((name, "nucleus") for name in KINDS), *GREEDY])
 def test_text_is_that_of_a_run_that_begins_anew(name, sampling):
-    assert_conversation(small(), lambda: DRAFTERS[name](DRAFT), sampling=SAMPLINGS[sampling])
+    assert_conversation(small(), DRAFTERS[name](DRAFT), sampling=SAMPLINGS[sampling])
 
 
 @pytest.mark.parametrize("name", ["layers left out", "heads"])
 def test_models_with_sliding_windows_resume(name):
-    assert_conversation(GATE["gemma3_sliding"](torch.float64), lambda: DRAFTERS[name](DRAFT))
+    assert_conversation(GATE["gemma3_sliding"](torch.float64), DRAFTERS[name](DRAFT))
 
 
 def test_the_demo_pair_resumes():
     pair = specdec.demo.load()
-    target, drafter = ModelTarget(pair.target), ModelDrafter(pair.draft)
+    drafter = ModelDrafter(pair.draft)
     prompts = [pair.tokenizer(p.text, return_tensors="pt").input_ids[0] for p in pair.prompts[:3]]
-    texts = assert_resumes(target, drafter, ModelDrafter(pair.draft), prompts)
-    assert_resumes(target, drafter, ModelDrafter(pair.draft), [torch.cat([text, prompts[0]]) for text in texts])
+    last = begin(pair.target, drafter, prompts)
+    assert_resumes(last, pair.target, drafter, [torch.cat([text, prompts[0]]) for text in whole(prompts, last)])
 
 
 @pytest.mark.parametrize("name", ["chain", "heads"])
 def test_graphs_resume(name, monkeypatch):
     monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)  # most turns grow into another block, some do not
-    assert_conversation(small(), lambda: DRAFTERS[name](DRAFT), engine=specdec.Graphs(capture=Tape))
+    assert_conversation(small(), DRAFTERS[name](DRAFT), engine=specdec.Graphs(capture=Tape))
 
 
 @pytest.fixture
@@ -92,7 +107,7 @@ def read(monkeypatch):
     passes, forward = [], CachedModel.forward
 
     def noting(self, tokens, *args, **kwargs):
-        passes.append((self.model, tokens.shape[1]))
+        passes.append((self.lm.model, tokens.shape[1]))
         return forward(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(CachedModel, "forward", noting)
@@ -103,122 +118,158 @@ def read(monkeypatch):
 MISSED = {name: OPTIONS["max_new_tokens"] if name == "suffixes, then a model" else 1 for name in KINDS}
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_later_turn_reads_only_what_is_new(name, read):
-    target, drafter = ModelTarget(small()), DRAFTERS[name](DRAFT)
-    texts = map(torch.cat, zip(PROMPTS, run(target, PROMPTS, drafter, stop_tokens=()), strict=True))
-    later = [torch.cat([text, said]) for text, said in zip(texts, SAID, strict=True)]
-    for resume, due in ((True, max(map(len, SAID))), (False, max(map(len, later)) - 1)):
+def test_a_later_turn_reads_only_what_is_new(name, wrapped, read):
+    model, drafter = small(), DRAFTERS[name](DRAFT)
+    target = ModelTarget(model) if wrapped else model
+    last = begin(target, drafter, stop_tokens=())
+    later = asked(whole(PROMPTS, last))
+    for resume, due in ((last, max(map(len, SAID))), (None, max(map(len, later)) - 1)):
         read.clear()
         next(specdec.stream(target, later, drafter, max_new_tokens=1, resume=resume))  # 1: nothing is drafted
         *prefill, (_, scored) = read
         assert scored == 1
-        for model in (target.model, DRAFT):
-            counts = [count for of, count in prefill if of is model]
+        for of in (model, DRAFT):
+            counts = [count for which, count in prefill if which is of]
             assert not counts or due <= sum(counts) <= due + MISSED[name], name
 
 
 def test_a_draft_with_another_tokenizer_reads_only_what_is_new(read):
-    names = [f"w{i}" for i in range(50)]
-    target = ModelTarget(small())
-    drafter = Foreign(permuted(target.model, [*range(49, -1, -1)]), Chain(3), words(*names), words(*names[::-1]))
-    [answer] = run(target, PROMPTS[:1], drafter, stop_tokens=())
+    names, model = [f"w{i}" for i in range(50)], small()
+    drafter = Foreign(permuted(model, [*range(49, -1, -1)]), Chain(3), words(*names), words(*names[::-1]))
+    last = begin(model, drafter, PROMPTS[:1], stop_tokens=())
     read.clear()
-    run(target, [torch.cat([PROMPTS[0], answer, SAID[0]])], drafter, max_new_tokens=1, resume=True)
-    assert sum(count for model, count in read if model is drafter.model) in (len(SAID[0]), len(SAID[0]) + 1)
+    later = [torch.cat([*whole(PROMPTS[:1], last), SAID[0]])]
+    begin(model, drafter, later, max_new_tokens=1, resume=last)
+    assert sum(count for of, count in read if of is drafter.model) in (len(SAID[0]), len(SAID[0]) + 1)
 
 
 @pytest.mark.parametrize("name", ["chain", "heads"])
 def test_streams_that_are_left_half_way_can_be_resumed(name):
-    target, drafter = ModelTarget(small()), DRAFTERS[name](DRAFT)
-    for steps in range(4):
-        stream, texts = specdec.stream(target, PROMPTS, drafter, resume=True, **OPTIONS), PROMPTS
+    model, drafter, last = small(), DRAFTERS[name](DRAFT), None
+    for steps in range(1, 4):
+        stream, texts = specdec.stream(model, PROMPTS, drafter, keep=True, resume=last, **OPTIONS), PROMPTS
         for _ in range(steps):
             texts = [torch.cat(parts) for parts in zip(texts, next(stream), strict=True)]
         stream.close()
-        assert_resumes(target, drafter, DRAFTERS[name](DRAFT), [torch.cat(p) for p in zip(texts, SAID, strict=True)])
+        assert all(map(torch.equal, whole(PROMPTS, stream.generation), texts))
+        last = assert_resumes(stream.generation, model, drafter, asked(texts))
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("name", ["chain", "heads", "none"])
+def test_what_is_in_use_elsewhere_gives_the_same_text(name, engine):
+    model, drafter, graphs = small(), DRAFTERS[name](DRAFT), specdec.Graphs(capture=Tape)
+    options = {"engine": graphs if engine == "graph" else engine}
+    last = begin(model, drafter, **options)
+    later = asked(whole(PROMPTS, last))
+    stream, found = specdec.stream(model, later, drafter, keep=True, resume=last, **{**OPTIONS, **options}), later
+    for news in stream:
+        found = [torch.cat(parts) for parts in zip(found, news, strict=True)]
+        assert_resumes(last, model, drafter, later, **options)
+        assert_resumes(stream.generation, model, drafter, found, **options)
+    assert all(map(torch.equal, found, whole(later, specdec.generate(model, later, drafter, **OPTIONS))))
+
+
+@pytest.mark.parametrize("grown", [0, 30])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_generation_can_be_resumed_again(name, grown):
+    model, drafter = small(), DRAFTERS[name](DRAFT)
+    last = begin(model, drafter)
+    later = asked(whole(PROMPTS, last))
+    others = [text.flip(0) for text in later]
+    for prompts in (later, others, later, PROMPTS):
+        assert_resumes(last, model, drafter, prompts, max_new_tokens=OPTIONS["max_new_tokens"] + grown)
 
 
 @pytest.mark.parametrize("failing", ["target", "draft"])
 def test_runs_that_failed_in_any_pass_can_be_resumed(failing, monkeypatch):
     models = {"target": small(), "draft": small(1)}
-    target, drafter = ModelTarget(models["target"]), ModelDrafter(models["draft"])
-    texts = [torch.cat(parts) for parts in zip(PROMPTS, run(target, PROMPTS, drafter), strict=True)]
+    model, drafter = models["target"], ModelDrafter(models["draft"])
+    last = begin(model, drafter)
+    texts = whole(PROMPTS, last)
     layer = models[failing].model.layers[1]
-    for last in (0, 1, 2, 5):  # the first passes are those of the prompts
+    for end in (0, 1, 2, 5):  # the first passes are those of the prompts
         passes, forward = [], layer.forward
 
-        def fail(*args, passes=passes, forward=forward, last=last, **kwargs):
+        def fail(*args, passes=passes, forward=forward, end=end, **kwargs):
             passes.append(1)
-            if len(passes) > last:
+            if len(passes) > end:
                 raise torch.OutOfMemoryError("out of memory")
             return forward(*args, **kwargs)
 
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
             patch.setattr(layer, "forward", fail)
-            run(target, [torch.cat(p) for p in zip(texts, SAID, strict=True)], drafter, resume=True)
-        assert_resumes(target, drafter, ModelDrafter(models["draft"]), texts)
+            begin(model, drafter, asked(texts), resume=last)
+        assert_resumes(last, model, drafter, texts)
 
 
 @pytest.mark.parametrize("grown", [False, True])
 def test_a_failure_half_way_to_the_next_run_leaves_nothing_to_resume(grown, monkeypatch):
-    target = ModelTarget(small())
+    model = small()
 
     def fail(self, other, kept):
         for stack in self._stacks.values():
             stack.zero_()
         raise torch.OutOfMemoryError("out of memory")
 
-    run(target, PROMPTS)
+    last = begin(model)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(TreeCache, "take_over", fail)
-        run(target, PROMPTS, resume=True, max_new_tokens=OPTIONS["max_new_tokens"] + 4 * grown)
-    assert_resumes(target, None, None)
+        begin(model, resume=last, max_new_tokens=OPTIONS["max_new_tokens"] + 4 * grown)
+    assert_resumes(last, model)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_rows_with_little_to_read_stay_in_their_slots(order):
-    target, long = ModelTarget(small()), torch.arange(40)
-    run(target, [long, long[:5]][::order])
-    assert_resumes(target, None, None, [long, torch.cat([long[:5], long])[:40]][::order])
+    model, long = small(), torch.arange(40)
+    last = begin(model, None, [long, long[:5]][::order])
+    assert_resumes(last, model, None, [long, torch.cat([long[:5], long])[:40]][::order])
 
 
 @pytest.mark.parametrize("grown", [False, True])
 def test_what_lies_behind_the_kept_tokens_is_never_seen(grown):
-    target = ModelTarget(small())
-    run(target, PROMPTS)
-    cache = target.cached.cache
+    model = small()
+    last = begin(model)
+    cache = last.runs.target.cached.cache
     with torch.inference_mode():
         for stack in cache._stacks.values():
             for row, length in enumerate(cache.lengths.tolist()):
                 stack[:, row, length:] = torch.nan
-    assert_resumes(target, None, None, max_new_tokens=OPTIONS["max_new_tokens"] + 4 * grown)
+    assert_resumes(last, model, max_new_tokens=OPTIONS["max_new_tokens"] + 4 * grown)
 
 
 def test_the_drafter_may_change_between_turns():
-    target, texts = ModelTarget(small()), PROMPTS
+    model, last, texts = small(), None, PROMPTS
     for name in ("heads", "layers left out", "none", "heads"):
-        texts = assert_resumes(target, *(DRAFTERS[name](DRAFT) for _ in range(2)), texts)
+        last = assert_resumes(last, model, DRAFTERS[name](DRAFT), texts)
+        texts = whole(texts, last)
 
 
-def test_the_target_of_a_drafter_that_uses_states_serves_others():
-    target = ModelTarget(small())
+def test_a_drafter_that_uses_states_resumes_a_run_without_them():
+    model, last = small(), None
     for name in ("heads", "none", "heads", "chain"):  # the chain is drafted by the target's own model
-        fresh = run(target.model, PROMPTS, DRAFTERS[name](DRAFT))
-        assert all(map(torch.equal, run(target, PROMPTS, DRAFTERS[name](target.model)), fresh))
+        last = assert_resumes(last, model, DRAFTERS[name](model))
 
 
 def test_other_batches_begin_anew():
-    target, drafter = ModelTarget(small()), ModelDrafter(DRAFT)
+    model, drafter, last = small(), ModelDrafter(DRAFT), None
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[:2], PROMPTS[1:], PROMPTS):
-        assert_resumes(target, drafter, ModelDrafter(DRAFT), prompts)
+        last = assert_resumes(last, model, drafter, prompts)
+
+
+def test_other_models_begin_anew():
+    last = begin(small(), ModelDrafter(DRAFT))
+    for model in (small(1), llama(2, num_hidden_layers=3)):
+        assert_resumes(last, model, ModelDrafter(model))
 
 
 @pytest.mark.parametrize("change", ["trained", "loaded", "moved"])
 def test_weights_that_have_changed_begin_anew(change):
     models = small(), small(1)
-    target, drafter = ModelTarget(models[0]), ModelDrafter(models[1])
-    run(target, PROMPTS, drafter)
+    drafter = ModelDrafter(models[1])
+    last = begin(models[0], drafter)
     for model, other in zip(models, (small(5), small(6)), strict=True):
         if change == "trained":
             model.requires_grad_().zero_grad()
@@ -229,21 +280,55 @@ def test_weights_that_have_changed_begin_anew(change):
         else:
             for mine, its in zip(model.parameters(), other.parameters(), strict=True):
                 mine.data = its.data
-    assert_resumes(target, drafter, ModelDrafter(models[1]))
+    assert_resumes(last, models[0], drafter)
 
 
 def test_inference_tensors_whose_writing_nobody_counts_begin_anew():
     with torch.inference_mode():
         model = small()
     assert all(p.is_inference() for p in model.parameters())
-    target = ModelTarget(model)
-    run(target, PROMPTS)
+    last = begin(model)
     with torch.inference_mode():
         for p in model.parameters():
             p.mul_(-1.5)
-    assert_resumes(target, None, None)
+    assert_resumes(last, model)
 
 
-def test_a_model_by_itself_keeps_nothing_to_resume():
-    with pytest.raises(ValueError, match=r"resume=True with a LlamaForCausalLM.*specdec\.ModelTarget\(model\)"):
-        specdec.generate(small(), PROMPTS, resume=True)
+REFUSED = {
+    "True": (lambda: True, "resume is a bool; pass the generation to go on from, which was made with keep=True"),
+    "tokens": (lambda: begin(small()).tokens, "resume is a list; pass the generation to go on from"),
+    "nothing kept": (
+        lambda: specdec.generate(small(), PROMPTS, max_new_tokens=2),
+        "resume is a generation that has kept nothing; generate it with keep=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_resumed_is_refused(case):
+    resume, cure = REFUSED[case]
+    with pytest.raises(ValueError, match=cure):
+        specdec.generate(small(), PROMPTS, resume=resume())
+
+
+def test_a_stream_that_has_not_begun_has_nothing_to_resume():
+    with pytest.raises(ValueError, match=r"the stream has not begun; .* next\(stream\)"):
+        _ = specdec.stream(small(), PROMPTS, keep=True).generation
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_generation_holds_its_caches_only_if_it_was_asked_to(keep, monkeypatch):
+    caches, made = [], TreeCache.__init__
+
+    def noting(self, *args):
+        made(self, *args)
+        caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(TreeCache, "__init__", noting)
+    model, drafter = small(), ModelDrafter(DRAFT)
+    out = specdec.generate(model, PROMPTS, drafter, keep=keep, **OPTIONS)
+    gc.collect()
+    assert len(caches) == 2 and all((cache() is not None) == keep for cache in caches)
+    del out
+    gc.collect()
+    assert all(cache() is None for cache in caches)

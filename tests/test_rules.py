@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis.strategies import booleans, integers
 from random_trees import SAMPLED, differing, random_trees
+from small_drafters import editing
 
 from certificates.mutants import example
-from specdec import Coins, DraftTree, Law, Sampling, Topology, TreeSpec
+from specdec import Coins, DraftTree, Law, Sampling, Topology, TreeSpec, batch
+from specdec.arguments import as_request
 from specdec.coins import Purpose, inverse_cdf
+from specdec.engines.base import Stages
 from specdec.rules import (
     BlockVerification,
     KSeq,
@@ -56,17 +59,16 @@ def admits(rule, spec) -> bool:
     return True
 
 
-class Batch:
-    """A context of random texts, as much of it as drafters and laws look at."""
+class Batch(batch.Batch):
+    """Random texts, in the middle of a run."""
 
     def __init__(self, rows: int, vocab: int, sampling: Sampling, seed: int):
+        super().__init__(rows, 30, vocab, torch.device("cpu"))
         generator = torch.Generator().manual_seed(seed)
-        self.lengths = torch.randint(1, 4, (rows,), generator=generator)
-        self.tokens = torch.randint(0, vocab, (rows, 30), generator=generator)
-        self.texts = [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
-        self.root = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
-        self.max_depth, self.row_depths = 8, torch.full((rows,), 8)
-        self.sampling, self.processors, self.processed, self.vocab = sampling, [()] * rows, False, vocab
+        lengths = torch.randint(1, 4, (rows,), generator=generator).tolist()
+        prompts = [torch.randint(0, vocab, (length,), generator=generator) for length in lengths]
+        self.begin(as_request(TabularTarget(vocab), prompts, sampling=sampling, max_new_tokens=9), Stages())
+        self.max_depth = 8
 
 
 # --- fast path = specification
@@ -83,7 +85,7 @@ def test_the_fast_path_equals_the_specification_on_drafted_trees(rule, tree, sam
     vocab, rows = 9, 24
     for seed in range(3):
         context, coins = Batch(rows, vocab, sampling, seed), Coins(seed, rows, 64)
-        drafted = TabularDrafter(Table(vocab, seed=1), tree).propose(context, coins)
+        drafted = TabularDrafter(Table(vocab, seed=1), tree).start(None, context).propose(coins)
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(rows, drafted.tokens.shape[1], vocab, dtype=torch.float64, generator=generator) * 2
         fast = rule.decide_batch(drafted, LogitsLaw(logits, drafted, context), coins)
@@ -212,8 +214,10 @@ class SparseTarget(Sparse, TabularTarget):
 class StopsAtZero(TabularDrafter):
     """Draws nothing below a token 0: a draft that is cut short by what was drawn."""
 
-    def propose(self, context, coins):
-        tree = super().propose(context, coins)
+    def start(self, target, batch, last=None):
+        return editing(super().start(target, batch), self._stopped)
+
+    def _stopped(self, tree):
         zero = tree.tokens == 0
         zero[:, 0] = False
         above = tree.topology.ancestors & ~torch.eye(tree.tokens.shape[1], dtype=torch.bool)
@@ -263,8 +267,8 @@ def test_level_verification_spreads_what_traversal_gives_to_the_first_child():
 def test_flows_add_up_to_the_expected_number_of_accepted_tokens():
     rule, rows, target = LevelVerification(), 2000, TabularTarget(3, seed=2)
     context, coins = Batch(rows, 3, Sampling(1.0), 0), Coins(0, rows, 16)
-    tree = TabularDrafter(Table(3, seed=3), Widths((2, 2), Law.IID)).propose(context, coins)
-    law = LogitsLaw(target.score(tree, context), tree, context)
+    tree = TabularDrafter(Table(3, seed=3), Widths((2, 2), Law.IID)).start(None, context).propose(coins)
+    law = LogitsLaw(target.start(context).score(tree).logits, tree, context)
     expected = rule.flows(tree, law)[:, 1:].sum(1).mean()
     assert float(rule.decide_batch(tree, law, coins).accepted.double().mean()) == pytest.approx(
         float(expected), abs=0.05
@@ -348,8 +352,10 @@ class DepthFirst(TabularDrafter):
     def spec(self, sampling):
         return replace(super().spec(sampling), by_depth=self.by_depth)
 
-    def propose(self, context, coins):
-        tree = super().propose(context, coins)
+    def start(self, target, batch, last=None):
+        return editing(super().start(target, batch), self._pruned)
+
+    def _pruned(self, tree):
         if tree.tokens.shape[1] < 5:
             return tree
         gone = torch.where(tree.tokens[:, 3:4] != 0, Law.PADDING, tree.laws)

@@ -13,6 +13,7 @@ from specdec import Sampling
 from specdec.drafters import LayerSkipDrafter
 from specdec.drafters.layer_skip import decoder_layers, skippable
 from specdec.testing import exact_law, target_law
+from specdec.testing.drafters import Noting
 from specdec.theory import CostCurve
 from specdec.training.self_distillation import continuations
 from specdec.training.skip_search import LayerCosts, Rehearsal, measure_layer_costs, predict, search
@@ -71,16 +72,10 @@ def test_greedy_reach_is_that_of_decoding():
     """Every place of a greedy text is tried, so that the mean acceptance of chains of one is known without error."""
     model, sampling, prompt = llama(num_hidden_layers=3, eos_token_id=None), Sampling(), torch.tensor([3, 4, 5])
     text = torch.cat([prompt, specdec.generate(model, prompt, max_new_tokens=24).tokens[0]])
-    matches = []
-
-    class Listening(LayerSkipDrafter):
-        def propose(self, context, coins):
-            tree, at = super().propose(context, coins), context.host_lengths[0]
-            if tree.topology.depth:
-                matches.append((at, bool(tree.tokens[0, 1] == text[at])))
-            return tree
-
-    specdec.generate(model, prompt, Listening(skip=[1], tree=Chain(1)), max_new_tokens=24)
+    noting = Noting(LayerSkipDrafter(skip=[1], tree=Chain(1)))
+    specdec.generate(model, prompt, noting, max_new_tokens=24)
+    drafted = [(len(draft.text), draft.tokens[1]) for draft in noting.drafts if len(draft.tokens) > 1]
+    matches = [(at, token == int(text[at])) for at, token in drafted]
     rows = [Rehearsal(model, [text[: at + 1]], 1, sampling).reach(frozenset({1})) for at, _ in matches]
     assert rows == [[float(match)] for _, match in matches]
     assert 0 < sum(match for _, match in matches) < len(matches)

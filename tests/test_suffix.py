@@ -11,6 +11,7 @@ from specdec import Law, Sampling
 from specdec.drafters import NgramDrafter, SuffixDrafter
 from specdec.drafters.suffix import SuffixAutomaton
 from specdec.testing import TabularTarget, exact_law, target_law
+from specdec.testing.drafters import Noting
 from specdec.tree import tree_of_points
 
 torch.set_num_threads(1)
@@ -44,17 +45,9 @@ def test_text_that_never_changes_is_read_in_linear_time():
 
 
 def drafted(drafter, text):
-    trees = []
-
-    class Listening(type(drafter)):
-        def propose(self, context, coins):
-            trees.append(super().propose(context, coins))
-            return trees[-1]
-
-    drafter.__class__ = Listening
-    specdec.generate(TabularTarget(50), torch.tensor(text), drafter, max_new_tokens=20, stop_tokens=())
-    tree = trees[0]
-    parents, tokens = tree.topology.parents[0].tolist(), tree.tokens[0].tolist()
+    noting = Noting(drafter)
+    specdec.generate(TabularTarget(50), torch.tensor(text), noting, max_new_tokens=20, stop_tokens=())
+    parents, tokens = noting.drafts[0].parents, noting.drafts[0].tokens
     paths = [(tokens[0],)]
     for node in range(1, len(tokens)):
         paths.append((*paths[parents[node]], tokens[node]))

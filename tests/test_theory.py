@@ -16,6 +16,7 @@ from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.laws import SAMPLED, drafts, is_random
 from specdec.rules import BlockVerification, KSeq, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law
+from specdec.testing.drafters import Noting
 from specdec.theory import (
     CostCurve,
     Costs,
@@ -203,16 +204,9 @@ def test_positional_acceptance_gives_back_the_acceptance_length(law):
 
 @pytest.mark.parametrize("widths", [(1, 1, 1), (4, 2, 1), (2, 3)], ids=str)
 def test_predictions_are_for_the_tree_that_is_drafted(widths):
-    seen = []
-
-    class Noting(TabularDrafter):
-        def propose(self, context, coins):
-            tree = super().propose(context, coins)
-            seen.append(tree.topology.parents[0].tolist())
-            return tree
-
-    generate(TabularTarget(12), torch.tensor([0]), Noting(Table(12), Widths(widths)), max_new_tokens=8)
-    assert seen[0] == parents_of(widths)
+    noting = Noting(TabularDrafter(Table(12), Widths(widths)))
+    generate(TabularTarget(12), torch.tensor([0]), noting, max_new_tokens=8)
+    assert noting.drafts[0].parents == parents_of(widths)
 
 
 COSTS = Costs(CostCurve((1, 3, 33), (1.0, 2.0, 5.0)), CostCurve((1, 5), (0.1, 0.2)))

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -11,6 +11,7 @@ from tiny_models import PROMPTS, llama
 from transformers import GenerationConfig
 
 from specdec import Law, Sampling, generate, rules, trace
+from specdec.batch import Batch
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget
 from specdec.trace.laws import Packed
@@ -48,18 +49,16 @@ def admitted(rule, tree, temperature):
         return True
 
 
-class SlowToEnd(TabularTarget):
-    """Takes its time after each step's last stage."""
+def test_what_follows_the_last_stage_is_time_of_the_step(monkeypatch):
+    note = Batch.note
 
-    @contextmanager
-    def patched(self):
-        yield
+    def slowly(self, outcome):
         time.sleep(0.02)
+        note(self, outcome)
 
-
-def test_what_follows_the_last_stage_is_time_of_the_step():
-    trace = generate(SlowToEnd(12, 3), TEXTS[0], max_new_tokens=4, stop_tokens=()).trace
-    assert min(step.other_seconds for step in trace.steps) >= 0.02
+    monkeypatch.setattr(Batch, "note", slowly)
+    steps = generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=4, stop_tokens=()).trace.steps
+    assert min(step.other_seconds for step in steps) >= 0.02
 
 
 def test_the_prefill_lasts_until_the_device_has_done_it(monkeypatch):

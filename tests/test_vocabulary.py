@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_drafters import editing
 from tiny_models import PROMPTS, llama, reference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -35,9 +36,9 @@ class Foreign(ModelDrafter):
         super().__init__(model, tree, tokenizer)
         self.target_tokenizer = target_tokenizer
 
-    def start(self, target, context):
-        context.tokenizer = self.target_tokenizer
-        super().start(target, context)
+    def start(self, target, batch, last=None):
+        batch.tokenizer = self.target_tokenizer
+        return super().start(target, batch, last)
 
 
 def pair():
@@ -70,9 +71,9 @@ def test_planted_bugs_change_the_law():
 
     def with_law(change):
         class Wrong(Foreign):
-            def propose(self, context, coins):
-                tree = super().propose(context, coins)
-                return tree if tree.draft_probs is None else change(tree)
+            def start(self, target, batch, last=None):
+                run = super().start(target, batch)
+                return editing(run, lambda tree: tree if tree.draft_probs is None else change(tree))
 
         return float(exact_law(target, PROMPT, Wrong(draft, Chain(1)), **options).total_variation(truth))
 
@@ -147,7 +148,7 @@ def test_tokens_are_the_same_when_their_text_is(case):
     target_tokenizer, draft_tokenizer = REAL[case]
     sizes = len(target_tokenizer), len(draft_tokenizer)
     translated = TranslatedModel(llama(vocab_size=sizes[1]), sizes[0], target_tokenizer, draft_tokenizer)
-    reads, shared = translated._reads.tolist(), (~translated._unshared).tolist()
+    reads, shared = translated._ids.tolist(), (~translated._unshared).tolist()
     assert reads[target_tokenizer.eos_token_id] == draft_tokenizer.eos_token_id
     text = " the cat and the dog"
     ids = target_tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from certificates.mutants import Sequential
 from experiments.bench.report import markdown
 from experiments.bench.results import ROOT, provenance
 from specdec import DraftTree, Sampling
-from specdec.drafters import Context, Drafter, ModelDrafter, TreeDrafter
+from specdec.batch import Batch
+from specdec.drafters import Drafter, DraftRun, ModelDrafter, TreeDrafter, TreeDraftRun
+from specdec.models.target import Scores, TargetRun
 from specdec.rules import Rule, SiblingRejection
 from specdec.rules.residual import residual
 from specdec.testing import Table, TabularTarget
@@ -155,8 +157,15 @@ class Markov:
 
 
 class MarkovTarget(Markov, TabularTarget):
-    def score(self, tree: DraftTree, context: Context) -> Tensor:
-        return self.rows[tree.tokens]
+    def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
+        return _MarkovRun(self, batch)
+
+
+class _MarkovRun(TargetRun):
+    target: MarkovTarget
+
+    def score(self, tree: DraftTree) -> Scores:
+        return Scores(self.target.rows[tree.tokens])
 
 
 class MarkovDrafter(TreeDrafter):
@@ -164,8 +173,15 @@ class MarkovDrafter(TreeDrafter):
         super().__init__(tree)
         self.table = table
 
-    def score(self, frontier: Frontier, context: Context) -> Tensor:
-        return self.table.rows[frontier.tokens]
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        return _MarkovDraftRun(self, batch, last)
+
+
+class _MarkovDraftRun(TreeDraftRun):
+    drafter: MarkovDrafter
+
+    def score(self, frontier: Frontier) -> Tensor:
+        return self.drafter.table.rows[frontier.tokens]
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.batch import Batch
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
-from specdec.models.target import TargetRun
 from specdec.laws import Law
+from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
 

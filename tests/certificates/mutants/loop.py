@@ -7,20 +7,17 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from certificates.cases import Case
 from certificates.mutants.mutant import DRAFT, STOP, Mutant
 from specdec import Sampling
-from specdec.loop import Decoding
+from specdec.outcome import Outcome
 from specdec.target_law import LogitsLaw
 from specdec.testing import TabularDrafter
 from specdec.trees import Chain
 
-_accept, _processed = Decoding._accept, LogitsLaw._processed
+_of, _processed = Outcome.of, LogitsLaw._processed
 
 
-def deaf_to_drafted_stops(self, *args):
-    """`Decoding._accept` for which text runs on after a stop token."""
-    found, self.stop_tokens = self.stop_tokens, self.stop_tokens[:0]
-    acceptance = _accept(self, *args)
-    self.stop_tokens = found
-    return acceptance
+def deaf_to_stops(tree, decisions, stop_tokens, left, invalid):
+    """`Outcome.of` for which text runs on after a stop token."""
+    return _of(tree, decisions, stop_tokens[:0], left, invalid)
 
 
 def without_the_path(self, row, node):
@@ -34,7 +31,7 @@ def without_the_path(self, row, node):
 
 PENALTY = Sampling(1.0, processors=(RepetitionPenaltyLogitsProcessor(1.5),))
 _LOOP = {
-    "text runs on after a stop token": ({"stop_tokens": (STOP,)}, (Decoding, "_accept", deaf_to_drafted_stops)),
+    "text runs on after a stop token": ({"stop_tokens": (STOP,)}, (Outcome, "of", deaf_to_stops)),
     "processors computed once per block": ({"sampling": PENALTY}, (LogitsLaw, "_processed", without_the_path)),
 }
 IN_LOOP = [
