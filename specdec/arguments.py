@@ -33,6 +33,7 @@ Prompt = Tensor | np.ndarray | Sequence[int] | str
 Prompts = Prompt | Sequence[Prompt]
 
 _UNDRAFTED = NoDrafter()  # one, so that what is captured of a run serves the next
+_EAGER = Engine()
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
 _CHAT = "of chat messages pass tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
@@ -214,10 +215,10 @@ def as_target(target: PreTrainedModel | Target) -> Target:
 
 
 def as_engine(engine: Engine | str) -> Engine:
-    """The engine itself, or a new one of that name."""
+    """The engine itself, or one of that name: a new one, if it keeps anything."""
     if isinstance(engine, Engine):
         return engine
-    made = {"eager": Engine, "graph": Graphs, "compile": partial(Graphs, compile=True)}
+    made = {"eager": lambda: _EAGER, "graph": Graphs, "compile": partial(Graphs, compile=True)}
     if not isinstance(engine, str) or engine not in made:
         raise ValueError(f"engine={brief(engine)}: must be one of {', '.join(map(repr, made))}, or a specdec.Graphs().")
     return made[engine]()

@@ -60,15 +60,13 @@ def start(request: Request) -> Runs:
     last = request.last if request.last is not None else request.engine.take(key)
     if last is not None and not last.busy.acquire(blocking=False):
         last = None  # what is in use elsewhere cannot be gone on from: the text is the same
+    # Whatever else is new, caches may be those of `last`: so they share the lock.
+    busy = last.busy if last is not None else _taken()
     try:
-        runs = _begun(request, key, capacity, stages, last)
+        return _begun(request, key, capacity, stages, busy, last)
     except BaseException:
-        if last is not None:
-            last.busy.release()
+        busy.release()
         raise
-    if last is not None:
-        runs.busy = last.busy  # whatever else is new, its caches may be those of `last`
-    return runs
 
 
 def end(request: Request, runs: Runs) -> None:
@@ -78,11 +76,13 @@ def end(request: Request, runs: Runs) -> None:
         request.engine.give_back(runs.key, runs)
 
 
-def _begun(request: Request, key: Any, capacity: int, new: Stages, last: Runs | None) -> Runs:
+def _begun(
+    request: Request, key: Any, capacity: int, new: Stages, busy: threading.Lock, last: Runs | None
+) -> Runs:
     target, drafter = request.target, request.drafter
     same = last if last is not None and last.key == key else None
     batch, coins, stop = (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, capacity)
-    stages, busy = (same.stages, same.busy) if same else (new, _taken())
+    stages = same.stages if same else new
     batch.begin(request, stages)
     coins.reseed(request.seed)
     with torch.inference_mode():
