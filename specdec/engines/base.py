@@ -35,8 +35,6 @@ class Engine:
 
     captures = False  # whether it captures stages, and keeps what ended runs have owned
 
-    captures = False  # whether it captures stages, and keeps what ended runs have owned
-
     def stages(self, device: torch.device) -> Stages:
         """What runs the stages of a new run on this device."""
         return Stages()
