@@ -134,3 +134,15 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "heads" / "config.json").write_text('{"medusa_num_heads": 3, "medusa_num_layers": 1}')
     with pytest.raises(ValueError, match="No tensor"):
         MedusaDrafter(tmp_path / "heads")
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_draft_after_a_prompt_of_one_token_depends_on_no_other_text(engine):
+    """No state comes before its root: neither a neighbour's padding nor what an earlier run has left may stand there."""
+    model, drafter, alone = llama(eos_token_id=None), MedusaDrafter(heads(2), Widths((2, 1))), torch.tensor([9])
+    options = {"sampling": Sampling(1.0), "max_new_tokens": 12}
+    expected = specdec.generate(model, alone, drafter, **options).tokens[0]
+    engine = specdec.Graphs() if engine == "graph" else engine
+    for prompts in ([alone, torch.arange(30, 42)], [torch.tensor([8])], [alone]):
+        found = specdec.generate(model, prompts, drafter, engine=engine, **options).tokens[0]
+        assert torch.equal(found, expected) == (prompts[0] is alone)

@@ -160,7 +160,8 @@ class MedusaRun(TreeDraftRun):
         self._lm_head, heads = lm_head, drafter.heads
         here = heads.weight.device == batch.device
         self._heads = heads if here else copy.deepcopy(heads).to(batch.device)  # the drafter's own stay where they are
-        # [batch, hidden]: before the root; zeros before a text's first token. Captured graphs write to both where they are.
+        # [batch, hidden]: before the root; zeros before a text's first token, which nobody tells. Captured graphs write to it
+        # and to the logits where they are.
         self._state = torch.zeros(len(batch), heads.weight.shape[-1], dtype=lm_head.weight.dtype, device=batch.device)
         self._logits: Tensor | None = None  # [batch, head, vocab], after the root
 
@@ -168,12 +169,19 @@ class MedusaRun(TreeDraftRun):
     def parts(self) -> tuple[object, ...]:
         return *super().parts, self._lm_head
 
+    def begun(self, last: DraftRun | None) -> DraftRun:
+        run = super().begun(last)
+        if isinstance(run, MedusaRun):
+            run._state.zero_()
+        return run
+
     def states_known(self) -> list[int]:
         return list(self.batch.host_lengths)  # none but the last is read
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
         last = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, states.shape[3])
-        self._state = _filled(self._state, states[:, :, 0].gather(1, last)[:, 0])
+        found = states[:, :, 0].gather(1, last)[:, 0]
+        self._state = _filled(self._state, torch.where(count[:, None] > 0, found, self._state.to(found.dtype)))
 
     def prepare(self, frontier: Frontier) -> Hashable:
         if frontier.topology.depth == 0:

@@ -103,9 +103,9 @@ class TreeLayer(CacheLayerMixin):
         return self._written(self._keys, key_states), self._written(self._values, value_states)
 
     def _written(self, flat: Tensor, states: Tensor) -> Tensor:
-        slots, end = self._cache.write_slots, self._cache.view.slots
-        flat.index_copy_(0, slots.to(flat.device), states.transpose(1, 2).flatten(0, 1))
-        return flat.unflatten(0, (-1, self._cache.capacity))[:, :end].transpose(1, 2)
+        cache, end = self._cache, self._cache.view.slots
+        flat.index_copy_(0, cache.write_slots.to(flat.device), cache.packed(states).transpose(1, 2).flatten(0, 1))
+        return cache.unpacked(flat.unflatten(0, (-1, cache.capacity))[:, :end].transpose(1, 2), states.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.view.slots, 0
@@ -118,7 +118,10 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """The cache of a batch.
+    """The cache of a batch. It stores keys and values as the model gives them.
+
+    One that stores them in another form overrides `stored`, `packed` and `unpacked`, and is passed as
+    `ModelTarget(model, cache=...)`. All that is known of a token has to lie in its own slot, for slots are moved.
 
     Args:
         layout: (key slab, value slab) of each cache layer; None for layers that store nothing (shared KV).
@@ -132,6 +135,7 @@ class TreeCache(Cache):
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
         self.write_slots = self.lengths
         self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
+        layout = [pair and (self.stored(pair[0]), self.stored(pair[1])) for pair in layout]
         slabs = [slab for pair in layout if pair for slab in pair]
         self._stacks = {
             slab: torch.empty(
@@ -144,6 +148,18 @@ class TreeCache(Cache):
             TreeLayer(self, next(views[pair[0]]), next(views[pair[1]])) if pair else _Absent() for pair in layout
         ]
         super().__init__(layers=layers)
+
+    def stored(self, slab: Slab) -> Slab:
+        """The shape in which keys or values of this shape are stored."""
+        return slab
+
+    def packed(self, states: Tensor) -> Tensor:
+        """[batch, head, node, stored dim]: keys or values [batch, head, node, dim] in the form that is stored."""
+        return states
+
+    def unpacked(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """[batch, head, slot, dim] in `dtype`: what attention reads, of [batch, head, slot, stored dim]."""
+        return stored
 
     def open(self, view: View) -> None:
         """Direct the next forward pass to the slots of the view's queries, attending to what they see."""

@@ -37,6 +37,7 @@ class CausalLM:
 
     Args:
         model: the model; it is left as it is found.
+        cache: the kind of cache that its runs own.
 
     Raises:
         UnsupportedModel: trees cannot be scored with it.
@@ -44,9 +45,9 @@ class CausalLM:
 
     reads: Any = None  # whose tokens it reads, where these are not its own
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, cache: type[TreeCache] = TreeCache):
         check_ready(model)
-        self.model, self.route = model, Route(model, NAME)
+        self.model, self.route, self.cache = model, Route(model, NAME), cache
         self.device, self._home = device_of(model), _home(model)
         # by the dtype of autocast: keys and values have another one inside of it
         self._layouts = {autocast_dtype(self.device): layout_of(model)}
@@ -66,10 +67,15 @@ class CausalLM:
         check_ready(self.model)
         if _home(self.model) != self._home:
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
-        if last is not None and (last.lm.model is not self.model or last.lm.reads != self.reads):
+        if last is not None and last.lm.kind != self.kind:
             last = None
         made = (rows, capacity, tuple(states), autocast_dtype(self.device))
         return last if last is not None and last.made == made else CachedModel(self, *made, last)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the contents of a cache depend on, besides the text: runs of one kind can take over from each other."""
+        return self.model, self.cache, self.reads
 
     def layout(self, autocast: torch.dtype | None) -> Any:
         """The shapes of the model's key-value layers under this autocast."""
@@ -106,7 +112,7 @@ class CachedModel:
     ):
         self.lm, self.made = lm, (rows, capacity, states, autocast)
         self._autocast, self._last = autocast, last
-        self.cache = TreeCache(lm.layout(autocast), rows, capacity, lm.device)
+        self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes are compiled from now on: those of steps, whose shapes recur
         self._texts: list[np.ndarray] = []  # whose beginnings are in the cache

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.batch import Batch
+from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel, CausalLM
 from specdec.models.prepared_inputs import preparer_name
 from specdec.models.probe import check_text
@@ -93,6 +94,7 @@ class ModelTarget(Target):
 
     Args:
         model: any supported causal LM, in eval mode; it is left as it is found.
+        cache: the kind of its KV cache. One that rounds keys and values changes the model's law; drafts do not change that one.
 
     Raises:
         UnsupportedModel: trees cannot be scored with it; the message says why.
@@ -100,8 +102,8 @@ class ModelTarget(Target):
 
     capturable = True
 
-    def __init__(self, model: PreTrainedModel):
-        self.lm = CausalLM(model)
+    def __init__(self, model: PreTrainedModel, cache: type[TreeCache] = TreeCache):
+        self.lm = CausalLM(model, cache)
         self.model, self.vocab, self.device = model, self.lm.vocab, self.lm.device
         self.context_length, self.context_reason = self.lm.context_length, self.lm.context_reason
         self.stop_tokens = None if model.generation_config is None else model.generation_config.eos_token_id
