@@ -76,9 +76,7 @@ def end(request: Request, runs: Runs) -> None:
         request.engine.give_back(runs.key, runs)
 
 
-def _begun(
-    request: Request, key: Any, capacity: int, new: Stages, busy: threading.Lock, last: Runs | None
-) -> Runs:
+def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threading.Lock, last: Runs | None) -> Runs:
     target, drafter = request.target, request.drafter
     same = last if last is not None and last.key == key else None
     batch, coins, stop = (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, capacity)
