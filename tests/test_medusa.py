@@ -107,16 +107,15 @@ def test_heads_are_given_what_the_lm_head_reads(kind):
 
 
 def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
-    """A model over two devices, as `device_map` makes it: the embedding on the first, the rest on the last."""
-    first, last = map(torch.device, ("cpu", "cuda"))
-
+    """As of a model that `device_map` lays over two devices: the embedding on one, the rest on another."""
+    head = torch.nn.Identity()
+    capture = Capture(SimpleNamespace(get_output_embeddings=lambda: head), (-1,), torch.device("meta"))
+    with capture.of_pass(0):
+        head(torch.zeros(1, 3, 32))
+    assert (capture.states.shape, capture.states.device.type) == ((1, 3, 1, 32), "meta")
     with FakeTensorMode():  # tensors without numbers, on devices that need not be there
-        head = torch.nn.Identity()
-        capture = Capture(SimpleNamespace(get_output_embeddings=lambda: head), (-1,), first)
-        with capture.of_pass(0):
-            head(torch.empty(1, 3, 32, device=last))
-        logits = MedusaHeads(2, 1, 32)(capture.states[:, 0, 0], lambda x: torch.empty(*x.shape[:2], 50, device=last))
-    assert (logits.shape, logits.device) == ((1, 2, 50), first)
+        logits = MedusaHeads(2, 1, 32)(torch.empty(1, 32), lambda x: torch.empty(*x.shape[:2], 50, device="cuda"))
+    assert (logits.shape, logits.device.type) == ((1, 2, 50), "cpu")
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):

@@ -24,15 +24,15 @@ _pass = _Pass()
 
 
 # Functions of the module, not closures: torch.compile follows them. Other threads that run the model pass by.
-# A product is a copy, which the model cannot change in place.
+# Copies, which the model cannot change in place.
 def _catch(module: nn.Module, args: tuple[Any, ...]) -> None:
     if _pass.found is not None:
-        _pass.found.append(args[0] * 1)
+        _pass.found.append(args[0].clone())
 
 
 def _catch_before_head(module: nn.Module, args: tuple[Any, ...]) -> Any:
     if _pass.found is not None:
-        _pass.found.append(args[0] * 1)
+        _pass.found.append(args[0].clone())
         return args[0][:, -_pass.keep :], *args[1:]
 
 
