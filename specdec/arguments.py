@@ -29,14 +29,14 @@ from specdec.sampling import Sampling
 from specdec.trace import LEVELS
 from specdec.tree import TreeSpec
 
-Prompt = Tensor | np.ndarray | Sequence[int] | str
+Prompt = Tensor | np.ndarray | Sequence[int] | str | Sequence[Mapping[str, Any]]
 Prompts = Prompt | Sequence[Prompt]
 
 _UNDRAFTED = NoDrafter()  # one, so that what is captured of a run serves the next
 _EAGER = Engine()
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
-_CHAT = "of chat messages pass tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
+_CHAT = "of chat messages pass the list of them, [{'role': 'user', 'content': ...}]"
 # arguments of other libraries whose names do not say which one is meant here
 _ELSEWHERE = {
     "do_sample": "pass sampling=specdec.Sampling(temperature=1.0) to sample, Sampling() for greedy decoding",
@@ -71,6 +71,7 @@ class Request:
         processors: each row's logits processors.
         stop_tokens: ids that end a text.
         stopping: asked after every step whether rows end; None if nothing but stop tokens and budgets ends them.
+        first_index: index of the first prompt, by which coins are drawn.
         last: what an earlier turn has left to go on from.
         keep: whether a later turn may go on from this one.
         coins: (batch, nodes) -> Coins, in place of those of the seed.
@@ -89,6 +90,7 @@ class Request:
     stopping: Stopping | None
     tokenizer: Any
     seed: int
+    first_index: int
     trace: str
     last: Runs | None
     keep: bool
@@ -128,10 +130,11 @@ def as_request(
     *,
     rule: Rule = SiblingRejection(),
     sampling: Sampling = Sampling(),
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     stop_tokens: Iterable[int] | int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    first_index: int = 0,
     trace: str = "summary",
     engine: Engine | str = "eager",
     resume: Any = None,
@@ -151,10 +154,13 @@ def as_request(
         check_kind(name, part, kind)
     check_kind("keep", keep, bool, "pass True or False")
     check_tokenizer(tokenizer)
-    max_new_tokens, seed = as_int("max_new_tokens", max_new_tokens, 1), as_seed(seed)
+    seed, first_index = as_seed(seed), as_int("first_index", first_index, 0)
     last, found = as_last(resume), as_target(target)
-    rows = as_prompts(prompts, tokenizer, found, max_new_tokens)
-    bound, processors = sampling.bind(found.model, rows, max_new_tokens, tokenizer)
+    rows = as_prompts(prompts, tokenizer)
+    budgets = as_budgets(max_new_tokens, len(rows))
+    for i, (row, budget) in enumerate(zip(rows, budgets, strict=True)):
+        _check_row(row, i, found, budget)
+    bound, processors = sampling.bind(found.model, rows, budgets, tokenizer)
     spec = drafter.spec(bound)
     rule.check(spec)
     check_clock(spec, found.model)
@@ -163,10 +169,9 @@ def as_request(
     stop = as_stop_tokens(stop_tokens, eos, found.vocab)
     if strings:
         stopping = StopStrings(tokenizer, strings)
-    budgets = [max_new_tokens] * len(rows)
     return Request(
-        found, drafter, rule, made_engine, bound, spec, rows, budgets, processors, stop, stopping, tokenizer, seed, trace, last,
-        keep, coins,
+        found, drafter, rule, made_engine, bound, spec, rows, budgets, processors, stop, stopping, tokenizer, seed, first_index,
+        trace, last, keep, coins,
     )  # fmt: skip
 
 
@@ -241,15 +246,28 @@ def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
         )
 
 
-def as_prompts(prompts: Prompts, tokenizer: Any, target: Target, max_new_tokens: int) -> list[Tensor]:
-    """Prompts as 1-D int64 CPU tensors, each checked against the target."""
+def as_prompts(prompts: Prompts, tokenizer: Any) -> list[Tensor]:
+    """Prompts as 1-D int64 CPU tensors."""
     given = _as_list(prompts)
     if not given:
         raise ValueError("prompts is an empty list; pass at least one prompt.")
-    rows = [_as_tokens(prompt, i, tokenizer) for i, prompt in enumerate(given)]
-    for i, row in enumerate(rows):
-        _check_row(row, i, target, max_new_tokens)
-    return rows
+    return [_as_tokens(prompt, i, tokenizer) for i, prompt in enumerate(given)]
+
+
+def as_budgets(max_new_tokens: Any, prompts: int) -> list[int]:
+    """Most new tokens of each of so many prompts."""
+    if (
+        isinstance(max_new_tokens, Iterable)
+        and getattr(max_new_tokens, "ndim", 1)
+        and not isinstance(max_new_tokens, str)
+    ):
+        budgets = list(as_ints("max_new_tokens", max_new_tokens, 1))
+        if len(budgets) != prompts:
+            raise ValueError(
+                f"max_new_tokens has {len(budgets)} numbers for {prompts} prompts; pass one for each, or one for all."
+            )
+        return budgets
+    return [as_int("max_new_tokens", max_new_tokens, 1)] * prompts
 
 
 def as_stop_tokens(stop_tokens: Any, eos: Any, vocab: int) -> tuple[int, ...]:
@@ -271,10 +289,34 @@ def _as_list(prompts: Any) -> list[Any]:
         cure = _ALONE if isinstance(prompts, Mapping) else "pass token ids or text, or a list of such prompts"
         raise wrong_kind("prompts", prompts, cure)
     given = list(prompts)
-    return [given] if given and all(isinstance(part, Integral) for part in given) else given
+    alone = given and (all(isinstance(part, Integral) for part in given) or _is_chat(given))
+    return [given] if alone else given
+
+
+def _is_chat(prompt: Any) -> bool:
+    """Whether it is a list of messages, each with a role."""
+    listed = isinstance(prompt, (list, tuple)) and len(prompt) > 0
+    return listed and all(isinstance(part, Mapping) and "role" in part for part in prompt)
+
+
+def _chat_tokens(messages: Sequence[Any], index: int, tokenizer: Any) -> Any:
+    """The messages in the tokenizer's chat template, which holds the BOS token if there is one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        lacking = (
+            "there is no tokenizer" if tokenizer is None else f"the {type(tokenizer).__name__} has no chat template"
+        )
+        raise ValueError(
+            f"prompt {index} is a list of messages but {lacking}; pass the tokenizer of a chat model, or text."
+        )
+    goes_on = messages[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=not goes_on, continue_final_message=goes_on, return_dict=False
+    )
 
 
 def _as_tokens(prompt: Any, index: int, tokenizer: Any) -> Tensor:
+    if _is_chat(prompt):
+        prompt = _chat_tokens(prompt, index, tokenizer)
     if isinstance(prompt, str):
         if not callable(tokenizer):
             lacking = "there is no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__} reads none"

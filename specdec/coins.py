@@ -37,18 +37,20 @@ class Coins:
         batch: number of rows.
         nodes: largest tree (in nodes, the root included) that will be addressed.
         device: where the tensors of the batched face live.
+        first: index of the prompt in the first row.
     """
 
     enumerates = False  # True for coins that follow every outcome: rules then run their scalar specification
 
-    def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu"):
+    def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu", first: int = 0):
         self.batch, self.nodes = as_int("batch", batch, 1), as_int("nodes", nodes, 1)
         self.device = torch.device(device)
         self._current = torch.empty(len(Purpose), self.batch, self.nodes, dtype=torch.float64, device=self.device)
-        self.reseed(seed)
+        self.reseed(seed, first)
 
-    def reseed(self, seed: int) -> None:
-        """Begin again, at step 0, with another seed."""
+    def reseed(self, seed: int, first: int = 0) -> None:
+        """Begin again, at step 0, with another seed; the first row is the prompt of index `first`."""
+        self._index = first
         self._seed = (as_seed(seed) + 2**63) % 2**64 - 2**63  # with a sign, as torch's integers have
         self._first = -_BLOCK
         self.turn_to(0)
@@ -58,7 +60,7 @@ class Coins:
         self.step = step
         if not self._first <= step < self._first + _BLOCK:
             self._first = step - step % _BLOCK
-            self._table = _tabulate(self._seed, self.batch, self._first, self.nodes, self.device)
+            self._table = _tabulate(self._seed, self._index, self.batch, self._first, self.nodes, self.device)
         self._current.copy_(self._table[step - self._first])
 
     def uniforms(self, purpose: Purpose) -> Tensor:
@@ -108,7 +110,7 @@ class RowCoins:
         return normalised(weights)
 
 
-def _tabulate(seed: int, batch: int, first: int, nodes: int, device: torch.device) -> Tensor:
+def _tabulate(seed: int, index: int, batch: int, first: int, nodes: int, device: torch.device) -> Tensor:
     """[_BLOCK, purpose, batch, node] float64 uniforms for the steps first .. first + _BLOCK - 1."""
 
     def axis(start: int, count: int, dim: int) -> Tensor:
@@ -117,7 +119,7 @@ def _tabulate(seed: int, batch: int, first: int, nodes: int, device: torch.devic
         return torch.arange(start, start + count, device=device).view(shape)
 
     state = _mix(torch.tensor(seed, device=device))
-    for field in (axis(0, batch, 2), axis(first, _BLOCK, 0), axis(0, len(Purpose), 1), axis(0, nodes, 3)):
+    for field in (axis(index, batch, 2), axis(first, _BLOCK, 0), axis(0, len(Purpose), 1), axis(0, nodes, 3)):
         state = _mix(state + (field + 1) * _GOLDEN)
     return _shift(state, 11).double() * 2.0**-53
 

@@ -148,7 +148,7 @@ class _Prepared(Sampling):
     filler: int = 0  # the token after it
 
     def bind(
-        self, model: Any, prompts: Any, max_new_tokens: int, tokenizer: Any = None
+        self, model: Any, prompts: Any, budgets: Any, tokenizer: Any = None
     ) -> tuple[Sampling, Sequence[Processors]]:
         check_copies(self.processors, len(prompts))
         ends = torch.tensor(self.ends, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Never
 
@@ -58,10 +58,11 @@ def generate(
     *,
     rule: Rule = SiblingRejection(),
     sampling: Sampling = Sampling(),
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     stop_tokens: Iterable[int] | int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    first_index: int = 0,
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
     resume: Generation | None = None,
@@ -76,16 +77,18 @@ def generate(
     Args:
         target: any supported causal LM from transformers, in eval mode. It is left as it was found.
         prompts: one prompt or a list of them: token ids (a 1-D tensor or array, or a list), of any lengths and without
-            padding, or text (with `tokenizer`).
+            padding, text (with `tokenizer`), or a list of chat messages (with a `tokenizer` that has a chat template).
         drafter: who proposes; None decodes autoregressively in the same loop.
         rule: who decides what is kept.
         sampling: how tokens are chosen; greedy by default.
-        max_new_tokens: most new tokens per prompt.
+        max_new_tokens: most new tokens: one number, or one per prompt.
         stop_tokens: ids that end a text (and are its last token); None: the EOS ids of `sampling`'s generation config,
             or else the target's; (): none. Stop strings are those of the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: every random decision is a function of (seed of 64 bits, index of the prompt, step): equal prompts in two calls
             get equal samples unless the seeds differ, and it is 0 by default.
+        first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
+            begins: then no two prompts share their coins, and the texts are those of one call.
         trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
             the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
             `divergence`; "laws" the trees and both models' laws, for `specdec.trace.replay` (large: see
@@ -106,7 +109,7 @@ def generate(
     refuse_unknown(unknown, OPTIONS)
     request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        tokenizer=tokenizer, seed=seed, trace=trace, engine=engine, resume=resume, keep=keep,
+        tokenizer=tokenizer, seed=seed, first_index=first_index, trace=trace, engine=engine, resume=resume, keep=keep,
     )  # fmt: skip
     with Decoding(request) as run:
         while not run.finished:

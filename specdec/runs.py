@@ -82,7 +82,7 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
     batch, coins, stop = (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, capacity)
     stages = same.stages if same else new
     batch.begin(request, stages)
-    coins.reseed(request.seed)
+    coins.reseed(request.seed, request.first_index)
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)

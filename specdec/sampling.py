@@ -100,17 +100,21 @@ class Sampling:
         return cls(generation_config=type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config)
 
     def bind(
-        self, model: PreTrainedModel | None, prompts: Sequence[Tensor], max_new_tokens: int, tokenizer: Any = None
+        self, model: PreTrainedModel | None, prompts: Sequence[Tensor], budgets: Sequence[int], tokenizer: Any = None
     ) -> tuple[Sampling, Sequence[Processors]]:
-        """This sampling with every field resolved, `generation_config` included, and each row's processors."""
+        """This sampling with every field resolved, `generation_config` included, and each row's processors.
+
+        Args:
+            budgets: most new tokens of each prompt.
+        """
         if self.generation_config is None:
             check_copies(self.processors, len(prompts))
             return self, [Processors(self.processors)] * len(prompts)
         if model is None:
             raise ValueError("Sampling.from_generation_config needs a transformers target; give the fields by hand.")
         bound, rows = self, []
-        for prompt in prompts:
-            config, built = transformers_processors(model, prompt, self.generation_config, max_new_tokens, tokenizer)
+        for prompt, budget in zip(prompts, budgets, strict=True):
+            config, built = transformers_processors(model, prompt, self.generation_config, budget, tokenizer)
             if config.max_time is not None:
                 raise ValueError(
                     f"max_time={config.max_time}: there is no time limit here; leave `stream` when it is reached."

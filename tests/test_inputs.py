@@ -71,7 +71,11 @@ ARGUMENTS = {
     "bytes": (b"ab", {}, "prompts is a bytes; pass token ids or text"),
     "set": ({1, 2}, {}, "prompts is a set; pass token ids or text"),
     "no prompt at all": (None, {}, "prompts is a NoneType; pass token ids or text"),
-    "chat": ([{"role": "user", "content": "hello"}], {}, r"prompt 0 is a dict; of chat.*apply_chat_template"),
+    "message outside of a chat": (
+        [[1], {"role": "user", "content": "hello"}],
+        {},
+        r"prompt 1 is a dict; of chat.*list",
+    ),
     "BatchEncoding": (BatchEncoding({"input_ids": [[1, 2]]}), {}, "token ids alone"),
     "empty text": ("", {"tokenizer": Ids()}, "prompt 0 is empty"),
     "text and a tokenizer that reads none": ("12", {"tokenizer": Decodes()}, "a Decodes reads none; pass tokenizer"),

@@ -32,7 +32,7 @@ class ExactCoins(Coins):
         self._place = [0] * len(scripts)
         self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
 
-    def reseed(self, seed: int) -> None:
+    def reseed(self, seed: int, first: int = 0) -> None:
         self.turn_to(0)  # they follow every outcome, whatever the seed
 
     def turn_to(self, step: int) -> None:

@@ -48,7 +48,8 @@ class Record:
     """
 
     seed: int
-    step: int  # with the seed and the row: the coins
+    first_index: int  # of the prompts: with the seed, the row and the step, the coins
+    step: int
     spec: TreeSpec  # what the drafter promised
     stop_tokens: Tensor  # [n] int64
     budget: Tensor  # [batch] int64: tokens that each row may still have emitted; 0 for rows that had ended
@@ -59,7 +60,7 @@ class Record:
 
     @classmethod
     def of(cls, tree: DraftTree, law: TargetLaw, decisions: Decisions, **run: Any) -> Record:
-        """Copies on the CPU; `run` is the rest: seed, step, spec, stop_tokens, budget."""
+        """Copies on the CPU; `run` is the rest: seed, first_index, step, spec, stop_tokens, budget."""
         parents, laws = _kept(tree.topology.parents), _kept(tree.laws)
         bare = DraftTree(_kept(tree.tokens), Topology(parents, tree.topology.depth, tree.topology.width), laws)
         rows, nodes = (torch.ones_like(tree.tokens).cumsum(axis) - 1 for axis in (0, 1))
@@ -80,7 +81,7 @@ class Record:
     def coins(self) -> Coins:
         """The coins of this step."""
         batch, nodes = self.bare.tokens.shape
-        coins = Coins(self.seed, batch, nodes)
+        coins = Coins(self.seed, batch, nodes, first=self.first_index)
         coins.turn_to(self.step)
         return coins
 
@@ -97,7 +98,14 @@ class Record:
         tensors |= {f"{name}.values": part.values for name, part in packed.items() if part is not None}
         tensors |= {f"{name}.where": part.where for name, part in packed.items() if part and part.where is not None}
         spec = {**asdict(self.spec), "laws": sorted(map(int, self.spec.laws))}
-        rest = {"seed": self.seed, "step": self.step, "spec": spec, "depth": topology.depth, "width": topology.width}
+        rest = {
+            "seed": self.seed,
+            "first_index": self.first_index,
+            "step": self.step,
+            "spec": spec,
+            "depth": topology.depth,
+            "width": topology.width,
+        }
         return tensors, {**rest, "shapes": {name: part.shape for name, part in packed.items() if part is not None}}
 
     @classmethod
@@ -110,7 +118,7 @@ class Record:
             for name, shape in rest["shapes"].items()
         }
         return cls(
-            rest["seed"], rest["step"], spec, tensors["stop_tokens"], tensors["budget"],
+            rest["seed"], rest["first_index"], rest["step"], spec, tensors["stop_tokens"], tensors["budget"],
             DraftTree(tensors["tokens"], topology, tensors["laws"]), packed.get("draft"), packed["target"],
             Decisions(tensors["path"], tensors["accepted"], tensors["token"]),
         )  # fmt: skip

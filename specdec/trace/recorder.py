@@ -43,7 +43,13 @@ class Recorder:
         """
         if self.reads_laws:
             request = self._request
-            run = {"seed": request.seed, "step": coins.step, "spec": request.spec, "budget": left}
+            run = {
+                "seed": request.seed,
+                "first_index": request.first_index,
+                "step": coins.step,
+                "spec": request.spec,
+                "budget": left,
+            }
             stop = torch.tensor(request.stop_tokens, dtype=torch.int64)
             self._record = Record.of(tree, law, decisions, **run, stop_tokens=stop)
 
