@@ -8,7 +8,6 @@ import torch
 from tiny_models import llama
 
 import specdec
-from certificates.cases import ADAPTIVE
 from specdec import Law, TreeSpec
 from specdec.drafters import (
     Drafter,
@@ -217,7 +216,6 @@ POLICIES = [
     Static([-1, 0, 0, 2, 2], Law.IID),
     Dynamic(5, 2, 2),
     Dynamic(5, 2, 2, threshold=0.3),
-    ADAPTIVE,
 ]
 
 

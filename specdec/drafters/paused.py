@@ -20,7 +20,10 @@ from specdec.outcome import Outcome
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec
 
-_RECENT = 5  # times that are kept of a kind of step: their median does not mind that one was interrupted
+# Times patience: how much of what drafts have gained they may lose again. More finds out later that a text has changed.
+_SAVED = 4.0
+# Times that are kept of every size of tree: their median does not mind that other processes interrupt a step.
+_RECENT = 5
 
 
 class Paused(Drafter):
@@ -28,28 +31,28 @@ class Paused(Drafter):
 
     >>> Paused(ModelDrafter(draft))
 
-    A run has a balance, in units of a step without a draft. A step with a draft changes it by the tokens that the draft added
-    to each row, less the time that it took longer: 1 + accepted - seconds / seconds without a draft. The drafter drafts while
-    the balance is positive; a step without a draft adds `share`, so that every pause ends with a new attempt. The balance
-    begins at `patience` and never exceeds it, so what was gained long ago does not count when the texts change.
+    A run has a balance, counted in steps without a draft. A step with a draft changes it by the tokens by which it brought the
+    row with most to come nearer to its end, less the time that it took: tokens - seconds / seconds without a draft. The drafter
+    drafts while the balance is positive; a step without a draft adds `share`, so every pause ends with a new attempt. The
+    balance begins at `patience` and never exceeds 4 times that, so that what was gained long ago does not count for ever.
 
-    Whatever the drafter does, a run so takes at most `patience` + `share` x its steps more steps' time than without a draft,
-    and the loss of one step, as far as the times are known: of a tree's size from its second step on. While drafts pay, one
-    step in 1 / `share` goes without, to time it: that costs less than `share` of the tokens.
+    Bounded: whatever the drafter does, all rows have their `max_new_tokens` after at most `patience` + `share` x steps + the
+    loss of one step more than without a draft, as far as the times of steps are known. One step in 1 / `share` has no draft in
+    any case, to time it: where drafts pay, that costs less than `share` of the tokens.
 
-    Lossless with any lossless rule. Whether a step has a draft is decided by tokens and times of the steps before, so before
-    any coin of this step is drawn. Given those, the trees are the drafter's own, drawn as they say, or roots alone; either way
-    the rule gives the step's tokens the target's law. As that holds whatever has happened before, the whole text has it.
+    Lossless with a lossless rule. Whether a step has a draft is decided by tokens and times of the steps before, so before any
+    coin of this step is drawn. Given those, the trees are the drafter's own, drawn as they say, or roots alone, and either way
+    the rule gives the step's tokens the target's law. As that holds whatever happened before, the whole text has it.
 
-    One decision holds for all rows, so a row's text depends on the rows beside it, and unless `seconds` is given on the clock:
-    then a seed does not repeat a run, though its law is the target's all the same. Nothing is carried over from run to run.
-    With captured stages the proposal as a whole runs on the host; a `TreeDrafter`'s scores are still captured one by one.
+    One decision holds for all rows, so a row's text depends on the rows beside it; without `seconds` it depends on the clock
+    too, and a seed does not repeat a run. Nothing is carried over from run to run. With captured stages the proposal as a whole
+    runs on the host; a `TreeDrafter`'s scores are captured one by one.
 
     Args:
-        drafter: is told that nothing was accepted in steps in which it is paused.
-        patience: steps' time that drafts may lose at once before they are paused: unlucky steps come in rows.
-        share: of the time, how much attempts may lose in the long run.
-        seconds: (nodes) -> seconds of a step with a draft of so many nodes, the root included, and for 1 without a draft: a
+        drafter: any; in steps in which it is paused it is told that nothing was kept.
+        patience: how many steps' time drafts may lose before they are paused: unlucky steps come in rows.
+        share: how much of the time later attempts may lose.
+        seconds: (nodes) -> seconds of a step with a draft of so many nodes, the root included, and of 1 without a draft; a
             `specdec.theory.CostCurve`, for instance. None: the run's own steps are timed. Processes that share a model (tensor
             parallelism) need it, and the same in all, or they would draft different trees.
     """
@@ -57,7 +60,7 @@ class Paused(Drafter):
     def __init__(
         self,
         drafter: Drafter,
-        patience: float = 2.0,
+        patience: float = 3.0,
         share: float = 0.02,
         seconds: Callable[[int], float] | None = None,
     ):
@@ -72,7 +75,8 @@ class Paused(Drafter):
         return f"Paused({self.drafter}, patience={self.patience:g}, share={self.share:g})"
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        return replace(self.drafter.spec(sampling), by_row=False, by_clock=self.seconds is None)
+        spec = self.drafter.spec(sampling)
+        return replace(spec, by_row=False, by_clock=spec.by_clock or self.seconds is None)
 
     def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
         known = last if isinstance(last, _PausedRun) else None
@@ -89,8 +93,10 @@ class _PausedRun(DraftRun):
     def begun(self, drafter: Paused) -> _PausedRun:
         """This run, with nothing known."""
         self._balance = Balance(drafter.patience, drafter.share, drafter.seconds)
-        self._proposed: tuple[int, float] | None = None  # in this step: nodes, 0 without a draft, and when it began
-        self._last: tuple[int, float, Tensor] | None = None  # the same of the step before, and `Outcome.keep`
+        self._proposed = False  # in this step
+        self._last: tuple[int, float, int] | None = (
+            None  # step: nodes, 0 without a draft; when it began; tokens to come
+        )
         return self
 
     def states_known(self) -> list[int]:
@@ -104,48 +110,48 @@ class _PausedRun(DraftRun):
         self._last = None  # the time that prompts take is no step's
 
     def propose(self, coins: Coins) -> DraftTree:
-        now = time.perf_counter()
+        now, left = time.perf_counter(), max(self.batch.host_left)
         if self._last is not None:
-            nodes, began, keep = self._last
-            accepted = [n - 1 for n in keep.tolist() if n]  # the loop has waited for the device already
-            self._balance.see(nodes, sum(accepted) / max(len(accepted), 1), now - began)
+            nodes, began, before = self._last
+            self._balance.see(nodes, min(before - left, max(nodes, 1)), now - began)
         tree = self.drafting.propose(coins) if self._balance.drafts else None
-        self._proposed = (0 if tree is None else tree.tokens.shape[1]), now
+        self._last, self._proposed = (0 if tree is None else tree.tokens.shape[1], now, left), True
         return self.batch.undrafted() if tree is None else tree
 
     def commit(self, outcome: Outcome) -> None:
-        # within a `Fallback` it is not asked in every step: where the step ended that it was asked in is then not known
-        self._last = None if self._proposed is None else (*self._proposed, outcome.keep)
-        drafted = self._proposed is None or self._proposed[0] > 0
-        self._proposed = None
-        self.drafting.commit(outcome if drafted else outcome.of_rows(self._nobody))
+        if not self._proposed:  # a `Fallback` did not ask it: when the step before ended is not known
+            self._last = None
+        self._proposed = False
+        paused = self._last is not None and self._last[0] == 0
+        self.drafting.commit(outcome.of_rows(self._nobody) if paused else outcome)
 
 
 class Balance:
-    """What drafts may still lose, in steps without a draft; of numbers on the host only. See `Paused` for the arguments."""
+    """What drafts may still lose, in steps without a draft. Numbers on the host only; see `Paused` for the arguments."""
 
     def __init__(self, patience: float, share: float, seconds: Callable[[int], float] | None = None):
-        self.left, self.patience, self.share, self._given = patience, patience, share, seconds
+        self.left, self._most, self._share, self._given = patience, _SAVED * patience, share, seconds
         self._times: dict[int, deque[float]] = {}  # the newest seconds of steps, by nodes; 0 without a draft
-        self._drafted = 0  # steps since the last one without a draft
+        self._since = 0  # steps since the last one without a draft
 
     @property
     def drafts(self) -> bool:
         """Whether the next step is to have a draft."""
-        timed = self._given is not None or (0 in self._times and self._drafted < 1 / self.share)
+        timed = self._given is not None or (0 in self._times and self._since < 1 / self._share)
         return timed and self.left > 0
 
-    def see(self, nodes: int, accepted: float, seconds: float) -> None:
-        """A step with trees of so many nodes, 0 without a draft: accepted tokens per row, and how long it took."""
+    def see(self, nodes: int, tokens: int, seconds: float) -> None:
+        """A step with trees of so many nodes, 0 without a draft: what it gave, and how long it took."""
         self._times.setdefault(nodes, deque(maxlen=_RECENT)).append(seconds)
-        self._drafted = self._drafted + 1 if nodes else 0
-        gained = 1 + accepted - self._slower(nodes) if nodes else self.share
-        self.left = min(self.left + gained, self.patience)
+        self._since = self._since + 1 if nodes else 0
+        gained = tokens - 1 - self._longer(nodes) if nodes else self._share
+        self.left = min(self.left + gained, self._most)
 
-    def _slower(self, nodes: int) -> float:
-        """The time of a step with such trees, over that of a step without a draft."""
+    def _longer(self, nodes: int) -> float:
+        """By how many steps without a draft one with such trees takes longer."""
         if self._given is not None:
-            return self._given(nodes) / self._given(1)
-        if len(self._times[nodes]) < 2:  # the first may have compiled, captured or warmed something up
-            return 1.0
-        return median_low(self._times[nodes]) / median_low(self._times[0])
+            return self._given(nodes) / self._given(1) - 1
+        times = self._times[nodes]
+        longer = median_low(times) / median_low(self._times[0]) - 1
+        # the first may have compiled or captured something, as happens once: it is charged as the second is, and with it
+        return {1: 0.0, 2: 2 * longer}.get(len(times), longer)
