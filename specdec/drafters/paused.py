@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median_low
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,19 +85,24 @@ class Paused(Drafter):
         return (known if known and drafting is known.drafting else _PausedRun(batch, drafting)).begun(self)
 
 
+class _Step(NamedTuple):
+    nodes: int  # of each tree, 0 without a draft
+    began: float  # seconds
+    left: int  # tokens that the row with most to come had before it
+
+
 class _PausedRun(DraftRun):
     def __init__(self, batch: Batch, drafting: DraftRun):
         super().__init__(batch)
         self.drafting = drafting
         self._nobody = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]
 
+    _step: _Step | None
+
     def begun(self, drafter: Paused) -> _PausedRun:
         """This run, with nothing known."""
         self._balance = Balance(drafter.patience, drafter.share, drafter.seconds)
-        self._proposed = False  # in this step
-        self._last: tuple[int, float, int] | None = (
-            None  # step: nodes, 0 without a draft; when it began; tokens to come
-        )
+        self._step, self._asked = None, False  # the last step that it was asked in; whether that is this one
         return self
 
     def states_known(self) -> list[int]:
@@ -107,22 +113,23 @@ class _PausedRun(DraftRun):
 
     def enter(self, rows: list[int]) -> None:
         self.drafting.enter(rows)
-        self._last = None  # the time that prompts take is no step's
+        self._step = None  # the time that prompts take is no step's
 
     def propose(self, coins: Coins) -> DraftTree:
         now, left = time.perf_counter(), max(self.batch.host_left)
-        if self._last is not None:
-            nodes, began, before = self._last
-            self._balance.see(nodes, min(before - left, max(nodes, 1)), now - began)
+        if self._step is not None:
+            nodes, began, before = self._step
+            tokens = min(before - left, max(nodes, 1))  # a row that a stop token ends has not come so far by its draft
+            self._balance.see(nodes, tokens, now - began)
         tree = self.drafting.propose(coins) if self._balance.drafts else None
-        self._last, self._proposed = (0 if tree is None else tree.tokens.shape[1], now, left), True
+        self._step, self._asked = _Step(0 if tree is None else tree.tokens.shape[1], now, left), True
         return self.batch.undrafted() if tree is None else tree
 
     def commit(self, outcome: Outcome) -> None:
-        if not self._proposed:  # a `Fallback` did not ask it: when the step before ended is not known
-            self._last = None
-        self._proposed = False
-        paused = self._last is not None and self._last[0] == 0
+        if not self._asked:  # but within a `Fallback` another drafter: when the step before ended is not known
+            self._step = None
+        self._asked = False
+        paused = self._step is not None and self._step.nodes == 0
         self.drafting.commit(outcome.of_rows(self._nobody) if paused else outcome)
 
 
