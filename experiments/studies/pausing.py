@@ -64,11 +64,8 @@ def virtual_clock(draft: float, node: float) -> Iterator[None]:
 
         return mock.patch.object(kind, "score", timed)
 
-    target, drafting = (
-        taking(ModelTargetRun, lambda nodes: 1 + node * (nodes - 1)),
-        taking(ModelDraftRun, lambda _: draft),
-    )
-    with mock.patch("time.perf_counter", lambda: now), target, drafting:
+    target = taking(ModelTargetRun, lambda nodes: 1 + node * (nodes - 1))
+    with mock.patch("time.perf_counter", lambda: now), target, taking(ModelDraftRun, lambda _: draft):
         yield
 
 
@@ -103,14 +100,15 @@ def main() -> None:
     prompts = demo(["functions", "docstrings", "tests", "prose"], asked.per_task)
     ids = [torch.tensor(models.tokenizer(prompt.turns[0])["input_ids"]) for prompt in prompts]
     batches = {1: [[each] for each in ids[::2]], 8: [ids[:: len(ids) // 8], ids[len(ids) // 8 - 1 :: len(ids) // 8]]}
-    virtual, methods = asked.clock == "virtual", drafters(models)
-    columns = {}
+    virtual, methods, columns = asked.clock == "virtual", drafters(models), {}
     for size, law in ((size, law) for size in batches for law in SAMPLINGS):
         options = {"max_new_tokens": asked.new_tokens, "sampling": SAMPLINGS[law]}
         compared(models.target, methods, batches[size][:1], **{**options, "max_new_tokens": 8})  # warmed up
         for setting in COSTS if virtual else [""]:
             with virtual_clock(*COSTS[setting]) if virtual else nullcontext():
-                columns[f"batch {size}, {law} {setting}"] = compared(models.target, methods, batches[size], **options)
+                columns[f"batch {size}, {law} {setting}".rstrip()] = compared(
+                    models.target, methods, batches[size], **options
+                )
     rows = [["over no draft", *(name + clock for name in columns for clock in ("", ", processor")[: 2 - virtual])]]
     for name in methods:
         ratios = [clock for found in columns.values() for clock in found[name][: 2 - virtual]]
