@@ -26,11 +26,11 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # its cases and planted bugs
 
-from certificates.cases import ADAPTIVE, ROUNDING, Case, llama
+from certificates.cases import ROUNDING, Case, llama, paused
 from certificates.mutants import MUTANTS, STOP
 from experiments.bench.report import markdown
 from experiments.bench.results import ROOT, Json, provenance
-from specdec import Sampling
+from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter
 from specdec.laws import SAMPLED
 from specdec.rules import (
@@ -76,9 +76,9 @@ def cases() -> list[tuple[Case, str | None]]:
         Case(TabularDrafter(Table(2, seed=3), Widths((2, 2), law)), rule, target=TabularTarget(2, 2), stop_tokens=stop)
         for law, rule, stop in product(SAMPLED, RULES, ((), (1,)))
     ]
-    grid += [  # what a step drafts depends on the outcomes of those before it: whole runs
+    grid += [  # whether a step drafts depends on the outcomes of those before it: whole runs
         Case(
-            TabularDrafter(Table(2, seed=3), ADAPTIVE),
+            paused(TabularDrafter(Table(2, seed=3), Widths((2, 1), Law.IID))),
             rule,
             target=TabularTarget(2, 2),
             stop_tokens=stop,

@@ -242,7 +242,7 @@ def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
     if spec.by_clock and processes > 1:
         raise ValueError(
             f"Trees are chosen by measured times, and {processes} processes that share this model would wait for each other "
-            "with different ones; give the same times to all of them, Adaptive(costs=...)."
+            "with different ones; give the same times to all of them, Paused(drafter, seconds=...)."
         )
 
 

@@ -14,10 +14,11 @@ from specdec.drafters import (
     MedusaHeads,
     ModelDrafter,
     NgramDrafter,
+    Paused,
     SuffixDrafter,
 )
-from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, Chain, Dynamic, Static, Widths
+from specdec.theory import CostCurve
+from specdec.trees import Chain, Dynamic, Static, Widths
 
 STAGES = ("propose", "score", "decide", "commit")
 OPTIONS = {"max_new_tokens": 16, "stop_tokens": (7,), "seed": 3}
@@ -44,12 +45,12 @@ DRAFTERS = {
     "n-grams": lambda draft: NgramDrafter(4),
     "suffixes": lambda draft: SuffixDrafter(),
     "suffixes, then a model": lambda draft: Fallback(SuffixDrafter(), ModelDrafter(draft, Chain(3))),
-    "adaptive": lambda draft: ModelDrafter(draft, Adaptive(costs=COSTS)),
-    "layers left out, adaptive": lambda draft: LayerSkipDrafter(skip=[1], tree=Adaptive(costs=COSTS)),
-    "heads, adaptive": lambda draft: MedusaDrafter(heads().to(draft.device), Adaptive(depth=3, costs=COSTS)),
+    "chain, paused": lambda draft: Paused(ModelDrafter(draft, Chain(3)), 0.5, 0.4, SECONDS),
+    "layers left out, paused": lambda draft: Paused(LayerSkipDrafter(skip=[1], tree=Chain(3)), 0.5, 0.4, SECONDS),
+    "heads, paused": lambda draft: Paused(MedusaDrafter(heads().to(draft.device), Widths((2, 1))), 0.5, 0.4, SECONDS),
     "as long as they are sure": lambda draft: ModelDrafter(draft, Dynamic(8, 3, 2, threshold=0.05)),
 }
-COSTS = Costs(CostCurve((1, 24), (1.0, 1.4)), CostCurve((1, 3), (0.02, 0.02)))
+SECONDS = CostCurve((1, 8), (1.0, 2.5))
 ON_HOST = ["n-grams", "suffixes"]
 SCORES_CAPTURED = [*DRAFTERS][-5:]
 SAMPLINGS = {"greedy": Sampling(), "nucleus": Sampling(0.8, top_p=0.9)}

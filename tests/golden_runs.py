@@ -39,8 +39,7 @@ from specdec.rules import (
     TypicalAcceptance,
 )
 from specdec.testing import Tape
-from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, Chain, Dynamic, Static, Widths
+from specdec.trees import Chain, Dynamic, Static, Widths
 
 FILE = Path(__file__).with_suffix(".json")
 ENGINES = {"eager": lambda: "eager", "graph": specdec.Graphs, "tape": lambda: specdec.Graphs(capture=Tape)}
@@ -91,7 +90,6 @@ SHARED = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).tolis
     :45
 ]  # five tokens are the target's alone
 WORDS, DRAFT_WORDS = words([f"w{i}" for i in range(VOCAB)]), words([f"w{i}" for i in SHARED])
-COSTS = Costs(CostCurve((1, 24), (1.0, 1.4)), CostCurve((1, 3), (0.02, 0.02)))
 
 TREES = {
     "chain": lambda: Chain(3),
@@ -103,7 +101,6 @@ TREES = {
     "static, top": lambda: Static((-1, 0, 0, 0, 1, 1, 4)),
     "dynamic": lambda: Dynamic(8, 3, 2),
     "as long as they are sure": lambda: Dynamic(8, 3, 2, threshold=0.05),
-    "adaptive": lambda: Adaptive(8, 3, 2, costs=COSTS),
 }
 MODELS = {  # drafters that draw trees
     "model": lambda tree: ModelDrafter(DRAFT, tree),

@@ -18,6 +18,7 @@ from specdec.drafters import (
     MedusaHeads,
     ModelDrafter,
     NgramDrafter,
+    Paused,
     SuffixDrafter,
 )
 from specdec.rules import LenientRejection, LevelVerification, SiblingRejection, TypicalAcceptance
@@ -34,7 +35,7 @@ from specdec.testing import (
 from specdec.theory import CostCurve, Costs
 from specdec.trace import Trace, replay
 from specdec.training import distillation, medusa, self_distillation, skip_search
-from specdec.trees import Adaptive, Chain, Dynamic, Static, Widths
+from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
 
@@ -62,9 +63,6 @@ COUNTS = {
     "Dynamic: nodes": (Dynamic, 2),
     "Dynamic: depth": (lambda v: Dynamic(9, v), 1),
     "Dynamic: width": (lambda v: Dynamic(9, 2, v), 1),
-    "Adaptive: nodes": (Adaptive, 2),
-    "Adaptive: depth": (lambda v: Adaptive(9, v), 1),
-    "Adaptive: width": (lambda v: Adaptive(9, 2, v), 1),
     "NgramDrafter: length": (NgramDrafter, 1),
     "NgramDrafter: max_ngram": (lambda v: NgramDrafter(2, v), 1),
     "NgramDrafter: branches": (lambda v: NgramDrafter(2, 2, v), 1),
@@ -272,7 +270,8 @@ KINDS = {
     "heads": (MedusaDrafter, "MedusaHeads"),
     "first": (lambda v: Fallback(v, DRAFTER), "specdec Drafter"),
     "second": (lambda v: Fallback(DRAFTER, v), "specdec Drafter"),
-    "costs": (lambda v: Adaptive(costs=v), "measure_costs"),
+    "paused": (Paused, "specdec Drafter"),
+    "seconds": (lambda v: Paused(DRAFTER, seconds=v), "CostCurve"),
     "law": (lambda v: Widths([2], v), "Law.IID"),
     "law of a static tree": (lambda v: Static([-1, 0], v), "Law.IID"),
     "law of a ceiling": (lambda v: theory.one_step_ceiling([1.0], v, [1.0]), "Law.IID"),

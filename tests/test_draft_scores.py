@@ -11,13 +11,11 @@ import specdec
 from specdec import DraftTree, Graphs, Law, Sampling
 from specdec.drafters import Fallback, ModelDrafter, NgramDrafter
 from specdec.testing import Tape
-from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, Chain, Dynamic, Static, TreePolicy, Widths
+from specdec.trees import Chain, Dynamic, Static, TreePolicy, Widths
 from specdec.trees.base import TreeRun
 
 torch.set_num_threads(1)
 
-COSTS = Costs(CostCurve((1, 6), (1.0, 1.01)))
 TREES = {
     "chain": Chain(3),
     "widths": Widths([2, 2]),
@@ -26,7 +24,6 @@ TREES = {
     "static": Static([-1, 0, 0, 1]),
     "dynamic": Dynamic(6, 2, 2),
     "dynamic by threshold": Dynamic(6, 2, 2, threshold=0.05),
-    "adaptive": Adaptive(6, 2, 2, costs=COSTS),
 }
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(1.0), "nucleus": Sampling(1.0, top_p=0.9)}
 
@@ -130,20 +127,6 @@ def test_scores_in_another_precision_and_with_tokens_ruled_out_are_a_law(tree):
     expected = specdec.generate(llama(), PROMPTS, max_new_tokens=12).tokens
     found = specdec.generate(llama(), PROMPTS, Spoilt(edit, TREES[tree]), max_new_tokens=12).tokens
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
-
-
-@pytest.mark.filterwarnings("ignore:engine. the stage")
-def test_what_was_learned_from_logits_that_are_no_law_does_not_outlast_them():
-    engine, broken = Graphs(), [True]
-    edit = at_token(torch.nan)
-    drafter = Spoilt(lambda logits: edit(logits) if broken else logits, Adaptive(6, 2, 2), llama())
-    options = {"max_new_tokens": 60, "stop_tokens": (), "engine": engine}
-    with pytest.raises(ValueError, match="the draft model's weights"):
-        specdec.generate(llama(), PROMPTS, drafter, **options)
-    broken.clear()
-    out = specdec.generate(llama(), PROMPTS, drafter, keep=True, **options)
-    assert len(out.tokens[0]) == 60
-    assert out.runs.drafter.tree._economy.calibration > 0
 
 
 FORMS = {

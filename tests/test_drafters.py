@@ -10,7 +10,6 @@ from small_drafters import Edited, Proposing
 from tiny_models import llama
 
 import specdec
-from certificates.cases import ADAPTIVE
 from specdec import Law, TreeSpec
 from specdec.drafters import (
     Fallback,
@@ -216,7 +215,6 @@ POLICIES = [
     Static([-1, 0, 0, 2, 2], Law.IID),
     Dynamic(5, 2, 2),
     Dynamic(5, 2, 2, threshold=0.3),
-    ADAPTIVE,
 ]
 
 

@@ -7,6 +7,7 @@ from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.no_drafter import NoDrafter
+from specdec.drafters.paused import Paused
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 
@@ -20,6 +21,7 @@ __all__ = [
     "ModelDrafter",
     "NgramDrafter",
     "NoDrafter",
+    "Paused",
     "SuffixDrafter",
     "TreeDraftRun",
     "TreeDrafter",

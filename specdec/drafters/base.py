@@ -89,5 +89,6 @@ class DraftRun(ABC):
 
     def commit(self, outcome: Outcome) -> None:  # noqa: B027 - optional
         """What was kept of the last proposal; called after every step. Also called, with `keep` = 0, for rows that had ended,
-        and for rows that another drafter drafted for (`Fallback`), when `propose` may not even have been called.
+        for rows that another drafter drafted for (`Fallback`), and for all where none did (`Paused`), when `propose` may not
+        even have been called.
         """

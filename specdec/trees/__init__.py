@@ -1,6 +1,5 @@
 """Tree policies: who gets how many children, under which law. One policy per file."""
 
-from specdec.trees.adaptive import Adaptive
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
 from specdec.trees.draw import Children, draw
 from specdec.trees.dynamic import Dynamic
@@ -8,7 +7,6 @@ from specdec.trees.static import Static
 from specdec.trees.widths import Chain, Widths
 
 __all__ = [
-    "Adaptive",
     "Chain",
     "Children",
     "Dynamic",

@@ -10,15 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec import Law, Sampling
-from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, NoDrafter
+from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, NoDrafter, Paused
 from specdec.rules import Rule, SiblingRejection
 from specdec.testing import TabularTarget, exact_law, target_law
-from specdec.theory import CostCurve, Costs
-from specdec.trees import Adaptive, Dynamic
+from specdec.theory import CostCurve
+from specdec.trees import Dynamic
 
 PROMPT = (0, 1, 0)
 ROUNDING = 1e-12  # of float64 Llamas: logits of one text differ by 1e-15 between batch shapes
-ADAPTIVE = Adaptive(5, 2, 2, Costs(CostCurve((1, 5), (1.0, 1.4)), CostCurve((1, 2), (0.2, 0.2))))  # at given times
 KEYS = (
     "drafter", "tree", "law", "rule", "sampling", "eos", "horizon", "lossless", "mutant", "total_variation",
     "expected_tokens", "paths", "refused",
@@ -63,10 +62,11 @@ class Case:
     def row(self, mutant: str | None = None) -> dict[str, Any]:
         """The row of the certificate's table, with exactly the keys `KEYS`."""
         found: dict[str, Any] = dict.fromkeys(KEYS[-4:-1]) if self.refused else self.certify()
-        tree = getattr(self.drafter, "tree", None)
+        drafter = self.drafter.drafter if isinstance(self.drafter, Paused) else self.drafter
+        tree = getattr(drafter, "tree", None)
         values: dict[str, Any] = {
             "drafter": drafter_name(self.drafter),
-            "tree": f"chain {self.drafter.length}" if isinstance(self.drafter, NgramDrafter) else tree_name(tree),
+            "tree": f"chain {drafter.length}" if isinstance(drafter, NgramDrafter) else tree_name(tree),
             "law": law_name(self.drafter.spec(self.sampling).laws),
             "rule": type(self.rule).__name__,
             "sampling": sampling_name(self.sampling),
@@ -92,7 +92,14 @@ def llama(seed: int, layers: int) -> LlamaForCausalLM:
     return model
 
 
+def paused(drafter: Drafter) -> Paused:
+    """One whose drafts are too dear unless two tokens are accepted, so that it is paused and tries again within a few steps."""
+    return Paused(drafter, patience=0.5, share=0.6, seconds=CostCurve((1, 5), (1.0, 3.0)))
+
+
 def drafter_name(drafter: Drafter) -> str:
+    if isinstance(drafter, Paused):
+        return f"{drafter_name(drafter.drafter)}, paused"
     known = {ModelDrafter: "model", NgramDrafter: "n-gram", NoDrafter: "none"}
     return known.get(type(drafter), "table")
 
@@ -103,8 +110,6 @@ def tree_name(tree: Any) -> str:
         return "its own"
     if isinstance(tree, Dynamic):
         return f"dynamic {tree.nodes} nodes"
-    if isinstance(tree, Adaptive):
-        return f"adaptive {tree.nodes} nodes"
     kind = "chain" if max(tree.widths) == 1 else "widths"
     return f"{kind} {len(tree.widths) if kind == 'chain' else '-'.join(map(str, tree.widths))}"
 

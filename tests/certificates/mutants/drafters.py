@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from small_drafters import Proposing, editing
 
-from certificates.cases import ADAPTIVE, Case
+from certificates.cases import Case, paused
 from certificates.mutants.mutant import DRAFT, Mutant
 from specdec import DraftTree, Law, TreeSpec
+from specdec.drafters import paused as pausing
 from specdec.testing import Table, TabularDrafter
 from specdec.trees import Chain, Widths
-from specdec.trees.adaptive import policy as adaptive
 
 
 def drops_unlikely(tree):
@@ -91,26 +91,23 @@ class DropsPointByDescendant(Proposing):
 PAIRS = Widths((2,), Law.WITHOUT_REPLACEMENT)
 
 
-def dropping_what_does_not_pay(self, drawn, expected):
-    """`_Growing.add` that drops the drawn children whose probability is small."""
-    exists = _add(self, drawn, expected)
-    if drawn.draft_probs is not None:
-        count = drawn.draft_probs.shape[1]
-        exists &= (drawn.draft_probs.gather(-1, drawn.tokens.unflatten(1, (count, -1))) > 0.5).flatten(1).numpy()
-    return exists
+def pausing_by_what_was_drawn(self, coins):
+    """`_PausedRun.propose` that decides on a pause when it has seen the draft."""
+    tree = _propose(self, coins)
+    return self.batch.undrafted() if tree.tokens.shape[1] > 1 and bool(tree.tokens[:, 1].eq(0).all()) else tree
 
 
-_add = adaptive._Growing.add
+_propose = pausing._PausedRun.propose
 _DRAFTERS = {
     "sampled, then pruned by the drawn token's probability": (EditedTable(Chain(1), drops_unlikely), True),
     "sampled, then ranked by the drawn tokens' probability": (EditedTable(PAIRS, ordered_by_probability), True),
     "argmax draft with a softmax law": (EditedTable(Chain(1), argmax_with_softmax), True),
     "top-k draft taken for independent samples": (EditedTable(Widths((2,), Law.IID), top_taken_for_iid), True),
     "point node dropped by its sampled descendant": (DropsPointByDescendant(), True),
-    "adaptive: drawn, then dropped as not worth its time": (
-        TabularDrafter(DRAFT, ADAPTIVE),
+    "paused when the draft has been seen": (
+        paused(TabularDrafter(DRAFT, Chain(1))),
         True,
-        (adaptive._Growing, "add", dropping_what_does_not_pay),
+        (pausing._PausedRun, "propose", pausing_by_what_was_drawn),
     ),
     "one noise for all steps": (OneNoiseForAllSteps(Table(3, seed=2), Chain(1)), False),
 }

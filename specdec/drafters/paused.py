@@ -1,0 +1,164 @@
+"""Any drafter, paused while its drafts take more time than they save."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median_low
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.batch import Batch
+from specdec.checks import as_float, check_callable, check_kind
+from specdec.coins import Coins
+from specdec.drafters.base import Drafter, DraftRun
+from specdec.models.target import TargetRun
+from specdec.outcome import Outcome
+from specdec.sampling import Sampling
+from specdec.tree import DraftTree, TreeSpec
+
+# Times patience: how much of what drafts have gained they may lose again. More finds out later that a text has changed.
+_SAVED = 4.0
+# Times that are kept of every size of tree: their median does not mind that other processes interrupt a step.
+_RECENT = 5
+
+
+class Paused(Drafter):
+    """Lets a drafter draft while that pays, and decodes without a draft while it does not.
+
+    >>> Paused(ModelDrafter(draft))
+
+    A run has a balance, counted in steps without a draft. A step with a draft changes it by the tokens by which it brought the
+    row with most to come nearer to its end, less the time that it took: tokens - seconds / seconds without a draft. The drafter
+    drafts while the balance is positive; a step without a draft adds `share`, so every pause ends with a new attempt. The
+    balance begins at `patience` and never exceeds 4 times that, so that what was gained long ago does not count for ever.
+
+    Bounded: whatever the drafter does, all rows have their `max_new_tokens` after at most `patience` + `share` x steps + the
+    loss of one step more than without a draft, as far as the times of steps are known. One step in 1 / `share` has no draft in
+    any case, to time it: where drafts pay, that costs less than `share` of the tokens.
+
+    Lossless with a lossless rule. Whether a step has a draft is decided by tokens and times of the steps before, so before any
+    coin of this step is drawn. Given those, the trees are the drafter's own, drawn as they say, or roots alone, and either way
+    the rule gives the step's tokens the target's law. As that holds whatever happened before, the whole text has it.
+
+    One decision holds for all rows, so a row's text depends on the rows beside it; without `seconds` it depends on the clock
+    too, and a seed does not repeat a run. Nothing is carried over from run to run. With captured stages the proposal as a whole
+    runs on the host; a `TreeDrafter`'s scores are captured one by one.
+
+    Args:
+        drafter: any; in steps in which it is paused it is told that nothing was kept.
+        patience: how many steps' time drafts may lose before they are paused: unlucky steps come in rows.
+        share: how much of the time later attempts may lose.
+        seconds: (nodes) -> seconds of a step with a draft of so many nodes, the root included, and of 1 without a draft; a
+            `specdec.theory.CostCurve`, for instance. None: the run's own steps are timed. Processes that share a model (tensor
+            parallelism) need it, and the same in all, or they would draft different trees.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        patience: float = 3.0,
+        share: float = 0.02,
+        seconds: Callable[[int], float] | None = None,
+    ):
+        check_kind("drafter", drafter, Drafter)
+        if seconds is not None:
+            check_callable("seconds", seconds, "pass a function of the number of nodes, such as a CostCurve, or None")
+        self.drafter, self.seconds = drafter, seconds
+        self.patience, self.share = as_float("patience", patience, "(0, inf)"), as_float("share", share, "(0, 1)")
+        self.states, self.models = drafter.states, drafter.models
+
+    def __repr__(self) -> str:
+        return f"Paused({self.drafter}, patience={self.patience:g}, share={self.share:g})"
+
+    def spec(self, sampling: Sampling) -> TreeSpec:
+        spec = self.drafter.spec(sampling)
+        return replace(spec, by_row=False, by_clock=spec.by_clock or self.seconds is None)
+
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        known = last if isinstance(last, _PausedRun) else None
+        drafting = self.drafter.start(target, batch, known.drafting if known else None)
+        return (known if known and drafting is known.drafting else _PausedRun(batch, drafting)).begun(self)
+
+
+class _Step(NamedTuple):
+    nodes: int  # of each tree, 0 without a draft
+    began: float  # seconds
+    left: int  # tokens that the row with most to come had before it
+
+
+class _PausedRun(DraftRun):
+    def __init__(self, batch: Batch, drafting: DraftRun):
+        super().__init__(batch)
+        self.drafting = drafting
+        self._nobody = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]
+
+    _step: _Step | None
+
+    def begun(self, drafter: Paused) -> _PausedRun:
+        """This run, with nothing known."""
+        self._balance = Balance(drafter.patience, drafter.share, drafter.seconds)
+        self._step, self._asked = None, False  # the last step that it was asked in; whether that is this one
+        return self
+
+    def states_known(self) -> list[int]:
+        return self.drafting.states_known()
+
+    def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
+        self.drafting.read(states, start, count)
+
+    def enter(self, rows: list[int]) -> None:
+        self.drafting.enter(rows)
+        self._step = None  # the time that prompts take is no step's
+
+    def propose(self, coins: Coins) -> DraftTree:
+        now, left = time.perf_counter(), max(self.batch.host_left)
+        if self._step is not None:
+            nodes, began, before = self._step
+            tokens = min(before - left, max(nodes, 1))  # a row that a stop token ends has not come so far by its draft
+            self._balance.see(nodes, tokens, now - began)
+        tree = self.drafting.propose(coins) if self._balance.drafts else None
+        self._step, self._asked = _Step(0 if tree is None else tree.tokens.shape[1], now, left), True
+        return self.batch.undrafted() if tree is None else tree
+
+    def commit(self, outcome: Outcome) -> None:
+        if not self._asked:  # but within a `Fallback` another drafter: when the step before ended is not known
+            self._step = None
+        self._asked = False
+        paused = self._step is not None and self._step.nodes == 0
+        self.drafting.commit(outcome.of_rows(self._nobody) if paused else outcome)
+
+
+class Balance:
+    """What drafts may still lose, in steps without a draft. Numbers on the host only; see `Paused` for the arguments."""
+
+    def __init__(self, patience: float, share: float, seconds: Callable[[int], float] | None = None):
+        self.left, self._most, self._share, self._given = patience, _SAVED * patience, share, seconds
+        self._times: dict[int, deque[float]] = {}  # the newest seconds of steps, by nodes; 0 without a draft
+        self._since = 0  # steps since the last one without a draft
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the next step is to have a draft."""
+        timed = self._given is not None or (0 in self._times and self._since < 1 / self._share)
+        return timed and self.left > 0
+
+    def see(self, nodes: int, tokens: int, seconds: float) -> None:
+        """A step with trees of so many nodes, 0 without a draft: what it gave, and how long it took."""
+        self._times.setdefault(nodes, deque(maxlen=_RECENT)).append(seconds)
+        self._since = self._since + 1 if nodes else 0
+        gained = tokens - 1 - self._longer(nodes) if nodes else self._share
+        self.left = min(self.left + gained, self._most)
+
+    def _longer(self, nodes: int) -> float:
+        """By how many steps without a draft one with such trees takes longer."""
+        if self._given is not None:
+            return self._given(nodes) / self._given(1) - 1
+        times = self._times[nodes]
+        longer = median_low(times) / median_low(self._times[0]) - 1
+        # the first may have compiled or captured something, as happens once: it is charged as the second is, and with it
+        return {1: 0.0, 2: 2 * longer}.get(len(times), longer)
