@@ -12,6 +12,7 @@ from tiny_models import GATE, llama
 
 import specdec
 from specdec import ModelTarget
+from specdec.arguments import as_engine
 from specdec.drafters import ModelDrafter
 from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
@@ -155,6 +156,17 @@ def test_streams_that_are_left_half_way_can_be_resumed(name):
         stream.close()
         assert all(map(torch.equal, whole(PROMPTS, stream.generation), texts))
         last = assert_resumes(stream.generation, model, drafter, asked(texts))
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_a_stream_keeps_its_text_when_others_go_on_in_what_it_owned(engine):
+    model, engine = small(), as_engine(engine)
+    for kept in (False, True):
+        stream = specdec.stream(model, PROMPTS, keep=kept, engine=engine, **OPTIONS)
+        texts = [torch.cat(parts) for parts in zip(*stream, strict=True)]
+        last = stream.generation if kept else None
+        specdec.generate(model, [text.flip(0) for text in PROMPTS], resume=last, engine=engine, **OPTIONS)
+        assert all(map(torch.equal, stream.generation.tokens, texts))
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
