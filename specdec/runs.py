@@ -97,9 +97,10 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
 def _allocated(request: Request, capacity: int) -> tuple[Batch, Coins, Tensor]:
     """Texts, coins and stop tokens of a new run."""
     rows, nodes, target = len(request.prompts), request.spec.nodes, request.target
-    coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
-    stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
-    return Batch(rows, capacity, target.vocab, target.device), coins, stop
+    with torch.inference_mode(False):  # a stream, or a later run, may go on outside of the caller's
+        coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
+        stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
+        return Batch(rows, capacity, target.vocab, target.device), coins, stop
 
 
 def _taken() -> threading.Lock:
