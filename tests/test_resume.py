@@ -14,6 +14,7 @@ import specdec
 from specdec import ModelTarget
 from specdec.arguments import as_engine
 from specdec.drafters import ModelDrafter
+from specdec.drafters.model import ModelDraftRun
 from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
 from specdec.testing import Tape
@@ -215,6 +216,25 @@ def test_runs_that_failed_in_any_pass_can_be_resumed(failing, monkeypatch):
             patch.setattr(layer, "forward", fail)
             begin(model, drafter, asked(texts), resume=last)
         assert_resumes(last, model, drafter, texts)
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_what_a_failing_step_has_read_is_read_again(end, monkeypatch):
+    model = small()
+    drafter, commit, steps = ModelDrafter(model), ModelDraftRun.commit, []
+
+    def fail(self, outcome):  # the target and the draft have read the tokens of this step, and nobody noted them
+        commit(self, outcome)
+        steps.append(outcome)
+        if len(steps) == end:
+            raise KeyboardInterrupt
+
+    stream, texts = specdec.stream(model, PROMPTS, drafter, keep=True, **OPTIONS), PROMPTS
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ModelDraftRun, "commit", fail)
+        for news in stream:
+            texts = [torch.cat(parts) for parts in zip(texts, news, strict=True)]
+    assert_resumes(stream.generation, model, drafter, [torch.cat([text, text.new_zeros(5)]) for text in texts])
 
 
 @pytest.mark.parametrize("grown", [False, True])
