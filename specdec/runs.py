@@ -47,9 +47,8 @@ class Runs:
     busy: threading.Lock
 
     def is_of(self, target: Target) -> bool:
-        """Whether it is a run of this target, or of another one made of the same model."""
-        mine = self.target.target
-        return mine is target or (mine.model is not None and mine.model is target.model)
+        """Whether it is a run of this target, or of an equal one."""
+        return self.target.target == target
 
 
 def start(request: Request) -> Runs:
@@ -118,5 +117,4 @@ def _key(request: Request, capacity: int) -> Any:
         return shapes
     models = [model for model in (target.model, *drafter.models) if model is not None]
     computes = fingerprint(*models, numbers=False), autocast_dtype(target.device)
-    parts = target if target.model is None else target.model, drafter, request.rule, request.sampling, request.spec
-    return *shapes, *parts, *computes
+    return *shapes, target, drafter, request.rule, request.sampling, request.spec, *computes

@@ -17,6 +17,7 @@ from specdec.drafters import ModelDrafter
 from specdec.drafters.model import ModelDraftRun
 from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
+from specdec.models.target import ModelTargetRun, Scores
 from specdec.testing import Tape
 from specdec.trees import Chain
 
@@ -295,6 +296,35 @@ def test_other_models_begin_anew():
     last = begin(small(), ModelDrafter(DRAFT))
     for model in (small(1), llama(2, num_hidden_layers=3)):
         assert_resumes(last, model, ModelDrafter(model))
+
+
+class Biased(ModelTarget):
+    """Likes one token better than its model does."""
+
+    def start(self, batch, states=(), last=None):
+        run = super().start(batch, states, last)
+        return run if isinstance(run, BiasedRun) else BiasedRun(self, batch, run.cached)
+
+
+class BiasedRun(ModelTargetRun):
+    def score(self, tree):
+        logits, states = super().score(tree)
+        return Scores(logits + 10 * (torch.arange(logits.shape[-1]) == 3), states)
+
+
+@pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured
+@pytest.mark.parametrize("engine", ["eager", "graph", "tape"])
+def test_another_target_of_the_same_model_begins_anew(engine):
+    model, engine = small(), specdec.Graphs(capture=Tape) if engine == "tape" else as_engine(engine)
+    targets, options = [Biased(model), model, Biased(model), ModelTarget(model)], {**OPTIONS, "max_new_tokens": 12}
+    expected = [specdec.generate(target, PROMPTS, **options).tokens for target in targets]
+    assert not all(map(torch.equal, *expected[:2]))
+    last = None
+    for resumes in (False, True):
+        for target, tokens in zip(targets, expected, strict=True):
+            out = specdec.generate(target, PROMPTS, engine=engine, keep=resumes, resume=last, **options)
+            assert all(map(torch.equal, out.tokens, tokens))
+            last = out if resumes else None
 
 
 @pytest.mark.parametrize("change", ["trained", "loaded", "moved"])
