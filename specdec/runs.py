@@ -71,7 +71,7 @@ def start(request: Request) -> Runs:
 def end(request: Request, runs: Runs) -> None:
     """Let others have it: a later turn if the run was to be kept, else the engine's next run of the same kind."""
     runs.busy.release()
-    if not request.keep:
+    if not request.keep and request.last is None:  # else somebody's generation holds it, or parts of it
         request.engine.give_back(runs.key, runs)
 
 

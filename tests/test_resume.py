@@ -378,15 +378,31 @@ def test_a_stream_that_has_not_begun_has_nothing_to_resume():
         _ = specdec.stream(small(), PROMPTS, keep=True).generation
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_generation_holds_its_caches_only_if_it_was_asked_to(keep, monkeypatch):
-    caches, made = [], TreeCache.__init__
+@pytest.fixture
+def caches(monkeypatch):
+    """Weak references to all caches that are made."""
+    found, made = [], TreeCache.__init__
 
     def noting(self, *args):
         made(self, *args)
-        caches.append(weakref.ref(self))
+        found.append(weakref.ref(self))
 
     monkeypatch.setattr(TreeCache, "__init__", noting)
+    return found
+
+
+def test_an_engine_does_not_collect_what_turns_leave_that_go_on_from_one_generation(caches, monkeypatch):
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
+    model, engine = small(), specdec.Graphs()
+    last = begin(model, engine=engine)
+    for seed in range(4):  # in larger caches than the first
+        specdec.generate(model, PROMPTS, resume=last, engine=engine, max_new_tokens=40, seed=seed)
+    gc.collect()
+    assert [cache() is not None for cache in caches] == [True, *[False] * 4]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_generation_holds_its_caches_only_if_it_was_asked_to(keep, caches):
     model, drafter = small(), ModelDrafter(DRAFT)
     out = specdec.generate(model, PROMPTS, drafter, keep=keep, **OPTIONS)
     gc.collect()
