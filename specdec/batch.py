@@ -63,10 +63,12 @@ class Batch:
         self.static, self.keep, self.resume = request.static, request.keep, request.last is not None
         self._deepest, self.max_length = request.spec.depth, request.longest
         self.host_lengths = list(map(len, request.prompts))
-        self._host = np.zeros(self.tokens.shape, np.int64)  # new: what an earlier run has read is told from its own
+        # New: what an earlier run has read is told from its own. -1, which is no token, where none is noted: a run that fails
+        # in a step has read more than it notes.
+        self._host = np.full(self.tokens.shape, -1, np.int64)
         for row, prompt in zip(self._host, request.prompts, strict=True):
             row[: len(prompt)] = prompt
-        self.tokens.copy_(torch.from_numpy(self._host))
+        self.tokens.copy_(torch.from_numpy(self._host).clamp(min=0))
         self.lengths.copy_(torch.tensor(self.host_lengths))
         self.left.copy_(torch.tensor(request.budgets))
         self.note_left(list(request.budgets))

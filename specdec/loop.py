@@ -32,6 +32,7 @@ class Decoding:
         self.request, self.runs = request, runs.start(request)
         self.batch, self._reasons = self.runs.batch, request.reasons()
         self._prompts, self._kept = list(self.batch.host_lengths), list(request.budgets)
+        self._texts = self.batch.texts  # as of the last step: a later run may go on in the batch
         finish(self.batch.device)
         self.recorder = Recorder(request, time.perf_counter() - began)
 
@@ -97,6 +98,7 @@ class Decoding:
             if rows:
                 raise ValueError(message.format(rows=rows))
         self.batch.note(outcome)
+        self._texts = self.batch.texts
         self.runs.coins.turn_to(self.runs.coins.step + 1)
         clock.mark()
         draft, verify, decide, commit, end = clock.seconds()
@@ -123,7 +125,7 @@ class Decoding:
     @property
     def emitted(self) -> list[list[int]]:
         """Each row's new tokens so far."""
-        rows = zip(self.batch.texts, self._prompts, self._kept, strict=True)
+        rows = zip(self._texts, self._prompts, self._kept, strict=True)
         return [text[start:][:kept].tolist() for text, start, kept in rows]
 
     @property
@@ -133,7 +135,7 @@ class Decoding:
 
     def check_texts(self) -> None:
         """Raise ValueError if the target reads something else in place of a text that has ended: asked of whole texts."""
-        for text, prompt, new in zip(self.batch.texts, self._prompts, self.emitted, strict=True):
+        for text, prompt, new in zip(self._texts, self._prompts, self.emitted, strict=True):
             self.request.target.check_text(text[: prompt + len(new)].tolist())
 
     def close(self) -> None:

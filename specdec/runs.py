@@ -47,9 +47,8 @@ class Runs:
     busy: threading.Lock
 
     def is_of(self, target: Target) -> bool:
-        """Whether it is a run of this target, or of another one made of the same model."""
-        mine = self.target.target
-        return mine is target or (mine.model is not None and mine.model is target.model)
+        """Whether it is a run of this target, or of an equal one."""
+        return self.target.target == target
 
 
 def start(request: Request) -> Runs:
@@ -72,7 +71,7 @@ def start(request: Request) -> Runs:
 def end(request: Request, runs: Runs) -> None:
     """Let others have it: a later turn if the run was to be kept, else the engine's next run of the same kind."""
     runs.busy.release()
-    if not request.keep:
+    if not request.keep and request.last is None:  # else somebody's generation holds it, or parts of it
         request.engine.give_back(runs.key, runs)
 
 
@@ -97,9 +96,10 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
 def _allocated(request: Request, capacity: int) -> tuple[Batch, Coins, Tensor]:
     """Texts, coins and stop tokens of a new run."""
     rows, nodes, target = len(request.prompts), request.spec.nodes, request.target
-    coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
-    stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
-    return Batch(rows, capacity, target.vocab, target.device), coins, stop
+    with torch.inference_mode(False):  # a stream, or a later run, may go on outside of the caller's
+        coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
+        stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
+        return Batch(rows, capacity, target.vocab, target.device), coins, stop
 
 
 def _taken() -> threading.Lock:
@@ -117,5 +117,4 @@ def _key(request: Request, capacity: int) -> Any:
         return shapes
     models = [model for model in (target.model, *drafter.models) if model is not None]
     computes = fingerprint(*models, numbers=False), autocast_dtype(target.device)
-    parts = target if target.model is None else target.model, drafter, request.rule, request.sampling, request.spec
-    return *shapes, *parts, *computes
+    return *shapes, target, drafter, request.rule, request.sampling, request.spec, *computes

@@ -201,6 +201,18 @@ def test_a_stage_of_which_the_capture_fails_is_run_as_it_stands(name, point):
         assert engine.captured >= 3
 
 
+def test_a_tape_of_a_stage_that_fails_has_changed_nothing():
+    found = torch.zeros(2)
+
+    def stage():
+        found.add_(1)
+        raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        Tape(stage)
+    assert found.tolist() == [0, 0]
+
+
 def test_a_stage_that_was_replayed_is_run_as_it_stands_when_its_next_capture_fails(monkeypatch):
     """Graphs of later stages that read what its graphs filled are not replayed on anything else."""
     monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)

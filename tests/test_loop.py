@@ -17,6 +17,7 @@ from specdec.testing import Tape
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
+ENGINES = {"eager": Engine, "graph": specdec.Graphs, "tape": lambda: specdec.Graphs(capture=Tape)}
 
 
 @pytest.mark.parametrize("name", GATE)
@@ -63,6 +64,24 @@ def test_stream_yields_what_generate_returns_and_leaves_the_model_alone():
         for part, tokens in zip(parts, new, strict=True):
             part.extend(tokens.tolist())
     assert parts == [t.tolist() for t in specdec.generate(model, PROMPTS, max_new_tokens=24).tokens]
+
+
+@pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_begins_in_inference_mode_goes_on_outside(engine):
+    model, engine = llama(), ENGINES[engine]()
+    drafter, options = ModelDrafter(llama(1, num_hidden_layers=1)), {"max_new_tokens": 8, "stop_tokens": ()}
+    expected = specdec.generate(model, PROMPTS, **options).tokens
+    options["engine"] = engine
+    with torch.inference_mode():
+        last = specdec.generate(model, PROMPTS, drafter, keep=True, **options)
+        specdec.generate(model, PROMPTS, drafter, **options)  # the engine keeps what it owned
+        stream = specdec.stream(model, PROMPTS, drafter, **options)
+        steps = [next(stream)]
+    steps += stream
+    found = [specdec.generate(model, PROMPTS, drafter, resume=resume, **options).tokens for resume in (None, last)]
+    for tokens in (*found, [*map(torch.cat, zip(*steps, strict=True))]):
+        assert all(map(torch.equal, tokens, expected))
 
 
 @pytest.mark.parametrize("failing", ["target", "draft"])
@@ -127,7 +146,6 @@ SHARED = {
     "layers left out": lambda target: LayerSkipDrafter(skip=[1]),
     "suffixes, then the draft": lambda target: Fallback(SuffixDrafter(), ModelDrafter(llama(1), Dynamic(8, 3, 2))),
 }
-ENGINES = {"eager": Engine, "graph": specdec.Graphs, "tape": lambda: specdec.Graphs(capture=Tape)}
 
 
 @pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured

@@ -12,9 +12,12 @@ from tiny_models import GATE, llama
 
 import specdec
 from specdec import ModelTarget
+from specdec.arguments import as_engine
 from specdec.drafters import ModelDrafter
+from specdec.drafters.model import ModelDraftRun
 from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
+from specdec.models.target import ModelTargetRun, Scores
 from specdec.testing import Tape
 from specdec.trees import Chain
 
@@ -158,6 +161,17 @@ def test_streams_that_are_left_half_way_can_be_resumed(name):
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_a_stream_keeps_its_text_when_others_go_on_in_what_it_owned(engine):
+    model, engine = small(), as_engine(engine)
+    for kept in (False, True):
+        stream = specdec.stream(model, PROMPTS, keep=kept, engine=engine, **OPTIONS)
+        texts = [torch.cat(parts) for parts in zip(*stream, strict=True)]
+        last = stream.generation if kept else None
+        specdec.generate(model, [text.flip(0) for text in PROMPTS], resume=last, engine=engine, **OPTIONS)
+        assert all(map(torch.equal, stream.generation.tokens, texts))
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
 @pytest.mark.parametrize("name", ["chain", "heads", "none"])
 def test_what_is_in_use_elsewhere_gives_the_same_text(name, engine):
     model, drafter, graphs = small(), DRAFTERS[name](DRAFT), specdec.Graphs(capture=Tape)
@@ -203,6 +217,25 @@ def test_runs_that_failed_in_any_pass_can_be_resumed(failing, monkeypatch):
             patch.setattr(layer, "forward", fail)
             begin(model, drafter, asked(texts), resume=last)
         assert_resumes(last, model, drafter, texts)
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_what_a_failing_step_has_read_is_read_again(end, monkeypatch):
+    model = small()
+    drafter, commit, steps = ModelDrafter(model), ModelDraftRun.commit, []
+
+    def fail(self, outcome):  # the target and the draft have read the tokens of this step, and nobody noted them
+        commit(self, outcome)
+        steps.append(outcome)
+        if len(steps) == end:
+            raise KeyboardInterrupt
+
+    stream, texts = specdec.stream(model, PROMPTS, drafter, keep=True, **OPTIONS), PROMPTS
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ModelDraftRun, "commit", fail)
+        for news in stream:
+            texts = [torch.cat(parts) for parts in zip(texts, news, strict=True)]
+    assert_resumes(stream.generation, model, drafter, [torch.cat([text, text.new_zeros(5)]) for text in texts])
 
 
 @pytest.mark.parametrize("grown", [False, True])
@@ -265,6 +298,35 @@ def test_other_models_begin_anew():
         assert_resumes(last, model, ModelDrafter(model))
 
 
+class Biased(ModelTarget):
+    """Likes one token better than its model does."""
+
+    def start(self, batch, states=(), last=None):
+        run = super().start(batch, states, last)
+        return run if isinstance(run, BiasedRun) else BiasedRun(self, batch, run.cached)
+
+
+class BiasedRun(ModelTargetRun):
+    def score(self, tree):
+        logits, states = super().score(tree)
+        return Scores(logits + 10 * (torch.arange(logits.shape[-1]) == 3), states)
+
+
+@pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured
+@pytest.mark.parametrize("engine", ["eager", "graph", "tape"])
+def test_another_target_of_the_same_model_begins_anew(engine):
+    model, engine = small(), specdec.Graphs(capture=Tape) if engine == "tape" else as_engine(engine)
+    targets, options = [Biased(model), model, Biased(model), ModelTarget(model)], {**OPTIONS, "max_new_tokens": 12}
+    expected = [specdec.generate(target, PROMPTS, **options).tokens for target in targets]
+    assert not all(map(torch.equal, *expected[:2]))
+    last = None
+    for resumes in (False, True):
+        for target, tokens in zip(targets, expected, strict=True):
+            out = specdec.generate(target, PROMPTS, engine=engine, keep=resumes, resume=last, **options)
+            assert all(map(torch.equal, out.tokens, tokens))
+            last = out if resumes else None
+
+
 @pytest.mark.parametrize("change", ["trained", "loaded", "moved"])
 def test_weights_that_have_changed_begin_anew(change):
     models = small(), small(1)
@@ -316,15 +378,31 @@ def test_a_stream_that_has_not_begun_has_nothing_to_resume():
         _ = specdec.stream(small(), PROMPTS, keep=True).generation
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_generation_holds_its_caches_only_if_it_was_asked_to(keep, monkeypatch):
-    caches, made = [], TreeCache.__init__
+@pytest.fixture
+def caches(monkeypatch):
+    """Weak references to all caches that are made."""
+    found, made = [], TreeCache.__init__
 
     def noting(self, *args):
         made(self, *args)
-        caches.append(weakref.ref(self))
+        found.append(weakref.ref(self))
 
     monkeypatch.setattr(TreeCache, "__init__", noting)
+    return found
+
+
+def test_an_engine_does_not_collect_what_turns_leave_that_go_on_from_one_generation(caches, monkeypatch):
+    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
+    model, engine = small(), specdec.Graphs()
+    last = begin(model, engine=engine)
+    for seed in range(4):  # in larger caches than the first
+        specdec.generate(model, PROMPTS, resume=last, engine=engine, max_new_tokens=40, seed=seed)
+    gc.collect()
+    assert [cache() is not None for cache in caches] == [True, *[False] * 4]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_generation_holds_its_caches_only_if_it_was_asked_to(keep, caches):
     model, drafter = small(), ModelDrafter(DRAFT)
     out = specdec.generate(model, PROMPTS, drafter, keep=keep, **OPTIONS)
     gc.collect()

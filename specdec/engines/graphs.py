@@ -96,12 +96,14 @@ class Graphs(Engine):
     @property
     def captured(self) -> int:
         """How many graphs there are, in use or idle."""
-        return sum(len(stages.graphs) for stages in self._stages)
+        with self._lock:
+            return sum(len(stages.graphs) for stages in self._stages)
 
     def stages(self, device: torch.device) -> CapturedStages:
         capture = CudaCapture(device) if self._capture is None and device.type == "cuda" else self._capture
         made = CapturedStages(device, capture, self._compile)
-        self._stages.add(made)
+        with self._lock:
+            self._stages.add(made)
         return made
 
     def take(self, key: Any) -> Any:

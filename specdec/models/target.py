@@ -108,6 +108,15 @@ class ModelTarget(Target):
         self.context_length, self.context_reason = self.lm.context_length, self.lm.context_reason
         self.stop_tokens = None if model.generation_config is None else model.generation_config.eos_token_id
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it does the same: made of the same model, with a cache of the same kind. A subclass equals but itself."""
+        if type(self) is not ModelTarget or type(other) is not ModelTarget:
+            return self is other
+        return self.lm.kind == other.lm.kind
+
+    def __hash__(self) -> int:
+        return hash(self.lm.kind)
+
     def check_text(self, text: list[int]) -> None:
         if not preparer_name(self.lm.model).startswith("transformers."):
             check_text(self.lm.model, text[:-1])  # nobody has read the last token

@@ -28,11 +28,13 @@ class Tape:
 
     def __init__(self, stage: Callable[[], Any]):
         recorder = _Recorder()
-        with recorder:
-            self.outputs = stage()
+        try:
+            with recorder:
+                self.outputs = stage()
+        finally:  # a stage that cannot be captured is run as it stands, from where it was
+            for storage, content in recorder.before.values():
+                storage.copy_(content)
         self._operations = recorder.operations
-        for storage, content in recorder.before.values():
-            storage.copy_(content)
 
     def replay(self) -> None:
         """Carry out the operations of the stage again."""
