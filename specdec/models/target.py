@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Scores:
     """What the target says of a tree.
 
     Args:
@@ -32,15 +34,6 @@ class Scores(NamedTuple):
 
     logits: Tensor
     states: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [part for part in self if part is not None]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Scores:
-        return Scores(*tensors)
-
-    def renewed(self) -> Scores:
-        return self
 
 
 class Target(ABC):
