@@ -196,12 +196,6 @@ class DraftTree:
         return RowTree(self, row, normalise)
 
 
-def root_only(tokens: Tensor) -> DraftTree:
-    """The tree that drafts nothing. tokens: [batch] int64, the last committed ones."""
-    topology = chain(len(tokens), 1, tokens.device)
-    return DraftTree(tokens[:, None], topology, torch.zeros_like(tokens[:, None], dtype=torch.uint8))
-
-
 def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) -> DraftTree:
     """Trees known on the host, of any size for each row.
 
@@ -210,8 +204,6 @@ def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) ->
         drafts: for each row the (token, parent) of nodes 1, 2, ...; parents come first, and siblings differ.
     """
     nodes = 1 + max(map(len, drafts))
-    if nodes == 1:
-        return root_only(root)
     tokens, parents, laws = [], [], []
     depth, width = 0, 0
     for draft in drafts:

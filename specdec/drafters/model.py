@@ -87,7 +87,6 @@ class ModelDraftRun(TreeDraftRun):
 
     def enter(self, rows: list[int]) -> None:
         self.cached.enter(self.batch, rows)
-        self.cached.compiles = self.batch.stages.compiles
 
     def commit(self, outcome: Outcome) -> None:
         super().commit(outcome)

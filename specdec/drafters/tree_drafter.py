@@ -53,9 +53,10 @@ class TreeDraftRun(DraftRun):
         last: a run of an earlier batch.
     """
 
+    drafter: TreeDrafter
+
     def __init__(self, drafter: TreeDrafter, batch: Batch, last: DraftRun | None = None):
-        super().__init__(batch)
-        self.drafter = drafter
+        super().__init__(drafter, batch)
         self.tree: TreeRun = drafter.tree.start(batch, last.tree if isinstance(last, TreeDraftRun) else None)
         self._nodes = drafter.tree.spec(batch.sampling).nodes
         # [batch, nodes] int64: `Grown.asked` of the last tree, -1 for nodes that it has not

@@ -114,7 +114,7 @@ class CachedModel:
         self._autocast, self._last = autocast, last
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
-        self.compiles = False  # whether passes are compiled from now on: those of steps, whose shapes recur
+        self.compiles = False  # whether passes are compiled: those of steps, whose shapes recur
         self._texts: list[np.ndarray] = []  # whose beginnings are in the cache
         self._computed: Any = None  # by what; None if nobody will ask
 
@@ -126,11 +126,6 @@ class CachedModel:
     def states(self) -> Tensor | None:
         """[batch, count, state, hidden] of the last pass, if some were asked for."""
         return self.capture.states
-
-    @property
-    def wanted(self) -> bool:
-        """Whether states were asked for."""
-        return bool(self.made[2])
 
     def enter(
         self,
@@ -162,6 +157,7 @@ class CachedModel:
         self.cache.take_over(last.cache, kept)
         self._texts, self._computed, self.compiles = batch.records, computes, False
         self.read(batch.tokens, goals, listen)
+        self.compiles = batch.stages.compiles
 
     def read(self, tokens: Tensor, goals: list[int], listen: Listen | None = None) -> None:
         """Commit the tokens of each row from where it stands up to goals[b]. tokens: [batch, capacity] int64."""
