@@ -122,12 +122,7 @@ class ModelTargetRun(TargetRun):
         self.cached = cached
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:
-        batch, limit, listen = self.batch, None, None
-        if self.cached.capture.which:
-            # At least the last state is to be told.
-            limit = [min(n - 2, known) for n, known in zip(batch.host_lengths, draft.states_known(), strict=True)]
-            listen = draft.read
-        self.cached.enter(batch, rows, limit=limit, listen=listen)
+        self.cached.enter(self.batch, rows, draft)
 
     def score(self, tree: DraftTree) -> Scores:
         logits = self.cached.forward(tree.tokens, tree.topology, self.batch.longest - 1)
