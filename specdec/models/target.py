@@ -108,10 +108,11 @@ class ModelTarget(Target):
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
         for text in batch.texts:
             check_text(self.lm.model, text.tolist())
-        known = last.cached if isinstance(last, ModelTargetRun) else None
-        cached = self.lm.start(len(batch), batch.capacity, states, known)
-        same = isinstance(last, ModelTargetRun) and last.batch is batch and cached is known
-        return last if last and same else ModelTargetRun(self, batch, cached)
+        last = last if isinstance(last, ModelTargetRun) else None
+        cached = self.lm.start(len(batch), batch.capacity, states, last and last.cached)
+        if last is not None and last.batch is batch and last.cached is cached:
+            return last
+        return ModelTargetRun(self, batch, cached)
 
 
 class ModelTargetRun(TargetRun):
