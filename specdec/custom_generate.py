@@ -227,13 +227,11 @@ def _ends(criteria: StoppingCriteriaList, longest: int) -> tuple[tuple[int, ...]
 def _finish(run: Decoding, streamer: Any) -> None:
     """Decode to the end, serving the streamer after each step."""
     told = 0
-    while not run.finished:
-        run.step()
+    for _ in run.steps():
         if streamer is not None:
             for token in run.emitted[0][told:]:
                 streamer.put(torch.tensor([token]))
             told = len(run.emitted[0])
-    run.check_texts()
 
 
 def _sequences(input_ids: Tensor, emitted: list[list[int]], filler: int) -> Tensor:

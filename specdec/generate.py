@@ -73,6 +73,8 @@ def generate(
 
     >>> out = specdec.generate(target, "def fib(n):", ModelDrafter(draft), tokenizer=tokenizer)
     >>> out.text[0], out.summary()["acceptance_length"]
+    >>> turn = specdec.generate(target, said, drafter, tokenizer=tokenizer, keep=True)  # a conversation, in its own caches
+    >>> turn = specdec.generate(target, said + turn.text[0] + reply, drafter, tokenizer=tokenizer, resume=turn, keep=True)
 
     Args:
         target: any supported causal LM from transformers, in eval mode. It is left as it was found.
@@ -112,9 +114,8 @@ def generate(
         tokenizer=tokenizer, seed=seed, first_index=first_index, trace=trace, engine=engine, resume=resume, keep=keep,
     )  # fmt: skip
     with Decoding(request) as run:
-        while not run.finished:
-            run.step()
-        run.check_texts()
+        for _ in run.steps():
+            pass
         return _generation(run)
 
 
@@ -142,11 +143,9 @@ class Stream(Iterator[list[Tensor]]):
     def _stepwise(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]) -> Generator[list[Tensor]]:
         with Decoding(as_request(target, prompts, drafter, **options)) as run:
             self._run = run
-            while not run.finished:
-                run.step()
+            for _ in run.steps():
                 news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
                 yield [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
-            run.check_texts()
 
     def __next__(self) -> list[Tensor]:
         return next(self._steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -20,11 +21,11 @@ from specdec.tree import DraftTree
 
 
 class Decoding:
-    """A run in progress: `step` until it is `finished`, then `close`.
+    """A run in progress.
 
     >>> with Decoding(as_request(target, prompts, drafter)) as run:
-    ...     while not run.finished:
-    ...         run.step()
+    ...     for outcome in run.steps():
+    ...         print(outcome.emitted)
     """
 
     def __init__(self, request: Request):
@@ -35,6 +36,13 @@ class Decoding:
         self._texts = self.batch.texts  # as of the last step: a later run may go on in the batch
         finish(self.batch.device)
         self.recorder = Recorder(request, time.perf_counter() - began)
+
+    def steps(self) -> Iterator[Outcome]:
+        """Step by step to the end. Raise ValueError if the target reads something else in place of a whole text."""
+        while not self.finished:
+            yield self.step()
+        for text, prompt, new in zip(self._texts, self._prompts, self.emitted, strict=True):
+            self.request.target.check_text(text[: prompt + len(new)].tolist())
 
     def step(self) -> Outcome:
         """One round for every row: propose, score, decide, commit."""
@@ -133,20 +141,12 @@ class Decoding:
         """The steps so far."""
         return self.recorder.trace
 
-    def check_texts(self) -> None:
-        """Raise ValueError if the target reads something else in place of a text that has ended: asked of whole texts."""
-        for text, prompt, new in zip(self._texts, self._prompts, self.emitted, strict=True):
-            self.request.target.check_text(text[: prompt + len(new)].tolist())
-
-    def close(self) -> None:
-        """Hand back what the run owns; it cannot go on after that."""
-        runs.end(self.request, self.runs)
-
     def __enter__(self) -> Decoding:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Hand back what the run owns; it cannot go on after that."""
+        runs.end(self.request, self.runs)
 
 
 _NO_LAW = (

@@ -107,14 +107,5 @@ class Outcome:
         """The same for some rows [batch] bool, and for the others as if nothing had been accepted."""
         return replace(self, path=self.path.where(rows[:, None], 0), keep=self.keep.where(rows, 0))
 
-    def tensors(self) -> list[Tensor]:
-        return [self.path, self.keep, self.columns]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Outcome:
-        return Outcome(*tensors)
-
-    def renewed(self) -> Outcome:
-        return Outcome(*self.tensors())
-
 
 _COUNTS = ("emitted", "accepted", "tried", "left", "no law", "no draft")  # columns of numbers behind those of tokens

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import Batch
+from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.engines.base import Stages
@@ -84,7 +85,9 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
     coins.reseed(request.seed, request.first_index)
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
+        check_kind(f"what {type(target).__name__}.start returned", scoring, TargetRun)
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
+        check_kind(f"what {type(drafter).__name__}.start returned", drafting, DraftRun)
         if not (same and scoring is same.target and drafting is same.drafter):
             batch.stages = stages = new  # what was captured reads other tensors than theirs
         rows = [*range(len(batch))]

@@ -92,14 +92,10 @@ class LogitsLaw(TargetLaw):
     def raw(self) -> Raw | None:
         return None if self._batch.processed else Raw(self._logits, self._batch.sampling.filters, self._no_law)
 
-    def scores(self, row: int, node: int) -> Tensor:
-        """[1, vocab]: processed logits at one node."""
+    def probabilities(self, row: int, node: int) -> np.ndarray:
         scores = self._processed(row, node) if self._batch.processors[row] else self._logits[row, node]
         self._check(scores[None], self._rows[row : row + 1])
-        return scores
-
-    def probabilities(self, row: int, node: int) -> np.ndarray:
-        return self._batch.sampling.probabilities(self.scores(row, node)).double().numpy(force=True)
+        return self._batch.sampling.probabilities(scores).double().numpy(force=True)
 
     def processors(self, last: Tensor) -> list[Processors]:
         """Each row's after the text up to its node `last` [batch] int64: those that the next step begins with."""

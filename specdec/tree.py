@@ -20,7 +20,6 @@ and a greedy draft a tree whose nodes all say POINT.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -192,33 +191,9 @@ class DraftTree:
         drawn_from = torch.zeros_like(totals, dtype=torch.int64).scatter_add_(1, parents, sampled.long()) > 0
         return wrong | impossible.any(1) | (drawn_from & ~totals.isfinite()).any(1)
 
-    def tensors(self) -> list[Tensor]:
-        """What it consists of."""
-        return [
-            self.tokens,
-            self.topology.parents,
-            self.laws,
-            *([] if self.draft_probs is None else [self.draft_probs]),
-        ]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> DraftTree:
-        """A tree of the same shape made of other tensors."""
-        tokens, parents, laws, *probs = tensors
-        return DraftTree(tokens, Topology(parents, self.topology.depth, self.topology.width), laws, *probs)
-
-    def renewed(self) -> DraftTree:
-        """The same tensors; what is derived from them later is derived anew."""
-        return replace(self, topology=copy(self.topology))
-
     def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray] = normalised) -> RowTree:
         """The scalar face of one row; `normalise` makes the law of weights [vocab], in float64 if nothing else is asked for."""
         return RowTree(self, row, normalise)
-
-
-def root_only(tokens: Tensor) -> DraftTree:
-    """The tree that drafts nothing. tokens: [batch] int64, the last committed ones."""
-    topology = chain(len(tokens), 1, tokens.device)
-    return DraftTree(tokens[:, None], topology, torch.zeros_like(tokens[:, None], dtype=torch.uint8))
 
 
 def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) -> DraftTree:
@@ -229,8 +204,6 @@ def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) ->
         drafts: for each row the (token, parent) of nodes 1, 2, ...; parents come first, and siblings differ.
     """
     nodes = 1 + max(map(len, drafts))
-    if nodes == 1:
-        return root_only(root)
     tokens, parents, laws = [], [], []
     depth, width = 0, 0
     for draft in drafts:

@@ -14,12 +14,8 @@ class Proposing(Drafter):
 
 
 class _Run(DraftRun):
-    def __init__(self, drafter, batch):
-        super().__init__(batch)
-        self._drafter = drafter
-
     def propose(self, coins):
-        return self._drafter.propose(self.batch, coins)
+        return self.drafter.propose(self.batch, coins)
 
 
 def editing(run, edit):

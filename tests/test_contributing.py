@@ -16,7 +16,8 @@ from specdec.rules import SiblingRejection, TraversalVerification
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LINKED = {path: (ROOT / path).read_text("utf-8") for path in re.findall(r"\((tests/contributing/\w+\.py)\)", PAGE)}
+EXAMPLES = [*re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), *LINKED.values()]
 # Files and lines that were to be read for the same before runs were values: at most half of them is promised.
 BEFORE = {
     "a drafter on the target's states": (14, 2178),
@@ -42,13 +43,14 @@ def file(name):
     return ROOT / name if name.startswith(("conf/", "tests/")) else ROOT / "specdec" / name
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: re.findall(r"class (\w+)", b)[-1])
-def test_code_runs_and_passes_the_certificate_that_it_names(block):
-    exec(block, {"__name__": "contributing"})
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: re.findall(r"class (\w+)", e)[-1])
+def test_code_runs_and_passes_the_certificate_that_it_names(example):
+    exec(example, {"__name__": "contributing"})
 
 
 def test_every_part_has_an_example():
-    assert len(TABLE) == len(BLOCKS) + 1  # the experiment's is a preset
+    assert len(TABLE) == len(EXAMPLES) + 1  # the experiment's is a preset
+    assert {*LINKED} == {f"tests/contributing/{path.name}" for path in (ROOT / "tests" / "contributing").glob("*.py")}
 
 
 def test_experiment_preset_runs(tmp_path):
@@ -83,7 +85,7 @@ def test_modules_import_only_what_stands_above_them_in_the_house():
 
 
 def test_files_that_newcomers_are_told_to_read_are_there():
-    named = [name for read, touched, _ in TABLE.values() for name in in_ticks(read + touched) if "yours" not in name]
+    named = [name for read, touched, *_ in TABLE.values() for name in in_ticks(read + touched) if "yours" not in name]
     assert len(named) > 12
     assert [name for name in named if not file(name).is_file()] == []
 

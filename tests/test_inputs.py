@@ -27,7 +27,7 @@ from specdec.rules import (
     TraversalVerification,
     TypicalAcceptance,
 )
-from specdec.testing import TabularTarget
+from specdec.testing import TabularTarget, assert_lossless
 from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
@@ -382,8 +382,6 @@ def test_trees_that_are_larger_than_promised():
 class Says(Rule):
     """Returns a fixed answer."""
 
-    lossless = True
-
     def __init__(self, answer):
         self.answer = answer
 
@@ -401,6 +399,11 @@ class Says(Rule):
 def test_decisions_that_are_none(answer, cure):
     with pytest.raises((ValueError, TypeError), match=cure):
         specdec.generate(llama(), PROMPTS, ModelDrafter(llama(1), Chain(3)), rule=Says(answer), max_new_tokens=8)
+
+
+def test_certificates_of_rules_that_do_not_claim_one():
+    with pytest.raises(AssertionError, match="Says does not claim to be lossless"):
+        assert_lossless(Says(Decision([0], 1)))
 
 
 class Uniform(Target):
@@ -429,3 +432,13 @@ def test_targets():
     assert len(specdec.generate(Uniform(), torch.tensor([1]), sampling=Sampling(1.0), max_new_tokens=5).tokens[0]) == 5
     with pytest.raises(ValueError, match=r"not \[batch, node, vocab\] = \[1, 1, 4\]"):
         specdec.generate(Short(), torch.tensor([1]), max_new_tokens=5)
+
+
+class Begins(NgramDrafter):
+    def start(self, target, batch, last=None):
+        return batch
+
+
+def test_what_begins_no_run():
+    with pytest.raises(ValueError, match=r"what Begins.start returned is a Batch; pass a specdec DraftRun"):
+        specdec.generate(llama(), PROMPTS, Begins(), max_new_tokens=8)

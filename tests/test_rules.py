@@ -29,7 +29,7 @@ from specdec.rules import (
 )
 from specdec.target_law import LogitsLaw
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_lossless, exact_law, target_law
-from specdec.tree import root_only
+from specdec.tree import tree_of_points
 from specdec.trees import Chain, Dynamic, Widths
 
 PROMPT = (0, 1, 0)
@@ -142,7 +142,7 @@ def test_the_fast_path_equals_the_specification_over_a_large_vocabulary(rule, ro
 @pytest.mark.parametrize("rule", LOSSLESS + LOSSY, ids=name_of)
 def test_without_a_draft_the_fast_path_samples_from_the_target(rule):
     context, coins = Batch(5, 6, Sampling(1.0), 0), Coins(0, 5, 16)
-    tree, logits = root_only(context.root), torch.randn(5, 1, 6, dtype=torch.float64)
+    tree, logits = tree_of_points(context.root, [[]] * 5), torch.randn(5, 1, 6, dtype=torch.float64)
     fast = rule.decide_batch(tree, LogitsLaw(logits, tree, context), coins)
     assert not differing(fast, Rule.decide_batch(rule, tree, LogitsLaw(logits, tree, context), coins)).any()
     assert torch.equal(fast.token, inverse_cdf(logits[:, 0].softmax(-1), coins.uniforms(Purpose.EMIT)[:, 0]))

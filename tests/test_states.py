@@ -49,8 +49,8 @@ class Listening(Drafter):
 
 class ListeningRun(DraftRun):
     def __init__(self, drafter, target, batch):
-        super().__init__(batch)
-        self.drafter, hidden = drafter, target.cached.lm.model.config.hidden_size
+        super().__init__(drafter, batch)
+        hidden = target.cached.lm.model.config.hidden_size
         shape = len(batch), batch.capacity + 1, len(drafter.states), hidden
         self.found = torch.full(
             shape, torch.nan, dtype=torch.float64

@@ -53,7 +53,7 @@ class FixedTree(Drafter):
 
 class _FixedRun(DraftRun):
     def __init__(self, drafter: FixedTree, batch: Batch):
-        super().__init__(batch)
+        super().__init__(drafter, batch)
         self._depths = drafter.depths
         self._parents = torch.tensor(drafter.parents, device=batch.device)
         self._places = torch.arange(len(drafter.parents), device=batch.device)

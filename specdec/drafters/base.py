@@ -57,8 +57,8 @@ class Drafter(ABC):
 class DraftRun(ABC):
     """A drafter at work on the texts of one run. Override `propose`, and what else it needs to follow the texts."""
 
-    def __init__(self, batch: Batch):
-        self.batch = batch
+    def __init__(self, drafter: Drafter, batch: Batch):
+        self.drafter, self.batch = drafter, batch
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:  # noqa: B027 - optional
         """The target's states, if `Drafter.states` asks for some: of the prompts, chunk by chunk, and of what each step keeps.

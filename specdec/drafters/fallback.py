@@ -50,7 +50,7 @@ class Fallback(Drafter):
 
 class _FallbackRun(DraftRun):
     def __init__(self, drafter: Fallback, batch: Batch, first: DraftRun, second: DraftRun):
-        super().__init__(batch)
+        super().__init__(drafter, batch)
         self.first, self.second = first, second
         # places of each drafter's states among those of both
         self._columns = [[drafter.states.index(i) for i in part.states] for part in (drafter.first, drafter.second)]

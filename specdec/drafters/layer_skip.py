@@ -76,12 +76,8 @@ class LayerSkipRun(TreeDraftRun):
         skipped: Sequence[nn.Module],
         last: DraftRun | None,
     ):
-        super().__init__(drafter, batch, last)
+        super().__init__(drafter, batch, last, cached)
         self.cached, self._skipped = cached, skipped
-
-    @property
-    def parts(self) -> tuple[object, ...]:
-        return *super().parts, self.cached
 
     def prepare(self, frontier: Frontier) -> Hashable:
         return self.batch.longest

@@ -156,7 +156,7 @@ class MedusaRun(TreeDraftRun):
     """Heads at work: all that they read is the target's state before each root."""
 
     def __init__(self, drafter: MedusaDrafter, batch: Batch, lm_head: nn.Linear, last: DraftRun | None):
-        super().__init__(drafter, batch, last)
+        super().__init__(drafter, batch, last, lm_head)
         self._lm_head, heads = lm_head, drafter.heads
         here = heads.weight.device == batch.device
         self._heads = heads if here else copy.deepcopy(heads).to(batch.device)  # the drafter's own stay where they are
@@ -164,10 +164,6 @@ class MedusaRun(TreeDraftRun):
         # and to the logits where they are.
         self._state = torch.zeros(len(batch), heads.weight.shape[-1], dtype=lm_head.weight.dtype, device=batch.device)
         self._logits: Tensor | None = None  # [batch, head, vocab], after the root
-
-    @property
-    def parts(self) -> tuple[object, ...]:
-        return *super().parts, self._lm_head
 
     def begun(self, last: DraftRun | None) -> DraftRun:
         run = super().begun(last)

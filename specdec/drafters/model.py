@@ -78,16 +78,11 @@ class ModelDraftRun(TreeDraftRun):
     """A draft model at work, in a cache of its own."""
 
     def __init__(self, drafter: ModelDrafter, batch: Batch, cached: CachedModel, last: DraftRun | None):
-        super().__init__(drafter, batch, last)
+        super().__init__(drafter, batch, last, cached)
         self.cached = cached
-
-    @property
-    def parts(self) -> tuple[object, ...]:
-        return *super().parts, self.cached
 
     def enter(self, rows: list[int]) -> None:
         self.cached.enter(self.batch, rows)
-        self.cached.compiles = self.batch.stages.compiles
 
     def commit(self, outcome: Outcome) -> None:
         super().commit(outcome)

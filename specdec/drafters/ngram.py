@@ -39,12 +39,10 @@ class NgramDrafter(Drafter):
 
 
 class _NgramRun(DraftRun):
-    def __init__(self, drafter: NgramDrafter, batch: Batch):
-        super().__init__(batch)
-        self._drafter = drafter
+    drafter: NgramDrafter
 
     def propose(self, coins: Coins) -> DraftTree:
-        batch, length = self.batch, self._drafter.length
+        batch, length = self.batch, self.drafter.length
         rows = zip(batch.texts, batch.host_left, strict=True)
         return tree_of_points(batch.root, [self._draft(text, min(length, left - 1)) for text, left in rows])
 
@@ -53,7 +51,7 @@ class _NgramRun(DraftRun):
         if length < 1:
             return []
         index: dict[tuple[int, int], int] = {}  # of the node that follows a parent with a token
-        for end in self._matches(text)[: -1 - self._drafter.branches : -1]:
+        for end in self._matches(text)[: -1 - self.drafter.branches : -1]:
             parent = 0
             for token in text[end + 1 : end + 1 + length].tolist():
                 parent = index.setdefault((token, parent), len(index) + 1)
@@ -62,7 +60,7 @@ class _NgramRun(DraftRun):
     def _matches(self, text: np.ndarray) -> np.ndarray:
         """Where the longest suffix of `text` that occurs earlier ends there, in order."""
         ends = np.flatnonzero(text[:-1] == text[-1])  # earlier places of the last token; the match may only grow back
-        for n in range(1, self._drafter.max_ngram):
+        for n in range(1, self.drafter.max_ngram):
             longer = ends[ends >= n]
             longer = longer[text[longer - n] == text[-1 - n]] if n < len(text) else longer[:0]
             if not len(longer):

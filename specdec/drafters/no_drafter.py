@@ -18,7 +18,7 @@ class NoDrafter(Drafter):
         return TreeSpec(frozenset({Law.POINT}), nodes=1, depth=0, width=0, by_depth=True)
 
     def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
-        return last if last and last.batch is batch else _Undrafted(batch)
+        return last if last and last.batch is batch else _Undrafted(self, batch)
 
 
 class _Undrafted(DraftRun):

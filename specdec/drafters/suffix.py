@@ -113,9 +113,10 @@ class SuffixDrafter(Drafter):
 
 
 class _SuffixRun(DraftRun):
+    drafter: SuffixDrafter
+
     def __init__(self, drafter: SuffixDrafter, batch: Batch):
-        super().__init__(batch)
-        self._drafter = drafter
+        super().__init__(drafter, batch)
         self._rows = [SuffixAutomaton()] * len(batch)  # of each row's text
         self._places = [(0, 0)] * len(batch)  # of each row in the corpus
         self._read = [0] * len(batch)  # tokens of each row that stand in these
@@ -125,7 +126,7 @@ class _SuffixRun(DraftRun):
             self._rows[b], self._places[b], self._read[b] = SuffixAutomaton(), (0, 0), 0
 
     def propose(self, coins: Coins) -> DraftTree:
-        batch, most = self.batch, self._drafter.depth
+        batch, most = self.batch, self.drafter.depth
         self._read_on(batch.texts)
         depths = (min(most, left - 1) for left in batch.host_left)
         return tree_of_points(
@@ -136,7 +137,7 @@ class _SuffixRun(DraftRun):
         for b, text in enumerate(texts):
             for token in text[self._read[b] :].tolist():
                 self._rows[b].extend(token)
-                self._places[b] = self._drafter.corpus.read(*self._places[b], token)
+                self._places[b] = self.drafter.corpus.read(*self._places[b], token)
             self._read[b] = len(text)
 
     def _match(self, row: int) -> tuple[SuffixAutomaton, int, int]:
@@ -144,7 +145,7 @@ class _SuffixRun(DraftRun):
         own = self._rows[row]
         state = own.link[own.last]
         length = own.length[state] if state > 0 else 0
-        return (self._drafter.corpus, *self._places[row]) if self._places[row][1] > length else (own, state, length)
+        return (self.drafter.corpus, *self._places[row]) if self._places[row][1] > length else (own, state, length)
 
     def _grow(self, automaton: SuffixAutomaton, state: int, length: int, deepest: int) -> Iterator[tuple[int, int]]:
         """(token, parent) of each node after the root, the best path first."""
@@ -152,7 +153,7 @@ class _SuffixRun(DraftRun):
             return
         made, heap = 0, []
         self._consider(heap, automaton, state, length, 1.0, 0, 0)
-        while heap and made < self._drafter.nodes - 1:
+        while heap and made < self.drafter.nodes - 1:
             minus_chance, _, parent, depth, token, state = heappop(heap)
             made += 1
             yield token, parent
@@ -163,7 +164,7 @@ class _SuffixRun(DraftRun):
         """Push the likeliest children of a node: after one sight in a short context a child is as likely as not."""
         ways = [(automaton.count[to], -token, to) for token, to in automaton.next[state].items() if token >= 0]
         seen = sum(count for count, _, _ in ways)
-        for count, token, to in sorted(ways, reverse=True)[: self._drafter.width]:
+        for count, token, to in sorted(ways, reverse=True)[: self.drafter.width]:
             estimate = chance * count / (seen + 1 / length)
-            if estimate >= self._drafter.threshold:
+            if estimate >= self.drafter.threshold:
                 heappush(heap, (-estimate, len(heap), parent, depth + 1, -token, to))

@@ -51,24 +51,22 @@ class TreeDraftRun(DraftRun):
         drafter: the description.
         batch: the texts.
         last: a run of an earlier batch.
+        parts: what it is made of besides: a run of the same parts lies in the same tensors.
     """
 
-    def __init__(self, drafter: TreeDrafter, batch: Batch, last: DraftRun | None = None):
-        super().__init__(batch)
-        self.drafter = drafter
+    drafter: TreeDrafter
+
+    def __init__(self, drafter: TreeDrafter, batch: Batch, last: DraftRun | None = None, *parts: object):
+        super().__init__(drafter, batch)
         self.tree: TreeRun = drafter.tree.start(batch, last.tree if isinstance(last, TreeDraftRun) else None)
+        self._parts = drafter, batch, self.tree, *parts
         self._nodes = drafter.tree.spec(batch.sampling).nodes
         # [batch, nodes] int64: `Grown.asked` of the last tree, -1 for nodes that it has not
         self.asked = torch.full((len(batch), self._nodes), -1, device=batch.device)
 
-    @property
-    def parts(self) -> tuple[object, ...]:
-        """What it is made of: a run of the same parts lies in the same tensors. Add what a subclass has besides."""
-        return self.drafter, self.batch, self.tree
-
     def begun(self, last: DraftRun | None) -> DraftRun:
         """`last`, begun anew, if it is made of the same parts, so that what was captured with it holds; else this run."""
-        if not isinstance(last, type(self)) or any(a is not b for a, b in zip(self.parts, last.parts, strict=True)):
+        if not isinstance(last, type(self)) or any(a is not b for a, b in zip(self._parts, last._parts, strict=True)):
             return self
         last.asked.fill_(-1)
         return last

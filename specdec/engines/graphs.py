@@ -15,14 +15,16 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from specdec.checks import check_callable, check_kind
+from specdec.checks import check_callable, check_kind, put
 from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
@@ -37,25 +39,6 @@ class Graph(Protocol):
     outputs: Any  # of the stage; every replay fills the same tensors
 
     def replay(self) -> None: ...
-
-
-class Staged(Protocol):
-    """What passes from stage to stage, if it is no tensor: `DraftTree`, `Frontier`, `Scores` and `Outcome`."""
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that it consists of."""
-        ...
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Any:
-        """The same made of other tensors."""
-        ...
-
-    def renewed(self) -> Any:
-        """The same tensors without what has been derived from their contents after the capture.
-
-        What was derived during the capture is part of the graph, and stays: every replay derives it again in its place.
-        """
-        ...
 
 
 _Capture = Callable[[Callable[[], Any]], Graph]
@@ -189,9 +172,7 @@ class CapturedStages(Stages):
 
     def _held(self, arg: Any, source: Hashable | None) -> Any:
         """`arg` in the memory that a stage is captured with: where it is, if the graph `source` fills it."""
-        if source is not None:
-            return _renewed(self.graphs[source].graph.outputs)
-        return arg.clone() if isinstance(arg, Tensor) else arg.with_tensors([t.clone() for t in arg.tensors()])
+        return _cloned(arg) if source is None else _renewed(self.graphs[source].graph.outputs)
 
     def _leave_out(self, name: str, reason: str) -> None:
         if name not in self._reasons:
@@ -201,17 +182,38 @@ class CapturedStages(Stages):
             )
 
 
+def _parts(value: Any) -> list[Any]:
+    """What passes between stages (tensors, dataclasses of them, and dataclasses of those), field by field."""
+    if not is_dataclass(value):
+        return [value]
+    return [part for field in fields(value) for part in _parts(getattr(value, field.name))]
+
+
 def _tensors(value: Any) -> list[Tensor]:
-    """What a result of a stage consists of; a stage may return nothing."""
-    return [] if value is None else [value] if isinstance(value, Tensor) else value.tensors()
+    return [part for part in _parts(value) if isinstance(part, Tensor)]
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     return tuple(map(id, _tensors(value)))
 
 
+def _cloned(value: Any) -> Any:
+    """The same in memory of its own, and with nothing derived from it."""
+    if is_dataclass(value):
+        return type(value)(**{field.name: _cloned(getattr(value, field.name)) for field in fields(value)})
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _renewed(value: Any) -> Any:
-    return value if value is None or isinstance(value, Tensor) else value.renewed()
+    """The same tensors without what has been derived from their contents after the capture.
+
+    What was derived during the capture is part of the graph, and stays: every replay derives it again in its place.
+    """
+    if not is_dataclass(value):
+        return value
+    renewed = copy(value)
+    put(renewed, **{field.name: _renewed(getattr(value, field.name)) for field in fields(value)})
+    return renewed
 
 
 def _summary(error: Exception) -> str:
@@ -221,6 +223,6 @@ def _summary(error: Exception) -> str:
 
 def _shape(value: Any) -> Hashable:
     """What a captured stage depends on besides the numbers in `_tensors`."""
-    topology = getattr(value, "topology", None)
-    limits = (topology.depth, topology.width) if topology is not None else ()
-    return tuple((tuple(t.shape), t.dtype) for t in _tensors(value)), limits
+    if is_dataclass(value):
+        return type(value), *(_shape(getattr(value, field.name)) for field in fields(value))
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from specdec.models.probe import autocast_dtype, check_ready, device_of, embeddi
 from specdec.models.routing import Route
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
+
+if TYPE_CHECKING:
+    from specdec.drafters.base import DraftRun
 
 _TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
 
@@ -114,7 +117,7 @@ class CachedModel:
         self._autocast, self._last = autocast, last
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
-        self.compiles = False  # whether passes are compiled from now on: those of steps, whose shapes recur
+        self.compiles = False  # whether passes are compiled: those of steps, whose shapes recur
         self._texts: list[np.ndarray] = []  # whose beginnings are in the cache
         self._computed: Any = None  # by what; None if nobody will ask
 
@@ -127,41 +130,29 @@ class CachedModel:
         """[batch, count, state, hidden] of the last pass, if some were asked for."""
         return self.capture.states
 
-    @property
-    def wanted(self) -> bool:
-        """Whether states were asked for."""
-        return bool(self.made[2])
-
-    def enter(
-        self,
-        batch: Batch,
-        rows: Sequence[int],
-        unread: int = 1,
-        limit: list[int] | None = None,
-        listen: Listen | None = None,
-    ) -> None:
+    def enter(self, batch: Batch, rows: Sequence[int], draft: DraftRun | None = None) -> None:
         """Read the prompts of these rows but for their last tokens; of a run to be resumed, what is not in the cache.
 
         Args:
-            unread: how many tokens of each prompt to leave.
-            limit: [batch]: how many tokens of each row need not be read again at most.
-            listen: is told the states.
+            draft: is told the states, if some were asked for: of each row the last at least.
         """
         last, noted = self._last or self, batch.keep or batch.resume
         computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if noted else None
-        goals = [max(n - unread, 0) for n in batch.host_lengths]
+        goals = most = [n - 1 for n in batch.host_lengths]
+        listen = draft.read if draft is not None and self.capture.which else None
+        if draft is not None and listen:
+            most = [min(goal - 1, known) for goal, known in zip(goals, draft.states_known(), strict=True)]
         kept = [0] * len(goals)
         if batch.resume and len(last._texts) == len(goals) and last._computed == computes:
-            most = zip(
-                goals, map(_alike, last._texts, batch.texts), last.cache.lengths.tolist(), limit or goals, strict=True
-            )
-            kept = [max(min(row), 0) for row in most]
+            alike = map(_alike, last._texts, batch.texts)
+            kept = [max(min(row), 0) for row in zip(most, alike, last.cache.lengths.tolist(), strict=True)]
         for row in {*range(len(goals))} - {*rows}:  # these go on as they are
             goals[row] = kept[row] = int(self.cache.lengths[row])
         self._texts, last._texts, self._last = [], [], None  # of neither, should this fail half-way
         self.cache.take_over(last.cache, kept)
         self._texts, self._computed, self.compiles = batch.records, computes, False
         self.read(batch.tokens, goals, listen)
+        self.compiles = batch.stages.compiles
 
     def read(self, tokens: Tensor, goals: list[int], listen: Listen | None = None) -> None:
         """Commit the tokens of each row from where it stands up to goals[b]. tokens: [batch, capacity] int64."""

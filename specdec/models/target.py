@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Scores:
     """What the target says of a tree.
 
     Args:
@@ -32,15 +34,6 @@ class Scores(NamedTuple):
 
     logits: Tensor
     states: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [part for part in self if part is not None]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Scores:
-        return Scores(*tensors)
-
-    def renewed(self) -> Scores:
-        return self
 
 
 class Target(ABC):
@@ -124,10 +117,11 @@ class ModelTarget(Target):
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
         for text in batch.texts:
             check_text(self.lm.model, text.tolist())
-        known = last.cached if isinstance(last, ModelTargetRun) else None
-        cached = self.lm.start(len(batch), batch.capacity, states, known)
-        same = isinstance(last, ModelTargetRun) and last.batch is batch and cached is known
-        return last if last and same else ModelTargetRun(self, batch, cached)
+        last = last if isinstance(last, ModelTargetRun) else None
+        cached = self.lm.start(len(batch), batch.capacity, states, last and last.cached)
+        if last is not None and last.batch is batch and last.cached is cached:
+            return last
+        return ModelTargetRun(self, batch, cached)
 
 
 class ModelTargetRun(TargetRun):
@@ -138,13 +132,7 @@ class ModelTargetRun(TargetRun):
         self.cached = cached
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:
-        batch, limit, listen = self.batch, None, None
-        if self.cached.wanted:
-            # At least the last state is to be told.
-            limit = [min(n - 2, known) for n, known in zip(batch.host_lengths, draft.states_known(), strict=True)]
-            listen = draft.read
-        self.cached.enter(batch, rows, limit=limit, listen=listen)
-        self.cached.compiles = batch.stages.compiles
+        self.cached.enter(self.batch, rows, draft)
 
     def score(self, tree: DraftTree) -> Scores:
         logits = self.cached.forward(tree.tokens, tree.topology, self.batch.longest - 1)

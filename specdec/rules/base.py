@@ -60,7 +60,7 @@ class Rule(ABC):
     # True if it asks for the target's law at nodes that it accepts only, each after its parent: logits processors that keep
     # state then go along the path, where other rules take a copy of them for every node
     top_down: ClassVar[bool] = False
-    lossless: ClassVar[bool]  # True when the emitted text has exactly the target's law for every tree `check` admits
+    lossless: ClassVar[bool] = False  # True if the text has exactly the target's law for every tree that `check` admits
 
     def check(self, spec: TreeSpec) -> None:  # noqa: B027 - optional: most rules accept every tree
         """Raise ValueError, naming the cure, when this rule is not what it claims for such trees."""

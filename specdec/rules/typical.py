@@ -29,8 +29,6 @@ class TypicalAcceptance(Rule):
         alpha: what is likely enough where the target itself is undecided, as a fraction of exp(-entropy).
     """
 
-    lossless = False
-
     epsilon: float = 0.09
     alpha: float = 0.3
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,18 +27,6 @@ class Frontier:
 
     tokens: Tensor
     topology: Topology
-
-    def tensors(self) -> list[Tensor]:
-        """What it consists of."""
-        return [self.tokens, self.topology.parents]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Frontier:
-        """A frontier of the same shape made of other tensors."""
-        return Frontier(tensors[0], Topology(tensors[1], self.topology.depth, self.topology.width))
-
-    def renewed(self) -> Frontier:
-        """The same tensors; what is derived from them later is derived anew."""
-        return replace(self, topology=copy(self.topology))
 
 
 @dataclass(frozen=True, eq=False)

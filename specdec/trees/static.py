@@ -8,10 +8,11 @@ hardware curve.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
 from specdec.trees.draw import draw
+
+if TYPE_CHECKING:
+    from specdec.trees.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,24 @@ class Static(TreePolicy):
         return TreeSpec(drawn_laws(self.law, sampling), len(self.parents), len(plan), width, by_depth=True)
 
     def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
-        return last if last and last.serves(self, batch) else _StaticRun(self, batch)
+        return last if last and last.serves(self, batch) else StaticRun(self, batch)
 
 
-class _StaticRun(TreeRun):
-    policy: Static
+class StaticRun(TreeRun):
+    """Grows trees of one shape.
 
-    def __init__(self, policy: Static, batch: Batch):
+    Args:
+        policy: says of each node the parent, and how siblings are drawn.
+        batch: the texts.
+    """
+
+    policy: Static | Widths
+
+    def __init__(self, policy: Static | Widths, batch: Batch):
         super().__init__(policy, batch)
         self._plan = _plan(tuple(policy.parents))
         self._cut: dict[int, _Shapes] = {}  # by the depth that trees are cut at
-        self._members: dict[tuple[int, ...], Tensor] = {}
+        self._members: dict[tuple[int, ...], Tensor | slice] = {}
 
     def grow(self, coins: Coins) -> Growth:
         batch, plan = self.batch, self._plan[: self.batch.max_depth]
@@ -100,10 +111,12 @@ class _StaticRun(TreeRun):
             table[:, self._index(nodes)] = law
         return table
 
-    def _index(self, nodes: tuple[int, ...]) -> Tensor:
-        """On the device once and for all: indexing by a list waits for a copy."""
+    def _index(self, nodes: tuple[int, ...]) -> Tensor | slice:
+        """Of nodes side by side a slice; of others a tensor made once and for all: indexing by a list waits for a copy."""
         if nodes not in self._members:
-            self._members[nodes] = torch.tensor(nodes, device=self.batch.device)
+            first, end = nodes[0], nodes[-1] + 1
+            side_by_side = nodes == (*range(first, end),)
+            self._members[nodes] = slice(first, end) if side_by_side else torch.tensor(nodes, device=self.batch.device)
         return self._members[nodes]
 
     def _shapes(self, levels: int) -> _Shapes:
@@ -149,15 +162,15 @@ def _plan(parents: tuple[int, ...]) -> tuple[tuple[_Group, ...], ...]:
 
 
 def _shapes(plan: Sequence[tuple[_Group, ...]], batch: int, device: torch.device) -> _Shapes:
-    def topology(parents: list[int], depth: int, width: int | None) -> Topology:
+    def topology(parents: list[int], depth: int) -> Topology:
+        width = max(Counter(parents[1:]).values(), default=0)
         return Topology(torch.tensor(parents, device=device).expand(batch, -1), depth, width)
 
-    index, asked, levels = [-1], [], []
+    parents, asked, levels = [-1], {}, []  # asked: when each node is
     for depth, level in enumerate(plan):
-        asked += [node for group in level for node in group.nodes]
-        above = [asked.index(index[node]) if node else -1 for node in asked]
-        levels.append(topology(above, depth, None))
-        index += [node for group in level for node in group.nodes for _ in range(group.width)]
-    width = max((group.width for level in plan for group in level), default=0)
-    order = [asked.index(node) if node in asked else -1 for node in range(len(index))]
-    return _Shapes(levels, topology(index, len(plan), width), torch.tensor(order, device=device).expand(batch, -1))
+        for node in (node for group in level for node in group.nodes):
+            asked[node] = len(asked)
+        levels.append(topology([asked.get(parents[node], -1) for node in asked], depth))
+        parents += [node for group in level for node in group.nodes for _ in range(group.width)]
+    order = torch.tensor([asked.get(node, -1) for node in range(len(parents))], device=device)
+    return _Shapes(levels, topology(parents, len(plan)), order.expand(batch, -1))
