@@ -8,14 +8,19 @@ from transformers import PreTrainedModel
 
 
 class ContextLimit(NamedTuple):
-    """The longest text, in tokens, whose logits do not depend on how it was cut into forward passes."""
+    """The longest text whose logits do not depend on how it was cut into forward passes.
 
-    tokens: int | None  # None if unbounded
-    reason: str = ""  # said after the number, where that is not the model's own limit
+    Args:
+        tokens: its length; None if unbounded.
+        reason: words to put after the number, where it is not the model's own limit.
+    """
+
+    tokens: int | None
+    reason: str = ""
 
 
 def context_limit_of(model: PreTrainedModel) -> ContextLimit:
-    """As far as the model's configuration tells."""
+    """The limit that a model's configuration states."""
     config = model.config.get_text_config()
     limits = [ContextLimit(getattr(config, "max_position_embeddings", None))]
     rope = getattr(config, "rope_parameters", None) or {}
