@@ -64,7 +64,7 @@ class _WidthsRun(TreeRun):
 
     def __init__(self, policy: Widths, batch: Batch):
         super().__init__(policy, batch)
-        self._cut: dict[int, tuple[list[Topology], Tensor]] = {}  # by the depth that trees are cut at
+        self._cut: dict[int, tuple[list[Topology], Tensor]] = {}  # results of `_shapes`, by depth
 
     def grow(self, coins: Coins) -> Growth:
         batch, law = self.batch, self.policy.law
@@ -86,7 +86,7 @@ class _WidthsRun(TreeRun):
         return Grown(tree, asked)
 
     def _shapes(self, levels: int) -> tuple[list[Topology], Tensor]:
-        """The tree cut off after each depth, from the root alone to the whole, and `Grown.asked`: the same every step."""
+        """The tree cut off after each depth, from the root alone to the whole, and `Grown.asked`; computed once."""
         if levels not in self._cut:
             self._cut[levels] = _shapes(self.policy.widths[:levels], len(self.batch), self.batch.device)
         return self._cut[levels]
