@@ -65,9 +65,8 @@ class TraversalVerification(Rule):
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         walk, coin = _Walk(tree), coins.uniforms(Purpose.ACCEPT)
         rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
-        p = owed = target_law.at(
-            torch.zeros_like(rows)
-        )  # [batch, vocab]; owed: the law to emit from, if at an inner node
+        # [batch, vocab] each; owed: the law to emit from, if an inner node is accepted
+        p = owed = target_law.at(torch.zeros_like(rows))
         reach = p.new_ones(len(p), 1)  # [batch, 1]: with p, what is owed at the parent of the current child
         entered = p.new_ones(tree.tokens.shape)  # [batch, node]: the chance with which each node is entered
         heads = torch.zeros_like(tree.tokens, dtype=torch.bool)  # [batch, node]: coins that came up
