@@ -128,7 +128,7 @@ def check_logits(
         raise ValueError(f"{whose} returned {list(logits.shape)}, not {axes} = {list(shape)}.")
     if not logits.is_floating_point():
         raise ValueError(
-            f"{whose} returned {logits.dtype}; logits are floating-point numbers: return float32, or as the model has it."
+            f"{whose} returned {logits.dtype}; logits are floating-point numbers: return float32, or the model's dtype."
         )
     if device is not None and logits.device != device:
         raise ValueError(f"{whose} returned logits on {logits.device}; return them on {device}, where the text is.")

@@ -117,13 +117,13 @@ def _refuse(drafter: Any, misplaced: Sequence[Any], unknown: Iterable[str]) -> N
     """Raise ValueError for arguments that belong elsewhere, and say where."""
     if isinstance(drafter, PreTrainedModel) and misplaced:  # model.generate has called it as a loop
         raise ValueError(
-            "custom_generate was passed itself, which makes decoding loops and is none; call it: "
+            "custom_generate itself was passed, which is no decoding loop but makes one; call it: "
             "model.generate(..., custom_generate=specdec.custom_generate(drafter))."
         )
     for value in misplaced:
         raise ValueError(
-            f"custom_generate takes the drafter by place, and a {type(value).__name__} after it; name that argument, such as "
-            "custom_generate(drafter, rule=...)."
+            f"custom_generate takes one unnamed argument, the drafter, and was given a {type(value).__name__} too; name it, as "
+            "in custom_generate(drafter, rule=...)."
         )
     for name in unknown:
         there = "do_sample=True, temperature=..." if name == "sampling" else f"{name}=..."
@@ -178,7 +178,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
         )
     if call.get("streamer") is not None and batch > 1:
         raise ValueError(
-            f"streamer with {batch} prompts: their texts do not grow in step; stream one prompt at a time."
+            f"streamer with {batch} prompts: their texts do not grow equally fast; stream one prompt at a time."
         )
     outputs = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
     if outputs:

@@ -222,10 +222,10 @@ def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> 
     spec = Static(parents, law).spec(sampling)
     if type(rule) not in _ACCEPTING:
         names = ", ".join(known.__name__ for known in _ACCEPTING)
-        raise ValueError(f"{type(rule).__name__}: what it accepts of a given text is known for {names} only; run it.")
+        raise ValueError(f"{type(rule).__name__}: acceptance can be predicted for {names} only; run it instead.")
     if spec.width > 1 and any(excludes_elders(each) for each in spec.laws):
         raise ValueError(
-            f"law={law.name}: what is owed after a child failed depends on its token, which is not in the text; "
+            f"law={law.name}: the law owed after a child failed depends on its token, which is not in the text; "
             "use SAMPLED_THEN_TOP, IID or POINT, or run it."
         )
     rule.check(spec)

@@ -27,12 +27,12 @@ _CONSTANT_NAMES = ("CompiledGrammar", "TokenizerInfo", "LLTokenizer", "Tokenizer
 # the methods by which matchers of these libraries copy themselves
 _OWN_WAYS = ("fork", "deep_copy")
 _NO_COPY = (
-    "{names}: logits processors have to follow {what} here, each in a state of its own, and cannot be copied: {why}. Give "
-    "the class a __deepcopy__ that returns an independent copy, or {cure}."
+    "{names}: logits processors must follow {what} here, each in a state of its own, and cannot be copied: {why}. Give the "
+    "class a __deepcopy__ that returns an independent copy, or {cure}."
 )
 _NOT_TOP_DOWN = (
-    "The rule asked for the law after a text whose logits processors had gone on to a longer one: it looks beside the path "
-    "that it accepts. Set top_down = False on its class."
+    "The rule says top_down = True, but asked for the target's law at a node beside the path that it accepts. Set "
+    "top_down = False on its class."
 )
 
 

@@ -53,8 +53,8 @@ class Drafter(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Never:
         """Raise ValueError. `model.generate` would silently ignore a `custom_generate` that cannot be called."""
         raise ValueError(
-            f"a {type(self).__name__} is neither a decoding loop nor a function; to model.generate pass "
-            "custom_generate=specdec.custom_generate(drafter), and where a function that makes one is wanted, that function."
+            f"a {type(self).__name__} is neither a decoding loop nor a function that makes drafters. To model.generate pass "
+            "custom_generate=specdec.custom_generate(drafter); elsewhere pass such a function."
         )
 
 

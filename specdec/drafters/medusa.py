@@ -135,7 +135,7 @@ class MedusaDrafter(TreeDrafter):
         spec = super().spec(sampling)
         if spec.depth > len(self.heads):
             raise ValueError(
-                f"{self.tree} is {spec.depth} deep, but there are {len(self.heads)} heads; use at most those."
+                f"{self.tree} is {spec.depth} deep, but there are {len(self.heads)} heads; use a tree no deeper than that."
             )
         return spec
 
@@ -147,10 +147,10 @@ class MedusaDrafter(TreeDrafter):
         model = target.cached.lm.model
         size, expected = self.heads.weight.shape[-1], model.config.get_text_config().hidden_size
         if size != expected:
-            raise ValueError(f"The heads read states of size {size}, the target's are of size {expected}: other heads.")
+            raise ValueError(f"The heads read states of size {size}, the target's have {expected}; use other heads.")
         own = batch.vocab if self.heads.lm_head is None else self.heads.lm_head.shape[1]
         if own != batch.vocab:
-            raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {batch.vocab}: other heads.")
+            raise ValueError(f"The heads know {own} tokens, the target knows {batch.vocab}; use other heads.")
         head: Any = model.get_output_embeddings()
         return MedusaRun(self, batch, head, last).begun(last)
 

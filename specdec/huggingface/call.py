@@ -45,9 +45,9 @@ def arguments_of_generate() -> dict[str, Any]:
     running = _running("GenerationMixin.generate")
     if running is None:
         raise ValueError(
-            "This decoding loop was not called by model.generate, or in another thread: whether there is a streamer to serve "
-            "is not known. Pass it as model.generate(..., custom_generate=specdec.custom_generate(...)), or call it within "
-            "the function that is passed there, in the same thread."
+            "This decoding loop was not called by model.generate in this thread, so it cannot find the streamer. Pass "
+            "it as model.generate(..., custom_generate=specdec.custom_generate(...)), or call it in the function that is "
+            "passed there, in the same thread."
         )
     return running.f_locals
 

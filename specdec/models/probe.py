@@ -101,7 +101,7 @@ def check_ready(model: PreTrainedModel) -> None:
     if any(_given_by_hooks(model).get("alora_offsets") or ()):
         raise UnsupportedModel(
             model,
-            "its activated LoRA counts the tokens it adapts from the end of each forward pass, and passes end elsewhere here",
+            "its activated LoRA counts the tokens it adapts from the end of a forward pass, and passes end elsewhere here",
             "Call model.generate without specdec, or train the adapter as a plain LoRA.",
         )
 
@@ -231,7 +231,7 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
         raise UnsupportedModel(
             model,
             f"a token that is scored alone, after others in a cache, differs by {apart}, from the same token scored with them",
-            "What it computes, in a hook say, must not depend on where a forward pass begins: the passes here begin elsewhere.",
+            "What it computes, in a hook say, must not depend on where a forward pass begins: passes begin elsewhere here.",
         )
 
 

@@ -49,7 +49,7 @@ class KSeq(Rule):
             )
         if spec.width > 1 and not spec.by_depth:
             raise ValueError(
-                "KSeq is lossless where how many children a node has does not depend on their tokens, which these trees do not "
+                "KSeq is lossless if the number of a node's children does not depend on their tokens, which these trees do not "
                 "promise: set TreeSpec(by_depth=True) if it is so, or use SiblingRejection, which takes every tree."
             )
 

@@ -111,5 +111,5 @@ def _check_lm_head(model: PreTrainedModel, ids: Tensor) -> None:
     if (alone - logits).abs().max() > _ROUNDING * logits.abs().max():
         raise ValueError(
             f"{type(model).__name__} does more to its last states than its LM head does (it scales or caps its logits), "
-            "which training of Medusa heads does not know of; train them for another target."
+            "so laws cannot be computed from states; train Medusa heads for another target."
         )

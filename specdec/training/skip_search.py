@@ -107,8 +107,8 @@ class LayerCosts:
                 return count
         least = self.draft(layers - most) / self.verify(1)
         raise ValueError(
-            f"budget={budget}: with {most} of {layers} layers left out, the most there can be, drafting a token costs "
-            f"{least:.2f} of a pass of the target; allow more."
+            f"budget={budget}: with {most} of {layers} layers left out, which is the most allowed, drafting a token costs "
+            f"{least:.2f} of a pass of the target; raise the budget."
         )
 
 

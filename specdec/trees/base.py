@@ -115,7 +115,7 @@ def grow_tree(run: TreeRun, coins: Coins, most: int, score: Callable[[Frontier],
             asked = frontier.topology.parents.shape[1]
             if asked > most:  # in the cache, they would run into the next row
                 raise ValueError(
-                    f"{type(run).__name__} asks to continue {asked} nodes, of {most} at most by its TreeSpec: raise `nodes`."
+                    f"{type(run).__name__} asks for the scores of {asked} nodes, but its TreeSpec allows {most}: raise `nodes`."
                 )
             frontier = growth.send(score(frontier))
     except StopIteration as stop:

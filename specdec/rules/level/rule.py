@@ -71,7 +71,7 @@ class LevelVerification(Rule):
     def check(self, spec: TreeSpec) -> None:
         if spec.width > 1 and not spec.by_depth:
             raise ValueError(
-                "LevelVerification is lossless where no node's existence depends on tokens of its own depth or below, which "
+                "LevelVerification is lossless if no node's existence depends on tokens of its own depth or below, which "
                 "these trees do not promise: set TreeSpec(by_depth=True) if it is so, or use TraversalVerification."
             )
 
