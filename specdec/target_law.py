@@ -22,17 +22,11 @@ if TYPE_CHECKING:
 
 
 class Raw(NamedTuple):
-    """What a kernel needs to compute laws itself.
+    """What a kernel needs to compute laws itself."""
 
-    Args:
-        logits: [batch, node, vocab].
-        filters: temperature, top-k, top-p, min-p.
-        no_law: [batch] int64: how many visited nodes had no law; the caller of the kernel adds to it.
-    """
-
-    logits: Tensor
-    filters: tuple[float, int | None, float | None, float | None]
-    no_law: Tensor
+    logits: Tensor  # [batch, node, vocab]
+    filters: tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
+    no_law: Tensor  # [batch] int64: how many visited nodes had no law; the caller of the kernel adds to it
 
 
 class TargetLaw(ABC):

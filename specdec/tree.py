@@ -104,9 +104,7 @@ class Topology:
 
     @cached_property
     def visible(self) -> Tensor:
-        """[batch, node, node + 2] bool: `ancestors`, with a True column before it (the prefix) and a False one after it
-        (unused slots).
-        """
+        """[batch, node, node + 2] bool: a True column (the prefix), `ancestors`, and a False column (unused slots)."""
         return torch.nn.functional.pad(torch.nn.functional.pad(self.ancestors, (1, 0), value=True), (0, 1))
 
 
@@ -176,9 +174,8 @@ class DraftTree:
         return replace(self, tokens=self.tokens.clamp(0, vocab - 1))
 
     def invalid(self, root: Tensor, vocab: int) -> Tensor:
-        """[batch] bool: rows whose trees cannot be right.
-
-        Their root is not `root` [batch] int64, or a token is outside the vocabulary or cannot have been drawn as its law says.
+        """[batch] bool: rows with another root than `root` [batch] int64, tokens outside the vocabulary, or tokens that cannot
+        have been drawn as their laws say.
         """
         tokens, exists = self.within(vocab).tokens, self.laws != Law.PADDING
         wrong = (self.tokens[:, 0] != root) | ((self.tokens != tokens) & exists).any(1)

@@ -15,17 +15,13 @@ if TYPE_CHECKING:
 class Author(NamedTuple):
     """Who wrote a token.
 
-    Args:
-        kind: "drafted": the drafter, and the rule accepted it. "recovered": the target, after the rule accepted no child of
-            the last accepted node. "bonus": the target, after the rule accepted a whole path. "alone": the target, in a step
-            that drafted nothing.
-        depth: the token's depth in the tree: 1 for a child of the root.
-        step: the step of the trace, counted from 0.
+    "drafted": the drafter, and the rule accepted it. "recovered": the target, after the rule accepted no child of the last
+    accepted node. "bonus": the target, after the rule accepted a whole path. "alone": the target, in a step without a draft.
     """
 
     kind: Literal["drafted", "recovered", "bonus", "alone"]
-    depth: int
-    step: int
+    depth: int  # in the tree: 1 for a child of the root
+    step: int  # of the trace, counted from 0
 
 
 def authors(trace: Trace, row: int) -> list[Author]:

@@ -50,12 +50,9 @@ class MedusaHeads(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, hidden: Tensor, lm_head: nn.Module, count: int | None = None) -> Tensor:
-        """[batch, head, vocab]: the logits of the heads.
+        """[batch, head, vocab]: logits of the first `count` heads, all by default, for states `hidden` [batch, hidden].
 
-        Args:
-            hidden: [batch, hidden]: the target's states.
-            lm_head: the target's; used if the heads have none of their own.
-            count: how many heads to use, the first ones; all by default.
+        `lm_head` is the target's; it is used if the heads have none of their own.
         """
         count = len(self) if count is None else count
         x = hidden.to(self.weight.dtype)[None].expand(count, -1, -1)  # [head, batch, hidden]

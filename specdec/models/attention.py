@@ -33,18 +33,12 @@ class View:
 
     Slot s of row b holds the committed token s when s < lengths[b], else node s - lengths[b] of the tree. With two committed
     tokens, a tree of three nodes and 6 slots, a row is: token 0, token 1, node 0, node 1, node 2, unused.
-
-    Args:
-        lengths: [batch] int64: committed slots of each row.
-        topology: the tree so far.
-        count: the last `count` nodes of the topology are the queries.
-        slots: slots attended to: a host bound on every row's lengths + nodes.
     """
 
-    lengths: Tensor
-    topology: Topology
-    count: int
-    slots: int
+    lengths: Tensor  # [batch] int64: committed slots of each row
+    topology: Topology  # the tree so far
+    count: int  # the last `count` nodes of the topology are the queries
+    slots: int  # slots attended to: a host bound on every row's lengths + nodes
 
     @cached_property
     def positions(self) -> Tensor:

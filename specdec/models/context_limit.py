@@ -8,15 +8,10 @@ from transformers import PreTrainedModel
 
 
 class ContextLimit(NamedTuple):
-    """The longest text whose logits do not depend on how it was cut into forward passes.
+    """The longest text, in tokens, whose logits do not depend on how it was cut into forward passes."""
 
-    Args:
-        tokens: its length; None if unbounded.
-        reason: words to put after the number, where it is not the model's own limit.
-    """
-
-    tokens: int | None
-    reason: str = ""
+    tokens: int | None  # None if unbounded
+    reason: str = ""  # words to put after the number, where it is not the model's own limit
 
 
 def context_limit_of(model: PreTrainedModel) -> ContextLimit:

@@ -21,13 +21,7 @@ def takes(model: PreTrainedModel, name: str) -> bool:
 
 
 def prepared_inputs(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
-    """Inputs of a pass over whole texts, without a cache.
-
-    Args:
-        model: the model.
-        tokens: [batch, length] int64.
-        first: whether it counts as the first pass of a run.
-    """
+    """Inputs of a pass over whole texts, tokens [batch, length] int64, without a cache: a run's `first` pass or a later."""
     options: dict[str, Any] = {}
     if takes(model, "attention_mask"):
         options["attention_mask"] = torch.ones_like(tokens)

@@ -58,23 +58,16 @@ class Siblings:
 
 @dataclass(frozen=True, eq=False)
 class ChildLaw:
-    """The law that one child of every row was drawn from.
+    """The law that one child of every row was drawn from."""
 
-    Args:
-        token: [batch, 1] int64: the child's token.
-        point: [batch, 1] bool: rows in which the law is certain of that token.
-        law: [batch, vocab]: the law in all other rows, and 0 in rows that are `point`. None if every row is.
-    """
-
-    token: Tensor
-    point: Tensor
-    law: Tensor | None
+    token: Tensor  # [batch, 1] int64: the child's token
+    point: Tensor  # [batch, 1] bool: rows in which the law is certain of that token
+    law: Tensor | None  # [batch, vocab]: the law in rows that are not `point`, 0 in the others; None if there are none
 
     def ratio(self, mass: Tensor, tokens: Tensor | None = None) -> Tensor:
         """[batch, k]: min(1, mass / law) of `tokens` [batch, k] int64, by default the child's; 0 where the law is 0.
 
-        Args:
-            mass: [batch, vocab].
+        mass: [batch, vocab].
         """
         tokens = self.token if tokens is None else tokens
         law = (tokens == self.token).to(mass.dtype)

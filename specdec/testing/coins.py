@@ -17,10 +17,6 @@ from specdec.coins import Coins, Purpose, RowCoins
 class ExactCoins(Coins):
     """Coins that follow every outcome. Each row of the batch replays one script of choices and notes the other choices.
 
-    Args:
-        scripts: for each row, the number of the outcome to take at each choice; after its end, the first outcome is taken.
-        nodes: size of the largest tree.
-
     A coin is a uniform number in an interval, which narrows with every question that the coin answers. So a coin that is used
     twice gives answers that agree.
     """

@@ -39,12 +39,9 @@ def assert_drafter(
 
     >>> assert_drafter(MyDrafter(), specdec.testing.TabularTarget(3), [(0, 1, 0), (2, 1)])
 
-    What is checked:
-
     - The text's law is the target's, with every coin followed: laws are recorded truthfully, and growth does not anticipate.
     - `TreeSpec.by_depth` is kept where it is promised.
-    - The greedy text is the target's.
-    - A row's text does not depend on the other rows.
+    - The greedy text is the target's, and a row's text does not depend on the other rows.
     - After any acceptance, and in a second run, drafts are those of a fresh start from the same text.
 
     Args:
@@ -102,10 +99,7 @@ def _check_target(target: PreTrainedModel | TabularTarget) -> None:
 
 
 def assert_by_depth(drafter: Drafter, drafts: list[_Draft]) -> None:
-    """Raise AssertionError unless `TreeSpec.by_depth` is kept.
-
-    Of all trees drafted after one text, those with the same nodes above a depth must have the same nodes at that depth.
-    """
+    """Raise AssertionError unless trees after one text that agree above a depth have the same nodes at that depth."""
     known: dict[tuple, list] = {}
     for draft in drafts:
         for depth in range(1, 1 + max(draft.depths, default=0)):

@@ -100,19 +100,12 @@ def _exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Coins at which decisions change: of a child when all before it are rejected, or of the emission.
+    """Coins at which decisions change, all [threshold]: of a child when all before it are rejected, or of the emission."""
 
-    Args:
-        draft: [threshold] int64.
-        child: [threshold] int64: the child that the coin decides on; the width stands for the emission.
-        coin: [threshold] float64.
-        share: [threshold] float64: how much of a node's law the coin decides.
-    """
-
-    draft: Tensor
-    child: Tensor
-    coin: Tensor
-    share: Tensor
+    draft: Tensor  # int64
+    child: Tensor  # int64: the child that the coin decides on; the width stands for the emission
+    coin: Tensor  # float64
+    share: Tensor  # float64: how much of a node's law the coin decides
 
     def coins(self, width: int, by: float | Tensor = 0.0, others: float = SURE) -> tuple[Tensor, Tensor]:
         """Coins of the children [threshold, width] and of the emission [threshold] at the thresholds, plus `by`.

@@ -132,10 +132,7 @@ def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Cal
 
 
 def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: Costs) -> float:
-    """Acceptance length x t(1) / t(step): the speed-up over decoding without a draft.
-
-    Measured speed-ups are lower by the loop's own time, unless `costs.other` counts it.
-    """
+    """Acceptance length x t(1) / t(step), over decoding without a draft. The loop's own time counts by `costs.other` only."""
     acceptance_length = as_float("acceptance_length", acceptance_length, "[0, inf)")
     check_kind("costs", costs, Costs, "measure them: specdec.theory.measure_costs(target, draft)")
     return acceptance_length * costs.step([-1]) / costs.step(parents)

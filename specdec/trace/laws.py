@@ -18,17 +18,11 @@ from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 class Packed(NamedTuple):
-    """A tensor without loss: every entry or, if that takes less memory, the nonzero ones and their places.
-
-    Args:
-        shape: the tensor's.
-        values: [n]: the entries that are kept.
-        where: [n] int32, or int64 if needed: their places in the flattened tensor; None if all entries are kept.
-    """
+    """A tensor without loss: every entry or, if that takes less memory, the nonzero ones and their places."""
 
     shape: tuple[int, ...]
-    values: Tensor
-    where: Tensor | None
+    values: Tensor  # [n]: the entries that are kept
+    where: Tensor | None  # [n] int32 or int64: their places in the flattened tensor; None if all entries are kept
 
     @classmethod
     def of(cls, tensor: Tensor) -> Packed:

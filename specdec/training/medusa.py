@@ -23,15 +23,10 @@ _ROUNDING = 1e-3  # most difference between logits of the same head on the same 
 
 @dataclass(frozen=True)
 class Places:
-    """Places in texts at which heads are trained or tested.
+    """Places in texts at which heads are trained or tested."""
 
-    Args:
-        hidden: [place, hidden]: the target's states. Head i predicts the token i + 2 places later.
-        laws: [place, head, vocab]: the target's log-laws of these tokens, given all of the text before them.
-    """
-
-    hidden: Tensor
-    laws: Tensor
+    hidden: Tensor  # [place, hidden]: the target's states; head i predicts the token i + 2 places later
+    laws: Tensor  # [place, head, vocab]: the target's log-laws of these tokens, given all of the text before them
 
 
 class States:

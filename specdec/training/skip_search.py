@@ -79,17 +79,11 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Seconds of the target's forward pass, and of drafting one token with some of its layers.
+    """Seconds of the target's forward pass, and of drafting one token with some of its layers."""
 
-    Args:
-        verify: the target's forward pass, by nodes.
-        outside: embedding, final norm and LM head.
-        layer: each layer; all are taken to cost the same.
-    """
-
-    verify: CostCurve
-    outside: float
-    layer: float
+    verify: CostCurve  # the target's forward pass, by nodes
+    outside: float  # embedding, final norm and LM head
+    layer: float  # each layer; all are taken to cost the same
 
     def keeping(self, layers: int) -> Costs:
         """The costs of steps that draft with so many layers."""
@@ -126,19 +120,12 @@ def measure_layer_costs(model: PreTrainedModel, nodes: int, context: int, repeat
 
 @dataclass(frozen=True)
 class Trial:
-    """A set of layers that was tried.
-
-    Args:
-        skip: the layers left out.
-        reach: [depth], as from `Rehearsal.reach`.
-        length: length, at least 1, of the chain with the largest predicted speed-up.
-        speed_up: its predicted speed-up.
-    """
+    """A set of layers that was tried."""
 
     skip: Skip
-    reach: Sequence[float]
-    length: int
-    speed_up: float
+    reach: Sequence[float]  # [depth], as from `Rehearsal.reach`
+    length: int  # length, at least 1, of the chain with the largest predicted speed-up
+    speed_up: float  # its predicted speed-up
 
     @property
     def acceptance_length(self) -> float:
