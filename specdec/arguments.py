@@ -1,4 +1,4 @@
-"""What users ask of a run, checked and put into one form. Every refusal states the value, the limit and the cure."""
+"""The arguments of a run, checked and put into one form. Every refusal states the value, the limit and the cure."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from specdec.tree import TreeSpec
 Prompt = Tensor | np.ndarray | Sequence[int] | str | Sequence[Mapping[str, Any]]
 Prompts = Prompt | Sequence[Prompt]
 
-_UNDRAFTED = NoDrafter()  # one, so that what is captured of a run serves the next
+_UNDRAFTED = NoDrafter()  # always the same one, so that graphs captured in one run serve the next
 _EAGER = Engine()
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
 _CHAT = "of chat messages pass the list of them, [{'role': 'user', 'content': ...}]"
-# arguments of other libraries whose names do not say which one is meant here
+# What to pass here for arguments of other libraries.
 _ELSEWHERE = {
     "do_sample": "pass sampling=specdec.Sampling(temperature=1.0) to sample, Sampling() for greedy decoding",
     "generation_config": "pass sampling=specdec.Sampling.from_generation_config(config)",
@@ -60,21 +60,24 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a run is asked for, checked; see `specdec.generate` for what each means.
+    """The checked arguments of a run; see also `specdec.generate`.
 
     Args:
         target, drafter, rule, engine: the parts.
-        sampling: with every field resolved.
-        spec: what trees may be proposed.
+        sampling: with every field filled in.
+        spec: the trees that may be proposed.
         prompts: 1-D int64 CPU tensors.
         budgets: most new tokens of each prompt.
         processors: each row's logits processors.
         stop_tokens: ids that end a text.
-        stopping: asked after every step whether rows end; None if nothing but stop tokens and budgets ends them.
+        stopping: called after every step to end rows; None if only stop tokens and budgets end them.
+        tokenizer: as given; None if there is none.
+        seed: the seed of all coins.
         first_index: index of the first prompt, by which coins are drawn.
-        last: what an earlier turn has left to go on from.
-        keep: whether a later turn may go on from this one.
-        coins: (batch, nodes) -> Coins, in place of those of the seed.
+        trace: what to record.
+        last: the runs of an earlier turn to go on from, if there was one.
+        keep: whether a later turn may go on from this run.
+        coins: (batch, nodes) -> Coins, in place of coins made from the seed; None: from the seed.
     """
 
     target: Target
@@ -103,12 +106,12 @@ class Request:
 
     @property
     def largest_tree(self) -> int:
-        """Slots that a tree may take; paths are as long as `depth` says, even where so many nodes are not allowed."""
+        """Most slots that a tree takes in the cache. Paths may be `depth` long even if that is more than `nodes` allows."""
         return max(self.spec.nodes, self.spec.depth + 1)
 
     @property
     def static(self) -> bool:
-        """Whether the drafter's part of a step is captured, and so uses no host values."""
+        """Whether the drafter's stages are captured, and so use no host values."""
         return self.engine.captures and self.drafter.capturable
 
     def reasons(self) -> dict[str, str | None]:
@@ -142,7 +145,7 @@ def as_request(
     stopping: Stopping | None = None,
     coins: Callable[[int, int], Coins] | None = None,
 ) -> Request:
-    """The arguments of `specdec.generate`, checked against each other before anything is run.
+    """Check the arguments of `specdec.generate`, also against each other, before anything is run.
 
     Raises:
         ValueError: as `generate` does.
@@ -176,7 +179,7 @@ def as_request(
 
 
 def as_last(resume: Any) -> Runs | None:
-    """What the generation to be resumed has kept."""
+    """The runs that the generation to be resumed has kept."""
     if resume is None:
         return None
     runs = getattr(resume, "runs", resume)
@@ -220,7 +223,7 @@ def as_target(target: PreTrainedModel | Target) -> Target:
 
 
 def as_engine(engine: Engine | str) -> Engine:
-    """The engine itself, or one of that name: a new one, if it keeps anything."""
+    """The engine itself, or one of that name; a new one if the engine keeps anything."""
     if isinstance(engine, Engine):
         return engine
     made = {"eager": lambda: _EAGER, "graph": Graphs, "compile": partial(Graphs, compile=True)}
@@ -230,14 +233,14 @@ def as_engine(engine: Engine | str) -> Engine:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError unless it is None or can write text; whether it reads any is seen when a prompt is text."""
+    """Raise ValueError unless the tokenizer is None or can decode. Whether it can encode is checked when a prompt is text."""
     if tokenizer is None or (hasattr(tokenizer, "decode") and not isinstance(tokenizer, bytes)):
         return
     raise wrong_kind("tokenizer", tokenizer, "pass one of transformers, such as AutoTokenizer.from_pretrained(name)")
 
 
 def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
-    """Raise ValueError where every process of a model that is cut over several would draft by its own clock."""
+    """Raise ValueError if several processes share the model and each would draft by its own clock."""
     processes = getattr(model, "tp_size", None) or 1
     if spec.by_clock and processes > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The texts of a run, on the device and on the host: the only place where they stand."""
+"""The texts of a run, on the device and on the host. They are kept nowhere else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """The batch as it stands: what drafters, tree policies and targets look at. Only the loop writes to it.
+    """The texts so far, as drafters, tree policies and targets read them. Only the loop writes to it.
 
     Device:
         tokens: [batch, capacity] int64: prompts and committed tokens; anything from `lengths` on.
@@ -33,16 +33,16 @@ class Batch:
     Host, as of the last step:
         texts: the committed tokens of each row, a 1-D int64 array each.
         host_lengths, host_left: `lengths` and `left`.
-        longest: a bound on `lengths`, rounded up where stages are captured: the only length that they may depend on.
+        longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
         max_depth: longest path that a drafter may propose now.
 
     Settings of the run:
         vocab: size of the target's vocabulary.
-        sampling, stop_tokens, tokenizer: as given to `generate`, and resolved.
-        processors: each row's logits processors, as they are after the text so far.
+        sampling, stop_tokens, tokenizer: as given to `generate`, with defaults filled in.
+        processors: each row's logits processors, in their state after the text so far.
         max_length: tokens that the longest row may grow to, the prompt included.
         static: whether steps are captured, so that drafters use no host values but `longest`.
-        stages: how parts of a step are run: a drafter may have its scores captured by it.
+        stages: what runs the stages of a step; a drafter may have its scores captured by it.
         keep: whether a later turn may go on from this run, so that models note what they have read.
         resume: whether to go on from what an earlier turn has read.
     """
@@ -91,7 +91,7 @@ class Batch:
 
     @property
     def records(self) -> list[np.ndarray]:
-        """[capacity] int64 each: arrays that `texts` are the beginnings of, now and later; of this run alone."""
+        """[capacity] int64 each: the buffers that `texts` are views of. No later run writes to them."""
         return list(self._host)
 
     @property
@@ -109,24 +109,24 @@ class Batch:
         return any(self.processors)
 
     def chain(self, nodes: int) -> Topology:
-        """The topology in which every node but the last has one child: one tensor for the whole run, which graphs read."""
+        """The chain of so many nodes. It stays the same tensor for the whole run, as captured graphs read it in place."""
         if nodes not in self._chains:
             self._chains[nodes] = chain(len(self), nodes, self.device)
         return self._chains[nodes]
 
     def undrafted(self) -> DraftTree:
-        """The trees that draft nothing: roots alone."""
+        """Trees of the root alone."""
         return DraftTree(self.root[:, None], self.chain(1), torch.zeros_like(self.tokens[:, :1], dtype=torch.uint8))
 
     def within_budgets(self, tree: DraftTree) -> DraftTree:
-        """The trees without what is deeper than a row's own budget: its text must not depend on other rows'."""
+        """Remove nodes beyond a row's own budget: its text must not depend on the budgets of other rows."""
         if self._least > tree.topology.depth:
             return tree
         beyond = tree.topology.depths >= self.left[:, None].clamp(min=1)
         return replace(tree, laws=torch.where(beyond, Law.PADDING, tree.laws))
 
     def append(self, outcome: Outcome) -> None:
-        """Write what a step gave, on the device."""
+        """Append a step's tokens to the texts on the device."""
         tokens = outcome.tokens
         place = torch.arange(tokens.shape[1], device=tokens.device)
         self.tokens.scatter_(1, self.lengths[:, None] + place, tokens)
@@ -134,7 +134,7 @@ class Batch:
         self.left.copy_(outcome.left_after)
 
     def note(self, outcome: Outcome) -> None:
-        """Write the same on the host, which waits for the device."""
+        """Append them to the texts on the host, which waits for the device."""
         for b, tokens in enumerate(outcome.emitted):
             start = self.host_lengths[b]
             self.host_lengths[b] = start + len(tokens)
@@ -142,13 +142,13 @@ class Batch:
         self.note_left(outcome.left)
 
     def note_left(self, left: list[int]) -> None:
-        """Adapt to what each row may still emit."""
+        """Set what each row may still emit, and how deep drafts may therefore be."""
         self.host_left = left
-        # smallest budget of the running rows; 0 where steps are captured, which look at every budget
+        # Smallest budget of a running row. Captured steps cannot branch on it: 0 makes them compare every budget.
         self._least = 0 if self.static else min((n for n in left if n), default=0)
         self.max_depth = self._deepest if self.static else min(self._deepest, max(left) - 1)
 
     def end(self, row: int) -> None:
-        """Let a row emit nothing more."""
+        """End a row: it emits nothing more."""
         self.left[row] = 0
         self.note_left([0 if b == row else n for b, n in enumerate(self.host_left)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-_MOST = 2**31 - 1  # no count here is larger, and torch takes none above 2**63
+_MOST = 2**31 - 1  # no count here is larger
 _CONVERSIONS = (
     (PreTrainedModel, "wrap a draft model: ModelDrafter(model)"),
     (GenerationConfig, "convert it: Sampling.from_generation_config(config)"),
@@ -23,7 +23,7 @@ _CONVERSIONS = (
 
 
 def as_int(name: str, value: Any, least: int = -_MOST, most: int = _MOST, cure: str = "") -> int:
-    """`value` as a Python integer from `least` to `most`; ValueError, with the cure, if it is none."""
+    """`value` as a Python integer from `least` to `most`; else ValueError, with the cure."""
     number, cure = _plain(value), cure and f"; {cure}"
     if not _is_number(number, Integral):
         whole = isinstance(number, float) and number.is_integer()
@@ -38,13 +38,13 @@ def as_int(name: str, value: Any, least: int = -_MOST, most: int = _MOST, cure: 
 
 
 def as_ints(name: str, values: Any, least: int = -_MOST, most: int = _MOST, cure: str = "") -> tuple[int, ...]:
-    """A sequence of such integers, from any library."""
+    """A sequence of integers from `least` to `most`, of any library, as Python integers."""
     given = as_tuple(name, values, "integers", cure)
     return tuple(as_int(f"{name}[{i}]", value, least, most, cure) for i, value in enumerate(given))
 
 
 def as_float(name: str, value: Any, interval: str = "(-inf, inf)", cure: str = "") -> float:
-    """`value` as a Python float inside `interval`, written as in mathematics: "(0, 1]" is without 0 and with 1."""
+    """`value` as a Python float inside `interval`, written as in mathematics: "(0, 1]" excludes 0 and includes 1."""
     number, cure = _plain(value), cure and f"; {cure}"
     if not _is_number(number, Real):
         raise ValueError(f"{name}={brief(value)}: must be a number in {interval}{cure}.")
@@ -57,7 +57,7 @@ def as_float(name: str, value: Any, interval: str = "(-inf, inf)", cure: str = "
 
 
 def as_tuple(name: str, values: Any, of: str, cure: str = "") -> tuple[Any, ...]:
-    """A sequence as a tuple. Text is not one, nor is what has no order."""
+    """A sequence as a tuple. Text, sets and mappings are refused."""
     if hasattr(values, "tolist"):
         values = values.tolist()  # a tensor or an array
     if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
@@ -91,7 +91,7 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], cure: str =
 
 
 def wrong_kind(name: str, value: Any, cure: str) -> ValueError:
-    """The error to raise for a value of another kind than `name` has to be."""
+    """The error for a value of the wrong kind."""
     return ValueError(f"{name} is a {type(value).__name__}; {cure}. Got {brief(value)}.")
 
 
@@ -102,7 +102,7 @@ def put(of: Any, **values: Any) -> None:
 
 
 def put_size(of: Any) -> None:
-    """Make the `nodes`, `depth` and `width` of a policy or a drafter that drafts something Python integers."""
+    """Check the `nodes`, `depth` and `width` of a policy or a drafter, and make them Python integers."""
     cure = "a draft has nodes >= 2, depth >= 1 and width >= 1; use drafter=None to draft nothing"
     least = {"nodes": 2, "depth": 1, "width": 1}
     put(of, **{name: as_int(name, getattr(of, name), least[name], cure=cure) for name in least})
@@ -122,13 +122,13 @@ def check_callable(name: str, value: Any, cure: str) -> None:
 def check_logits(
     whose: str, logits: Any, axes: str, shape: tuple[int, ...], device: torch.device | None = None
 ) -> None:
-    """Raise ValueError unless these are logits of this shape, and on this device. Nothing is asked of the device."""
+    """Raise ValueError unless these are logits of this shape on this device. It does not wait for the device."""
     check_kind(f"what {whose} returned", logits, Tensor, f"return a tensor {axes} = {list(shape)}")
     if logits.shape != shape:
         raise ValueError(f"{whose} returned {list(logits.shape)}, not {axes} = {list(shape)}.")
     if not logits.is_floating_point():
         raise ValueError(
-            f"{whose} returned {logits.dtype}; logits are floating-point numbers: return float32, or as the model has it."
+            f"{whose} returned {logits.dtype}; logits are floating-point numbers: return float32, or the model's dtype."
         )
     if device is not None and logits.device != device:
         raise ValueError(f"{whose} returned logits on {logits.device}; return them on {device}, where the text is.")
@@ -139,5 +139,5 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or torch as one of Python."""
+    """A 0-d array or tensor as a Python number, and anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value

@@ -1,4 +1,4 @@
-"""Times between marks: of the host, or on CUDA of the device, which is still at work when the host goes on."""
+"""Times between marks: by the host's clock, or on CUDA by the device's, as the host runs ahead of the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given: what the host times ends there."""
+    """Wait for the device to finish, before the host reads its clock."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -22,7 +22,7 @@ class Clock:
         self.mark()
 
     def mark(self) -> None:
-        """What was begun after the last mark ends here."""
+        """End the interval that the last mark began."""
         if self._on_device:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record(torch.cuda.current_stream(self._device))
@@ -30,7 +30,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between one mark and the next; on CUDA, waits for the last."""
+        """The length of each interval between two marks; on CUDA it waits for the last mark."""
         if not self._on_device:
             return [b - a for a, b in pairwise(self._marks)]
         self._marks[-1].synchronize()

@@ -35,8 +35,8 @@ class Coins:
     Args:
         seed: an integer of 64 bits, from -2**63 to 2**64 - 1; the same seed gives the same coins.
         batch: number of rows.
-        nodes: largest tree (in nodes, the root included) that will be addressed.
-        device: where the tensors of the batched face live.
+        nodes: size of the largest tree, the root included.
+        device: where the tensors of the batched face are.
         first: index of the prompt in the first row.
     """
 
@@ -56,7 +56,7 @@ class Coins:
         self.turn_to(0)
 
     def turn_to(self, step: int) -> None:
-        """Show the coins of another step, in the same place: what reads them may have been captured in a graph."""
+        """Write the coins of another step into the same memory, where captured graphs read them."""
         self.step = step
         if not self._first <= step < self._first + _BLOCK:
             self._first = step - step % _BLOCK

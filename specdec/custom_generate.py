@@ -1,4 +1,4 @@
-"""transformers' own call, decoded here: `model.generate(**inputs, custom_generate=specdec.custom_generate(drafter))`."""
+"""Decoding from transformers' own call: `model.generate(**inputs, custom_generate=specdec.custom_generate(drafter))`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidde
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """`sequences`, and the trace of the run: `out.trace.summary()`."""
+    """The `sequences`, and the `trace` of the run: `out.trace.summary()`."""
 
     trace: Trace | None = None
 
@@ -49,20 +49,24 @@ def custom_generate(
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
     **unknown: Never,
 ) -> Callable[..., Tensor | SpeculativeOutput]:
-    """A decoding loop for `model.generate`, which returns what it returns; its other arguments mean what they mean there.
+    """A decoding loop for `model.generate`, whose other arguments and results stay what they are.
 
     >>> model.generate(**inputs, do_sample=True, custom_generate=specdec.custom_generate(ModelDrafter(draft)))
 
-    Greedy search and sampling, with any logits processors and stopping criteria. Criteria are asked about the whole batch,
-    once for every length, and the text is cut where they say so. Each row is processed by copies of the logits processors,
-    which are called once for every token of its text and of each draft that is looked at, and which see the other rows as
-    they might go on; yours stay as they are (see `Sampling`). A streamer is told the end after an error too. The function
-    may be wrapped in one of yours; for stop strings, with `functools.wraps`. What is not supported is refused: beams,
-    assistants, scores and other outputs of the model, caches to go on from. The cache is specdec's own, and not returned.
+    Greedy search and sampling, with any logits processors and stopping criteria:
+
+    - Stopping criteria are called with the whole batch, once for every length, and texts are cut where they say so.
+    - Each row has copies of the logits processors, and yours stay as they are (see `Sampling`). They are called once for every
+      token of the row's text and of the drafts that the rule visits, and see the other rows with likely continuations.
+    - A streamer's `end` is called after an error too.
+    - You may wrap the loop in a function of yours; for stop strings, use `functools.wraps`.
+
+    Refused are beams, assistants, scores and other outputs of the model, and caches to go on from. The cache is specdec's own,
+    and not returned.
 
     Args:
         drafter, rule, tokenizer, engine: as in `specdec.generate`. An engine is kept from call to call.
-        seed: of the sampled tokens; None draws one from torch's global generator at each call, so that
+        seed: decides the sampled tokens; None draws one from torch's global generator at each call, so that
             `torch.manual_seed` repeats a run.
     """
     _refuse(drafter, misplaced, unknown)
@@ -110,16 +114,16 @@ def custom_generate(
 
 
 def _refuse(drafter: Any, misplaced: Sequence[Any], unknown: Iterable[str]) -> None:
-    """Raise ValueError for arguments that are not taken, and say where they belong."""
-    if isinstance(drafter, PreTrainedModel) and misplaced:  # called in place of a loop
+    """Raise ValueError for arguments that belong elsewhere, and say where."""
+    if isinstance(drafter, PreTrainedModel) and misplaced:  # model.generate has called it as a loop
         raise ValueError(
-            "custom_generate was passed itself, which makes decoding loops and is none; call it: "
+            "custom_generate itself was passed, which is no decoding loop but makes one; call it: "
             "model.generate(..., custom_generate=specdec.custom_generate(drafter))."
         )
     for value in misplaced:
         raise ValueError(
-            f"custom_generate takes the drafter by place, and a {type(value).__name__} after it; name that argument, such as "
-            "custom_generate(drafter, rule=...)."
+            f"custom_generate takes one unnamed argument, the drafter, and was given a {type(value).__name__} too; name it, as "
+            "in custom_generate(drafter, rule=...)."
         )
     for name in unknown:
         there = "do_sample=True, temperature=..." if name == "sampling" else f"{name}=..."
@@ -131,7 +135,7 @@ def _refuse(drafter: Any, misplaced: Sequence[Any], unknown: Iterable[str]) -> N
 
 @contextmanager
 def _ended(streamer: Any) -> Iterator[Any]:
-    """The streamer, which is told the end even if there is an error: its reader would wait for ever."""
+    """The streamer, whose `end` is called even after an error: else its reader would wait for ever."""
     try:
         yield streamer
     finally:
@@ -145,7 +149,7 @@ class _Prepared(Sampling):
 
     prompts: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [batch, length] int64, with their padding
     ends: Sequence[int] = ()  # tokens that end a text
-    filler: int = 0  # the token after it
+    filler: int = 0  # the token that fills a row after its text has ended
 
     def bind(
         self, model: Any, prompts: Any, budgets: Any, tokenizer: Any = None
@@ -160,7 +164,7 @@ class _Prepared(Sampling):
 
 
 def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[str, Any], batch: int) -> None:
-    """Refuse what would be left out in silence."""
+    """Raise ValueError for arguments that would otherwise be ignored in silence."""
     if call.get("assistant_model") is not None:
         raise ValueError("assistant_model: give it to specdec instead, custom_generate(ModelDrafter(assistant_model)).")
     if call.get("synced_gpus"):
@@ -174,7 +178,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
         )
     if call.get("streamer") is not None and batch > 1:
         raise ValueError(
-            f"streamer with {batch} prompts: their texts do not grow in step; stream one prompt at a time."
+            f"streamer with {batch} prompts: their texts do not grow equally fast; stream one prompt at a time."
         )
     outputs = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
     if outputs:
@@ -192,7 +196,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
 
 
 def _unread(model_kwargs: dict[str, Any]) -> list[str]:
-    """What else the model is to read. Images and the like reach us encoded: in a dict by kind, empty for a text alone."""
+    """Names of further inputs of the model. Images and the like are passed encoded, in a dict that is empty for text alone."""
     given = {name: value for name, value in model_kwargs.items() if value is not None and name not in _READ}
     encoded = given.pop("mm_encoder_outputs", {})
     return sorted([*given, *(f"{kind} inputs such as pixel_values" for kind in encoded)])
@@ -201,7 +205,7 @@ def _unread(model_kwargs: dict[str, Any]) -> list[str]:
 def _mask(
     input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """[batch, length] bool: the tokens that are no padding, all of which comes first."""
+    """[batch, length] bool: the tokens that are no padding. All padding must come first."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
     if mask.shape != input_ids.shape or ((mask != 0) & (mask != 1)).any() or (mask.diff(dim=1) < 0).any():
         raise ValueError(
@@ -214,9 +218,9 @@ def _mask(
 
 
 def _ends(criteria: StoppingCriteriaList, longest: int) -> tuple[tuple[int, ...], int, StoppingCriteriaList]:
-    """Tokens that end a text, the length that does (`longest` if no criterion says), and what else may.
+    """Tokens that end a text, the length at which it ends (by default `longest`), and all other criteria.
 
-    What a subclass of transformers' own criteria says is known only by asking it.
+    Subclasses of transformers' criteria count as others: what they do is known only by calling them.
     """
     tokens = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
     limit = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=longest)
@@ -235,7 +239,7 @@ def _finish(run: Decoding, streamer: Any) -> None:
 
 
 def _sequences(input_ids: Tensor, emitted: list[list[int]], filler: int) -> Tensor:
-    """[batch, prompt + longest text] int64: texts that are shorter end in the filler."""
+    """[batch, prompt + longest text] int64: prompts and texts; shorter texts are filled up with `filler`."""
     longest = max(map(len, emitted))
     new = torch.tensor([row + [filler] * (longest - len(row)) for row in emitted])
     return torch.cat([input_ids, new.to(input_ids.device)], 1)

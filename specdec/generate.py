@@ -28,10 +28,10 @@ class Generation:
 
     Args:
         tokens: one 1-D int64 CPU tensor per prompt: the new tokens only.
-        text: the same as text, when a tokenizer was given.
+        text: the new tokens as text, if a tokenizer was given.
         trace: what happened, step by step.
-        tokenizer: that was given.
-        runs: with keep=True, the caches that a later turn may go on in (resume=...), and their memory.
+        tokenizer: the tokenizer that was given.
+        runs: with keep=True, what a later turn may go on in (resume=...): it holds the caches and their memory.
     """
 
     tokens: list[Tensor]
@@ -45,8 +45,8 @@ class Generation:
         return self.trace.summary()
 
     def _repr_html_(self) -> str:
-        """In a notebook, the text coloured by who wrote it: see `specdec.display.text`."""
-        from specdec import display  # which shows generations
+        """The text for a notebook, coloured by who wrote each token: see `specdec.display.text`."""
+        from specdec import display  # here, as `display` imports this module's `Generation`
 
         return display.text(self)._repr_html_()
 
@@ -69,7 +69,7 @@ def generate(
     keep: bool = False,
     **unknown: Never,
 ) -> Generation:
-    """Continue the prompts; with a lossless rule, exactly as the target by itself would.
+    """Continue the prompts. With a lossless rule, the text has exactly the law that the target has by itself.
 
     >>> out = specdec.generate(target, "def fib(n):", ModelDrafter(draft), tokenizer=tokenizer)
     >>> out.text[0], out.summary()["acceptance_length"]
@@ -80,33 +80,33 @@ def generate(
         target: any supported causal LM from transformers, in eval mode. It is left as it was found.
         prompts: one prompt or a list of them: token ids (a 1-D tensor or array, or a list), of any lengths and without
             padding, text (with `tokenizer`), or a list of chat messages (with a `tokenizer` that has a chat template).
-        drafter: who proposes; None decodes autoregressively in the same loop.
-        rule: who decides what is kept.
+        drafter: proposes tokens; None decodes autoregressively in the same loop.
+        rule: decides which of them are kept.
         sampling: how tokens are chosen; greedy by default.
         max_new_tokens: most new tokens: one number, or one per prompt.
-        stop_tokens: ids that end a text (and are its last token); None: the EOS ids of `sampling`'s generation config,
-            or else the target's; (): none. Stop strings are those of the generation config.
+        stop_tokens: ids that end a text, as its last token. None: the EOS ids of `sampling`'s generation config, or else the
+            target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
-        seed: every random decision is a function of (seed of 64 bits, index of the prompt, step): equal prompts in two calls
-            get equal samples unless the seeds differ, and it is 0 by default.
+        seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, step). So equal prompts
+            in two calls get equal samples unless the seeds differ.
         first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
             begins: then no two prompts share their coins, and the texts are those of one call.
-        trace: what to record; "summary" keeps counts and times of every step, "ceiling" also each visited node with
-            the best that any rule could do there, for `ceiling_share`, and what a lossy rule does to the law, for
-            `divergence`; "laws" the trees and both models' laws, for `specdec.trace.replay` (large: see
-            `specdec.trace.laws`). Both take long: do not time such runs.
+        trace: what to record. "summary": counts and times of every step. "ceiling": also each visited node with the best that
+            any rule could do there, for `ceiling_share`, and how far a lossy rule is off, for `divergence`. "laws": also the
+            trees and both models' laws, for `specdec.trace.replay` (large: see `specdec.trace.laws`). "ceiling" and "laws" take
+            long: do not time such runs.
         engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
-            too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to have it done once.
-        resume: go on in the caches of an earlier generation, which was made with keep=True: each prompt is read from where it
-            parts from the text of its row there, in a conversation what was said since. The text is the same. Of changes to a
-            model in between, those that training, loading or a switch of adapters makes are noticed; not what is written
-            through `weight.data`, which torch does not count (`weight.data = ...` is noticed), nor what hooks and other objects
-            that are no modules change in themselves.
-        keep: whether `resume=` may go on from this one: `Generation.runs` then holds its caches, and their memory.
+            too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to capture and compile only once.
+        resume: an earlier generation, made with keep=True, whose caches to go on in. Each prompt is read from where it differs
+            from the text of its row there: in a conversation, only what was said since. The text is the same as without.
+            If a model was changed in between by training, loading or a switch of adapters, this is noticed. Not noticed are
+            writes into `weight.data`, which torch does not count (`weight.data = ...` is noticed), and changes inside of hooks
+            and other objects that are no modules.
+        keep: whether a later call may resume this one: `Generation.runs` then holds its caches, and their memory.
 
     Raises:
-        ValueError: bad input, an argument that belongs elsewhere (as `temperature` does), an unsupported model, a rule that
-            is not lossless for the drafter's trees, or logits that are no distribution; the message names the cure.
+        ValueError: bad input, an argument that belongs elsewhere (such as `temperature`), an unsupported model, a rule that
+            is not lossless for the drafter's trees, or logits that give no law; the message names the cure.
     """
     refuse_unknown(unknown, OPTIONS)
     request = as_request(
@@ -122,12 +122,12 @@ def generate(
 def stream(
     target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any
 ) -> Stream:
-    """As `generate` (same arguments), yielding the tokens of every step as they are committed.
+    """As `generate`, with the same arguments, but yielding the tokens of every step as they are committed.
 
     >>> for step in specdec.stream(target, prompts, drafter):
     ...     print(step[0])
 
-    Yields lists like `Generation.tokens`: the new tokens of each prompt, possibly none; joined together they are what
+    Each step yields a list like `Generation.tokens`: the new tokens of each prompt, possibly none. All steps together give what
     `generate` returns. Between the yields the model is as it was found.
     """
     refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
@@ -135,7 +135,7 @@ def stream(
 
 
 class Stream(Iterator[list[Tensor]]):
-    """A run that is made step by step, as it is iterated over; `stream` makes it."""
+    """A run that decodes one step at each iteration; `stream` makes it."""
 
     def __init__(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]):
         self._steps, self._run = self._stepwise(target, prompts, drafter, options), None
@@ -151,12 +151,12 @@ class Stream(Iterator[list[Tensor]]):
         return next(self._steps)
 
     def close(self) -> None:
-        """Leave the text as it is, and let go of what the run owns."""
+        """End the run with the text so far, and release what it owns."""
         self._steps.close()
 
     @property
     def generation(self) -> Generation:
-        """What has been generated so far: once the stream has ended or was closed, a later turn may resume it."""
+        """The text so far. Once the stream has ended or was closed, a later turn may resume it."""
         if self._run is None:
             raise ValueError("the stream has not begun; ask for its first step: next(stream).")
         return _generation(self._run)

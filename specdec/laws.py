@@ -13,14 +13,15 @@ from specdec_kernels.reference.laws import Law, excludes_elders, is_random, is_s
 if TYPE_CHECKING:
     from specdec.sampling import Sampling
 
-__all__ = ["Law", "excludes_elders", "is_random", "is_struck"]  # imported from here, the rest is defined here
+# defined in specdec_kernels, imported from here
+__all__ = ["Law", "excludes_elders", "is_random", "is_struck"]
 
 # the laws under which a child is random
 SAMPLED = tuple(law for law in Law if law != Law.PADDING and is_random(law, 0))
 
 
 def as_law(law: Law | int) -> Law:
-    """The law of this number, for nodes with children; raises ValueError for PADDING, and if there is none."""
+    """The law of this number. Raises ValueError if there is none, and for PADDING, by which no children are drawn."""
     names = ", ".join(f"Law.{each.name}" for each in Law if each != Law.PADDING)
     law = Law(as_int("law", law, 0, len(Law) - 1, f"choose one of {names}"))
     if law == Law.PADDING:
@@ -32,18 +33,18 @@ def drawn_laws(law: Law, sampling: Sampling) -> frozenset[Law]:
     """The laws that `specdec.trees.draw` may record when asked for `law`."""
     if sampling.temperature == 0:
         return frozenset({Law.POINT})
-    # where the points that follow a draw are the whole support, nothing is drawn
+    # Where the most probable tokens are all that is possible, nothing is left to draw: every child is a point.
     mixed = is_random(law, 0) and not is_random(law, 1)
     return frozenset({law, Law.POINT} if mixed else {law})
 
 
 def child_weights(law: Law | int, weights: np.ndarray, tokens: Sequence[int], slot: int) -> np.ndarray:
-    """[vocab], not normalised: what the child in place `slot` was drawn by, given its siblings.
+    """[vocab], not normalised: the weights that the child in place `slot` was drawn by, given its siblings.
 
     Args:
         law: how the siblings were drawn.
-        weights: [vocab] of the draft at their parent.
-        tokens: of all siblings, in order; of those that are not struck out for this child, any number will do.
+        weights: [vocab] the draft's weights after their parent.
+        tokens: the token of every sibling, in order. Only this child's and those struck out for it are read.
     """
     if not is_random(law, slot):
         return np.eye(1, len(weights), tokens[slot])[0]
@@ -53,9 +54,9 @@ def child_weights(law: Law | int, weights: np.ndarray, tokens: Sequence[int], sl
 
 
 def drafts(law: Law, weights: np.ndarray, count: int) -> dict[tuple[int, ...], float]:
-    """{tokens of `count` children in order: probability}; fewer of them where the support of `weights` [vocab] runs out.
+    """{tokens of `count` children in order: probability}, for a draft with these `weights` [vocab].
 
-    Points are the most probable tokens.
+    Points are the most probable tokens. There are fewer tokens where the support runs out.
     """
     draws = sum(is_random(law, slot) for slot in range(count))
     ranked = [int(x) for x in np.argsort(-weights, kind="stable") if weights[x] > 0]

@@ -60,7 +60,7 @@ class Decoding:
         return outcome
 
     def _propose(self) -> DraftTree:
-        """The drafter's trees, without what is beyond the budgets."""
+        """The drafter's trees, without nodes beyond the budgets."""
         tree = self.runs.drafter.propose(self.runs.coins)
         check_kind(f"what {type(self.runs.drafter).__name__} proposed", tree, DraftTree)
         tree.check(self.request.spec, len(self.batch), self.batch.max_depth, self.batch.vocab)
@@ -78,13 +78,14 @@ class Decoding:
         return scores
 
     def _decide(self, tree: DraftTree, scores: Scores) -> Outcome:
-        """What the rule accepts, up to stop tokens and budgets: appended to the texts and kept by the target."""
+        """What the rule accepts, up to stop tokens and budgets. The texts and the target's cache grow by it."""
         batch, rule = self.batch, self.request.rule
         invalid, tree = tree.invalid(batch.root, batch.vocab), tree.within(batch.vocab)
         law = LogitsLaw(scores.logits, tree, batch, rule.top_down and not self.recorder.reads_laws)
         decisions = rule(tree, law, self.runs.coins)
         no_law = law.invalid()
-        self.recorder.note(tree, law, decisions, self.runs.coins, batch.left)  # now: processors read the text so far
+        # before `append`, as logits processors read the texts
+        self.recorder.note(tree, law, decisions, self.runs.coins, batch.left)
         if batch.processed:
             batch.processors = law.processors(decisions.last)
         outcome = Outcome.of(tree, decisions, self.runs.stop_tokens, batch.left, (no_law, invalid))
@@ -93,7 +94,7 @@ class Decoding:
         return outcome
 
     def _commit(self, outcome: Outcome, scores: Scores) -> None:
-        """Let the drafter follow: the states of the nodes that were kept, and the outcome."""
+        """Pass the drafter the states of the nodes that were kept, and the outcome."""
         if scores.states is not None:
             path = outcome.path[:, :, None, None].expand(-1, -1, *scores.states.shape[2:])
             start = self.batch.lengths - outcome.keep - 1  # the root is the last token before the new ones
@@ -101,7 +102,7 @@ class Decoding:
         self.runs.drafter.commit(outcome)
 
     def _note(self, tree: DraftTree, outcome: Outcome, clock: Clock) -> None:
-        """Read what the step gave: the only time that it waits for the device."""
+        """Bring the outcome to the host: the only time that a step waits for the device."""
         for rows, message in zip(outcome.invalid, (_NO_LAW, _NO_DRAFT), strict=True):
             if rows:
                 raise ValueError(message.format(rows=rows))
@@ -115,7 +116,7 @@ class Decoding:
             self.request.stopping.ask(self)
 
     def end(self, row: int, kept: int) -> None:
-        """End the text of this row with the first `kept` >= 1 of its new tokens, whichever steps gave them."""
+        """End the text of a row after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
         self.trace.cut(row, len(self.emitted[row]) - kept)
         self._kept[row] = kept
         self.batch.end(row)
@@ -127,7 +128,7 @@ class Decoding:
 
     @property
     def running(self) -> list[bool]:
-        """Rows that have not ended."""
+        """Whether each row has tokens left to emit."""
         return [left > 0 for left in self.batch.host_left]
 
     @property

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a step gave each row. Device tensors; what is asked of it as lists waits for the device, once.
+    """What a step gave each row. Its tensors are on the device; the first list that is read waits for it.
 
     Args:
         path: [batch, <= depth + 1] int64: accepted nodes, the root first; entries from `keep` on are unused.
-        keep: [batch] int64: how many nodes of `path` the text now contains, the root included. It is the number of new
-            tokens too: the drafted ones below the root, and one that the target emits. 0 for rows that had ended.
-        columns: [batch, depth + 6] int64: the new tokens, and one column each for the counts in `_COUNTS`.
+        keep: [batch] int64: how many nodes of `path` the text contains, the root included. As many tokens are new: the
+            drafted ones below the root, and one that the target emits. 0 for rows that had ended.
+        columns: [batch, depth + 6] int64: the new tokens, then one column for each count. Read it by the properties.
     """
 
     path: Tensor
@@ -36,19 +36,19 @@ class Outcome:
     def of(
         cls, tree: DraftTree, decisions: Decisions, stop_tokens: Tensor, left: Tensor, invalid: Sequence[Tensor]
     ) -> Outcome:
-        """What is left of a rule's decisions up to the first stop token and within the budgets.
+        """Cut a rule's decisions at the first stop token and at the budgets.
 
         Args:
             tree: the trees that were decided on.
-            decisions: the rule's.
+            decisions: what the rule decided.
             stop_tokens: [n] int64: tokens that end a text.
             left: [batch] int64: tokens that each row may still emit.
-            invalid: [batch] bool each: rows in which the target gave no law, and those whose draft cannot be right.
+            invalid: [batch] bool each: rows in which the target gave no law, and rows whose draft cannot be right.
         """
         path, accepted = decisions.path, decisions.accepted[:, None]
         place = torch.arange(path.shape[1], device=path.device)
         tokens = tree.tokens.gather(1, path).roll(-1, 1).scatter(1, accepted, decisions.token[:, None])
-        # not `torch.isin`, which sorts many stop tokens, and on a GPU waits for that
+        # `torch.isin` would sort long lists of stop tokens, and on a GPU wait for the result.
         ends = (tokens[..., None] == stop_tokens).any(-1) & (place <= accepted)
         first_end = torch.where(ends, place, path.shape[1]).amin(1)
         count = torch.minimum(torch.minimum(decisions.accepted, first_end) + 1, left)
@@ -83,12 +83,12 @@ class Outcome:
 
     @property
     def accepted(self) -> list[int]:
-        """How many of those were drafted."""
+        """How many of each row's new tokens were drafted."""
         return self._count("accepted")
 
     @property
     def tried(self) -> list[int]:
-        """Deepest drafted depth of each row that was put to the test: `accepted`, or one more."""
+        """The deepest depth of each row at which drafted tokens were tested: `accepted`, or one more."""
         return self._count("tried")
 
     @property
@@ -98,14 +98,15 @@ class Outcome:
 
     @property
     def invalid(self) -> list[list[int]]:
-        """Rows that had not ended in which the target gave no law, and those in which the draft cannot be right."""
+        """Running rows in which the target gave no law, and running rows whose draft cannot be right."""
         running = self._count("emitted")
         columns = (self._count("no law"), self._count("no draft"))
         return [[b for b, n in enumerate(running) if n and bad[b]] for bad in columns]
 
     def of_rows(self, rows: Tensor) -> Outcome:
-        """The same for some rows [batch] bool, and for the others as if nothing had been accepted."""
+        """The outcome of these rows [batch] bool; `keep` is 0 in all others."""
         return replace(self, path=self.path.where(rows[:, None], 0), keep=self.keep.where(rows, 0))
 
 
-_COUNTS = ("emitted", "accepted", "tried", "left", "no law", "no draft")  # columns of numbers behind those of tokens
+# The last columns of `Outcome.columns`, behind the tokens.
+_COUNTS = ("emitted", "accepted", "tried", "left", "no law", "no draft")

@@ -1,25 +1,31 @@
-"""What runs of other trees and rules would do, from texts that the target wrote alone: exact, but that the texts are a sample.
+"""The acceptance of trees and rules that were never run, from texts that the target wrote alone.
 
-A lossless run's text has the target's law, whatever is drafted. So take a text as given, and ask how it was cut into steps.
-Where a step begins, the rest of the text has the target's law again; hence if s_i is the chance, given the text, that a step
-beginning at place t accepts at least i drafted tokens, it ends after i + 1 tokens with chance s_i - s_(i+1), and
+The only error is that the texts are a sample. The text of a lossless run has the target's law, whatever is drafted. So take a
+text as given, and ask how a run would cut it into steps. Where a step begins, the rest of the text has the target's law again.
+Let s_i be the chance, given the text, that a step beginning at place t accepts at least i drafted tokens. Then the step ends
+after i + 1 tokens with chance s_i - s_(i+1), and
 
     b_0 = 1,  b_(t+i+1) += b_t (s_i - s_(i+1))
 
-gives the chances b that a step begins at each place. They add up to the expected number of steps, with no walk to be drawn.
+gives the chance b that a step begins at each place. These chances add up to the expected number of steps, without any sampling
+of steps.
 
 >>> found = texts(target, partial(ModelDrafter, draft), prompt, sampling=Sampling(1.0))
 >>> acceptance_length(found, [-1, 0, 0, 1], TraversalVerification())  # of a tree that nobody ran
 
-The s_i follow the text's next tokens down the tree. What the rules here do at a node depends on the draws only through
-which children failed, and what is owed to a later child on none of their tokens. So let a node with the target's law p
-be entered, r being the chance that it or something below it is accepted. A child whose turn comes has token x with
-chance q(x), q being its law, and is accepted, itself or something below it, with chance r' = min(1, r p(x) / q(x)). After
-it fails, which it does with chance 1 - sum min(r p, q), the next child has its turn, with the r and p of `residual`.
-Traversal verification enters the child with r'. On a chain it is block verification: s_i = min(s_(i-1), Q_i / P_i), the
-draft's over the target's probability of the next i tokens. Sibling rejection accepts the child first, with chance r',
-and enters it with 1. Over the target's own chance to write x these are chances given the text, because the text goes on
-by the target's law whatever was accepted. Greedily s_i is 1 while the text is in the tree, and 0 from there on.
+The s_i follow the text's next tokens down the tree. What the rules here do at a node depends only on which children failed, and
+the law owed to a later child does not depend on their tokens. So let a node be entered, with the target's law p after it, and
+let r be the chance that it or something below it is accepted:
+
+- A child whose turn comes has token x with chance q(x), where q is its law. The child, or something below it, is accepted with
+  chance r' = min(1, r p(x) / q(x)).
+- It fails with chance 1 - sum min(r p, q). Then the next child has its turn, with the r and p of `residual`.
+- Traversal verification enters the child with r'. On a chain it is block verification: s_i = min(s_(i-1), Q_i / P_i), where
+  Q_i and P_i are the draft's and the target's probability of the next i tokens.
+- Sibling rejection first accepts the child, with chance r', and then enters it with 1.
+
+Divided by the target's own chance p(x) to write x, these are chances given the text, because the text goes on by the target's
+law whatever was accepted. In greedy decoding s_i is 1 while the text is in the tree, and 0 from there on.
 """
 
 from __future__ import annotations
@@ -51,17 +57,24 @@ from specdec.trees import Static, TreePolicy
 from specdec.trees.base import Frontier, Grown, Growth, TreeRun
 from specdec.trees.draw import draw
 
-# whether a child is entered only once it is accepted
+# for each rule, whether it enters a child only after accepting it
 _ACCEPTING: dict[type[Rule], bool] = {SiblingRejection: True, BlockVerification: False, TraversalVerification: False}
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text of the target's, and what was known before each of its tokens."""
+    """A text that the target wrote, and the laws before each of its tokens.
+
+    Args:
+        tokens: the new tokens.
+        target: [place, vocab]: the target's laws.
+        draft: [place, vocab]: the draft's logits.
+        sampling: how the text was sampled.
+    """
 
     tokens: list[int]
-    target: Tensor  # [place, vocab]: the target's law
-    draft: Tensor  # [place, vocab]: the draft's logits
+    target: Tensor
+    draft: Tensor
     sampling: Sampling
 
     def starts(self, parents: Sequence[int], rule: Rule, law: Law = Law.SAMPLED_THEN_TOP) -> np.ndarray:
@@ -70,7 +83,7 @@ class Text:
         Args:
             parents: of the trees' nodes, as for `specdec.trees.Static`.
             rule: sibling rejection, block or traversal verification.
-            law: how siblings are drawn; not WITHOUT_REPLACEMENT, unless there are none.
+            law: how siblings are drawn; WITHOUT_REPLACEMENT for chains only.
         """
         _check(parents, rule, law, self.sampling)
         children = [[child for child, parent in enumerate(parents) if parent == node] for node in range(len(parents))]
@@ -81,7 +94,8 @@ class Text:
         begins[0] = 1
         for start in range(places):
             survival = [1.0]
-            states = [(0, 1.0, 1.0)]  # node, chance that it is drafted and entered, chance that it is accepted then
+            # (node, chance that it is drafted and entered, chance that it or something below is then accepted)
+            states = [(0, 1.0, 1.0)]
             for place in range(start, places):
                 states = [
                     (children[node][slot], weight * chance, within)
@@ -100,7 +114,7 @@ class Text:
     def _entered(
         self, place: int, p: np.ndarray, reach: float, forest: RowTree, width: int, accepting: bool
     ) -> Iterator[tuple[int, float, float]]:
-        """(slot, chance to be drafted and entered, chance to be accepted then) of all children that are the text's token."""
+        """(slot, chance to be drafted and entered, chance to be then accepted) of children with the text's token."""
         x, turn = self.tokens[place], 1.0
         own = p[x]
         for child, q in forest.draws(place, len(p)):
@@ -112,7 +126,7 @@ class Text:
             reach, p = residual(reach, p, q)
 
     def _forest(self, width: int, law: Law) -> RowTree:
-        """For every place a root, the node of that number, with the children drawn there; those follow, in order."""
+        """One row with a root for every place, numbered like it, and the children drawn at each; they follow in order."""
         places = len(self.tokens)
         coins = Coins(0, 1, places * (1 + width))
         drawn = draw(self.draft[None], width, law, self.sampling, coins, places)
@@ -135,11 +149,11 @@ def texts(
     seed: int = 0,
     **options: Any,
 ) -> list[Text]:
-    """Let the target continue `prompt` by itself, and read the laws along what it wrote: one forward pass of each model.
+    """Let the target continue `prompt` by itself, and read both models' laws along its texts: one forward pass of each.
 
     Args:
         drafter: makes the drafter whose laws are read, given a tree policy: `partial(ModelDrafter, draft)`.
-        count: how many texts; greedily one is enough, as they are all the same.
+        count: how many texts; one is enough for greedy decoding, where all are the same.
         options: `max_new_tokens`, `stop_tokens`, as for `generate`.
     """
     check_callable("drafter", drafter, "pass a function from a tree policy to a drafter: partial(ModelDrafter, draft)")
@@ -163,7 +177,7 @@ def texts(
 def acceptance_length(
     texts: Sequence[Text], parents: Sequence[int], rule: Rule = SiblingRejection(), law: Law = Law.SAMPLED_THEN_TOP
 ) -> float:
-    """Tokens over expected steps, as `Trace.summary` counts them; arguments as for `Text.starts`."""
+    """Tokens per expected step, as in `Trace.summary`; arguments as for `Text.starts`."""
     texts = as_tuple("texts", texts, "texts, as from specdec.prediction.texts")
     if not texts:
         raise ValueError("texts=[]: must be at least one.")
@@ -173,14 +187,14 @@ def acceptance_length(
 
 
 class _Along(TreePolicy):
-    """Drafts given texts, to hear what the draft has to say along them; for one run."""
+    """Drafts given texts, to get the draft's logits along them. It serves one run only."""
 
-    logits: Tensor  # [batch, place, vocab]: the draft's before each token
+    logits: Tensor  # [batch, place, vocab]: the draft's logits before each token
     sampling: Sampling
 
     def __init__(self, texts: list[Tensor]):
         tokens = pad_sequence(texts, batch_first=True)
-        self.tokens = torch.nn.functional.pad(tokens, (0, max(2 - tokens.shape[1], 0)))  # with less nothing is drafted
+        self.tokens = torch.nn.functional.pad(tokens, (0, max(2 - tokens.shape[1], 0)))  # a draft has at least 2 nodes
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         nodes = self.tokens.shape[1]
@@ -208,10 +222,10 @@ def _check(parents: Sequence[int], rule: Rule, law: Law, sampling: Sampling) -> 
     spec = Static(parents, law).spec(sampling)
     if type(rule) not in _ACCEPTING:
         names = ", ".join(known.__name__ for known in _ACCEPTING)
-        raise ValueError(f"{type(rule).__name__}: what it accepts of a given text is known for {names} only; run it.")
+        raise ValueError(f"{type(rule).__name__}: acceptance can be predicted for {names} only; run it instead.")
     if spec.width > 1 and any(excludes_elders(each) for each in spec.laws):
         raise ValueError(
-            f"law={law.name}: what is owed after a child failed depends on its token, which is not in the text; "
+            f"law={law.name}: the law owed after a child failed depends on its token, which is not in the text; "
             "use SAMPLED_THEN_TOP, IID or POINT, or run it."
         )
     rule.check(spec)

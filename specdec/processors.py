@@ -1,8 +1,8 @@
-"""Logits processors that may keep state from call to call: every text that a tree holds has its own.
+"""Logits processors that keep state from call to call: every text in a tree has a state of its own.
 
 transformers calls a processor once per token, so a grammar's matcher or a counter can follow the text by itself. A tree holds
-several continuations of one text. A call is therefore made on a copy, and the state before it stays for the other
-continuations; where there will be none, the processors go on themselves, however much they hold.
+several continuations of one text. So each call is made on a copy, and the state before it stays for the other continuations.
+Where there will be no others, the processors themselves are called, which saves a copy.
 """
 
 from __future__ import annotations
@@ -16,68 +16,71 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A call of what this module defines leaves no trace in it, but for these, and in functions that it was given.
+# Processors of this module keep no state, but for the two below and those that hold functions of the caller.
 _WITHOUT_STATE = "transformers.generation.logits_process"
 _WITH_STATE = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 _PLAIN = (int, float, complex, str, bytes, NoneType, Tensor, torch.device, torch.dtype)
-# Of other modules (a classifier's head, a processor that is one) only the parameters: the rest may count calls.
+# Never copied. Of an nn.Module that is no PreTrainedModel, only the parameters: the rest may count calls.
 _CONSTANT = (PreTrainedModel, nn.Parameter, PreTrainedTokenizerBase, ModuleType)
-# Of compiled libraries (xgrammar, llguidance, tokenizers): nothing that calls change, and nothing that `copy` can copy cheaply.
+# Never copied either: classes of xgrammar, llguidance and tokenizers that no call changes and that are large.
 _CONSTANT_NAMES = ("CompiledGrammar", "TokenizerInfo", "LLTokenizer", "Tokenizer")
-_OWN_WAYS = ("fork", "deep_copy")  # how their matchers are copied
+# the methods by which matchers of these libraries copy themselves
+_OWN_WAYS = ("fork", "deep_copy")
 _NO_COPY = (
-    "{names}: logits processors have to follow {what} here, each in a state of its own, and cannot be copied: {why}. Give "
-    "the class a __deepcopy__ that returns an independent copy, or {cure}."
+    "{names}: logits processors must follow {what} here, each in a state of its own, and cannot be copied: {why}. Give the "
+    "class a __deepcopy__ that returns an independent copy, or {cure}."
 )
 _NOT_TOP_DOWN = (
-    "The rule asked for the law after a text whose logits processors had gone on to a longer one: it looks beside the path "
-    "that it accepts. Set top_down = False on its class."
+    "The rule says top_down = True, but asked for the target's law at a node beside the path that it accepts. Set "
+    "top_down = False on its class."
 )
 
 
 class Processors:
-    """The logits processors of one row in the state that their calls along one text have left them in.
+    """The logits processors of one row, in their state after one text.
 
     Args:
         processors: transformers `LogitsProcessor`s, or other callables of a text [1, length] and scores [1, vocab].
-        lent: whether they are somebody else's, and have to stay as they are.
+        lent: whether they belong to the caller, and must not be changed.
     """
 
     def __init__(self, processors: Sequence[Any] = (), lent: bool = True):
         self.processors, self._lent = tuple(processors), lent
-        # what a call in this state raises, once the processors themselves and no copies have gone on
+        # What a second call in this state raises, once the processors themselves, and not copies, were called.
         self._no_copy_because: ValueError | None = None
 
     def __bool__(self) -> bool:
         return bool(self.processors)
 
     def __call__(self, text: Tensor, scores: Tensor, last: bool = False) -> tuple[Tensor, Processors]:
-        """The scores [1, vocab] that they make of `scores` [1, vocab] after a text [length] int64, and they themselves after
-        that call.
+        """Process the scores that follow a text.
 
         Args:
-            last: whether no other call will be made in this state, so that no copy is needed to keep it.
+            text: [length] int64.
+            scores: [1, vocab].
+            last: whether no other call will be made in this state, so that no copy has to keep it.
+
+        Returns:
+            The new scores [1, vocab], and the processors in their state after this call.
 
         Raises:
-            ValueError: they cannot be copied, and were called before in this state; or that call was to be the last one.
+            ValueError: it is the second call in this state, and the first was the last one, or no copy could be made for it.
         """
         processors, scores = self._called(text[None], scores, last)
         return scores, Processors(processors, lent=False)
 
-    # as `model.generate` calls them: a processor may take gradients, which tensors of inference mode do not have
+    # Not in inference mode, as in `model.generate`: a processor may compute gradients of its own.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _called(self, texts: Tensor, scores: Tensor, last: bool) -> tuple[tuple[Any, ...], Tensor]:
-        """The processors after the call, and what they make of scores [batch, vocab] after texts [batch, length] int64."""
+        """The processors after this call, and the new scores. texts: [batch, length] int64, scores: [batch, vocab]."""
         processors, texts, scores = self._copies(last), texts.clone(), scores.clone()
         for processor in processors:
             scores = processor(texts, scores)
         return processors, scores
 
     def _copies(self, last: bool) -> tuple[Any, ...]:
-        """Copies, or they themselves, once: if this call is the last one, or if there can be no copies. That is right as
-        long as calls go along one text.
-        """
+        """Copies; or once the processors themselves, if this call is the last one, or if they cannot be copied."""
         if self._no_copy_because is not None:
             raise self._no_copy_because
         if last and not self._lent:
@@ -85,7 +88,7 @@ class Processors:
             return self.processors
         try:
             return copied(self.processors)
-        except Exception as why:  # whatever a class of somebody else's raises
+        except Exception as why:  # a user's class may raise anything
             cure = "decide from the root down (rule=SiblingRejection()) and without a trace of every law"
             self._no_copy_because = _refusal(self.processors, "several continuations of one text", why, cure)
             return self.processors
@@ -111,7 +114,7 @@ def copied(processors: Sequence[Any]) -> tuple[Any, ...]:
     """Independent copies, made together: what two of them share, their copies share.
 
     Models, tokenizers and transformers' own processors are not copied, nor are the parameters of other modules. Functions
-    are, as far as they remember something (`nonlocal`, defaults, attributes). Raises whatever `copy.deepcopy` does.
+    are copied if they remember something (`nonlocal`, defaults, attributes). Raises whatever `copy.deepcopy` raises.
     """
     processors = tuple(processors)
     memo: dict[int, Any] = {}
@@ -121,7 +124,7 @@ def copied(processors: Sequence[Any]) -> tuple[Any, ...]:
         part = queue.pop()
         if id(part) in seen:
             continue
-        seen[id(part)] = part  # alive, so that no other object gets its id
+        seen[id(part)] = part  # kept alive, so that no other object gets its id
         own_way = next((way for name in _OWN_WAYS if (way := getattr(type(part), name, None))), None)
         if _is_constant(part):
             memo[id(part)] = part
@@ -147,7 +150,7 @@ def _without_state(processor: Any) -> bool:
 
 
 def _is_plain(part: Any) -> bool:
-    """Whether there is no code in it that might change it."""
+    """Whether a value is data alone, without code that might change it."""
     if isinstance(part, dict):
         return all(map(_is_plain, part.values()))
     if isinstance(part, (list, tuple, set)):
@@ -156,7 +159,7 @@ def _is_plain(part: Any) -> bool:
 
 
 def _parts(part: Any) -> Iterable[Any]:
-    """What `copy.deepcopy` would go on to."""
+    """The objects that `copy.deepcopy` would copy next."""
     if isinstance(part, MethodType):
         return [part.__self__]
     if isinstance(part, dict):
@@ -167,26 +170,26 @@ def _parts(part: Any) -> Iterable[Any]:
         return []
     try:
         made = part.__reduce_ex__(4)
-    except Exception:  # it cannot be copied, as `copy.deepcopy` will find if it gets here
+    except Exception:  # it cannot be copied; `copy.deepcopy` raises if it comes to it
         return []
     return [] if isinstance(made, str) else made[1:3]
 
 
 def _memory(function: FunctionType) -> list[Any]:
-    """Variables of the functions that it was defined in, defaults and attributes."""
+    """What a function remembers: variables of the functions around it, defaults and attributes."""
     variables = [cell.cell_contents if _is_full(cell) else None for cell in function.__closure__ or ()]
     defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
     return [*variables, *defaults, *vars(function).values()]
 
 
 def _copy_functions(functions: list[FunctionType], memo: dict[int, Any]) -> None:
-    """Copies with a memory of their own."""
+    """Copy functions, each with a memory of its own, into `memo`."""
     cells = {id(cell): cell for function in functions for cell in function.__closure__ or ()}
     memo.update({i: CellType() for i in cells})
     for function in functions:
         closure = tuple(memo[id(cell)] for cell in function.__closure__ or ())
         memo[id(function)] = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
-    for function in functions:  # when all are there: they may remember each other
+    for function in functions:  # a second pass: functions may remember each other
         memory = function.__defaults__, function.__kwdefaults__, {**vars(function)}
         made = memo[id(function)]
         made.__defaults__, made.__kwdefaults__, made.__dict__ = copy.deepcopy(memory, memo)
@@ -196,7 +199,7 @@ def _copy_functions(functions: list[FunctionType], memo: dict[int, Any]) -> None
 
 
 def _is_full(cell: CellType) -> bool:
-    """Whether the variable has been assigned to."""
+    """Whether a variable of an outer function has been assigned to."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:

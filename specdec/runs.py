@@ -27,14 +27,14 @@ class Runs:
     """What a run owns.
 
     Args:
-        key: what its tensors and captured stages depend on.
+        key: all that its tensors and captured stages depend on.
         batch: the texts.
         coins: the coins.
         stop_tokens: [n] int64: ids that end a text.
-        stages: how stages are run.
+        stages: runs the stages of a step.
         target, drafter: the runs of the parts.
         description: the drafter that `drafter` is a run of.
-        busy: held by the run that is using it.
+        busy: a lock that is held while a run uses these parts.
     """
 
     key: Any
@@ -53,14 +53,14 @@ class Runs:
 
 
 def start(request: Request) -> Runs:
-    """Begin a run, in what an earlier one has left if there is such, and read the prompts. Nobody else uses it until `end`."""
+    """Begin a run and read the prompts. It uses the parts of an earlier run where it can, and holds them until `end`."""
     stages = request.engine.stages(request.target.device)
     capacity = stages.rounded(request.longest) + request.largest_tree
     key = _key(request, capacity)
     last = request.last if request.last is not None else request.engine.take(key)
     if last is not None and not last.busy.acquire(blocking=False):
-        last = None  # what is in use elsewhere cannot be gone on from: the text is the same
-    # Whatever else is new, caches may be those of `last`: so they share the lock.
+        last = None  # in use elsewhere: begin anew, which gives the same text
+    # Caches may be those of `last`, so the new run holds the same lock.
     busy = last.busy if last is not None else _taken()
     try:
         return _begun(request, key, capacity, stages, busy, last)
@@ -70,7 +70,7 @@ def start(request: Request) -> Runs:
 
 
 def end(request: Request, runs: Runs) -> None:
-    """Let others have it: a later turn if the run was to be kept, else the engine's next run of the same kind."""
+    """Release the parts: for a later turn if the run is kept, else for the engine's next run of the same kind."""
     runs.busy.release()
     if not request.keep and request.last is None:  # else somebody's generation holds it, or parts of it
         request.engine.give_back(runs.key, runs)
@@ -89,7 +89,7 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
         check_kind(f"what {type(drafter).__name__}.start returned", drafting, DraftRun)
         if not (same and scoring is same.target and drafting is same.drafter):
-            batch.stages = stages = new  # what was captured reads other tensors than theirs
+            batch.stages = stages = new  # graphs captured before read tensors of other runs
         rows = [*range(len(batch))]
         scoring.enter(rows, drafting)
         drafting.enter(rows)
@@ -112,7 +112,7 @@ def _taken() -> threading.Lock:
 
 
 def _key(request: Request, capacity: int) -> Any:
-    """What tensors and captured stages depend on: compared with `==`."""
+    """All that tensors and captured stages depend on, to be compared with `==`."""
     target, drafter, engine = request.target, request.drafter, request.engine
     rows, stop = len(request.prompts), request.stop_tokens
     shapes = engine, rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins

@@ -37,12 +37,12 @@ class Sampling:
         top_p: keep the smallest set of largest probabilities with mass >= top_p. Ties with the smallest one kept stay
             too; transformers keeps some of them, depending on its sort.
         min_p: keep tokens at least this fraction as probable as the most probable one.
-        processors: transformers `LogitsProcessor`s, called with the text up to each node that a rule visits. Those that keep
-            state (a grammar, a counter) follow every text on copies of their own: yours stay as they are, except one that
-            cannot be copied, which goes along with the text, and for which several texts at once are refused. State in
-            global variables and on classes is not seen, and shared by all texts: keep it in the processor. Rules that
-            decide from the root down take one copy per row, others one per visited node: for these give what is large
-            and never changes (an automaton) a `__deepcopy__` that returns itself.
+        processors: transformers `LogitsProcessor`s, called with the text up to each node that a rule visits. One that keeps
+            state (a grammar, a counter) follows each text on a copy, and yours stays as it is. One that cannot be copied
+            is called itself, and refused if it would have to follow several texts. All texts share state in global
+            variables and on classes: keep it in the processor. Rules that decide from the root down take one copy per
+            row, others one per visited node: give what is large and never changes (an automaton) a `__deepcopy__` that
+            returns itself.
     """
 
     temperature: float = 0.0
@@ -125,13 +125,13 @@ class Sampling:
         return bound, rows
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The law [..., vocab] that `logits` [..., vocab] give, processors aside; at least float32."""
+        """[..., vocab], at least float32: the law that `logits` [..., vocab] give, without processors."""
         rows = logits.reshape(-1, logits.shape[-1])
-        # on a CPU in blocks that its caches hold: several times faster than one pass after the other over everything
+        # Blocks that fit into a CPU's caches are several times faster than passes over everything.
         block = max(_BLOCK // rows.shape[1], 1) if rows.device.type == "cpu" else len(rows)
         return torch.cat([probabilities(part, *self.filters) for part in rows.split(block)]).view(logits.shape)
 
     @property
     def filters(self) -> tuple[float, int | None, float | None, float | None]:
-        """What `specdec_kernels` is told: temperature, top-k, top-p, min-p."""
+        """Temperature, top-k, top-p and min-p, as `specdec_kernels` takes them."""
         return self.temperature, self.top_k, self.top_p, self.min_p

@@ -1,7 +1,7 @@
 """The target's law after the nodes of a batch of trees.
 
-It is a function of the logits there and, with processors, of the whole text up to there. It is evaluated when a rule asks for
-it and not before: most nodes of a tree are never visited.
+The law after a node is a function of its logits and, with processors, of the whole text up to it. It is computed when a rule
+asks for it: most nodes of a tree are never visited.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Raw(NamedTuple):
-    """What a kernel that works out laws by itself reads, and where it says that one was none."""
+    """What a kernel needs to compute laws itself."""
 
     logits: Tensor  # [batch, node, vocab]
     filters: tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
-    no_law: Tensor  # [batch] int64: to be raised in rows in which a visited node has no law
+    no_law: Tensor  # [batch] int64: how many visited nodes had no law; the caller of the kernel adds to it
 
 
 class TargetLaw(ABC):
@@ -36,18 +36,18 @@ class TargetLaw(ABC):
 
     @abstractmethod
     def at(self, nodes: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[len(nodes), vocab]: the laws at one node [batch] int64 of each row, or at any `nodes` of these `rows`."""
+        """[n, vocab]: the laws at `nodes` [n] int64 of these `rows` [n] int64; by default at one node of each row."""
 
     @abstractmethod
     def probabilities(self, row: int, node: int) -> np.ndarray:
         """[vocab] float64: the law at one node of one row."""
 
     def raw(self) -> Raw | None:
-        """What the laws are made of, if that is logits alone."""
+        """The logits and settings that the laws follow from; None if they follow from more than that."""
         return None
 
     def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray]) -> RowLaw:
-        """The scalar face of one row; `normalise` makes the law of weights [vocab], in the arithmetic that is asked for."""
+        """The scalar face of one row; `normalise` turns weights [vocab] into a law, in the arithmetic of the coins."""
         return RowLaw(self, row, normalise)
 
 
@@ -63,20 +63,20 @@ class RowLaw:
 
 
 class LogitsLaw(TargetLaw):
-    """The law that logits give under the sampling and the processors of a run, evaluated where it is asked for.
+    """The law that logits give under the sampling and the processors of a run, computed where it is asked for.
 
     Args:
         logits: [batch, node, vocab] the target's raw logits.
         tree: the trees they belong to.
         batch: text so far, sampling and processors.
-        top_down: whether nothing but nodes of the accepted path will be asked for, so that processors go along it.
+        top_down: whether only nodes of the accepted path will be asked for. Processors then follow it without copies.
     """
 
     def __init__(self, logits: Tensor, tree: DraftTree, batch: Batch, top_down: bool = False):
         self._logits, self._tree, self._batch, self._top_down = logits, tree, batch, top_down
         self._rows, self.vocab = torch.arange(len(logits), device=logits.device), logits.shape[-1]
         self._no_law = torch.zeros_like(self._rows)  # [batch] int64: visited nodes without a law
-        # (row, node) -> [vocab] scores, and the processors after the call for the text up to there
+        # By (row, node): the processed logits [vocab], and the processors after they were called there.
         self._known: dict[tuple[int, int], Tensor] = {}
         self._after: dict[tuple[int, int], Processors] = {}
 
@@ -98,21 +98,21 @@ class LogitsLaw(TargetLaw):
         return self._batch.sampling.probabilities(scores).double().numpy(force=True)
 
     def processors(self, last: Tensor) -> list[Processors]:
-        """Each row's after the text up to its node `last` [batch] int64: those that the next step begins with."""
+        """Each row's processors after the text up to its node `last` [batch] int64. The next step begins with them."""
         for row, node in enumerate(last.tolist()):
-            self._processed(row, node)  # whatever the rule asked for
+            self._processed(row, node)  # the rule may not have asked for it
         return [self._processors(row, node) for row, node in enumerate(last.tolist())]
 
     def invalid(self) -> Tensor:
-        """[batch] bool: rows in which a visited law was no law (NaN, or every token at -inf)."""
+        """[batch] bool: rows in which a visited node has no law: its logits are NaN, or all -inf."""
         return self._no_law > 0
 
     def _check(self, scores: Tensor, rows: Tensor) -> None:
-        """Note the rows in which the largest of the scores is NaN or -inf: that is no law."""
+        """Count the scores that give no law, by row: the largest is NaN or infinite."""
         self._no_law.index_add_(0, rows, (~scores.amax(-1).isfinite()).long())
 
     def _processed(self, row: int, node: int) -> Tensor:
-        """[vocab]: logits at one node as the row's processors leave them, which are asked once."""
+        """[vocab]: the logits at one node after the row's processors, which are called once per node."""
         if (row, node) not in self._known:
             logits, text = self._logits[row, node], self._text(row, node)
             scores = (logits if logits.dtype == torch.float64 else logits.float())[None]
@@ -123,13 +123,13 @@ class LogitsLaw(TargetLaw):
         return self._known[row, node]
 
     def _processors(self, row: int, node: int) -> Processors:
-        """As they are after the last call along the path to a node; -1 is above the root."""
+        """The row's processors after their last call on the path to a node; -1 is above the root."""
         while node >= 0 and (row, node) not in self._after:
             node = int(self._tree.topology.parents[row, node])
         return self._after.get((row, node), self._batch.processors[row])
 
     def _text(self, row: int, node: int) -> Tensor | None:
-        """The text up to a node; None if it is never emitted, as processors may refuse to go on from such a text."""
+        """The text up to a node; None if it can never be emitted, as processors may refuse such a text."""
         if not self._batch.host_left[row]:  # it has ended
             return None
         path = self._tree.topology.ancestors[row, node].nonzero()[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""Draft trees: tokens, who descends from whom, and how the children of each node were drawn.
+"""Draft trees: their tokens, their shape, and how the children of each node were drawn.
 
 One step may draft this tree, with q0 the draft's law after "the" and q1 its law after "the cat":
 
@@ -33,17 +33,17 @@ from specdec.laws import Law, as_law, child_weights, is_random, normalised
 
 @dataclass(frozen=True)
 class TreeSpec:
-    """What trees a drafter may produce: the promise that rules and buffers are checked against.
+    """What trees a drafter may produce. Rules check this promise, and buffers are made by it.
 
     Args:
-        laws: that nodes with children may have.
+        laws: every law by which children may be drawn.
         nodes: most nodes, the root included, in the tree and in the draft's cache.
         depth: longest path, in drafted tokens.
         width: most children of one node; 1 for chains.
         by_depth: whether a node's existence depends on no token of its own depth or below, so not on its siblings or cousins
             either. `KSeq` and `LevelVerification` rely on it, and `specdec.testing.assert_drafter` checks it.
         by_row: whether a row's tree depends on no other row. `specdec.testing` relies on it.
-        by_clock: whether trees depend on measured times: processes that share a model would draft different ones.
+        by_clock: whether trees depend on measured times. Processes that share a model would then draft different trees.
     """
 
     laws: frozenset[Law]
@@ -63,13 +63,13 @@ class TreeSpec:
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """Who descends from whom: fixed shapes, shared between steps by policies whose trees never change.
+    """The shape of a batch of trees. Policies whose trees never change use one in all steps.
 
     Args:
-        parents: [batch, node] int64; parents[:, 0] == -1 and 0 <= parents[:, i] < i for i > 0. Siblings stand in the order
-            they were drawn.
-        depth: longest path, in edges (a host integer, so that nothing has to be asked of the device).
-        width: most children of a node; if it is not given, the device is asked for it, which waits.
+        parents: [batch, node] int64: the parent of each node. parents[:, 0] == -1, and 0 <= parents[:, i] < i for i > 0.
+            Siblings stand in the order they were drawn.
+        depth: longest path, in edges. A host integer, so that nobody has to wait for the device.
+        width: most children of a node. None: it is read from the device, which waits.
     """
 
     parents: Tensor  # [batch, node] int64
@@ -103,7 +103,7 @@ class Topology:
 
     @cached_property
     def visible(self) -> Tensor:
-        """[batch, node, node + 2] bool: `ancestors` between a True column (the prefix) and a False one (unused slots)."""
+        """[batch, node, node + 2] bool: a True column (the prefix), `ancestors`, and a False column (unused slots)."""
         return torch.nn.functional.pad(torch.nn.functional.pad(self.ancestors, (1, 0), value=True), (0, 1))
 
 
@@ -126,11 +126,12 @@ class DraftTree:
 
     Args:
         tokens: [batch, node] int64; node 0 is the root, the last committed token.
-        topology: who descends from whom.
-        laws: [batch, node] uint8, the `Law` of each node's children. PADDING where a row has no such node; then it has
-            none of the node's descendants either.
-        draft_probs: [batch, internal, vocab] floating-point weights that the children of nodes 0, 1, ... were drawn by,
-            normalised or not; at least up to the last node with a random child. None if all children are points.
+        topology: the shape.
+        laws: [batch, node] uint8, the `Law` of each node's children. PADDING marks a node that the row does not have; it
+            has none of the node's descendants either.
+        draft_probs: [batch, internal, vocab] floating-point: the draft's weights after nodes 0, 1, ..., by which their
+            children were drawn, normalised or not. They reach to the last node with a random child, or further. None if
+            all children are points.
     """
 
     tokens: Tensor  # [batch, node] int64
@@ -139,7 +140,7 @@ class DraftTree:
     draft_probs: Tensor | None = None  # [batch, internal, vocab]
 
     def check(self, spec: TreeSpec, batch: int, max_depth: int, vocab: int) -> None:
-        """Raise ValueError unless the shapes are those promised; what only the device knows is left to `invalid`."""
+        """Raise ValueError unless shapes and dtypes are as promised. `invalid` checks the values, on the device."""
         nodes, probs = self.tokens.shape[1], self.draft_probs
         parts = [("tokens", self.tokens, torch.int64), ("topology.parents", self.topology.parents, torch.int64)]
         parts.append(("laws", self.laws, torch.uint8))
@@ -156,7 +157,7 @@ class DraftTree:
             raise ValueError(f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Batch.max_depth).")
 
     def padded(self, spec: TreeSpec) -> DraftTree:
-        """The same with absent nodes: of one of a few sizes, and of the depth and width of `spec`."""
+        """Add absent nodes up to one of a few sizes, and take the depth and width of `spec`: few shapes are captured."""
         nodes, pad = self.tokens.shape[1], torch.nn.functional.pad
         size = min(1 << (nodes - 1).bit_length(), spec.nodes)
         if (size, spec.depth, spec.width) == (nodes, self.topology.depth, self.topology.width):
@@ -168,12 +169,12 @@ class DraftTree:
         return DraftTree(pad(self.tokens, (0, size - nodes)), topology, laws, probs)
 
     def within(self, vocab: int) -> DraftTree:
-        """The same with tokens that can be looked up: ids outside the vocabulary are moved into it, and `invalid` tells."""
+        """Move ids outside the vocabulary into it, so that every token can be embedded; `invalid` reports them."""
         return replace(self, tokens=self.tokens.clamp(0, vocab - 1))
 
     def invalid(self, root: Tensor, vocab: int) -> Tensor:
-        """[batch] bool: rows whose root is not `root` [batch] int64, whose tokens are not of the vocabulary, or cannot have
-        been drawn as the laws say.
+        """[batch] bool: rows with another root than `root` [batch] int64, tokens outside the vocabulary, or tokens that cannot
+        have been drawn as their laws say.
         """
         tokens, exists = self.within(vocab).tokens, self.laws != Law.PADDING
         wrong = (self.tokens[:, 0] != root) | ((self.tokens != tokens) & exists).any(1)
@@ -185,19 +186,19 @@ class DraftTree:
         sampled = drawn.gather(1, parents) & exists
         sampled[:, 0] = False
         rows = torch.arange(len(root), device=root.device)[:, None]
-        # NaN is impossible too
+        # written so that NaN is impossible too
         impossible = sampled & ~(self.draft_probs[rows, parents, tokens] > 0)
         totals = self.draft_probs.sum(-1, dtype=torch.promote_types(self.draft_probs.dtype, torch.float32))
         drawn_from = torch.zeros_like(totals, dtype=torch.int64).scatter_add_(1, parents, sampled.long()) > 0
         return wrong | impossible.any(1) | (drawn_from & ~totals.isfinite()).any(1)
 
     def row(self, row: int, normalise: Callable[[np.ndarray], np.ndarray] = normalised) -> RowTree:
-        """The scalar face of one row; `normalise` makes the law of weights [vocab], in float64 if nothing else is asked for."""
+        """The scalar face of one row; `normalise` turns weights [vocab] into a law, by default in float64."""
         return RowTree(self, row, normalise)
 
 
 def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) -> DraftTree:
-    """Trees known on the host, of any size for each row.
+    """Trees of POINT children, made from lists; rows may have different trees.
 
     Args:
         root: [batch] int64, the last committed tokens.
@@ -242,7 +243,7 @@ class RowTree:
         return [i for i in later if self.parents[i] == node and self.laws[i] != Law.PADDING]
 
     def weights(self, node: int, vocab: int) -> np.ndarray:
-        """[vocab] float64: what the random children of a node were drawn by; 0 where it has none."""
+        """[vocab] float64: the weights that a node's random children were drawn by; all 0 if it has none."""
         probs = self.tree.draft_probs
         if probs is None or node >= probs.shape[1] or not is_random(self.laws[node], 0):
             return np.zeros(vocab)

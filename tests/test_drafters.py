@@ -183,7 +183,7 @@ def test_broken_drafters_are_told_so(name):
 
 
 def test_a_tree_that_asks_for_more_nodes_than_it_says_is_refused():
-    with pytest.raises(ValueError, match="asks to continue 3 nodes, of 2 at most"):
+    with pytest.raises(ValueError, match="asks for the scores of 3 nodes, but its TreeSpec allows 2"):
         specdec.generate(tiny(0), torch.tensor(PROMPTS[0]), ModelDrafter(tiny(1), Greedy(3)), max_new_tokens=8)
 
 

@@ -1,4 +1,4 @@
-"""What happened, to look at: in a terminal, in a notebook, and as plots (which need matplotlib: specdec[pictures])."""
+"""Traces as pictures: in a terminal, in a notebook, and as plots (which need matplotlib: specdec[pictures])."""
 
 from specdec.display.picture import Picture
 from specdec.display.plots import acceptance_by_depth, ceiling_shares, speed_up_by_length, time_per_step

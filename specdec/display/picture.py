@@ -14,7 +14,7 @@ class Style(NamedTuple):
     """How a piece of text is set off."""
 
     ansi: str  # parameters of the escape sequence
-    css: str  # translucent backgrounds, so that the text keeps the colour of its page, light or dark
+    css: str  # backgrounds are translucent, so that text is readable on light and dark pages
 
 
 PLAIN = Style("", "")
@@ -31,12 +31,12 @@ DRAFTED = [
 class Span(NamedTuple):
     text: str
     style: Style = PLAIN
-    title: str = ""  # what a notebook says when the mouse is on it
+    title: str = ""  # what a notebook shows when the mouse is on the span
 
 
 @dataclass(frozen=True, repr=False)
 class Picture:
-    """Text in pieces: `print` it in a terminal, without colours if NO_COLOR is set; a notebook shows it by itself."""
+    """Coloured text. `print` shows it in a terminal (without colours if NO_COLOR is set), a notebook by itself."""
 
     spans: list[Span]
 
@@ -54,7 +54,7 @@ class Picture:
 def _ansi(span: Span) -> str:
     if span.style.ansi == "":
         return span.text
-    lines = span.text.split("\n")  # colours end with the line, or they would run on to the edge of the terminal
+    lines = span.text.split("\n")  # colours must end before a line break, or they fill the rest of the line
     return "\n".join(f"\x1b[{span.style.ansi}m{line}\x1b[0m" if line else "" for line in lines)
 
 

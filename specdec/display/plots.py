@@ -1,4 +1,4 @@
-"""Plots of traces, by name. Each takes matplotlib axes to draw on, and makes some if there are none; returns them."""
+"""Plots of named traces. Each function draws on the matplotlib axes it is given, or on new ones, and returns them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PARTS = ("draft_seconds", "verify_seconds", "other_seconds")
 
 
 def acceptance_by_depth(traces: Mapping[str, Trace], axes: Any = None) -> Any:
-    """How often the drafted token at each depth was accepted, where the one above it was."""
+    """The acceptance rate at each depth, as in `Trace.summary`."""
     axes = _axes(axes)
     for name, trace in traces.items():
         rates = trace.summary()["acceptance_rate"]
@@ -26,12 +26,12 @@ def acceptance_by_depth(traces: Mapping[str, Trace], axes: Any = None) -> Any:
 def speed_up_by_length(
     rates: Sequence[float], costs: Costs, measured: Mapping[int, Mapping[str, Any]] | None = None, axes: Any = None
 ) -> Any:
-    """The predicted speed-up of chains of 0, 1, ... drafted tokens, and the measured ones beside it.
+    """The predicted speed-ups of chains of 0, 1, ... drafted tokens, and measured ones.
 
     Args:
         rates: acceptance rate by depth, as in `Trace.summary`.
         costs: what forward passes take: `specdec.theory.measure_costs`.
-        measured: {length: {"median": ..., "low": ..., "high": ...}}; without an interval (or None), the median alone.
+        measured: {length: {"median": ..., "low": ..., "high": ...}}; "low" and "high" may be missing or None.
     """
     axes = _axes(axes)
     predicted = chain_speed_ups(rates, costs)
@@ -49,7 +49,7 @@ def speed_up_by_length(
 
 
 def time_per_step(traces: Mapping[str, Trace], axes: Any = None) -> Any:
-    """Milliseconds of a step: drafting, the target's forward pass, all the rest."""
+    """Mean milliseconds of a step: drafting, the target's forward pass, all the rest."""
     axes, names = _axes(axes), list(traces)
     summaries = [trace.summary() for trace in traces.values()]
     below = [0.0] * len(names)
@@ -63,7 +63,7 @@ def time_per_step(traces: Mapping[str, Trace], axes: Any = None) -> Any:
 
 
 def ceiling_shares(traces: Mapping[str, Trace], axes: Any = None) -> Any:
-    """Drafted tokens accepted, as a share of the most that a rule deciding node by node could accept."""
+    """Accepted drafted tokens, as a share of the most that a rule deciding node by node could accept."""
     shares = {name: trace.summary().get("ceiling_share") for name, trace in traces.items()}
     if unknown := [name for name, share in shares.items() if share is None]:
         raise ValueError(f'{unknown}: ceilings are not known; record with trace="ceiling", and with a drafter.')

@@ -1,4 +1,4 @@
-"""Generated text coloured by who wrote each token, as the trace has it."""
+"""Generated text, coloured by who wrote each token according to the trace."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ if TYPE_CHECKING:
 class Author(NamedTuple):
     """Who wrote a token.
 
-    "drafted": the drafter, at this depth, and the rule accepted it. "recovered": the target, after the rule accepted no
-    child of the last accepted node. "bonus": the target, after it accepted a whole path. "alone": the target, as nothing was
-    drafted.
+    "drafted": the drafter, and the rule accepted it. "recovered": the target, after the rule accepted no child of the last
+    accepted node. "bonus": the target, after the rule accepted a whole path. "alone": the target, in a step without a draft.
     """
 
     kind: Literal["drafted", "recovered", "bonus", "alone"]
     depth: int  # in the tree: 1 for a child of the root
-    step: int  # of the trace
+    step: int  # of the trace, counted from 0
 
 
 def authors(trace: Trace, row: int) -> list[Author]:
-    """Of every token of one prompt's text."""
+    """The author of every token of one prompt's text."""
     found = []
     for i, step in enumerate(trace.steps):
         emitted, accepted, tried = step.emitted[row], step.accepted[row], step.tried[row]
@@ -37,7 +36,7 @@ def authors(trace: Trace, row: int) -> list[Author]:
 
 
 def kind_of_last(accepted: int, tried: int) -> Literal["recovered", "bonus", "alone"]:
-    """Of the token that the target emits after the drafted ones."""
+    """The kind of the token that the target emits after the drafted ones."""
     return "recovered" if tried > accepted else "bonus" if accepted else "alone"
 
 
@@ -55,14 +54,14 @@ def text(generation: Generation) -> Picture:
 
 
 def pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; a character of several tokens stands with the last of them."""
+    """The characters that each token adds to the text. A character of several tokens counts for the last of them."""
     if tokenizer is None:
         return [f"{token} " for token in tokens]
     found, shown = [], ""
     for end in range(1, len(tokens) + 1):
         whole = tokenizer.decode(tokens[:end])
         if whole.endswith("\ufffd") and end < len(tokens):
-            whole = shown  # not a character yet
+            whole = shown  # the token ends inside a character
         found.append(whole[len(shown) :])
         shown = whole
     return found

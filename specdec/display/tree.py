@@ -15,15 +15,15 @@ from specdec.tree import RowTree
 
 
 def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
-    """One line per node: its token, how probable it was as a draft (q) and to the target (p), given what stands above it.
+    """One line per node: its token, and the probabilities q and p that draft and target gave it after its ancestors.
 
-    q is the chance of the token under the law it was drawn from, after its elder siblings; "top" if it was not drawn but
-    chosen. The path that the rule accepted is set off, and what it emitted after it comes last.
+    q is the chance of the token under the law it was drawn from, given its elder siblings; "top" if it was chosen without a
+    coin. The accepted path is set off, and the token emitted after it comes last.
 
     Args:
         step: of a trace recorded with trace="laws".
         row: which prompt.
-        tokenizer: for text; token ids otherwise.
+        tokenizer: shows tokens as text; None shows their ids.
     """
     check_kind("step", step, Step)
     row, record = as_int("row", row, 0, len(step.emitted) - 1), step.record
@@ -48,7 +48,7 @@ def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
 
 
 def _lines(record: Record, drafted: RowTree, row: int, node: int, margin: str) -> Iterator[tuple[str, int, str]]:
-    """(what stands before it, node, probabilities) of everything below a node."""
+    """(margin, node, probabilities) of every node below a node."""
     p = record.law().probabilities(row, node)
     draws = list(drafted.draws(node, len(p)))
     for slot, (child, q) in enumerate(draws):

@@ -1,4 +1,4 @@
-"""Drafters: who proposes. One drafter per file."""
+"""Drafters propose draft trees. One drafter per file."""
 
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.fallback import Fallback

@@ -18,21 +18,25 @@ if TYPE_CHECKING:
 
 
 class Drafter(ABC):
-    """Says what trees are proposed for every row, each step, and begins runs that propose them.
+    """States which trees it may propose, and begins runs that propose them.
 
     Nothing of a run is kept on the drafter, so that it may serve several at once, in any number of threads.
+
+    Class attributes:
+        states: which of the target's states its runs read: i >= 0 is the residual stream before layer i, -1 the input of the
+            LM head.
+        models: models that its runs compute with, but for the target's. Captured graphs are dropped when one has changed.
+        capturable: whether `propose`, `read` and `commit` of its runs do the same to the device every step: see
+            `specdec.engines.graphs`.
     """
 
-    # Which of the target's states its runs read: i >= 0 is the residual stream before layer i, -1 what the LM head reads.
     states: tuple[int, ...] = ()
-    # Models that its runs compute with, but for the target's: what is captured of a run holds while these stay as they are.
     models: tuple[nn.Module, ...] = ()
-    # True if `propose`, `read` and `commit` of its runs do the same to the device every step: see `specdec.engines.graphs`.
     capturable: bool = False
 
     @abstractmethod
     def spec(self, sampling: Sampling) -> TreeSpec:
-        """What trees may be proposed under this sampling: checked against the rule once, before the first step."""
+        """The trees that may be proposed under this sampling. The rule checks them once, before the first step."""
 
     @abstractmethod
     def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
@@ -41,16 +45,16 @@ class Drafter(ABC):
         Args:
             target: the target's run.
             batch: the texts, which the target has not read yet; it stays the same object for the whole run.
-            last: a run of this drafter that has ended. Go on in its caches if `batch.resume`, as far as the texts agree. A
-                drafter whose new run lies in the very tensors of `last` returns `last`, begun anew: then what was captured
-                with it is replayed.
+            last: a run of this drafter that has ended. If `batch.resume`, go on in its caches as far as the texts agree. A
+                drafter that can use all tensors of `last` again returns `last`, begun anew, so that what was captured with
+                it is replayed.
         """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Never:
-        """Refused. It is here because `model.generate` ignores a `custom_generate` that cannot be called, in silence."""
+        """Raise ValueError. `model.generate` would silently ignore a `custom_generate` that cannot be called."""
         raise ValueError(
-            f"a {type(self).__name__} is neither a decoding loop nor a function; to model.generate pass "
-            "custom_generate=specdec.custom_generate(drafter), and where a function that makes one is wanted, that function."
+            f"a {type(self).__name__} is neither a decoding loop nor a function that makes drafters. To model.generate pass "
+            "custom_generate=specdec.custom_generate(drafter); elsewhere pass such a function."
         )
 
 
@@ -61,34 +65,36 @@ class DraftRun(ABC):
         self.drafter, self.batch = drafter, batch
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:  # noqa: B027 - optional
-        """The target's states, if `Drafter.states` asks for some: of the prompts, chunk by chunk, and of what each step keeps.
+        """Take the target's states, if `Drafter.states` asks for some.
 
-        Every position before the root's is told, in order: from `states_known` on, once or again. After a step `batch.lengths`
-        count the step's tokens already, and `commit` comes next.
+        Called for each chunk of the prompts and for the nodes that each step keeps: in order, for every position from
+        `states_known` on that is before the root's, some more than once. After a step `batch.lengths` count its tokens
+        already, and `commit` is called next.
 
         Args:
             states: [batch, n, state, hidden], in the order of `Drafter.states`.
-            start: [batch] int64: position in the text of each row's first state.
-            count: [batch] int64 <= n: how many of them there are; what stands behind them is garbage.
+            start: [batch] int64: the position in the text of each row's first state.
+            count: [batch] int64 <= n: how many states each row has; the rest is garbage.
         """
 
     def states_known(self) -> list[int]:
-        """How many positions of each row need not be told to `read`, as an earlier turn has kept them: by default none."""
+        """How many positions of each row need not be passed to `read`, as an earlier turn has kept them: by default 0."""
         return [0] * len(self.batch)
 
     def enter(self, rows: list[int]) -> None:  # noqa: B027 - optional
-        """These rows hold new prompts now, which the target has read."""
+        """Begin new texts in these rows, whose prompts the target has read."""
 
     @abstractmethod
     def propose(self, coins: Coins) -> DraftTree:
         """Draft trees for the batch, no deeper than `batch.max_depth`. Draw by `coins.picks` only.
 
-        A node's number decides which coins are its own. So that a row's text does not depend on its batch, nodes at depth
-        `batch.left` or deeper must not take numbers before those of nodes that the row can use.
+        A node's number decides which coins it uses. Nodes at depth `batch.left` or deeper, which the row cannot use, must be
+        numbered after all nodes that it can use: else its text would depend on the batch.
         """
 
     def commit(self, outcome: Outcome) -> None:  # noqa: B027 - optional
-        """What was kept of the last proposal; called after every step. Also called, with `keep` = 0, for rows that had ended,
-        for rows that another drafter drafted for (`Fallback`), and for all where none did (`Paused`), when `propose` may not
-        even have been called.
+        """Follow what was kept of the last proposal. Called after every step.
+
+        `keep` is 0 for rows that had ended, for rows drafted by another drafter (`Fallback`), and for all in a pause
+        (`Paused`). In such a step `propose` may not have been called at all.
         """

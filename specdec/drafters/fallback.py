@@ -1,4 +1,4 @@
-"""Two drafters in one: the second drafts for the rows in which the first finds nothing to say."""
+"""Two drafters in one: the second drafts for the rows in which the first has no draft."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 class Fallback(Drafter):
-    """Drafts with `first` where it has a draft, and with `second` elsewhere, row by row; more nest.
+    """Drafts with `first` where it has a draft, and with `second` elsewhere, row by row. Fallbacks may be nested.
 
     >>> Fallback(SuffixDrafter(), ModelDrafter(draft))
 
     Args:
-        first: says by an empty tree that it has nothing; best one that costs next to nothing.
-        second: is not asked in steps in which every row has a draft already.
+        first: preferably one that costs next to nothing. A tree of the root alone means that it has no draft.
+        second: called only in steps in which some row has no draft from `first`.
     """
 
     def __init__(self, first: Drafter, second: Drafter):
@@ -52,7 +52,7 @@ class _FallbackRun(DraftRun):
     def __init__(self, drafter: Fallback, batch: Batch, first: DraftRun, second: DraftRun):
         super().__init__(drafter, batch)
         self.first, self.second = first, second
-        # places of each drafter's states among those of both
+        # the places of each drafter's states among those of both
         self._columns = [[drafter.states.index(i) for i in part.states] for part in (drafter.first, drafter.second)]
         self._has = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]: rows for which the first drafted
 
@@ -77,7 +77,7 @@ class _FallbackRun(DraftRun):
         return _where(self._has, tree, self.second.propose(coins))
 
     def commit(self, outcome: Outcome) -> None:
-        # for rows that it did not draft for, a drafter is told that nothing was accepted: it reads those tokens later
+        # Report keep = 0 to a drafter for rows that it did not draft for; it reads their tokens later.
         self.first.commit(outcome.of_rows(self._has))
         self.second.commit(outcome.of_rows(~self._has))
 
@@ -99,7 +99,7 @@ def _where(rows: Tensor, a: DraftTree, b: DraftTree) -> DraftTree:
 
 
 def _laws_where(rows: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:  # the others' laws are never read in rows of POINT children
+    if a is None or b is None:  # trees without `draft_probs` have POINT children, for which nothing is read
         return b if a is None else a
     nodes = max(a.shape[1], b.shape[1])
     a, b = (torch.nn.functional.pad(t, (0, 0, 0, nodes - t.shape[1])) for t in (a, b))

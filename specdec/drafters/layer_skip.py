@@ -1,8 +1,8 @@
 """Self-speculation: the target drafts for itself without some of its layers.
 
-Draft & Verify (Zhang et al., arXiv:2309.08168) skips any set of layers; LayerSkip (Elhoushi et al., arXiv:2404.16710) leaves
-after the first few. Weights and the target's own KV cache are shared: what the kept layers write for drafted tokens is
-scratch that verification overwrites, and every token of the text has its full keys and values when it is attended to.
+Draft & Verify (Zhang et al., arXiv:2309.08168) skips any set of layers; LayerSkip (Elhoushi et al., arXiv:2404.16710) exits
+after the first few. Weights and the target's own KV cache are shared. Keys and values that the kept layers write for drafted
+tokens are scratch, which verification overwrites; those of the text so far are the full model's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LayerSkipDrafter(TreeDrafter):
 
     Args:
         skip: indices of layers to leave out.
-        exit_layer: number of layers before the exit; all by default.
+        exit_layer: how many layers are run before the exit; all by default.
         tree: the tree policy; a chain of 4 by default.
     """
 
@@ -88,7 +88,7 @@ class LayerSkipRun(TreeDraftRun):
 
 
 def skippable(model: PreTrainedModel) -> range:
-    """Indices of the layers whose keys and values no other layer uses."""
+    """Indices of the layers whose keys and values no other layer reads."""
     count = len(decoder_layers(model))
     sharing = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) or 0
     return range(count - sharing if sharing else 0, count)

@@ -31,8 +31,8 @@ class MedusaHeads(nn.Module):
     Head i sees the target's state before the root and predicts the token i + 1 places after the root.
 
     Args:
-        heads: how many.
-        blocks: residual blocks of each.
+        heads: how many heads.
+        blocks: residual blocks of each head.
         hidden: size of the target's hidden state.
         vocab: size of its vocabulary; None to share the target's LM head.
     """
@@ -41,9 +41,8 @@ class MedusaHeads(nn.Module):
         super().__init__()
         heads, blocks, hidden = as_int("heads", heads, 1), as_int("blocks", blocks, 1), as_int("hidden", hidden, 1)
         vocab = None if vocab is None else as_int("vocab", vocab, 1, cure="use None to share the target's LM head")
-        self.weight = nn.Parameter(
-            torch.zeros(blocks, heads, hidden, hidden)
-        )  # zeros: each begins as the LM head alone
+        # With zeros, each head begins as the LM head alone.
+        self.weight = nn.Parameter(torch.zeros(blocks, heads, hidden, hidden))
         self.bias = nn.Parameter(torch.zeros(blocks, heads, hidden))
         self.lm_head = None if vocab is None else nn.Parameter(torch.zeros(heads, vocab, hidden))
 
@@ -51,9 +50,9 @@ class MedusaHeads(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, hidden: Tensor, lm_head: nn.Module, count: int | None = None) -> Tensor:
-        """[batch, head, vocab] logits of the first `count` heads, all by default, for hidden [batch, hidden].
+        """[batch, head, vocab]: logits of the first `count` heads, all by default, for states `hidden` [batch, hidden].
 
-        `lm_head` is the target's, used if shared.
+        `lm_head` is the target's; it is used if the heads have none of their own.
         """
         count = len(self) if count is None else count
         x = hidden.to(self.weight.dtype)[None].expand(count, -1, -1)  # [head, batch, hidden]
@@ -61,7 +60,7 @@ class MedusaHeads(nn.Module):
             x = x + nn.functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
         if self.lm_head is not None:
             return torch.bmm(x, self.lm_head[:count].mT).transpose(0, 1)
-        return lm_head(x.transpose(0, 1).to(hidden.dtype)).to(hidden.device)  # it may be on another (`device_map`)
+        return lm_head(x.transpose(0, 1).to(hidden.dtype)).to(hidden.device)  # `device_map` may put it elsewhere
 
     def save(self, folder: str | Path) -> None:
         """Write the published layout: `config.json` and `medusa_lm_head.safetensors`."""
@@ -107,13 +106,14 @@ class MedusaHeads(nn.Module):
 
 
 class MedusaDrafter(TreeDrafter):
-    """Drafts with heads on the target's hidden state: no forward pass of its own; laws depend on the depth alone.
+    """Drafts with heads on the target's hidden state, without a forward pass. Draft laws depend on the depth alone.
 
-    Lossless at any temperature with a lossless rule; `TypicalAcceptance` is what the paper used, and is not.
+    Deviation: the paper uses `TypicalAcceptance`, which is not lossless. With a lossless rule the text has the target's law at
+    any temperature.
 
     Args:
-        heads: trained for this target, or the folder they are in.
-        tree: the tree policy, no deeper than there are heads.
+        heads: heads trained for this target, or the folder that they are in.
+        tree: the tree policy, at most as deep as there are heads.
     """
 
     states = (-1,)
@@ -132,7 +132,7 @@ class MedusaDrafter(TreeDrafter):
         spec = super().spec(sampling)
         if spec.depth > len(self.heads):
             raise ValueError(
-                f"{self.tree} is {spec.depth} deep, but there are {len(self.heads)} heads; use at most those."
+                f"{self.tree} is {spec.depth} deep, but there are {len(self.heads)} heads; use a tree no deeper than that."
             )
         return spec
 
@@ -144,24 +144,24 @@ class MedusaDrafter(TreeDrafter):
         model = target.cached.lm.model
         size, expected = self.heads.weight.shape[-1], model.config.get_text_config().hidden_size
         if size != expected:
-            raise ValueError(f"The heads read states of size {size}, the target's are of size {expected}: other heads.")
+            raise ValueError(f"The heads read states of size {size}, the target's have {expected}; use other heads.")
         own = batch.vocab if self.heads.lm_head is None else self.heads.lm_head.shape[1]
         if own != batch.vocab:
-            raise ValueError(f"The heads draft {own} tokens, the target's vocabulary has {batch.vocab}: other heads.")
+            raise ValueError(f"The heads know {own} tokens, the target knows {batch.vocab}; use other heads.")
         head: Any = model.get_output_embeddings()
         return MedusaRun(self, batch, head, last).begun(last)
 
 
 class MedusaRun(TreeDraftRun):
-    """Heads at work: all that they read is the target's state before each root."""
+    """Heads at work. They read one state of the target, that before the root."""
 
     def __init__(self, drafter: MedusaDrafter, batch: Batch, lm_head: nn.Linear, last: DraftRun | None):
         super().__init__(drafter, batch, last, lm_head)
         self._lm_head, heads = lm_head, drafter.heads
         here = heads.weight.device == batch.device
-        self._heads = heads if here else copy.deepcopy(heads).to(batch.device)  # the drafter's own stay where they are
-        # [batch, hidden]: before the root; zeros before a text's first token, which nobody tells. Captured graphs write to it
-        # and to the logits where they are.
+        self._heads = heads if here else copy.deepcopy(heads).to(batch.device)  # the drafter's heads are not moved
+        # [batch, hidden]: the state before the root; zeros if the root is the text's first token. Captured graphs write this
+        # tensor and the logits in place.
         self._state = torch.zeros(len(batch), heads.weight.shape[-1], dtype=lm_head.weight.dtype, device=batch.device)
         self._logits: Tensor | None = None  # [batch, head, vocab], after the root
 
@@ -172,7 +172,7 @@ class MedusaRun(TreeDraftRun):
         return run
 
     def states_known(self) -> list[int]:
-        return list(self.batch.host_lengths)  # none but the last is read
+        return list(self.batch.host_lengths)  # only the last state is needed, which is passed in any case
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
         last = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, states.shape[3])
@@ -186,7 +186,7 @@ class MedusaRun(TreeDraftRun):
 
     def score(self, frontier: Frontier) -> Tensor:
         depth, count = frontier.topology.depth, frontier.tokens.shape[1]
-        if depth == 0:  # all heads at once, as deep as this tree may become
+        if depth == 0:  # run all heads that this tree may need at once
             logits = self._heads(self._state, self._lm_head, self._deepest)
             missing = len(self._heads) - self._deepest
             self._logits = _filled(self._logits, nn.functional.pad(logits, (0, 0, 0, missing)))
@@ -195,14 +195,14 @@ class MedusaRun(TreeDraftRun):
 
 
 def _filled(kept: Tensor | None, new: Tensor) -> Tensor:
-    """The contents of `new` in the memory of `kept`, if that is of its kind."""
+    """`new`, written into the memory of `kept` if shape, dtype and device agree."""
     if kept is None or (kept.shape, kept.dtype, kept.device) != (new.shape, new.dtype, new.device):
         return new.clone()
     return kept.copy_(new)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    """The tensors by name, without the prefix that some checkpoints have."""
+    """The tensors of a checkpoint by name, without the prefix that some checkpoints have."""
     path = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise FileNotFoundError(f"There is no {' or '.join(_WEIGHTS)} in {folder}.")

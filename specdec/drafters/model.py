@@ -19,7 +19,7 @@ from specdec.models.target import TargetRun
 from specdec.outcome import Outcome
 from specdec.trees.base import Frontier, TreePolicy
 
-# Tokens that the draft has not read after a step it drafted for: an accepted leaf and the root at most.
+# After a step that it drafted for, the draft has at most two tokens to read: an accepted leaf and the root.
 _AFTER_OWN_DRAFT = 2
 
 
@@ -29,8 +29,8 @@ class ModelDrafter(TreeDrafter):
     Args:
         model: the draft model, any that could be a target.
         tree: the tree policy; a chain of 4 by default.
-        tokenizer: the draft's own tokenizer, compared with that of generate(tokenizer=...). Needed when it is not the
-            target's (the draft then drafts the tokens that both have, see `specdec.drafters.vocabulary`), and when the
+        tokenizer: the draft's own tokenizer, which is compared with that of generate(tokenizer=...). Needed if it differs from
+            the target's (the draft then drafts the tokens that both have, see `specdec.drafters.vocabulary`), and if the
             vocabularies differ in size, to check that one is the other plus padding.
     """
 
@@ -90,16 +90,16 @@ class ModelDraftRun(TreeDraftRun):
         position = torch.arange(order.shape[1], device=order.device)
         kept = (order >= 0) & (position < outcome.keep[:, None])  # an accepted leaf was drawn but never read
         self.cached.cache.keep(order.clamp(min=0), kept.sum(1))
-        self.asked.fill_(-1)  # in steps in which it is not asked for a draft there is nothing new to keep
+        self.asked.fill_(-1)  # a step without a call of `propose` has nothing to keep
 
     def prepare(self, frontier: Frontier) -> Hashable:
         batch, longest = self.batch, self.batch.longest
         if frontier.topology.depth:
             return longest
-        # >= 1: the root, an accepted leaf before it, and what was emitted while it did not draft
+        # At least 1: the root, perhaps an accepted leaf before it, and tokens of steps in which it did not draft.
         unread = _AFTER_OWN_DRAFT if batch.static else int((batch.lengths - self.cached.cache.lengths).max())
         if batch.stages.static_shapes:
-            unread = min(1 << (unread - 1).bit_length(), longest)  # few shapes: each is compiled
+            unread = min(1 << (unread - 1).bit_length(), longest)  # a power of 2: every shape is compiled or captured
         self._unread = unread
         return longest, unread
 
@@ -112,7 +112,7 @@ class ModelDraftRun(TreeDraftRun):
         return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf) if extra else logits
 
     def _read_root(self) -> Tensor:
-        """Commit what the draft has not read yet up to the root; [batch, 1, vocab] logits after the root."""
+        """Read all unread tokens up to the root, and return the logits [batch, 1, vocab] after the root."""
         batch, cache, unread = self.batch, self.cached.cache, self._unread
         # Shorter rows re-read their last tokens, so that all rows read `unread`.
         start = (batch.lengths - unread).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Prompt lookup: the text repeats itself, so copy what followed the last time (Saxena 2023; LLMA, arXiv:2304.04487)."""
+"""Prompt lookup: where a text repeats itself, copy what followed before (Saxena 2023; LLMA, arXiv:2304.04487)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NgramDrafter(Drafter):
     Args:
         length: most tokens to draft from each occurrence.
         max_ngram: longest match to look for; shorter ones are tried down to a single token.
-        branches: occurrences to draft from; what their continuations share is drafted once.
+        branches: occurrences to draft from; tokens that their continuations share are drafted once.
     """
 
     def __init__(self, length: int = 8, max_ngram: int = 3, branches: int = 1):
@@ -50,7 +50,7 @@ class _NgramRun(DraftRun):
         """(token, parent) of each drafted node: the continuations of `text` [length] as one tree, the latest first."""
         if length < 1:
             return []
-        index: dict[tuple[int, int], int] = {}  # of the node that follows a parent with a token
+        index: dict[tuple[int, int], int] = {}  # from (token, parent) to the node
         for end in self._matches(text)[: -1 - self.drafter.branches : -1]:
             parent = 0
             for token in text[end + 1 : end + 1 + length].tolist():
@@ -58,8 +58,8 @@ class _NgramRun(DraftRun):
         return list(index)
 
     def _matches(self, text: np.ndarray) -> np.ndarray:
-        """Where the longest suffix of `text` that occurs earlier ends there, in order."""
-        ends = np.flatnonzero(text[:-1] == text[-1])  # earlier places of the last token; the match may only grow back
+        """The places where earlier occurrences of the longest repeated suffix of `text` end, in order."""
+        ends = np.flatnonzero(text[:-1] == text[-1])  # earlier places of the last token; matches grow back from there
         for n in range(1, self.drafter.max_ngram):
             longer = ends[ends >= n]
             longer = longer[text[longer - n] == text[-1 - n]] if n < len(text) else longer[:0]

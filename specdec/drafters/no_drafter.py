@@ -10,7 +10,7 @@ from specdec.tree import DraftTree, TreeSpec
 
 
 class NoDrafter(Drafter):
-    """The baseline (`drafter=None`)."""
+    """Drafts nothing: the baseline, `drafter=None`."""
 
     capturable = True
 

@@ -82,7 +82,7 @@ class Paused(Drafter):
     def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
         known = last if isinstance(last, _PausedRun) else None
         drafting = self.drafter.start(target, batch, known.drafting if known else None)
-        return (known if known and drafting is known.drafting else _PausedRun(batch, drafting)).begun(self)
+        return (known if known and drafting is known.drafting else _PausedRun(self, batch, drafting)).begun()
 
 
 class _Step(NamedTuple):
@@ -92,16 +92,17 @@ class _Step(NamedTuple):
 
 
 class _PausedRun(DraftRun):
-    def __init__(self, batch: Batch, drafting: DraftRun):
-        super().__init__(batch)
+    drafter: Paused
+    _step: _Step | None
+
+    def __init__(self, drafter: Paused, batch: Batch, drafting: DraftRun):
+        super().__init__(drafter, batch)
         self.drafting = drafting
         self._nobody = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]
 
-    _step: _Step | None
-
-    def begun(self, drafter: Paused) -> _PausedRun:
+    def begun(self) -> _PausedRun:
         """This run, with nothing known."""
-        self._balance = Balance(drafter.patience, drafter.share, drafter.seconds)
+        self._balance = Balance(self.drafter.patience, self.drafter.share, self.drafter.seconds)
         self._step, self._asked = None, False  # the last step that it was asked in; whether that is this one
         return self
 

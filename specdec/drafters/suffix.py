@@ -1,8 +1,8 @@
 """Drafts from the text itself by the statistics of its suffixes (SuffixDecoding, Oliaro et al., arXiv:2411.04975).
 
-Each row has a suffix automaton of its prompt and its text so far, extended as tokens are committed in amortised constant
-time (Blumer et al. 1985), and reads along in one of an optional corpus. What followed the longest suffix that occurred
-before becomes a tree, best path first, as deep and as wide as the counts are clear about it.
+Each row has a suffix automaton of its text, which grows with it in amortised constant time per token (Blumer et al. 1985), and
+a place in the automaton of an optional corpus. The continuations of the longest suffix that occurred before become a tree, best
+path first, as deep and as wide as their counts are clear.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec, tree_of_points
 
-_LINKS = 32  # most suffixes counted per token: text that repeats one token for ever has one for each place
+_LINKS = 32  # most suffixes counted per token: a text that repeats one token has as many suffixes as tokens
 
 
 class SuffixAutomaton:
-    """All substrings of a text, with how often each occurred; states are classes of substrings, 0 the empty one."""
+    """All substrings of a text and how often each occurred. A state is a class of substrings; state 0 is the empty one."""
 
     def __init__(self, tokens: Iterable[int] = ()):
         self.next: list[dict[int, int]] = [{}]
@@ -48,7 +48,10 @@ class SuffixAutomaton:
             new, seen = self.link[new], seen + 1
 
     def read(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """From the longest suffix of some text that occurs here, (state, its length), to that of the text and `token`."""
+        """Follow another text by one token.
+
+        `state` and `length` are those of its longest suffix that occurs here. Returns those of the text with `token`.
+        """
         while state > 0 and token not in self.next[state]:
             state = self.link[state]
             length = self.length[state]
@@ -62,7 +65,7 @@ class SuffixAutomaton:
         return len(self.link) - 1
 
     def _longest(self, state: int, token: int) -> int:
-        """The state of exactly the longest string of `state`, and `token`: split off if it shares one with longer ones."""
+        """The state of the longest string of `state` followed by `token`. If longer strings share it, it is split off."""
         found = self.next[state][token]
         if self.length[found] == self.length[state] + 1:
             return found
@@ -98,7 +101,7 @@ class SuffixDrafter(Drafter):
         self.threshold = as_float("threshold", threshold, "(0, 1]")
         self.corpus = SuffixAutomaton()
         for i, text in enumerate(as_tuple("corpus", corpus, "texts, each a sequence of token ids")):
-            # the last is a token that no text has: nothing runs on into the next one
+            # Each text ends in a token that no text has, so that no substring runs on into the next text.
             for token in (*as_ints(f"corpus[{i}]", text, 0, cure="texts are token ids"), -1 - i):
                 self.corpus.extend(token)
 
@@ -117,9 +120,9 @@ class _SuffixRun(DraftRun):
 
     def __init__(self, drafter: SuffixDrafter, batch: Batch):
         super().__init__(drafter, batch)
-        self._rows = [SuffixAutomaton()] * len(batch)  # of each row's text
-        self._places = [(0, 0)] * len(batch)  # of each row in the corpus
-        self._read = [0] * len(batch)  # tokens of each row that stand in these
+        self._rows = [SuffixAutomaton()] * len(batch)  # the automaton of each row's text
+        self._places = [(0, 0)] * len(batch)  # (state, length) of each row in the corpus
+        self._read = [0] * len(batch)  # how many tokens of each row have been read into both
 
     def enter(self, rows: list[int]) -> None:
         for b in rows:
@@ -141,7 +144,7 @@ class _SuffixRun(DraftRun):
             self._read[b] = len(text)
 
     def _match(self, row: int) -> tuple[SuffixAutomaton, int, int]:
-        """(automaton, state, length) of the longest suffix with a past: in the row's own text, unless the corpus knows more."""
+        """(automaton, state, length) of the longest suffix that occurred before, in the row's text or else in the corpus."""
         own = self._rows[row]
         state = own.link[own.last]
         length = own.length[state] if state > 0 else 0
@@ -161,7 +164,7 @@ class _SuffixRun(DraftRun):
                 self._consider(heap, automaton, state, length + depth, -minus_chance, made, depth)
 
     def _consider(self, heap, automaton, state, length, chance, parent, depth) -> None:
-        """Push the likeliest children of a node: after one sight in a short context a child is as likely as not."""
+        """Push the likeliest children of a node. A child seen once, after a context of length 1, is estimated at 1/2."""
         ways = [(automaton.count[to], -token, to) for token, to in automaton.next[state].items() if token >= 0]
         seen = sum(count for count, _, _ in ways)
         for count, token, to in sorted(ways, reverse=True)[: self.drafter.width]:

@@ -1,4 +1,4 @@
-"""What drafters that can score a node have in common: they grow the trees of a policy."""
+"""The base of drafters that can score any node: they grow the trees of a policy."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ class TreeDrafter(Drafter):
 
     Args:
         tree: the tree policy; a chain of 4 by default.
+
+    Class attributes:
+        capturable_scores: whether the work of `score` on the device depends on shapes and on the key of `prepare` alone.
     """
 
-    # True if what `score` does to the device depends only on `prepare` and on shapes.
     capturable_scores: bool = False
 
     def __init__(self, tree: TreePolicy | None = None):
@@ -37,7 +39,7 @@ class TreeDrafter(Drafter):
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]
-        """As a whole; where trees are grown on the host, `capturable_scores` lets scores be, one by one."""
+        """Whether the whole stage can be captured. If the host grows the trees, `capturable_scores` captures single scores."""
         return self.capturable_scores and self.tree.capturable
 
     def spec(self, sampling: Sampling) -> TreeSpec:
@@ -48,7 +50,7 @@ class TreeDraftRun(DraftRun):
     """Grows the trees of the drafter's policy. Override `score`.
 
     Args:
-        drafter: the description.
+        drafter: the drafter that this is a run of.
         batch: the texts.
         last: a run of an earlier batch.
         parts: what it is made of besides: a run of the same parts lies in the same tensors.
@@ -61,7 +63,7 @@ class TreeDraftRun(DraftRun):
         self.tree: TreeRun = drafter.tree.start(batch, last.tree if isinstance(last, TreeDraftRun) else None)
         self._parts = drafter, batch, self.tree, *parts
         self._nodes = drafter.tree.spec(batch.sampling).nodes
-        # [batch, nodes] int64: `Grown.asked` of the last tree, -1 for nodes that it has not
+        # [batch, nodes] int64: `Grown.asked` of the last tree, and -1 beyond its nodes
         self.asked = torch.full((len(batch), self._nodes), -1, device=batch.device)
 
     def begun(self, last: DraftRun | None) -> DraftRun:
@@ -72,14 +74,14 @@ class TreeDraftRun(DraftRun):
         return last
 
     def prepare(self, frontier: Frontier) -> Hashable:
-        """Called before every `score`, on the host. Return a key of all host values that `score` uses, but for shapes."""
+        """Return a key of all host values that `score` uses, but for shapes. Called on the host before every `score`."""
         return None
 
     @abstractmethod
     def score(self, frontier: Frontier) -> Tensor:
-        """[batch, count, vocab]: logits after the nodes of the frontier. In each tree the root comes first, alone.
+        """[batch, count, vocab]: logits after the nodes of the frontier. A tree's first frontier is its root alone.
 
-        Each must give a law: NaN, inf or -inf for all tokens are told as the drafter's fault after the step.
+        NaN, inf, or -inf for all tokens are reported as a fault of the drafter after the step.
         """
 
     def propose(self, coins: Coins) -> DraftTree:
@@ -95,11 +97,11 @@ class TreeDraftRun(DraftRun):
 
         grown = grow_tree(self.tree, coins, self._nodes, checked)
         self.asked.fill_(-1)[:, : grown.asked.shape[1]] = grown.asked
-        # no token is the root's: `DraftTree.invalid` tells the host with the step
+        # A root of -1 marks a broken row: `DraftTree.invalid` finds it, and the host learns of it with the step.
         return replace(grown.tree, tokens=grown.tree.tokens.masked_fill(broken[:, None], -1))
 
     def _scored(self, frontier: Frontier) -> Tensor:
-        """`score`, checked; replayed where scores are captured one by one."""
+        """Call `score` and check its result; if scores are captured one by one, replay it."""
 
         def drafted(frontier: Frontier) -> Tensor:
             logits = self.score(frontier)

@@ -1,12 +1,12 @@
 """A draft model with another tokenizer than the target's: it drafts the tokens that both vocabularies have.
 
 Token-level intersection (Timor et al., arXiv:2502.05202, algorithm 4): the draft's law is restricted to the shared tokens and
-renormalised, and that is the law drawn from and recorded, so rules see an ordinary draft and lose nothing. What the
-draft reads only matters for how good its drafts are.
+renormalised. Tokens are drawn from that law, and it is the one recorded, so rules see an ordinary draft and stay lossless. The
+tokens that the draft reads affect only how good its drafts are.
 
-Deviations: tokens are the same when their bytes are, not when the two tokenizers spell them alike ("Ġthe", "▁the"), and
-so are the beginning and the end of a text. The draft reads one token for each of the target's, so that its cache
-follows as for any draft; for one that it does not have it reads the last of its own tokens for the same text.
+Deviations: tokens are the same if their bytes are, not if the two tokenizers spell them alike ("Ġthe", "▁the"); the tokens for
+the beginning and the end of a text are the same too. The draft reads one token for each of the target's, as any draft does.
+For a token that it does not have, it reads the last of its own tokens for the same text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from transformers import PreTrainedModel
 
 from specdec.models.cached_model import CausalLM
 
-_LEAST = 0.05  # share of the target's tokens: with fewer, a draft hardly ever has the token that is due
+_LEAST = 0.05  # least share of the target's tokens: with fewer, a draft rarely has the token that comes next
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
-    chr(256 + i): b for i, b in enumerate(_OTHERS)
-}  # spelling of byte-level BPE
+# how byte-level BPE spells bytes
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
 
 
 class TranslatedModel(CausalLM):
@@ -35,7 +34,7 @@ class TranslatedModel(CausalLM):
     Args:
         model: the draft model.
         vocab: size of the target's vocabulary.
-        target_tokenizer, draft_tokenizer: as transformers has them.
+        target_tokenizer, draft_tokenizer: tokenizers of transformers.
     """
 
     def __init__(self, model: PreTrainedModel, vocab: int, target_tokenizer: Any, draft_tokenizer: Any):
@@ -59,7 +58,9 @@ def _translation(
     """For each id of the target [vocab]: the draft's id (int64), and whether it is the same token (bool).
 
     Args:
-        sizes: of the vocabularies of target and draft as models, and as tokenizers (which may have been added to).
+        target_tokenizer, draft_tokenizer: tokenizers of transformers.
+        sizes: of the target's and the draft's vocabulary, as models and as tokenizers. Those of tokenizers are part of the
+            key of the cache, as tokens may be added.
     """
     theirs, ours = _texts(target_tokenizer, sizes[0]), _texts(draft_tokenizer, sizes[1])
     by_text = {text: token for token, text in sorted(ours.items())}
@@ -82,7 +83,7 @@ def _translation(
 
 
 def _texts(tokenizer: Any, vocab: int) -> dict[int, bytes]:
-    """What each token adds to a text, for ids below `vocab`."""
+    """The bytes that each token adds to a text, for ids below `vocab`."""
     words = tokenizer.get_vocab()
     sentencepiece, byte_level = "▁" in words, "Ġ" in words
 

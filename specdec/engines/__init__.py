@@ -1,1 +1,1 @@
-"""How the stages of a step are run: as they stand, or captured as CUDA graphs."""
+"""How the stages of a step are run: called directly, or captured as CUDA graphs."""

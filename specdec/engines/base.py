@@ -1,4 +1,4 @@
-"""How the stages of a step are run: here as they stand; `specdec.engines.graphs` captures and replays them."""
+"""How the stages of a step are run. Here they are called directly; `specdec.engines.graphs` captures and replays them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import torch
 
 
 class Stages:
-    """Runs the stages of one run, every one as it stands."""
+    """Runs the stages of one run by calling them."""
 
-    static_shapes = False  # whether the shapes of a stage have to be the same in all steps
-    compiles = False  # whether forward passes of steps are to be compiled
+    static_shapes = False  # whether a stage must have the same shapes in all steps
+    compiles = False  # whether forward passes of steps are compiled
 
     def rounded(self, length: int) -> int:
         """Round a length of text up to one that stages are specialised on."""
         return length
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
-        """The result of a stage, or of a part of one.
+        """Run a stage, or a part of one, and return its result.
 
         Args:
-            key: all host values that the stage depends on, `Batch.longest` for instance.
+            key: all host values that the stage depends on, such as `Batch.longest`.
             stage: a function with a name.
             reason: why it cannot be captured; None if it can.
-            args: results of stages before it, or a frontier.
+            args: results of earlier stages, or a frontier.
         """
         return stage(*args)
 
 
 class Engine:
-    """Runs every stage as it stands. An engine may serve any number of runs at once, from any thread."""
+    """Runs stages by calling them. An engine may serve any number of runs at once, from any thread."""
 
-    captures = False  # whether it captures stages, and keeps what ended runs have owned
+    captures = False  # whether it captures stages, and keeps the parts of ended runs
 
     def stages(self, device: torch.device) -> Stages:
-        """What runs the stages of a new run on this device."""
+        """The `Stages` of a new run on this device."""
         return Stages()
 
     def take(self, key: Any) -> Any:
-        """What an ended run of this key has given back, for a new run alone; None if there is nothing."""
+        """Take the parts that an ended run of this key has given back; None if there are none. No other run gets them."""
         return None
 
     def give_back(self, key: Any, parts: Any) -> None:
-        """Offer what an ended run has owned to the next run of the same key."""
+        """Offer the parts of an ended run to the next run of the same key."""

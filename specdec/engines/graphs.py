@@ -1,13 +1,17 @@
 """Steps as CUDA graphs: every stage is captured once per shape and then replayed.
 
-A replay repeats what a stage did to the device when it was captured, in the same memory, and runs no Python. A stage may
-therefore be captured if what it does depends on nothing that the host knows but what stands in its key (shapes, and
-`Batch.longest`), if it reads nothing back, and if whatever outlives the step is updated in place. The loop is written that
-way; drafters, tree policies, rules and targets say of themselves whether they are (`capturable`). Where a stage cannot be,
-parts of it may be: the passes of a draft that the host steers.
+A replay repeats what a stage did to the device when it was captured, in the same memory, and runs no Python. So a stage can
+be captured if it
 
-A capture runs the stage's Python and nothing on the device. If it fails the stage is run again as it stands, from then on in
-every step: what its Python leaves behind must not depend on how often it has run.
+- depends on no host values but those in its key (shapes, and `Batch.longest`),
+- reads nothing back from the device, and
+- updates in place whatever outlives the step.
+
+The loop is written that way; drafters, tree policies, rules and targets declare it (`capturable`). Of a stage that cannot be
+captured, parts may be: the forward passes of a draft model.
+
+A capture runs the stage's Python and nothing on the device. If it fails, the stage is called directly, in this step and all
+later ones. So the state that its Python leaves behind must not depend on how often it has run.
 """
 
 from __future__ import annotations
@@ -29,14 +33,15 @@ from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
 
-# Tokens. Texts whose lengths fall in one block share graphs, and attend to as many slots too many at most.
+# Lengths of text are rounded up to multiples of this: texts in one block share graphs, and attend to fewer than this many
+# unused slots.
 _BLOCK = 256
 
 
 class Graph(Protocol):
     """A captured stage."""
 
-    outputs: Any  # of the stage; every replay fills the same tensors
+    outputs: Any  # what the stage returned; every replay fills the same tensors
 
     def replay(self) -> None: ...
 
@@ -46,19 +51,19 @@ _Capture = Callable[[Callable[[], Any]], Graph]
 
 class _Captured(NamedTuple):
     graph: Graph
-    args: tuple[Any, ...]  # in the memory that the stage was captured with
+    args: tuple[Any, ...]  # the arguments, in the memory that the graph reads
 
 
 class Graphs(Engine):
-    """Static buffers, and one CUDA graph per stage and shape. On other devices the same code runs uncaptured.
+    """Fixed buffers, and one CUDA graph per stage and shape. On other devices the same code runs uncaptured.
 
     >>> engine = specdec.Graphs()
     >>> specdec.generate(target, prompts, drafter, engine=engine)  # the third step of every shape is captured
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
-    A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: the same models, drafter,
-    rule, sampling and batch size, and texts of as many blocks. A run of another kind drops what lies idle. Two runs at once
-    hold two sets.
+    A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: one of the same models,
+    drafter, rule, sampling and batch size, whose texts take as many blocks of 256 tokens. A run of another kind drops what
+    is idle. Two runs at once hold two sets.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile, once per shape and process).
@@ -78,7 +83,7 @@ class Graphs(Engine):
 
     @property
     def captured(self) -> int:
-        """How many graphs there are, in use or idle."""
+        """How many graphs exist, in use or idle."""
         with self._lock:
             return sum(len(stages.graphs) for stages in self._stages)
 
@@ -106,9 +111,9 @@ class CapturedStages(Stages):
     """The captured stages of a run.
 
     Args:
-        device: that they run on.
+        device: where stages run.
         capture: how a stage is captured; None: not at all.
-        compiles: whether forward passes are to be compiled.
+        compiles: whether forward passes are compiled.
     """
 
     static_shapes = True
@@ -116,10 +121,11 @@ class CapturedStages(Stages):
     def __init__(self, device: torch.device, capture: _Capture | None, compiles: bool):
         self._device, self._capture, self.compiles = device, capture, compiles
         self.graphs: dict[Hashable, _Captured] = {}
-        self._times: Counter[Hashable] = Counter()  # that stages were run
-        self._filled: dict[tuple[int, ...], Hashable] = {}  # by which graph, by the ids of the tensors
-        self._reasons: dict[str, str] = {}  # of stages that cannot be captured
-        self._inside = False  # a stage that is captured as a whole
+        self._times: Counter[Hashable] = Counter()  # how often each stage was run
+        # From the ids of tensors to the key of the graph that fills them.
+        self._filled: dict[tuple[int, ...], Hashable] = {}
+        self._reasons: dict[str, str] = {}  # why stages cannot be captured, by name
+        self._inside = False  # whether a stage is being run: its parts are not captured by themselves
 
     def rounded(self, length: int) -> int:
         return -(-length // _BLOCK) * _BLOCK
@@ -140,11 +146,11 @@ class CapturedStages(Stages):
         self, key: tuple[Hashable, ...], name: str, capture: _Capture, stage: Callable[..., Any], args: tuple[Any, ...]
     ) -> Any:
         self._times[key] += 1
-        if self._times[key] == 1:  # what happens once (kernels are compiled, constants made) is not to be captured
+        if self._times[key] == 1:  # the first run compiles kernels and makes constants, which must not be captured
             return stage(*args)
         if self._times[key] == 2:
             return self._watched(name, stage, args)
-        # a graph reads what others fill where they fill it: with arguments from elsewhere it would be another
+        # A graph reads its arguments where other graphs fill them, so arguments from elsewhere need another graph.
         sources = [self._filled.get(_ids(arg)) for arg in args]
         key = (*key, *sources)
         try:
@@ -217,7 +223,7 @@ def _renewed(value: Any) -> Any:
 
 
 def _summary(error: Exception) -> str:
-    """Its type, and the first line of what it says: CUDA's errors go on with general advice."""
+    """An error's type and the first line of its message: CUDA's errors go on with general advice."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 

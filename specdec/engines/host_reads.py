@@ -1,4 +1,4 @@
-"""What makes a stage wait for its device: a graph cannot repeat that, so such stages are found before they are captured."""
+"""Finds stages that wait for their device, before they are captured: a graph cannot repeat that."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class HostReads(TorchFunctionMode):
-    """Notes in `reads` for what the device waits for the host, or the host for it: none of that can be captured.
+    """Notes in `reads` the operations in which host and device wait for each other: none of them can be captured.
 
     Args:
-        device: the one that is waited for. On CUDA, waiting inside of operations is noted too.
+        device: the device. On CUDA, waiting inside of operations is noted too.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -57,30 +57,30 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = _WAITING.intersection(func.tags) or func.overloadpacket in _MORE
-        if func.overloadpacket == torch.ops.aten.index:  # by a mask it waits, by numbers it does not
+        if func.overloadpacket == torch.ops.aten.index:  # indexing by a mask waits, by numbers it does not
             waits = any(t.dtype == torch.bool for t in tree_leaves(args[1]) if isinstance(t, Tensor))
         if waits:
             self._reads.add(str(func))
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
-        if len({t.device for t in tensors}) > 1:  # of two GPUs too: a graph is of one
+        if len({t.device for t in tensors}) > 1:  # two GPUs count too, as a graph runs on one
             self._reads.add(str(func))
         return out
 
 
-# the host has to know a value, or a shape
+# operations whose result, or its shape, the host has to know
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _MORE = {torch.ops.aten.is_nonzero, torch.ops.aten.nonzero_numpy}  # operations that wait and have neither tag
 
-_SYNCHRONISES = "called a synchronizing CUDA operation"  # torch's words
+_SYNCHRONISES = "called a synchronizing CUDA operation"  # the words of torch's warning
 
 
 @contextlib.contextmanager
 def _waiting_inside(reads: set[str]) -> Iterator[None]:
-    """Notes in `reads` what this thread waits for inside of operations, by torch's own account.
+    """Notes in `reads` if this thread waits inside of operations, by torch's own warnings.
 
-    Torch warns of it and goes on. It could raise an error instead, but then a stage would end half-way, with lengths
-    advanced and keys moved, and could not be run again.
+    Torch could raise an error instead. A stage would then end half-way, with lengths advanced and keys moved, and could not
+    be run again.
     """
     found, thread = torch.cuda.get_sync_debug_mode(), threading.get_ident()
     with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def _waiting_inside(reads: set[str]) -> Iterator[None]:
         def note(message: Any, *rest: Any, **named: Any) -> None:
             if not str(message).startswith(_SYNCHRONISES):
                 show(message, *rest, **named)
-            elif threading.get_ident() == thread:  # the mode is of the process, and others may wait
+            elif threading.get_ident() == thread:  # the mode holds for the whole process, and other threads may wait
                 reads.add(f"an operation that {_SYNCHRONISES}")
 
         warnings.showwarning = note

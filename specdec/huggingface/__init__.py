@@ -1,1 +1,1 @@
-"""What lies between transformers' `model.generate` and this library: its configurations, processors, criteria and calls."""
+"""Bridges to transformers' `model.generate`: its configurations, processors, stopping criteria and calls."""

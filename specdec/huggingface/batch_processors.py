@@ -1,4 +1,4 @@
-"""Logits processors that transformers has made for a batch: they may count padding and know the rows by their place."""
+"""Logits processors that transformers has made for a batch: they may count padding, and tell rows apart by their place."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from specdec.processors import Processors
 
 
 class BatchProcessors(Processors):
-    """One row's, of processors that are shown the whole batch and may keep something of each row of it.
+    """The processors of one row, where processors see the whole batch and may keep state for each of its rows.
 
-    The texts of the other rows are not known for this length. Each goes on with the likeliest tokens that the processors
-    leave it, so that one that keeps a grammar for every row is shown no text that the grammar excludes.
+    The other rows' texts of the same length are not known. The likeliest tokens that the processors allow stand in for them,
+    so that a processor with a grammar for every row is shown no text that its grammar excludes.
 
     Args:
-        processors: of the batch.
-        row: the one that they process.
-        length: of its prompt, without the padding before it.
+        processors: the processors of the batch.
+        row: the row whose scores are wanted.
+        length: the length of its prompt, without the padding before it.
         prompts: [batch, prompt] int64, with their padding.
         ends: [n] int64: tokens that end a text.
-        filler: the token that stands after those.
+        filler: the token that fills a row after its text has ended.
     """
 
     def __init__(self, processors: Sequence[Any], row: int, length: int, prompts: Tensor, ends: Tensor, filler: int):
         super().__init__(processors)
         self._row, self._padding = row, prompts.shape[1] - length
-        self._texts = prompts  # [batch, length] int64: what is shown next, but for the row's own tokens
+        self._texts = prompts  # [batch, length] int64: the texts to show next; the row's own tokens are filled in then
         self._over = torch.zeros(len(prompts), dtype=torch.bool)  # [batch]: texts that have ended
         self._ends, self._filler = ends, filler
 

@@ -1,4 +1,4 @@
-"""What `model.generate` keeps from a decoding loop of somebody else's that it calls: the tokenizer, and its own arguments."""
+"""What `model.generate` does not pass to a custom decoding loop: the tokenizer, and its own arguments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import GenerationMixin
 
 
 class LoopWithTokenizer:
-    """A decoding loop for `custom_generate` that is given the `tokenizer` too, which transformers hands to its own loops only.
+    """A decoding loop for `custom_generate` that gets the `tokenizer` too, which transformers passes to its own loops only.
 
-    transformers puts the tokenizer aside, then asks for the loop's signature. It is put back at that moment, or
-    `stop_strings` would be refused for want of a tokenizer that was passed.
+    transformers sets the tokenizer aside, then reads the loop's signature. At that moment the tokenizer is put back:
+    otherwise `stop_strings` would be refused for want of a tokenizer, although one was passed.
     """
 
     def __init__(self, decode: Callable[..., Any]):
@@ -37,23 +37,23 @@ class LoopWithTokenizer:
 
 
 def arguments_of_generate() -> dict[str, Any]:
-    """The arguments of the `model.generate` that is running, however many calls lie between it and this one.
+    """The arguments of the innermost running call of `model.generate`.
 
     Raises:
-        ValueError: none is.
+        ValueError: no such call is running in this thread.
     """
     running = _running("GenerationMixin.generate")
     if running is None:
         raise ValueError(
-            "This decoding loop was not called by model.generate, or in another thread: whether there is a streamer to serve "
-            "is not known. Pass it as model.generate(..., custom_generate=specdec.custom_generate(...)), or call it within "
-            "the function that is passed there, in the same thread."
+            "This decoding loop was not called by model.generate in this thread, so it cannot find the streamer. Pass "
+            "it as model.generate(..., custom_generate=specdec.custom_generate(...)), or call it in the function that is "
+            "passed there, in the same thread."
         )
     return running.f_locals
 
 
 def _running(method: str) -> FrameType | None:
-    """The innermost call of a method of transformers' `GenerationMixin`, by its qualified name."""
+    """The innermost running call of a method of transformers' `GenerationMixin`, by its qualified name."""
     frame: FrameType | None = sys._getframe(1)
     home = GenerationMixin.__module__
     while frame is not None and (frame.f_code.co_qualname, frame.f_globals.get("__name__")) != (method, home):

@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from specdec.huggingface.call import LoopWithTokenizer
 
-# transformers' warpers, and the fields that say the same, in the order in which they are applied
+# transformers' warpers and the equal fields of `Sampling`, in the order in which they are applied
 _WARPERS = (
     ("TemperatureLogitsWarper", "temperature"),
     ("TopKLogitsWarper", "top_k"),
@@ -25,7 +25,7 @@ _WARPERS = (
 def transformers_processors(
     model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, max_new_tokens: int, tokenizer: Any
 ):
-    """(prepared config, processors) as `model.generate` would use them, by its public hook for custom decoding loops."""
+    """(prepared config, processors) as `model.generate` would use them, caught by a custom decoding loop."""
     caught: list[Any] = []
 
     def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, tokenizer=None, **kwargs):
@@ -49,14 +49,15 @@ def split(config: GenerationConfig, built: Sequence[Any]) -> tuple[dict[str, Any
             "greedy search and sampling can be drafted for; set num_beams=1, and nothing that belongs to another mode."
         )
     kept, native, place = list(built), {"temperature": 1.0 if config.do_sample else 0.0}, len(_WARPERS)
-    while config.do_sample and kept and 0 <= _place(kept[-1]) < place:  # ours are applied last, and in this order
+    # `Sampling` applies its fields after all processors, and in this order.
+    while config.do_sample and kept and 0 <= _place(kept[-1]) < place:
         place, warper = _place(kept[-1]), kept.pop()
         native[_WARPERS[place][1]] = getattr(warper, _WARPERS[place][1])
     return native, tuple(kept)
 
 
 def _place(processor: Any) -> int:
-    """Among the warpers that a field of `Sampling` can stand for; -1 if this is none."""
+    """The place in `_WARPERS` of a processor that a field of `Sampling` can replace; -1 if none can."""
     plain = getattr(processor, "filter_value", -math.inf) == -math.inf
     plain = plain and getattr(processor, "min_tokens_to_keep", 1) == 1
     names = [name for name, _ in _WARPERS]

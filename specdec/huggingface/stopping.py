@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class Stopping(Protocol):
-    """Asked after every step."""
+    """Ends texts; the loop asks it after every step."""
 
     def ask(self, run: Decoding) -> None:
-        """End the rows of `run` that are to end."""
+        """Call `run.end` for the rows that are to end."""
 
 
 class StopStrings:
     """Ends a text at the token that completes one of these strings.
 
     Args:
-        tokenizer: that of the text.
-        strings: the strings.
+        tokenizer: the target's.
+        strings: one string, or several.
     """
 
     def __init__(self, tokenizer: Any, strings: Any):
@@ -40,26 +40,26 @@ class StopStrings:
 
 
 class Criteria:
-    """transformers' stopping criteria, asked as it asks them: about the whole batch, once for every length of its texts.
+    """transformers' stopping criteria, called as transformers does: on the whole batch, once for every length of its texts.
 
-    Rows grow by unequal steps here. A length is asked about as soon as every row that may reach it has. What faster rows have
-    beyond the length at which they are found to have ended is cut again: it depends on no other row.
+    Rows grow by unequal steps here. The criteria are called for a length once every row that can reach it has. If a row is
+    told to end at a length that it has passed already, the rest is cut off.
 
     Args:
         criteria: called with texts [batch, prompt + length] and None, for length 1, 2, ... in order.
         prompts: [batch, prompt] int64, with their padding.
-        pad_token: stands after texts that have ended.
-        pads: whether a row ends when a criterion says so. If not (transformers without EOS), all go on until each has once
-            been told to end.
+        pad_token: the token that fills rows whose texts have ended.
+        pads: whether a row ends as soon as a criterion says so. If not, as in transformers without EOS, all rows go on until
+            each was told to end once.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, prompts: Tensor, pad_token: int, pads: bool):
         self._criteria, self._prompts, self._pad_token, self._pads = criteria, prompts, pad_token, pads
-        self._length = 0  # of new tokens, about which the criteria were asked last
-        self._told = [False] * len(prompts)  # rows that were told to end
+        self._length = 0  # the number of new tokens for which the criteria were called last
+        self._told = [False] * len(prompts)  # whether each row was told to end
 
     def ask(self, run: Decoding) -> None:
-        """About the lengths that the last step of `run` has made known, and end the rows that are to."""
+        """Call the criteria for every length that the last step has completed, and end the rows that are to end."""
         while (rows := self._reaching(run, self._length + 1)) and not all(self._told):
             self._length += 1
             flags = self._criteria(self._texts(run), None).tolist()  # type: ignore[arg-type] - its stub wants LongTensor
@@ -69,7 +69,7 @@ class Criteria:
                     run.end(row, self._length)
 
     def _reaching(self, run: Decoding, length: int) -> list[int]:
-        """The rows whose texts reach a length; none as long as it is not known of each."""
+        """The rows whose texts reach a length; none as long as a running row is shorter."""
         sizes = list(map(len, run.emitted))
         if any(running and size < length for running, size in zip(run.running, sizes, strict=True)):
             return []

@@ -1,1 +1,1 @@
-"""What runs a Hugging Face model over trees: targets, caches, attention, and what is found out about a model first."""
+"""Hugging Face models over trees: targets, caches, attention, and the probe that finds out what a model supports."""

@@ -1,9 +1,9 @@
 """Tree attention for unmodified transformers models, through their attention and mask interfaces.
 
-The model asks for a mask once per layer kind and says by a function of positions which pairs that kind may see (causal,
-sliding, chunked). We answer with that pattern evaluated at the positions of the tree nodes, and restricted to the
-committed prefix and each node's own ancestors: in the words of `specdec_kernels.tree_attention` where that has a kernel
-for it, else as a dense bias; all layers of the kind share it.
+A model asks for a mask once per kind of layer. It gives a function of two positions that says which pairs the kind may see
+(causal, sliding, chunked). Our mask is that function at the positions of the tree nodes, restricted to the committed prefix
+and each node's ancestors. All layers of the kind share it. It is packed bits where `specdec_kernels.tree_attention` has a
+kernel for it, else a dense bias.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ NAME = "specdec_tree"  # no "sdpa" or "flex_attention" in it: transformers would
 class View:
     """What the nodes of one forward pass may see: the committed prefix of their row, and their ancestors.
 
-    Slot s of row b holds the committed token s when s < lengths[b], else node s - lengths[b] of the tree.
+    Slot s of row b holds the committed token s when s < lengths[b], else node s - lengths[b] of the tree. With two committed
+    tokens, a tree of three nodes and 6 slots, a row is: token 0, token 1, node 0, node 1, node 2, unused.
     """
 
     lengths: Tensor  # [batch] int64: committed slots of each row
-    topology: Topology  # of the tree so far
+    topology: Topology  # the tree so far
     count: int  # the last `count` nodes of the topology are the queries
-    slots: int  # slots attended to, a host bound on every row's lengths + nodes
+    slots: int  # slots attended to: a host bound on every row's lengths + nodes
 
     @cached_property
     def positions(self) -> Tensor:
-        """[batch, count] int64: logical positions of the queries."""
+        """[batch, count] int64: the position of each query in its text."""
         return self.lengths[:, None] + self.topology.depths[:, -self.count :]
 
     def prepare(self) -> None:
-        """Have computed what masks are made of: `cached_property` itself cannot be compiled."""
+        """Compute the cached properties that masks are made of: torch.compile cannot follow `cached_property`."""
         _ = self.positions, self._allowed, self._slot_positions, self.topology.ancestors, self.topology.depths
 
     def packed_mask(self, window: int | None) -> Tensor | None:
-        """[batch, 1, count, 2 + word] int32: the same for the kernel, None for trees and patterns that it does not know.
+        """[batch, 1, count, 2 + word] int32: the mask for the kernel; None for trees and patterns that it does not support.
 
-        Of each query the first slot that it sees, the length of its prefix, and the bits of the nodes that it sees. Models
-        may slice it like any mask.
+        It holds, for each query, the first slot that the query sees, the length of its prefix, and the bits of the nodes
+        that it sees. Models may slice it like any mask.
 
         Args:
-            window: how many positions, its own included, a query may see; None if there is another pattern.
+            window: how many positions, its own included, a query may see; None for other patterns.
         """
         depths = self.topology.depths
         if window is None or depths.shape[1] > MAX_NODES:  # long prompts are read as long chains
@@ -67,28 +68,28 @@ class View:
 
     @cached_property
     def _index(self) -> Tensor:
-        """[batch, slot] int64: column of `Topology.visible` that answers for each slot."""
+        """[batch, slot] int64: the column of `Topology.visible` for each slot."""
         slots = torch.arange(1, self.slots + 1, device=self.lengths.device)
         return (slots - self.lengths[:, None]).clamp_(0, self.topology.parents.shape[1] + 1)
 
     @cached_property
     def _allowed(self) -> Tensor:
-        """[batch, 1, count, slot] bool: prefix and ancestors, before the layer kind's own pattern."""
+        """[batch, 1, count, slot] bool: whether a slot is in the query's prefix or holds one of its ancestors."""
         visible = self.topology.visible[:, -self.count :]
         index = self._index[:, None].expand(-1, self.count, -1)
         return visible.gather(2, index)[:, None]
 
     @cached_property
     def _slot_positions(self) -> Tensor:
-        """[batch, 1, 1, slot] int64: logical positions of the keys."""
+        """[batch, 1, 1, slot] int64: the position of each key in its text."""
         slots = torch.arange(self.slots, device=self.lengths.device)
         depth = nn.functional.pad(self.topology.depths, (1, 1)).gather(1, self._index)
         return torch.where(self._index == 0, slots, self.lengths[:, None] + depth)[:, None, None]
 
     def bias(self, pattern: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        """[batch, 1, count, slot]: 0 where seen, -inf where not, for one kind of layer."""
+        """[batch, 1, count, slot]: the mask of one kind of layer: 0 where a query sees a slot, else -inf."""
         allowed = self._allowed
-        if pattern is not causal_mask_function:  # ancestors and prefix are causal as they stand
+        if pattern is not causal_mask_function:  # prefix and ancestors are causal already
             batch = torch.arange(len(self.lengths), device=self.lengths.device)[:, None, None, None]
             queries = self.positions[:, None, :, None]
             allowed = allowed & pattern(batch, batch.new_zeros(()), queries, self._slot_positions)
@@ -99,19 +100,19 @@ _AND, _SLIDING = and_masks(causal_mask_function).__code__, sliding_window_overla
 
 
 def _window(pattern: Any, size: int | None, custom: bool, config: Any) -> int | None:
-    """How many positions, its own included, a query of transformers' causal or sliding pattern sees; None for others.
+    """How many positions, its own included, a query sees under a causal or sliding pattern; None for other patterns.
 
     Args:
-        pattern: the function.
-        size: of the sliding window or the chunk that it was made with, if transformers says so.
+        pattern: transformers' mask function.
+        size: the size of its sliding window or chunk, where transformers gives it.
         custom: whether other functions were combined with it.
-        config: the model's.
+        config: the model's config.
     """
     if pattern is causal_mask_function:
         return 1 << 30
     if getattr(pattern, "__code__", None) is not _AND:
         return None
-    if torch.compiler.is_compiling():  # which cannot look into functions
+    if torch.compiler.is_compiling():  # torch.compile cannot look into a function's closure
         chunks = getattr(config, "attention_chunk_size", None) is not None
         return None if custom or chunks else size
     (parts,) = (cell.cell_contents for cell in pattern.__closure__)
@@ -131,9 +132,9 @@ def mask(
     config: Any = None,
     **_: Any,
 ) -> Tensor | None:
-    """`q_offset` is what the cache says of the queries of this forward pass: ours answer with a `View`.
+    """The mask of one kind of layer, registered with transformers. Our cache passes its `View` as `q_offset`.
 
-    None if the mask is not over our cache: attention to something else than this text.
+    None if `q_offset` is no `View`: the layer attends to something else than this text.
     """
     if not isinstance(q_offset, View):
         return None

@@ -1,9 +1,8 @@
-"""The KV cache: preallocated, each row with its own length, rolled back by not counting what was rejected.
+"""The KV cache: allocated once, each row with its own length. Rejected nodes are simply not counted.
 
-Slot s < lengths[b] of row b holds the committed token s; the slots after it are scratch for the nodes of the current
-tree, in node order. Committing moves the accepted nodes to the front of the scratch and counts them; nothing is ever
-shifted, padded or concatenated. All keys and values of one shape lie in one tensor, so that a commit moves them all at
-once.
+Slot s < lengths[b] of row b holds the committed token s. The slots after these are scratch for the nodes of the current tree,
+in node order. Committing moves the accepted nodes to the front of the scratch and counts them; nothing is ever shifted, padded
+or concatenated. All keys and values of one shape are in one tensor, so that a commit moves them all at once.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import specdec_kernels
 from specdec.models.attention import View
 from specdec_kernels.reference.compact import compact
 
-_NAMES = "cache", "past_key_values"  # of a cache among arguments: from transformers 5.24 on, and before
-_mixin: Any = GenerationMixin  # whose own annotations only models satisfy
+_NAMES = "cache", "past_key_values"  # the argument's name in transformers from 5.24 on, and before
+_mixin: Any = GenerationMixin  # Any: its annotations ask for a model
 _inputs = inspect.signature(_mixin.prepare_inputs_for_generation).parameters
 GENERATE_CACHE = next(name for name in _NAMES if name in _inputs)  # the name that `model.generate` itself uses
 
@@ -30,8 +29,8 @@ GENERATE_CACHE = next(name for name in _NAMES if name in _inputs)  # the name th
 def cache_argument(model: PreTrainedModel) -> str:
     """The name by which `model.forward` takes its cache.
 
-    A model of somebody's own may say `past_key_values` where transformers no longer does. A forward pass that hands all
-    of its arguments on, `forward(self, **kwargs)`, is taken to hand them to a model of transformers.
+    A user's own model may still say `past_key_values` where transformers says `cache`. A `forward(self, **kwargs)` is taken
+    to hand its arguments to a model of transformers.
     """
     shown = inspect.signature(model.forward).parameters
     return next((name for name in (GENERATE_CACHE, *_NAMES) if name in shown), GENERATE_CACHE)
@@ -39,7 +38,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True)
 class Slab:
-    """Shape of the keys or values of one layer."""
+    """The shape of one token's keys or values in one layer."""
 
     heads: int
     dim: int
@@ -60,7 +59,7 @@ class RecordingCache(Cache):
 
 
 class RecordingLayer(CacheLayerMixin):
-    """A layer of it."""
+    """A layer that keeps nothing and notes the shapes of its keys and values."""
 
     is_sliding = False
 
@@ -85,21 +84,21 @@ class RecordingLayer(CacheLayerMixin):
 class TreeLayer(CacheLayerMixin):
     """One layer's keys and values, [batch, slot, head, dim] each."""
 
-    is_sliding = False  # sliding layers keep every slot; the mask forgets
+    is_sliding = False  # sliding layers keep every slot too; the mask hides old ones
 
     def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
         super().__init__()
         self._cache: TreeCache = cache
-        # [batch * slot, head, dim]; nothing else that shares their memory: compiled code would have to expect overlaps
+        # [batch * slot, head, dim]. The only views of their memory: compiled code would have to allow for overlaps.
         self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
-        # whether they are empty is asked by models with cross-attention
+        # Models with cross-attention ask whether these are empty.
         self.keys, self.values = self._keys, self._values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write [batch, head, node, dim] states to the slots of this forward pass; return all that is attended to."""
+        """Write [batch, head, node, dim] states to the slots of this forward pass; return all slots that are attended to."""
         return self._written(self._keys, key_states), self._written(self._values, value_states)
 
     def _written(self, flat: Tensor, states: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class TreeLayer(CacheLayerMixin):
         return self._cache.view.slots, 0
 
     def get_seq_length(self) -> int:
-        return 0  # positions are always given; nothing may be derived from a batch-wide length
+        return 0  # rows have lengths of their own, and positions are always given
 
     def get_max_length(self) -> int:
         return self._cache.capacity
@@ -120,14 +119,14 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """The cache of a batch. It stores keys and values as the model gives them.
 
-    One that stores them in another form overrides `stored`, `packed` and `unpacked`, and is passed as
-    `ModelTarget(model, cache=...)`. All that is known of a token has to lie in its own slot, for slots are moved.
+    A subclass that stores them in another form overrides `stored`, `packed` and `unpacked`, and is passed as
+    `ModelTarget(model, cache=...)`. Whatever it stores of a token must be in that token's slot, as slots are moved.
 
     Args:
         layout: (key slab, value slab) of each cache layer; None for layers that store nothing (shared KV).
         batch: number of rows.
         capacity: slots per row: committed tokens plus the largest tree.
-        device: where lengths and slot numbers live.
+        device: where lengths and slot numbers are.
     """
 
     def __init__(self, layout: list[tuple[Slab, Slab] | None], batch: int, capacity: int, device: torch.device):
@@ -150,15 +149,15 @@ class TreeCache(Cache):
         super().__init__(layers=layers)
 
     def stored(self, slab: Slab) -> Slab:
-        """The shape in which keys or values of this shape are stored."""
+        """The shape that is stored for keys or values of shape `slab`."""
         return slab
 
     def packed(self, states: Tensor) -> Tensor:
-        """[batch, head, node, stored dim]: keys or values [batch, head, node, dim] in the form that is stored."""
+        """[batch, head, node, stored dim]: the stored form of keys or values [batch, head, node, dim]."""
         return states
 
     def unpacked(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """[batch, head, slot, dim] in `dtype`: what attention reads, of [batch, head, slot, stored dim]."""
+        """[batch, head, slot, dim] in `dtype`, as attention reads them: the inverse of `packed`."""
         return stored
 
     def open(self, view: View) -> None:
@@ -169,26 +168,26 @@ class TreeCache(Cache):
         self.view = view
 
     def rewind(self, lengths: Tensor) -> None:
-        """Let the first lengths[b] slots of row b be its committed ones; they have been written. lengths: [batch] int64."""
+        """Count the first lengths[b] slots of row b as committed; all of them hold tokens. lengths: [batch] int64."""
         self.lengths.copy_(lengths)
 
     def take_over(self, other: TreeCache, kept: list[int]) -> None:
-        """Begin with the first kept[b] slots of row b of another cache, or of this one, and forget all that was here."""
+        """Begin with the first kept[b] slots of each row b of another cache, or of this one, and clear all others."""
         for slab, stack in self._stacks.items():
             for row, count in enumerate(kept):
                 if count and other is not self:
                     stack[:, row, :count] = other._stacks[slab][:, row, :count]
-                stack[:, row, count:] = 0  # a slot that is not seen has weight 0, and 0 times garbage could be NaN
+                stack[:, row, count:] = 0  # a hidden slot has weight 0, and 0 times garbage could be NaN
         self.rewind(torch.tensor(kept))
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
-        """What transformers hands on to the function that makes masks."""
+        """The view, which transformers passes to the function that makes masks."""
         return self.view
 
     def keep(self, path: Tensor, count: Tensor) -> None:
         """Commit the first count[b] nodes of path[b]: path [batch, n] int64 node indices, count [batch] int64 <= n.
 
-        path[:, 0] must be the root, which is where it belongs already.
+        path[:, 0] must be the root, which is in its slot already.
         """
         for slab, stack in self._stacks.items():
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact

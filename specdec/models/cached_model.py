@@ -1,6 +1,6 @@
-"""A Hugging Face causal LM over a batch of rows with lengths of their own: it reads ragged texts and scores tree nodes.
+"""A Hugging Face causal LM over rows of different lengths: it reads texts and scores tree nodes.
 
-Targets and draft models run in the same machinery. `CausalLM` is what was found out about a model and may be shared;
+Targets and draft models both run in it. A `CausalLM` is a model and what was found out about it, and may be shared;
 `CachedModel` is one run of it, and owns its cache.
 """
 
@@ -30,7 +30,7 @@ from specdec.tree import Topology, chain
 if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
 
-_TOKENS = 4096  # prompt tokens read per forward pass, all rows together: bounds masks and activations of long prompts
+_TOKENS = 4096  # most prompt tokens per forward pass, all rows together: it bounds the memory for masks and activations
 
 Listen = Callable[[Tensor, Tensor, Tensor], None]  # `DraftRun.read`
 
@@ -46,13 +46,13 @@ class CausalLM:
         UnsupportedModel: trees cannot be scored with it.
     """
 
-    reads: Any = None  # whose tokens it reads, where these are not its own
+    reads: Any = None  # identifies the tokens it reads, if they are not those of its own tokenizer
 
     def __init__(self, model: PreTrainedModel, cache: type[TreeCache] = TreeCache):
         check_ready(model)
         self.model, self.route, self.cache = model, Route(model, NAME), cache
         self.device, self._home = device_of(model), _home(model)
-        # by the dtype of autocast: keys and values have another one inside of it
+        # By the dtype of autocast, as keys and values have that dtype.
         self._layouts = {autocast_dtype(self.device): layout_of(model)}
         self.layers = len(next(iter(self._layouts.values())))
         self.vocab: int = model.config.get_text_config().vocab_size
@@ -62,10 +62,13 @@ class CausalLM:
     def start(
         self, rows: int, capacity: int, states: Sequence[int] = (), last: CachedModel | None = None
     ) -> CachedModel:
-        """A run with room for so many slots per row: `last` if that is one, else a new one that may take over from it.
+        """A run with room for `capacity` slots per row.
 
         Args:
-            states: of the layers that are noted in every pass: see `Drafter.states`.
+            rows: size of the batch.
+            capacity: slots per row.
+            states: which states are noted in every pass: see `Drafter.states`.
+            last: an earlier run. It is returned if it has the same sizes; else the new run may take over its cache.
         """
         check_ready(self.model)
         if _home(self.model) != self._home:
@@ -77,7 +80,7 @@ class CausalLM:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What the contents of a cache depend on, besides the text: runs of one kind can take over from each other."""
+        """All that a cache's contents depend on, but for the text: runs of one kind can take over from each other."""
         return self.model, self.cache, self.reads
 
     def layout(self, autocast: torch.dtype | None) -> Any:
@@ -87,11 +90,11 @@ class CausalLM:
         return self._layouts[autocast]
 
     def translate(self, tokens: Tensor) -> Tensor:
-        """The model's own ids for tokens of the text: the other model of a pair may have a longer vocabulary."""
+        """The model's own ids for the text's tokens, as the other model of a pair may have a longer vocabulary."""
         return tokens.clamp(max=self.vocab - 1)
 
     def translate_back(self, logits: Tensor) -> Tensor:
-        """Logits over the tokens of the text."""
+        """Logits over the text's tokens, from logits over the model's own."""
         return logits
 
 
@@ -100,7 +103,8 @@ class CachedModel:
 
     Args:
         lm: the model.
-        rows, capacity, states, autocast: as for `CausalLM.start`, and what autocast computes in.
+        rows, capacity, states: as for `CausalLM.start`.
+        autocast: the dtype of autocast; None outside of it.
         last: a run to take over from.
     """
 
@@ -118,8 +122,9 @@ class CachedModel:
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes are compiled: those of steps, whose shapes recur
-        self._texts: list[np.ndarray] = []  # whose beginnings are in the cache
-        self._computed: Any = None  # by what; None if nobody will ask
+        self._texts: list[np.ndarray] = []  # the texts that the cache holds the beginnings of
+        # The fingerprint of the model that wrote the cache; None if no later turn will ask.
+        self._computed: Any = None
 
     @cached_property
     def _compiled(self) -> Compiled:
@@ -148,14 +153,14 @@ class CachedModel:
             kept = [max(min(row), 0) for row in zip(most, alike, last.cache.lengths.tolist(), strict=True)]
         for row in {*range(len(goals))} - {*rows}:  # these go on as they are
             goals[row] = kept[row] = int(self.cache.lengths[row])
-        self._texts, last._texts, self._last = [], [], None  # of neither, should this fail half-way
+        self._texts, last._texts, self._last = [], [], None  # if this fails half-way, neither cache is used again
         self.cache.take_over(last.cache, kept)
         self._texts, self._computed, self.compiles = batch.records, computes, False
         self.read(batch.tokens, goals, listen)
         self.compiles = batch.stages.compiles
 
     def read(self, tokens: Tensor, goals: list[int], listen: Listen | None = None) -> None:
-        """Commit the tokens of each row from where it stands up to goals[b]. tokens: [batch, capacity] int64."""
+        """Read and commit the tokens of each row b up to goals[b]. tokens: [batch, capacity] int64."""
         goal, now = torch.tensor(goals, device=self.lm.device), self.cache.lengths
         while missing := int((goal - now).max()):
             count = min(max(_TOKENS // len(tokens), 1), missing)
@@ -180,7 +185,7 @@ class CachedModel:
 
         Args:
             tokens: [batch, count] int64, the tokens of the last `count` nodes of the topology.
-            topology: the tree so far; node i lies i slots after the committed ones.
+            topology: the tree so far; node i is in the i-th slot after the committed ones.
             longest: a host bound on the committed slots of any row.
             logits_to_keep: how many of the last nodes get logits; all by default.
 
@@ -191,7 +196,8 @@ class CachedModel:
         view = View(self.cache.lengths, topology, count, min(longest + nodes, self.cache.capacity))
         self.cache.open(view)
         positions = view.positions
-        if self.lm.context_length is not None:  # nodes past the budget of their row are never used: keep them in range
+        if self.lm.context_length is not None:
+            # Nodes beyond their row's budget are never used, but their positions must be valid.
             positions = positions.clamp(max=self.lm.context_length - 1)
         tokens, keep = self.lm.translate(tokens), logits_to_keep or count
         with self.lm.route, self.capture.of_pass(keep):
@@ -204,14 +210,14 @@ class CachedModel:
 
     def _logits(self, tokens: Tensor, positions: Tensor, cache: TreeCache, keep: int) -> Tensor:
         lm = self.lm
-        # The LM head is handed all nodes if what it reads is wanted, and computes as few of them all the same.
+        # To note the LM head's input at all nodes, the head is handed all of them; it still computes only `keep`.
         handed = tokens.shape[1] if -1 in self.capture.which else keep
         named: dict[str, Any] = {lm.cache_argument: cache, **({"logits_to_keep": handed} if lm.keeps_logits else {})}
         return lm.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """How many tokens the beginnings of two texts have in common."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n

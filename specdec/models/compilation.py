@@ -18,22 +18,24 @@ from tqdm import tqdm
 
 from specdec_kernels.attention import refusals
 
-_SHAPES = 256  # that may be compiled of one model; torch's own limit is 8
-_FEW = range(4, 25)  # tokens, and
-_LARGE = 1 << 17  # weights, for which our product takes less time than MKL's: measured on an AVX-512 Xeon
-_NODES = 24  # at most, and at least
-_QUERIES = 4  # that share keys, of which our attention takes less time than torch's: measured there too
+_SHAPES = 256  # most shapes compiled of one model; torch's own limit is 8
+# Our product is faster than MKL's for so many tokens and at least so many weights (measured on an AVX-512 Xeon).
+_FEW = range(4, 25)
+_LARGE = 1 << 17
+# Our attention is faster than torch's for at most so many nodes and at least so many queries per key (measured there too).
+_NODES = 24
+_QUERIES = 4
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _not_compiled: WeakSet[nn.Module] = WeakSet()
 
 
 class Compiled:
-    """A function compiled anew for every shape; as it stands if torch.compile cannot do it as a whole.
+    """A function that is compiled for every shape; it runs uncompiled if torch.compile cannot compile all of it.
 
     Args:
         run: the function.
-        model: what it runs, named while it is compiled, which takes from seconds to a minute. What cannot be compiled once
-            is not tried again.
+        model: the model that it runs. A progress bar names it while it is compiled, which takes seconds to a minute. A model
+            that cannot be compiled is not tried again.
     """
 
     def __init__(self, run: Callable[..., Any], model: nn.Module):
@@ -44,8 +46,8 @@ class Compiled:
         self._shapes: set[Hashable] = set()
 
     def __call__(self, shape: tuple[int, ...], *args: Any) -> Any:
-        """shape: all that the compiled code depends on."""
-        if is_in_torch_dispatch_mode(include_infra_modes=False):  # watched by `HostReads`: torch.compile refuses that
+        """Call the function. `shape` is all that the compiled code depends on."""
+        if is_in_torch_dispatch_mode(include_infra_modes=False):  # `HostReads` watches, and torch.compile refuses that
             return self._run(*args)
         if shape in self._shapes:
             return self._call(*args)
@@ -69,10 +71,10 @@ class Compiled:
 
 
 class _ReadOnce(CustomGraphPass):
-    """On a CPU, what a few tokens need of memory is read once: large matrices, keys and values.
+    """On a CPU, read large matrices, keys and values from memory once for several tokens.
 
-    For x @ W.T, MKL takes as long as memory takes to give W for up to three tokens, and twice as long for four. Torch's
-    attention reads keys and values anew for every head that shares them.
+    MKL computes x @ W.T for up to three tokens in the time that W takes to be read, and needs twice that for four. Torch's
+    attention reads keys and values again for every head that shares them.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -86,7 +88,7 @@ class _ReadOnce(CustomGraphPass):
 
 
 def _replace_product(graph: fx.Graph, node: fx.Node) -> None:
-    """By `specdec_kernels.linear` where that pays."""
+    """Replace a product by `specdec_kernels.linear` where that pays."""
     operands: Any = node.args
     x, weight = operands[0], _untransposed(operands[1])
     if weight is None or not _pays(x.meta["val"], weight.meta["val"]):
@@ -99,7 +101,7 @@ def _replace_product(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
-    """By `specdec_kernels.attention` where that pays and nothing but the attention itself is used."""
+    """Replace attention by `specdec_kernels.attention` where that pays and only its first output is used."""
     arguments: Any = dict(zip((a.name for a in _ATTENTION._schema.arguments), node.args, strict=False)) | node.kwargs
     bias, results = arguments.get("attn_mask"), [*node.users]
     if bias is None or arguments.get("dropout_p") or arguments.get("is_causal") or any(r.args[1] != 0 for r in results):

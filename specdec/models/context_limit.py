@@ -11,11 +11,11 @@ class ContextLimit(NamedTuple):
     """The longest text, in tokens, whose logits do not depend on how it was cut into forward passes."""
 
     tokens: int | None  # None if unbounded
-    reason: str = ""  # said after the number, where that is not the model's own limit
+    reason: str = ""  # words to put after the number, where it is not the model's own limit
 
 
 def context_limit_of(model: PreTrainedModel) -> ContextLimit:
-    """As far as the model's configuration tells."""
+    """The limit that a model's configuration states."""
     config = model.config.get_text_config()
     limits = [ContextLimit(getattr(config, "max_position_embeddings", None))]
     rope = getattr(config, "rope_parameters", None) or {}

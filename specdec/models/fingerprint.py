@@ -1,7 +1,7 @@
-"""Whether a model still computes what it did: all that its modules hold, compared without knowing what any of it means.
+"""Whether a model still computes what it did: everything its modules hold is compared, whatever it means.
 
-Weights, switches and factors (the adapters of PEFT keep theirs as plain attributes of their layers), submodules and hooks.
-It is asked for before runs, which may be short: one flat pass, a few microseconds per module.
+That is weights, submodules, hooks, switches and factors (PEFT keeps its own as plain attributes of layers). It is computed
+before every run, which may be short: one flat pass, a few microseconds per module.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ _GROUPS = (dict, list, tuple)
 
 
 def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
-    """Equal to that of another time if nothing has changed in between that can be seen; keeps nothing alive.
+    """A value that equals an earlier one if nothing visible has changed in between. It keeps nothing alive.
 
     Args:
-        models: the models; what is part of several counts once.
-        numbers: whether it matters what stands in tensors (as far as torch counts the writing) or only where they lie.
-            Where nobody counts, as in inference tensors and in weights that accelerate keeps elsewhere, writing cannot be
-            seen: those equal nothing.
+        models: the models; a module that is in several counts once.
+        numbers: whether the contents of tensors count, or only their place in memory. Changes are seen by torch's count of
+            writes. Tensors without such a count (inference tensors, weights that accelerate keeps elsewhere) equal nothing.
     """
-    found: list[Any] = []  # names, each followed by what is seen of its value
+    found: list[Any] = []  # names, each followed by what stands for its value
     modules = dict.fromkeys(module for model in models for module in model.modules())
-    groups: list[tuple[Any, Any]] = [("", vars(module)) for module in modules]  # each with its name
-    met: set[int] = set()  # ids of the groups inside them: one may hold itself
-    for title, group in groups:  # which grow in number
+    groups: list[tuple[Any, Any]] = [("", vars(module)) for module in modules]  # (name, group)
+    met: set[int] = set()  # ids of nested groups, as a group may hold itself
+    for title, group in groups:  # the list grows while it is walked
         before = len(found)
-        # a list at once: other threads may add hooks of theirs
+        # `list`, as other threads may add hooks meanwhile
         for name, value in list(group.items() if isinstance(group, dict) else enumerate(group)):
             if type(value) in _PLAIN:
                 found += name, value
             elif isinstance(value, _GROUPS):
                 if id(value) in met:
                     found += name, type(value)
-                elif value:  # most modules have a dozen kinds of hooks, and none of any kind
+                elif value:  # most modules have a dozen empty dicts of hooks
                     met.add(id(value))
                     groups.append((name, value))
             elif isinstance(value, Tensor):
@@ -58,25 +57,25 @@ def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
 
 
 def _writes(tensor: Tensor) -> object:
-    """How often it has been written to; something that equals nothing else where nobody counts."""
+    """How often a tensor has been written to; an object that equals nothing if torch does not count that."""
     return object() if tensor.is_meta or tensor.is_inference() else tensor._version
 
 
 def _lasting(value: Any) -> Any:
-    """What is there without the runs of the moment, whose hooks and functions specdec puts in; None if nothing."""
+    """The value without what runs in progress have put in its place; None if nothing is left."""
     ours = isinstance(value, FunctionType) and value.__module__.split(".")[0] == "specdec"
     return getattr(value, "__wrapped__", None) if ours else value
 
 
 class _Itself:  # noqa: PLW1641 - nobody hashes it
-    """Equal to what stands for the same object, while that lives."""
+    """Equal to another one of the same object, while that is alive."""
 
     __slots__ = ("_get",)
 
     def __init__(self, value: Any):
         try:
             self._get = ref(value)
-        except TypeError:  # what cannot be referred to weakly is small: dtypes, devices, enumerations
+        except TypeError:  # objects without weak references are small: dtypes, devices, enumerations
             self._get = lambda: value
 
     def __eq__(self, other: object) -> bool:

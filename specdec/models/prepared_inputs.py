@@ -1,6 +1,7 @@
-"""What `model.generate` hands to a model for a text, which the model's own `prepare_inputs_for_generation` decides.
+"""The inputs that `model.generate` makes of a text, by the model's own `prepare_inputs_for_generation`.
 
-Most hand over the tokens, and so do we. Others put something before them or in their place, as PEFT does for soft prompts.
+Most models take the tokens alone, and that is all we give them. Others put something before the tokens or in their place, as
+PEFT does for soft prompts.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from transformers import Cache, PreTrainedModel
 
 
 def takes(model: PreTrainedModel, name: str) -> bool:
-    """Whether its forward pass has an argument of this name, or hands on whatever it is given."""
+    """Whether the model's forward pass has an argument of this name, or `**kwargs`."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(each.kind == each.VAR_KEYWORD for each in parameters.values())
 
 
 def prepared_inputs(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str, Any]:
-    """Inputs of a pass over the whole texts, tokens [batch, length] int64: the first of a run, or a later one without cache."""
+    """Inputs of a pass over whole texts, tokens [batch, length] int64, without a cache: a run's `first` pass or a later."""
     options: dict[str, Any] = {}
     if takes(model, "attention_mask"):
         options["attention_mask"] = torch.ones_like(tokens)
-    if "position_ids" in inspect.signature(model.forward).parameters:  # else none are given
+    if "position_ids" in inspect.signature(model.forward).parameters:
         options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     prepare: Any = model.prepare_inputs_for_generation
     return prepare(tokens, use_cache=False, is_first_iteration=first, **options)
@@ -36,12 +37,12 @@ def preparer_name(model: PreTrainedModel) -> str:
 
 
 def full_name(function: Any) -> str:
-    """With the module that it is from; "transformers." first if it is one of theirs."""
+    """A function's name with its module, which begins with "transformers." for functions of transformers."""
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
 
 
 def difference_from_text(inputs: dict[str, Any], tokens: Tensor) -> str | None:
-    """How these inputs differ from the text alone, tokens [batch, length] int64; None if they do not."""
+    """How inputs differ from those of the text alone, tokens [batch, length] int64; None if they do not."""
     ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     if inputs.get("inputs_embeds") is not None:
         return "embeddings in place of tokens"

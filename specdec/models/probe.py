@@ -1,4 +1,4 @@
-"""Which models can be targets: found out by running them once, not by a list of names.
+"""Which models can be targets: they are run once, and no list of names is needed.
 
 A model is supported when its attention goes through transformers' attention interface, its cache is made of plain
 key-value layers, and a small tree scored in one forward pass gives the logits of the paths scored one by one.
@@ -55,10 +55,10 @@ _TOKENS_ALONE = (
 
 @dataclass
 class _Probed:
-    """What was found out about one model, by the first of the threads that ask at a time."""
+    """What was found out about one model. One thread probes it, and others wait."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
-    signature: tuple[Any, ...] = ()  # of the state in which it was found out
+    signature: tuple[Any, ...] = ()  # the state of the model when it was probed
     layout: Layout = field(default_factory=list)
 
 
@@ -66,10 +66,10 @@ _probed: WeakKeyDictionary[PreTrainedModel, _Probed] = WeakKeyDictionary()
 
 
 class _Calls(threading.local):
-    """Of tree attention, in the probe that a thread is in."""
+    """The calls of tree attention in the probe that a thread is in."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []  # of what has called; torch.compile would lose a number
+        self.names: list[str] = []  # of the calling modules: torch.compile would lose a count
 
 
 _calls = _Calls()
@@ -93,7 +93,7 @@ class UnsupportedModel(ValueError):
 
 
 def check_ready(model: PreTrainedModel) -> None:
-    """Raise ValueError if this is no transformers model, or in no state to decode with; cheap, so asked before every run."""
+    """Raise ValueError if this is no transformers model, or one that is not ready. It is cheap: called before every run."""
     if not isinstance(model, PreTrainedModel):
         raise wrong_kind("model", model, cure_for(model))
     if model.training:
@@ -101,13 +101,13 @@ def check_ready(model: PreTrainedModel) -> None:
     if any(_given_by_hooks(model).get("alora_offsets") or ()):
         raise UnsupportedModel(
             model,
-            "its activated LoRA counts the tokens it adapts from the end of each forward pass, and passes end elsewhere here",
+            "its activated LoRA counts the tokens it adapts from the end of a forward pass, and passes end elsewhere here",
             "Call model.generate without specdec, or train the adapter as a plain LoRA.",
         )
 
 
 def cure_for(wrapper: object) -> str:
-    """What to pass in place of something that is no transformers model, but may hold one."""
+    """What to pass in place of an object that is no transformers model, but may hold one."""
     named = wrapper.named_modules() if isinstance(wrapper, torch.nn.Module) else ()
     inner = next((name for name, part in named if isinstance(part, PreTrainedModel)), None)
     if inner is None:
@@ -128,7 +128,7 @@ def _inputs_for(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict[str
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The shapes of the model's key-value layers, in order; raises UnsupportedModel. Probed once per state of the model."""
+    """The shapes of the model's key-value layers, in order; raises UnsupportedModel. A model is probed once per state."""
     known = _probed.setdefault(model, _Probed())
     with known.lock:
         signature = (autocast_dtype(device_of(model)), fingerprint(model, numbers=False))
@@ -138,12 +138,12 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What torch.autocast computes in now, in which keys and values are then; None outside."""
+    """The dtype that torch.autocast computes in now, and so that of keys and values; None outside of autocast."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _given_by_hooks(model: PreTrainedModel) -> dict[str, Any]:
-    """What hooks that the caller has set hand to layers, row by row: PEFT's `adapter_names` and `alora_offsets`."""
+    """Arguments that the caller's hooks pass to layers, one per row: PEFT's `adapter_names` and `alora_offsets`."""
     hooks = (hook for module in model.modules() for hook in list(module._forward_pre_hooks.values()))
     return {name: value for hook in hooks if isinstance(hook, partial) for name, value in hook.keywords.items()}
 
@@ -181,7 +181,7 @@ def _probe(model: PreTrainedModel) -> Layout:
 
 
 def score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
-    """[row, node, vocab] logits, and the layout."""
+    """Score a small tree in one pass: logits [row, node, vocab], and the layout of the cache."""
     tokens = _rows(model, *_PROBE)
     batch, device = len(tokens), tokens.device
     topology = Topology(torch.tensor([[-1, 0, 0]] * batch, device=device), depth=1, width=2)
@@ -201,12 +201,12 @@ def score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layou
 
 
 def _compare_with_own_attention(model: PreTrainedModel, logits: Tensor) -> None:
-    """With the paths as the model has them by the attention that it is set to, or else by the one that defines it."""
+    """Compare the tree's logits with those of its paths, under the attention that the model is set to, else under eager."""
     try:
         _compare_with_paths(model, logits)
     except UnsupportedModel:
         own = model.config._attn_implementation
-        with Route(model, "eager"):  # faster ones may leave out what they are told, a softcap say
+        with Route(model, "eager"):  # faster implementations may leave something out, such as a softcap
             _compare_with_paths(model, logits)
         warnings.warn(
             f"{type(model).__name__}: its {own!r} attention leaves out a part of what its own 'eager' attention does, so "
@@ -217,7 +217,7 @@ def _compare_with_own_attention(model: PreTrainedModel, logits: Tensor) -> None:
 
 
 def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
-    """With what the model makes of the paths as `model.generate` hands them to it, in a first pass and in a later one."""
+    """Compare with the paths' logits under the inputs of `model.generate`, in a first pass and in a later one."""
     root, *children = _PROBE
     for node, (child, first) in enumerate(zip(children, (True, False), strict=True), start=1):
         path = _rows(model, root, child)
@@ -231,12 +231,12 @@ def _compare_with_paths(model: PreTrainedModel, logits: Tensor) -> None:
         raise UnsupportedModel(
             model,
             f"a token that is scored alone, after others in a cache, differs by {apart}, from the same token scored with them",
-            "What it computes, in a hook say, must not depend on where a forward pass begins: the passes here begin elsewhere.",
+            "What it computes, in a hook say, must not depend on where a forward pass begins: passes begin elsewhere here.",
         )
 
 
 def _over_cache(model: PreTrainedModel, path: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """[row, vocab]: logits after the last token of a path [row, length] int64, in a pass of its own as `model.generate` has."""
+    """[row, vocab]: logits after the last token of a path [row, length] int64, read alone after the others in a cache."""
     cache = {cache_argument(model): DynamicCache(config=model.config), "use_cache": True}
     model(**{**_inputs_for(model, path[:, :-1], first=True), **cache})
     last = {name: inputs[name][..., -1:] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
@@ -244,7 +244,7 @@ def _over_cache(model: PreTrainedModel, path: Tensor, inputs: dict[str, Any]) ->
 
 
 def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor) -> str | None:
-    """How far logits of the tree are from those of its path, both [row, vocab]; None if near enough."""
+    """How far the tree's logits are from its path's, both [row, vocab]; None if near enough."""
     difference = float((found - alone).abs().max() / alone.abs().max())
     quantised = getattr(model, "is_quantized", False)
     limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
@@ -274,7 +274,7 @@ def _beside(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[str, str]:
 
 
 def _rows(model: PreTrainedModel, *ids: int) -> Tensor:
-    """[row, length] int64: the same text in every row, of which there are as many as hooks of the caller expect."""
+    """[row, length] int64: the same text in as many rows as the caller's hooks expect."""
     rows = len(_given_by_hooks(model).get("adapter_names") or [0])
     return torch.tensor([ids] * rows, device=device_of(model)) % embedding(model).shape[0]
 
@@ -292,7 +292,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
     weight = embedding(model)
     if not weight.is_meta:
         return weight.device
-    with torch.inference_mode():  # offloaded: only who fetches it knows where to
+    with torch.inference_mode():  # an offloaded weight: run the layer to see where it goes
         device = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.int64)).device
     if device.type == "meta":
         raise UnsupportedModel(model, "its weights are on the meta device", "Load them: from_pretrained(...).")

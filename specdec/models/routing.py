@@ -1,8 +1,8 @@
-"""What one thread changes in a model, and no other thread sees: the attention it runs, and the layers it leaves out.
+"""Changes to a model that one thread makes and no other sees: its attention, and the layers that it leaves out.
 
-Several threads may run one model at a time, ours and a plain `model.generate` beside them. So nothing is written into the
-model's configs: while a thread is inside a `Route`, that thread, and no other, reads another attention implementation from
-them. torch.compile follows all that is here: what it compiles in one thread holds for that thread's state alone.
+Several threads may run one model at a time, some of them by a plain `model.generate`. So nothing is written into the model's
+configs: only a thread inside a `Route` reads another attention implementation from them. torch.compile follows all of this
+code: what it compiles in one thread holds for that thread's state alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _STORED = "_attn_implementation_internal"  # the attribute that transformers' `_
 
 
 class _Here(threading.local):
-    """Of the thread that reads it."""
+    """The state of one thread."""
 
-    def __init__(self) -> None:  # not attributes of the class: torch.compile takes those for the same in every thread
-        self.routes: list[Route] = []  # that it is inside of, the innermost last
-        self.left_out: frozenset[int] = frozenset()  # ids of layers
+    def __init__(self) -> None:  # not class attributes: torch.compile takes those to be the same in every thread
+        self.routes: list[Route] = []  # those that the thread is inside of, the innermost last
+        self.left_out: frozenset[int] = frozenset()  # ids of the layers that it leaves out
 
 
 _here = _Here()
 
 
 class Route:
-    """While a thread is inside, the model's attention goes, in that thread, through the implementation of this name.
+    """A context in which the model's attention goes through the implementation of this name, in this thread alone.
 
-    Threads may be inside of the same one together, and of others of the same model.
+    Several threads may be inside of one route at once, and of different routes of one model.
     """
 
     def __init__(self, model: PreTrainedModel, name: str):
@@ -49,11 +49,11 @@ class Route:
 
     @property
     def here(self) -> bool:
-        """Whether this thread is inside: what hooks ask that serve the passes of one run, and see those of all threads."""
+        """Whether this thread is inside. A hook sees the passes of all threads, and asks this to serve its own."""
         return any(route is self for route in _here.routes)
 
     def covers(self, config: PreTrainedConfig) -> bool:
-        """Whether it is one of the model's."""
+        """Whether this is one of the model's configs."""
         return any(each is config for each in self._configs)
 
 
@@ -65,7 +65,7 @@ def _subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _implementation(config: PreTrainedConfig) -> str | None:
-    """What transformers is told when it reads which attention implementation a config has."""
+    """The attention implementation that transformers reads from a config."""
     for route in reversed(_here.routes):
         if route.covers(config):
             return route.name
@@ -79,11 +79,11 @@ def _store(config: PreTrainedConfig, name: str | None) -> None:
     config.__dict__[_STORED] = name
 
 
-# Of the class, once for all models: to change and restore each config would show to other threads, in between.
+# Set on the class, for all models: other threads would see a change to a single config before it is restored.
 setattr(PreTrainedConfig, _STORED, property(_implementation, _store))
 
 
-_lock = threading.Lock()  # of `_watched`
+_lock = threading.Lock()  # guards `_watched`
 _watched: dict[nn.Module, _Watched] = {}  # layers that some thread leaves out
 
 
@@ -91,9 +91,9 @@ _watched: dict[nn.Module, _Watched] = {}  # layers that some thread leaves out
 class _Watched:
     """A layer that asks, when it is run, whether the thread that runs it leaves it out."""
 
-    found: Callable[..., Any] | None  # the forward function that the layer had of its own
+    found: Callable[..., Any] | None  # the forward function that the layer had as an attribute before
     forward: Callable[..., Any]  # the one that it has now
-    users: int = 0  # how many are inside `passing_through` with it
+    users: int = 0  # how many `passing_through` contexts leave it out
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def _unwatch(layer: nn.Module) -> None:
         if watched.users:
             return
         del _watched[layer]
-        if vars(layer).get("forward") is not watched.forward:  # somebody has put another in its place: it stays
+        if vars(layer).get("forward") is not watched.forward:  # somebody else has replaced it since: leave that
             return
         if watched.found is None:
             del vars(layer)["forward"]
@@ -141,5 +141,5 @@ def _asking(layer: nn.Module, found: Callable[..., Any] | None) -> Callable[...,
     def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         return hidden_states if key in _here.left_out else run(hidden_states, *args, **kwargs)
 
-    forward.__wrapped__ = found  # type: ignore[attr-defined] - for whoever wants to know what the layer has of its own
+    forward.__wrapped__ = found  # type: ignore[attr-defined] - `fingerprint` looks through it
     return forward

@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 class _Pass(threading.local):
     """The pass that a thread is in."""
 
-    def __init__(self) -> None:  # not attributes of the class: torch.compile takes those for the same in every thread
+    def __init__(self) -> None:  # not class attributes: torch.compile takes those to be the same in every thread
         self.found: list[Tensor] | None = None  # states so far, in the order in which the model computes them
-        self.keep = 0  # of how many nodes the LM head computes logits
+        self.keep = 0  # how many nodes get logits
 
 
 _pass = _Pass()
 
 
-# Functions of the module, not closures: torch.compile follows them. Other threads that run the model pass by.
-# Copies, which the model cannot change in place.
+# Functions of the module, not closures, as torch.compile can follow these. They ignore passes of other threads.
+# They make copies, as a model may change its states in place.
 def _catch(module: nn.Module, args: tuple[Any, ...]) -> None:
     if _pass.found is not None:
         _pass.found.append(args[0].clone())
@@ -37,12 +37,12 @@ def _catch_before_head(module: nn.Module, args: tuple[Any, ...]) -> Any:
 
 
 class Capture:
-    """Notes a model's states, pass by pass, in `states`; it does nothing if none are asked for.
+    """Notes a model's states in `states`, pass by pass; it does nothing if none are asked for.
 
     Args:
         model: the model.
         which: i >= 0 for the residual stream before layer i (0: what the embedding gives), -1 for what the LM head reads.
-        device: where the states are wanted; of a model over several devices, layers are on others.
+        device: where the states are wanted; layers may be on other devices.
     """
 
     def __init__(self, model: PreTrainedModel, which: Sequence[int], device: torch.device):
@@ -54,7 +54,7 @@ class Capture:
 
     @contextlib.contextmanager
     def of_pass(self, keep: int) -> Iterator[None]:
-        """Note the states of the pass inside, in which the last `keep` nodes get logits."""
+        """Note the states of the forward pass inside this context, in which the last `keep` nodes get logits."""
         if not self.which:
             yield
             return
@@ -71,10 +71,9 @@ class Capture:
         self.states = torch.stack([found[place].to(self._device) for place in self._order], 2)
 
 
-_lock = threading.Lock()  # of `_hooks`
-_hooks: dict[
-    Any, tuple[Any, int]
-] = {}  # (module, hook) -> its handle, and how many passes want it: it fires once for each
+_lock = threading.Lock()  # guards `_hooks`
+# From (module, hook) to its handle and the number of passes that need it. Each hook is registered once.
+_hooks: dict[Any, tuple[Any, int]] = {}
 
 
 def _hook(module: nn.Module, hook: Any) -> None:
@@ -95,8 +94,8 @@ def _unhook(module: nn.Module, hook: Any) -> None:
 def _place(model: PreTrainedModel, index: int) -> nn.Module:
     """The module whose input is state `index`."""
     if index == -1:
-        # not the base model's output: OPT's own forward pass goes around it, and Llama 4 names none
-        return model.get_output_embeddings()  # type: ignore[return-value] - any that is supported has one
+        # Not the base model's output: OPT's own forward pass goes around it, and Llama 4 names none.
+        return model.get_output_embeddings()  # type: ignore[return-value] - every supported model has one
     layers = decoder_layers(model)
     if not 0 <= index < len(layers):
         raise ValueError(
@@ -107,10 +106,10 @@ def _place(model: PreTrainedModel, index: int) -> nn.Module:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, in order; raises ValueError if it does not run each of them once."""
+    """The model's layers, in order; raises ValueError unless the model runs each of them once."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    parts = {part for outer in lists for part in outer.modules() if part is not outer}  # of a layer
+    parts = {part for outer in lists for part in outer.modules() if part is not outer}  # lists inside of layers
     found = next((m for m in lists if len(m) == count and m not in parts), None)
     if found is None:
         raise ValueError(

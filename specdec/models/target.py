@@ -1,4 +1,4 @@
-"""Targets: what scores trees. `ModelTarget` does it for any unmodified Hugging Face causal LM that is supported."""
+"""Targets score trees. `ModelTarget` makes one of any unmodified Hugging Face causal LM that is supported."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Scores:
     """What the target says of a tree.
 
     Args:
-        logits: [batch, node, vocab]: after the path to each node.
-        states: [batch, node, state, hidden], if the drafter asks for some.
+        logits: [batch, node, vocab]: the logits after the path to each node.
+        states: [batch, node, state, hidden]: the states there; None if the drafter asks for none.
     """
 
     logits: Tensor
@@ -37,18 +37,27 @@ class Scores:
 
 
 class Target(ABC):
-    """What the loop asks of a target; it may serve any number of runs at once.
+    """The contract of a target. It may serve any number of runs at once.
 
     Subclass it, and `TargetRun`, to decode from something that is not a transformers model.
+
+    Class attributes:
+        vocab: size of the vocabulary: the last axis of the logits.
+        context_length: longest text it can read, in tokens; None if unbounded.
+        context_reason: words to put after that number when a longer text is refused, as in " (beyond it ...)".
+        device: where its logits are.
+        stop_tokens: ids that end a text unless generate(stop_tokens=...) says otherwise.
+        model: the transformers model, if it is made of one.
+        capturable: whether `score` and `commit` of its runs do the same to the device every step.
     """
 
-    vocab: int  # size of the vocabulary: the last axis of the logits
-    context_length: int | None = None  # longest text it can read, in tokens; None if unbounded
-    context_reason: str = ""  # said after that number where a longer text is refused, as in " (beyond it ...)"
+    vocab: int
+    context_length: int | None = None
+    context_reason: str = ""
     device: torch.device = torch.device("cpu")
-    stop_tokens: int | Sequence[int] | None = None  # what ends a text unless generate(stop_tokens=...) says otherwise
+    stop_tokens: int | Sequence[int] | None = None
     model: PreTrainedModel | None = None
-    capturable: bool = False  # True if `score` and `commit` of its runs do the same to the device every step
+    capturable: bool = False
 
     @abstractmethod
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
@@ -58,11 +67,11 @@ class Target(ABC):
             batch: the texts; it stays the same object for the whole run. `batch.capacity` has room for the longest text and the
                 largest tree together.
             states: which of its states the drafter reads: see `Drafter.states`. ValueError if there are no such states.
-            last: an ended run of this target; as for `Drafter.start`.
+            last: a run of this target that has ended; used as in `Drafter.start`.
         """
 
     def check_text(self, text: list[int]) -> None:  # noqa: B027 - optional
-        """Raise ValueError if it reads something else in place of this text; asked again when a text has ended."""
+        """Raise ValueError if the target reads something else in place of this text. Called again when a text has ended."""
 
 
 class TargetRun(ABC):
@@ -72,11 +81,11 @@ class TargetRun(ABC):
         self.target, self.batch = target, batch
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:  # noqa: B027 - optional
-        """Read the prompts that these rows hold, up to, but not including, their roots; tell `draft.read` their states."""
+        """Read the prompts of these rows, all but their roots, and pass the states to `draft.read` if the drafter asks."""
 
     @abstractmethod
     def score(self, tree: DraftTree) -> Scores:
-        """The logits after the path to each node, and the states there if some were asked for."""
+        """The logits after the path to each node, and the states there if the drafter asks for some."""
 
     def commit(self, outcome: Outcome) -> None:  # noqa: B027 - optional
         """Keep the accepted nodes; called after every `score`."""
@@ -87,10 +96,11 @@ class ModelTarget(Target):
 
     Args:
         model: any supported causal LM, in eval mode; it is left as it is found.
-        cache: the kind of its KV cache. One that rounds keys and values changes the model's law; drafts do not change that one.
+        cache: the kind of its KV cache. A cache that rounds keys and values changes the model's law; drafting changes it no
+            further.
 
     Raises:
-        UnsupportedModel: trees cannot be scored with it; the message says why.
+        UnsupportedModel: trees cannot be scored with the model; the message says why.
     """
 
     capturable = True
@@ -112,7 +122,7 @@ class ModelTarget(Target):
 
     def check_text(self, text: list[int]) -> None:
         if not preparer_name(self.lm.model).startswith("transformers."):
-            check_text(self.lm.model, text[:-1])  # nobody has read the last token
+            check_text(self.lm.model, text[:-1])  # the last token is never read
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
         for text in batch.texts:
@@ -125,7 +135,7 @@ class ModelTarget(Target):
 
 
 class ModelTargetRun(TargetRun):
-    """A Hugging Face causal LM at work: its cache is that of all drafters which draft with the target itself."""
+    """A Hugging Face causal LM at work. Drafters that draft with the target itself share its cache."""
 
     def __init__(self, target: ModelTarget, batch: Batch, cached: CachedModel):
         super().__init__(target, batch)

@@ -18,19 +18,30 @@ from specdec.tree import DraftTree, RowTree, Topology, TreeSpec
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rule decided for one row."""
+    """What a rule decided for one row.
 
-    path: list[int]  # accepted nodes from the root (index 0, always there) downwards
-    token: int  # the recovered or bonus token, emitted after the last accepted node
+    Args:
+        path: accepted nodes from the root (index 0, always there) downwards.
+        token: the recovered or bonus token, emitted after the last accepted node.
+    """
+
+    path: list[int]
+    token: int
 
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """What a rule decided for a batch."""
+    """What a rule decided for a batch.
 
-    path: Tensor  # [batch, <= depth + 1] int64: accepted nodes from the root down; entries past `accepted` are unused
-    accepted: Tensor  # [batch] int64: number of accepted drafted tokens (the root does not count)
-    token: Tensor  # [batch] int64: the recovered or bonus token
+    Args:
+        path: [batch, <= depth + 1] int64: accepted nodes from the root down; entries past `accepted` are unused.
+        accepted: [batch] int64: number of accepted drafted tokens (the root does not count).
+        token: [batch] int64: the recovered or bonus token.
+    """
+
+    path: Tensor
+    accepted: Tensor
+    token: Tensor
 
     @property
     def last(self) -> Tensor:
@@ -39,7 +50,7 @@ class Decisions:
 
     @classmethod
     def ending_at(cls, node: Tensor, law: Tensor, topology: Topology, coins: Coins) -> Decisions:
-        """Accept the path to `node` [batch, 1] and draw from `law` [batch, vocab] what follows."""
+        """Accept the path to `node` [batch, 1] int64, and draw the token after it from `law` [batch, vocab]."""
         rows = torch.arange(len(node), device=node.device)
         depths, place = topology.depths, torch.arange(topology.depth + 1, device=node.device)[:, None]
         on_path = topology.ancestors[rows, node[:, 0]][:, None] & (depths[:, None] == place)  # [batch, depth + 1, node]
@@ -53,17 +64,20 @@ class Rule(ABC):
     Write `decide` and the rule works with batches, trees, traces and the certificate
     (`specdec.testing.assert_lossless(MyRule())`). A rule that is to be fast also overrides `decide_batch` with tensor
     code that makes the same decisions on the same coins.
+
+    Class attributes:
+        lossless: whether the emitted text has exactly the target's law, for every tree that `check` admits.
+        capturable: whether `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`.
+        top_down: whether the rule asks for the target's law at accepted nodes only, parents first. Logits processors that
+            keep state then follow the path; for other rules they are copied at every node.
     """
 
-    # True if `decide_batch` reads nothing back from the device: see `specdec.engines.graphs`
     capturable: ClassVar[bool] = False
-    # True if it asks for the target's law at nodes that it accepts only, each after its parent: logits processors that keep
-    # state then go along the path, where other rules take a copy of them for every node
     top_down: ClassVar[bool] = False
     lossless: ClassVar[bool] = False  # True if the text has exactly the target's law for every tree that `check` admits
 
     def check(self, spec: TreeSpec) -> None:  # noqa: B027 - optional: most rules accept every tree
-        """Raise ValueError, naming the cure, when this rule is not what it claims for such trees."""
+        """Raise ValueError, naming the cure, if the rule does not keep its promises for such trees."""
 
     @abstractmethod
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
@@ -71,7 +85,7 @@ class Rule(ABC):
 
         Args:
             tree: `tokens`, `children(node)` and `draws(node, vocab)`: children with the law each was drawn from.
-            target_law: `probs(node)` [vocab]: the target's law after the path to `node`; evaluated when asked for.
+            target_law: `probs(node)` [vocab]: the target's law after the path to `node`; computed when asked for.
             coins: `accept(node, probability)` and `pick(node, probabilities)`; each node's coins are its own.
         """
 
@@ -87,7 +101,7 @@ class Rule(ABC):
         return Decisions(path, accepted, torch.tensor([r.token for r in rows], device=device))
 
     def _decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
-        """`decide`, and a check that its answer is one: what another's rule gets wrong must not become text."""
+        """Call `decide` and check its answer: a mistake in a user's rule must not become text."""
         decision = self.decide(tree, target_law, coins)
         if not isinstance(decision, Decision):
             raise ValueError(f"{type(self).__name__}.decide returned {decision!r}; return a Decision(path, token).")
@@ -103,17 +117,17 @@ class Rule(ABC):
         return decision
 
     def trial(self, owed: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What trying one child does, for rules that are not lossless: `specdec.theory.divergence` is measured by it.
+        """What trying one child does. Only rules that are not lossless need it: their divergence is computed by it.
 
         Args:
-            owed: [vocab] what the rule would emit at the node if it had no more children; at first the target's law.
-            law: [vocab] that the child was drawn from.
+            owed: [vocab] the law that the rule would emit from if there were no more children; at first the target's.
+            law: [vocab] the law that the child was drawn from.
 
         Returns:
-            The chance [vocab] to accept the child, by its token; and `owed` after it was rejected.
+            The chance [vocab] to accept the child, by its token, and `owed` after it was rejected.
         """
         raise NotImplementedError
 
     def __call__(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
-        """`decide_batch`, or the specification when the coins follow every outcome."""
+        """Decide by `decide_batch`, or by the specification when the coins follow every outcome."""
         return (Rule.decide_batch if coins.enumerates else type(self).decide_batch)(self, tree, target_law, coins)

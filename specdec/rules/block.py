@@ -4,13 +4,16 @@ Sun et al., arXiv:2403.10444, algorithm 2; no valid rule accepts more tokens of 
 all coins and keeps the longest prefix that comes up; testing from the last token backwards is the same.
 
 Why it is lossless: let reach(i) = min(1, reach(i-1) p(x_i) / q(x_i)), reach(0) = 1. A chain that ends at token i accepts
-it with probability reach(i) and then emits from the target's law p after it. Draw one token x more, from q. Now x is
-accepted with mass min(reach p(x), q(x)), and followed by the target's own law; with S = sum (reach p - q)+, the mass of
-acceptances is reach - S. The coin of token i, flipped in the other 1 - reach + S cases, comes up with probability
-S / (S + 1 - reach) and emits from (reach p - q)+ / S: mass (reach p - q)+. The two add up to reach p, token by token: what
-the chain without x emits here; and tokens before i have their turn with probability 1 - reach in both cases. So
-drawing one token more or less, for reasons known before it is drawn, does not change the law of the text, and a chain
-without drafted tokens samples from the target.
+it with probability reach(i) and then emits from the target's law p after it. Draw one token x more, from q:
+
+- x is accepted with mass min(reach p(x), q(x)), and the target's own law follows it. With S = sum (reach p - q)+, the mass
+  of all acceptances is reach - S.
+- In the other 1 - reach + S cases the coin of token i is flipped. It comes up with probability S / (S + 1 - reach) and
+  emits from (reach p - q)+ / S: mass (reach p - q)+.
+
+The two add up to reach p, token by token, which is what the chain without x emits here. Tokens before i have their turn with
+probability 1 - reach in both cases. So drawing one token more or less, for reasons known before it is drawn, does not change
+the law of the text, and a chain without drafted tokens samples from the target.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class BlockVerification(Rule):
             )
 
     def decide(self, tree: RowTree, target_law: RowLaw, coins: RowCoins) -> Decision:
-        path, reach, owed = [0], 1, []  # owed: for each node above the last, what it emits and how likely
+        path, reach, owed = [0], 1, []  # owed: for each node above the last, the chance to emit there and the law
         while reach > 0 and tree.children(path[-1]):  # what follows an impossible token may have no law
             p = target_law.probs(path[-1])
             ((child, q),) = tree.draws(path[-1], len(p))
@@ -61,7 +64,7 @@ class BlockVerification(Rule):
         node = torch.zeros_like(tree.tokens[:, :1])  # [batch, 1] int64: the node at the current depth, or the last one
         length, accepted, path = node, node, [node]
         coin = coins.uniforms(Purpose.ACCEPT)
-        p = owed = target_law.at(node[:, 0])  # [batch, vocab]; owed: what the deepest node accepted so far emits
+        p = owed = target_law.at(node[:, 0])  # [batch, vocab]; owed: the law to emit from, if no later coin comes up
         reach = p.new_ones(len(p), 1)
         for depth in range(tree.topology.depth):
             siblings = Siblings(tree, node[:, 0], p.dtype)
@@ -84,5 +87,5 @@ class BlockVerification(Rule):
 
 
 def _law_where(target_law: TargetLaw, needed: Tensor, node: Tensor) -> Tensor:
-    """[batch, vocab]: the law at `node` [batch, 1] where it is needed; elsewhere at the root, which always is."""
+    """[batch, vocab]: the law at `node` [batch, 1] where it is needed; elsewhere that at the root, which is always valid."""
     return target_law.at(torch.where(needed, node, 0)[:, 0])

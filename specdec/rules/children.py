@@ -1,4 +1,4 @@
-"""The children of a node, and the law each was drawn from given those before it, for every row at once."""
+"""The children of a node, and the law that each was drawn from given those before it, for every row at once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Siblings:
 
     Args:
         tree: the trees.
-        node: [batch] int64, or any list of nodes.
-        dtype: of the target's laws, in which theirs are given.
-        rows: [len(node)] int64, the rows they belong to; each row's one by default.
+        node: [batch] int64: the parents.
+        dtype: the dtype of the target's laws, and of the children's.
+        rows: [len(node)] int64: the rows of the parents; by default there is one parent in each row.
     """
 
     def __init__(self, tree: DraftTree, node: Tensor, dtype: torch.dtype = torch.float32, rows: Tensor | None = None):
@@ -35,13 +35,13 @@ class Siblings:
         """[batch, vocab], at least in `dtype`: the node's draft law, not normalised; None where all children are POINT."""
         if self._tree.draft_probs is None:
             return None
-        # the nodes beyond are leaves
+        # nodes that have no weights are leaves
         internal = self._node.clamp(max=self._tree.draft_probs.shape[1] - 1)
         weights = self._tree.draft_probs[self._rows, internal]
         return weights.to(torch.promote_types(weights.dtype, self._dtype))
 
     def child(self, slot: Tensor) -> ChildLaw:
-        """The law of the child in place `slot` [batch, 1] int64; meaningless in rows where there is none."""
+        """The law of the child in place `slot` [batch, 1] int64; meaningless in rows without such a child."""
         token = self.tokens.gather(1, slot)
         weights = self.weights
         if weights is None:
@@ -60,12 +60,12 @@ class Siblings:
 class ChildLaw:
     """The law that one child of every row was drawn from."""
 
-    token: Tensor  # [batch, 1] int64: the child's own token
-    point: Tensor  # [batch, 1] bool: the law is certain of that token
-    law: Tensor | None  # [batch, vocab]: the law of the other rows, 0 in these; None if all are
+    token: Tensor  # [batch, 1] int64: the child's token
+    point: Tensor  # [batch, 1] bool: rows in which the law is certain of that token
+    law: Tensor | None  # [batch, vocab]: the law in rows that are not `point`, 0 in the others; None if there are none
 
     def ratio(self, mass: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """[batch, k]: min(1, mass / law) of `tokens` [batch, k] int64, by default the child's own; 0 where the law is 0.
+        """[batch, k]: min(1, mass / law) of `tokens` [batch, k] int64, by default the child's; 0 where the law is 0.
 
         mass: [batch, vocab].
         """
@@ -81,14 +81,14 @@ class ChildLaw:
         return sure if self.law is None else torch.where(self.point, sure, self.law)
 
     def excess(self, mass: Tensor) -> Tensor:
-        """(mass - law)+ [batch, vocab], for a `mass` [batch, vocab] nowhere above 1."""
+        """[batch, vocab]: max(mass - law, 0), for a `mass` [batch, vocab] that is nowhere above 1."""
         if self.law is None:
             return mass.scatter(1, self.token, 0)
         rest = (mass - self.law).clamp_(min=0)
         return rest.scatter_(1, self.token, rest.gather(1, self.token).masked_fill(self.point, 0))
 
     def overlap(self, mass: Tensor) -> Tensor:
-        """min(mass, law) [batch, vocab], for such a `mass`."""
+        """[batch, vocab]: min(mass, law), for a `mass` [batch, vocab] that is nowhere above 1."""
         own = mass.gather(1, self.token)
         if self.law is None:
             return torch.zeros_like(mass).scatter_(1, self.token, own)
@@ -99,4 +99,4 @@ class ChildLaw:
 def _drop(weights: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
     """`weights` [batch, vocab] with weight 0 at those `tokens` [batch, k] for which `where` [batch, k] holds."""
     left = weights.gather(1, tokens).masked_fill(where, 0)
-    return weights.scatter_reduce(1, tokens, left, "amin")  # the minimum, for a token may stand there twice
+    return weights.scatter_reduce(1, tokens, left, "amin")  # the minimum: `tokens` may hold a token twice

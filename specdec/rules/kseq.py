@@ -3,12 +3,12 @@
 The k-sequential selection of SpecTr (Sun et al., arXiv:2310.15141), at every node of a tree.
 
 Why it is lossless: a child x ~ q is accepted with mass m(x) = min(q(x), p(x) / rho); let beta = sum m. Children are
-independent, and how many there are does not depend on their tokens, so that of k of them the accepted one is x with mass
-m(x) c, where c = 1 + (1 - beta) + ... + (1 - beta)^(k-1). When all are rejected, what is emitted has law (p - m c) normalised:
-together that is p, provided that p - m c is nowhere negative. Where p / rho is the smaller, m c = p c / rho; where q is,
-m c <= p c / rho as well. So c <= rho is what is needed. rho beta grows with rho and c beta = 1 - (1 - beta)^k falls, so there
-is a smallest rho that will do, the most generous to drafts, and every larger one does too; k is one, for c <= k. Children
-below are verified against the law after their parent, whatever it was.
+independent, and how many there are does not depend on their tokens. So of k children the accepted one is x with mass
+m(x) c, where c = 1 + (1 - beta) + ... + (1 - beta)^(k-1). When all are rejected, the law emitted is p - m c, normalised.
+Together that is p, provided that p - m c is nowhere negative. m c <= p c / rho everywhere, so c <= rho suffices. As rho
+grows, rho beta grows and c beta = 1 - (1 - beta)^k falls. So there is a smallest rho that suffices, the most generous to
+drafts, and every larger one suffices too; k does, for c <= k. Children below are verified against the law after their
+parent, whatever it was.
 
 rho is a multiple of 1 / 2**16, rounded up: acceptance is lower by less than that fraction, and p / rho is exact
 in any arithmetic.
@@ -31,7 +31,7 @@ from specdec.tree import DraftTree, RowTree, TreeSpec
 from specdec_kernels.reference.early_exit import all_false_cheaply
 
 _GRID = 2**16
-_MARGIN = 1e-12  # more than the rounding of the sums that say whether a rho will do
+_MARGIN = 1e-12  # above the rounding of the sums by which a rho is tested
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class KSeq(Rule):
             )
         if spec.width > 1 and not spec.by_depth:
             raise ValueError(
-                "KSeq is lossless where how many children a node has does not depend on their tokens, which these trees do not "
+                "KSeq is lossless if the number of a node's children does not depend on their tokens, which these trees do not "
                 "promise: set TreeSpec(by_depth=True) if it is so, or use SiblingRejection, which takes every tree."
             )
 
@@ -73,7 +73,7 @@ class KSeq(Rule):
         # [batch] int64: the deepest accepted node, and how many were accepted
         node, accepted = torch.zeros_like(rows), torch.zeros_like(rows)
         alive, coin = torch.ones_like(rows, dtype=torch.bool), coins.uniforms(Purpose.ACCEPT)
-        # owed: [batch, vocab], what the target law still owes at `node`
+        # owed: [batch, vocab]: the law still owed at `node`
         owed, path = target_law.at(node), [node]
         for _ in range(tree.topology.depth):
             siblings = Siblings(tree, node, owed.dtype)
@@ -90,13 +90,13 @@ class KSeq(Rule):
 
 
 def _rest(p: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
-    """What is owed [vocab], not normalised, when `count` children were rejected; one is accepted with mass `taken`."""
+    """[vocab], not normalised: the law owed when `count` children were rejected, each accepted with mass `taken` [vocab]."""
     rest = np.maximum(p - taken * sum((1 - taken.sum()) ** i for i in range(count)), 0)
     return rest if rest.sum() > 0 else p
 
 
 def _rho(p: np.ndarray, q: np.ndarray, count: int) -> int:
-    """The smallest rho that will do for `count` children, in units of the grid."""
+    """The smallest rho that suffices for `count` children, in units of 1 / _GRID."""
     low, high = _GRID, count * _GRID
     while low < high:
         middle = (low + high) // 2
@@ -112,11 +112,11 @@ def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) ->
     """Try the children of one node in the rows `alive` [batch] bool; p: [batch, vocab], coin: [batch, width].
 
     Returns:
-        The accepted child [batch] int64, 0 where there is none, and what is owed there [batch, vocab].
+        The accepted child [batch] int64, 0 where there is none, and the law [batch, vocab] owed where there is none.
     """
     width = siblings.index.shape[1]
     count = siblings.exists.sum(1, keepdim=True).clamp(min=1)  # [batch, 1]
-    child = siblings.child(torch.zeros_like(count))  # the first stands for all
+    child = siblings.child(torch.zeros_like(count))  # all children have the law of the first
     share = p * _GRID / _rho_batch(p, child, count, width)
     hit = siblings.exists & alive[:, None] & (coin < child.ratio(share, siblings.tokens))
     first = hit & (hit.cumsum(1) == 1)
@@ -129,7 +129,7 @@ def _try_children(siblings: Siblings, p: Tensor, coin: Tensor, alive: Tensor) ->
 
 
 def _rho_batch(p: Tensor, child: ChildLaw, count: Tensor, width: int) -> Tensor:
-    """`_rho` for every row: [batch, 1] int64; as many halvings as the widest row may need."""
+    """`_rho` for every row: [batch, 1] int64, by as many halvings as the widest row may need."""
     low, high = torch.full_like(count, _GRID), count * _GRID
     for _ in range(((width - 1) * _GRID).bit_length()):
         middle = (low + high) // 2

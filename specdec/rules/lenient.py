@@ -25,7 +25,7 @@ class LenientRejection(SiblingRejection):
 
     lossless = False
 
-    lenience: float = 0.5  # type: ignore[misc] - there it is the same for all
+    lenience: float = 0.5  # type: ignore[misc] - a class variable in SiblingRejection
 
     def __post_init__(self) -> None:
         put(self, lenience=as_float("lenience", self.lenience, "(0, 1]", "1 is SiblingRejection"))

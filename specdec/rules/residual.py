@@ -18,7 +18,7 @@ def residual(reach: Any, p: np.ndarray, q: np.ndarray) -> tuple[Any, np.ndarray]
     rest = np.maximum(reach * p - q, 0)
     total = rest.sum()
     rejected = total + (1 - reach)
-    # nothing left over: all of p was accepted up to rounding, and so was the rejection a rounding error
+    # If nothing is left over, all of p was accepted, and only rounding has rejected the child.
     return (total / rejected if rejected > 0 else 1), (rest / total if total > 0 else p)
 
 

@@ -4,10 +4,10 @@ With one sampled child it is speculative sampling (Leviathan et al., arXiv:2211.
 arXiv:2302.01318), with IID children SpecInfer's multi-step verification (arXiv:2305.09781, algorithm 2), without
 replacement Sequoia's (arXiv:2402.12374, algorithm 2), with POINT children the sampling of EAGLE-2 (arXiv:2406.16858).
 
-Why it is lossless: let r be the law still owed at a node (at first the target's own) and l the law a child was drawn
-from given what was drawn before. The child is accepted with mass min(r, l) and the rest, (r - l)+ normalised, is what
-is still owed given the rejection; so whatever the children were, the emitted token has law r. Induct over the children
-and then down the tree: a child's subtree is verified against the target's law after that child.
+Why it is lossless: let r be the law still owed at a node (at first the target's own), and l the law that a child was drawn
+from given what was drawn before. The child is accepted with mass min(r, l). After a rejection the law still owed is
+(r - l)+, normalised. So the emitted token has law r whatever the children were. Induct over the children and then down the
+tree: a child's subtree is verified against the target's law after that child.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from specdec_kernels.reference.verify import walk
 
 @dataclass(frozen=True)
 class SiblingRejection(Rule):
-    """Try the children in the order they were drawn, each against what the target law still owes."""
+    """Try the children in the order they were drawn, each against the law that is still owed."""
 
     lossless = capturable = top_down = True
     lenience: ClassVar[float] = 1  # `LenientRejection` lowers it

@@ -1,16 +1,19 @@
 """Traversal verification: a tree is verified from its leaves to its root, each node when all its children have failed.
 
-Weng et al., arXiv:2505.12398, here with each child's own law in place of the draft law (which is the paper's rule for
-independent children), so that every draft law will do. On a chain it is block verification.
+Weng et al., arXiv:2505.12398. Deviation: each child's own law stands in place of the draft law, so that every draft law may
+be used; for independent children that is the paper's rule. On a chain it is block verification.
 
-Why it is lossless: every node is entered with a chance `reach` and the target's law p after it. Take away the token drawn
-last, x, a leaf and the last child of its parent, where reach and p stand for what is owed after x's siblings failed.
-Without x the traversal stops at the parent with probability reach and emits from p. With x, drawn from q, it stops at x
-with mass min(reach p(x), q(x)) and goes on with the target's law; with S = sum (reach p - q)+ it fails there with probability
-1 - reach + S, and then stops at the parent with probability S / (S + 1 - reach), emitting from (reach p - q)+ / S. The two add
-up to reach p, token by token, and the rest of the tree has its turn with probability 1 - reach in both cases. So the
-text has the same law with and without x, given all other tokens; take them away one by one, in the reverse of the order
-they were drawn in, and the root is left, which samples from the target.
+Why it is lossless: every node is entered with a chance `reach` and the target's law p after it. Let x be the token drawn
+last: a leaf, and the last child of its parent. Let reach and p be those at the parent after x's siblings failed. Without x
+the traversal stops at the parent with probability reach and emits from p. With x, drawn from q, and S = sum (reach p - q)+:
+
+- it stops at x with mass min(reach p(x), q(x)), and the target's law follows;
+- it fails at x with probability 1 - reach + S, and then stops at the parent with probability S / (S + 1 - reach), emitting
+  from (reach p - q)+ / S.
+
+The two add up to reach p, token by token, and the rest of the tree has its turn with probability 1 - reach in both cases. So
+the text has the same law with and without x, given all other tokens. Take the tokens away one by one, the last drawn first:
+the root is left, which samples from the target.
 
 What happens at a node depends on the rest of the tree only through whether its turn comes. Reach and residuals can
 therefore be computed from the root downwards, parents first, all coins flipped, and the first node of the traversal
@@ -62,13 +65,14 @@ class TraversalVerification(Rule):
     def decide_batch(self, tree: DraftTree, target_law: TargetLaw, coins: Coins) -> Decisions:
         walk, coin = _Walk(tree), coins.uniforms(Purpose.ACCEPT)
         rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
-        p = owed = target_law.at(torch.zeros_like(rows))  # [batch, vocab]; owed: what the best inner node so far emits
-        reach = p.new_ones(len(p), 1)  # [batch, 1]: with p, where the parent of the current child stands
-        entered = p.new_ones(tree.tokens.shape)  # [batch, node]: the chance each node is entered with
+        # [batch, vocab] each; owed: the law to emit from, if an inner node is accepted
+        p = owed = target_law.at(torch.zeros_like(rows))
+        reach = p.new_ones(len(p), 1)  # [batch, 1]: with p, what is owed at the parent of the current child
+        entered = p.new_ones(tree.tokens.shape)  # [batch, node]: the chance with which each node is entered
         heads = torch.zeros_like(tree.tokens, dtype=torch.bool)  # [batch, node]: coins that came up
         heads[:, 0] = True
         for step in walk.steps:
-            # a parent whose turn cannot come, or not any more, is not looked at: its law is not needed, and may be NaN
+            # Skip parents whose turn cannot come: their laws are not needed, and may be NaN.
             late = (heads & walk.before[rows, step.parent[:, 0]]).any(1, keepdim=True)
             live = step.exists & ~late & (entered.gather(1, step.parent) > 0)
             law = target_law.at(torch.where(live, step.parent, 0)[:, 0])
@@ -90,7 +94,7 @@ class TraversalVerification(Rule):
 
 
 class _Walk:
-    """The order of the traversal in every row; parents are entered in preorder and left in postorder."""
+    """The order of the traversal in every row: nodes are entered in preorder and left in postorder."""
 
     def __init__(self, tree: DraftTree):
         topology, exists = tree.topology, tree.laws != Law.PADDING
@@ -98,8 +102,9 @@ class _Walk:
         parents, reach = topology.parents, topology.ancestors.float()
         siblings = parents[:, :, None] == parents[:, None, :]
         elder = siblings & (index < index[:, None])  # [batch, node, node]: the second is an elder sibling of the first
-        # [batch, node, node]: the second has its turn before the first is entered; is a descendant of the first
+        # [batch, node, node] bool: whether the second node has its turn before the first is entered
         self.before = reach @ elder.float() @ reach.mT > 0
+        # [batch, node, node] bool: whether the second node is a descendant of the first
         self.below = topology.ancestors.mT & (index != index[:, None])
         self.leaf = ~(self.below & exists[:, None]).any(-1)  # [batch, node]
         entered = self.before.sum(-1) + topology.depths  # [batch, node] int64: place in preorder
@@ -118,11 +123,11 @@ class _Walk:
 
 
 class _Step(NamedTuple):
-    """One child of every row, with everything [batch, 1]."""
+    """One child of every row; all tensors are [batch, 1]."""
 
     child: Tensor
     parent: Tensor
     slot: Tensor  # the child's place among its siblings
     exists: Tensor
-    first: Tensor  # the first child of its parent
-    last: Tensor  # the last one
+    first: Tensor  # whether it is the first child of its parent
+    last: Tensor  # whether it is the last

@@ -1,7 +1,7 @@
-"""Typical acceptance (Medusa, arXiv:2401.10774): what the target finds likely enough is kept, without any coin.
+"""Typical acceptance (Medusa, arXiv:2401.10774): tokens that the target finds likely enough are kept, without any coin.
 
-Not lossless: nothing in it looks at how the draft was drawn. At temperature 0 only the target's own token is likely enough,
-and the text is the target's.
+Not lossless: it does not look at how the draft was drawn. At temperature 0 only the target's own token is likely enough, and
+the text is the target's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class TypicalAcceptance(Rule):
     """Accept x where p(x) > min(epsilon, alpha exp(-entropy(p))), keep the longest accepted path, sample what follows.
 
     Args:
-        epsilon: what is always likely enough.
-        alpha: what is likely enough where the target itself is undecided, as a fraction of exp(-entropy).
+        epsilon: a probability above this is always likely enough.
+        alpha: so is one above alpha exp(-entropy), which is lower where the target is undecided.
     """
 
     epsilon: float = 0.09
@@ -42,11 +42,11 @@ class TypicalAcceptance(Rule):
             if children:
                 likely = self._likely(target_law.probs(path[-1]).astype(np.float64))
                 paths += [[*path, child] for child in children if likely[tree.tokens[child]]]
-        longest = max(paths, key=lambda path: (len(path), -path[-1]))  # of several, the one whose end comes first
+        longest = max(paths, key=lambda path: (len(path), -path[-1]))  # on a tie, the one whose last node comes first
         return Decision(longest, coins.pick(longest[-1], target_law.probs(longest[-1])))
 
     def _likely(self, p: np.ndarray) -> np.ndarray:
-        """[vocab] bool."""
+        """[vocab] bool: the tokens that are likely enough."""
         entropy = -sum(p[p > 0] * np.log(p[p > 0]))
         return p > min(self.epsilon, self.alpha * math.exp(-entropy))
 
@@ -64,5 +64,5 @@ class TypicalAcceptance(Rule):
             threshold = (self.alpha * (-torch.special.entr(p).sum(1, keepdim=True)).exp()).clamp(max=self.epsilon)
             likely = trying & (p.gather(1, siblings.tokens) > threshold)
             kept = kept.scatter_reduce(1, siblings.index, likely.long(), "amax")
-        node = (kept * (tree.topology.depths + 1)).argmax(1, keepdim=True)  # the first of the deepest
+        node = (kept * (tree.topology.depths + 1)).argmax(1, keepdim=True)  # the first of the deepest accepted nodes
         return Decisions.ending_at(node, target_law.at(node[:, 0]), tree.topology, coins)

@@ -1,4 +1,4 @@
-"""Proofs by enumeration: every coin of the real loop is followed both ways, and the laws are compared exactly.
+"""Proofs by enumeration: every coin of the real loop is followed to every outcome, and the laws are compared exactly.
 
 >>> specdec.testing.assert_lossless(MyRule())            # any rule, on the standard battery
 >>> specdec.testing.assert_fast_path(MyRule())           # its batched code, in its own arithmetic

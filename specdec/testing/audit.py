@@ -1,12 +1,13 @@
 """A statistical audit of any generator: are these tokens drawn from the target's law? Only samples are needed.
 
-Certificates enumerate, and so need a small vocabulary; the audit takes real models, and any black box. Given the law p of
-every token, its randomised rank U = P(ranked above it) + v P(ranked with it), v uniform, is uniform and independent of the
-past, whatever the order. Speculative decoding gone wrong shows in three orders: by probability (temperature, lenience), by the
-ratio of draft to target (missing residuals, wrong draft laws) and by token id, the order in which tokens are drawn (reused
-noise). Each is bet upon: wealth is multiplied by 1 + stake * g(U), where g has mean 0. If the null holds the mean wealth of
-all bets is a martingale that starts at 1 and, whenever one stops, exceeded 1 / alpha with probability at most alpha
-(Ville's inequality; Shafer, Testing by betting, 2021).
+Certificates enumerate, and so need a small vocabulary; the audit takes real models, and any black box.
+
+If every token is drawn from its law p, its randomised rank U = P(ranked above it) + v P(ranked with it), v uniform, is uniform
+and independent of the past, whatever the order of tokens. Faults of speculative decoding show in three orders: by probability
+(temperature, lenience), by the ratio of draft to target (missing residuals, wrong draft laws) and by token id, the order in
+which tokens are drawn (reused noise). Bets are made on each order: wealth is multiplied by 1 + stake * g(U), where g has mean
+0. Without a fault, the mean wealth of all bets is a martingale that starts at 1. Whenever one stops, it has exceeded 1 / alpha
+with probability at most alpha (Ville's inequality; Shafer, Testing by betting, 2021).
 """
 
 from __future__ import annotations
@@ -26,22 +27,33 @@ from specdec.processors import Processors
 from specdec.sampling import Sampling
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]  # (prompt, continuation) -> [len(continuation), vocab]
-SHAPES = ("shift", "spread", "serial")  # more at one end of the order; at both ends; like the token before
-_NOISE = 7919  # a stream of its own: the generator may well draw its tokens from torch's, with the same seed
+# What a bet is on: tokens come more from one end of an order; from both ends; or rank like the token before.
+SHAPES = ("shift", "spread", "serial")
+_NOISE = 7919  # makes the audit's stream of random numbers differ from the generator's, whose seed is the same
 STAKES = tuple(sign * size for size in (0.04, 0.1, 0.25, 0.6) for sign in (1, -1))
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the audit found."""
+    """What the audit found.
+
+    Args:
+        passed: whether evidence < log(1 / alpha).
+        evidence: the largest natural logarithm of the mean wealth.
+        tokens: how many tokens were examined.
+        alpha: the largest probability that a generator without bias fails.
+        detectable: the least bias (total variation per token) that so many tokens show with probability 0.9.
+        leading: the order and shape of the bet that won most.
+        impossible: how many tokens have probability 0 under the target's law.
+    """
 
     passed: bool
-    evidence: float  # largest natural logarithm of the mean wealth; `passed` is evidence < log(1 / alpha)
-    tokens: int  # how many were looked at
-    alpha: float  # largest probability that a generator without bias fails
-    detectable: float  # least bias (total variation per token) that so many tokens show with probability 0.9
-    leading: str  # the order and shape of the bet that won most
-    impossible: int  # tokens to which the target gives no probability
+    evidence: float
+    tokens: int
+    alpha: float
+    detectable: float
+    leading: str
+    impossible: int
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else f"FAILED ({self.leading})"
@@ -60,7 +72,7 @@ def audit(
     alpha: float = 0.01,
     seed: int = 0,
 ) -> Audit:
-    """Draw texts until they are shown to be biased, or `max_tokens` tokens are not.
+    """Draw texts until they are shown to be biased, or until there are `max_tokens` tokens without such evidence.
 
     >>> log_probs = model_log_probs(target, sampling)
     >>> def generate(seed):
@@ -73,14 +85,14 @@ def audit(
             called with seed, seed + 1, ...; batches are fastest.
         log_probs: (prompt, continuation) -> [len(continuation), vocab], the target's log-probabilities before each token,
             after temperature, top-k and whatever else the generator claims to apply.
-        draft_log_probs: the same of the draft model, or of any model that a bias may lean to. Optional; most biases of
+        draft_log_probs: the same for the draft model, or for any model that a bias may lean to. Optional; most biases of
             speculative decoding show several times sooner with it.
-        max_tokens: when to stop.
-        alpha: false-alarm rate, at whatever time it stops.
-        seed: of the generator's first call, and of the randomised ranks.
+        max_tokens: the number of tokens after which the audit stops.
+        alpha: false-alarm rate, whenever the audit stops.
+        seed: the seed of the generator's first call, and of the randomised ranks.
 
-    `detectable` is for a bias that moves probability from one half of an order to the other; one that is spread over
-    many directions at once needs more tokens, and one that depends on nothing the orders see may not show.
+    `detectable` is for a bias that moves probability from one half of an order to the other. A bias that is spread over many
+    directions needs more tokens, and one that none of the orders sees may not show at all.
     """
     alpha, max_tokens = as_float("alpha", alpha, "(0, 1)"), as_int("max_tokens", max_tokens, 1)
     seed = as_int("seed", seed, 0, 2**63 - 1)
@@ -116,7 +128,7 @@ def model_log_probs(model: PreTrainedModel, sampling: Sampling) -> LogProbs:
         text = torch.cat([prompt, continuation])
         with torch.inference_mode():
             logits = model(input_ids=text[None].to(model.device), use_cache=False).logits[0]
-        logits = logits[len(prompt) - 1 : -1].cpu().clone()  # a clone, to be written to outside of inference mode
+        logits = logits[len(prompt) - 1 : -1].cpu().clone()  # a clone can be written to outside of inference mode
         processors = Processors(sampling.processors)
         for i in range(len(continuation) if processors else 0):
             scores, processors = processors(text[: len(prompt) + i], logits[i : i + 1], last=True)
@@ -129,8 +141,8 @@ def model_log_probs(model: PreTrainedModel, sampling: Sampling) -> LogProbs:
 def detectable(tokens: int, alpha: float, bets: int, power: float = 0.9) -> float:
     """Least total variation per token that `tokens` tokens show with probability `power`.
 
-    It is moved from one half of an order to the other: the density of U is 1 + 2 tv and 1 - 2 tv. The logarithm of the
-    best bet's wealth is then about normal, and its part in the mean wealth is 1 / `bets`.
+    The bias moves probability from one half of an order to the other: the density of U is 1 + 2 tv in one and 1 - 2 tv in the
+    other. The logarithm of the best bet's wealth is then about normal, and its share of the mean wealth is 1 / `bets`.
     """
     due, margin = math.log(bets / alpha), math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * power - 1)))
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
@@ -164,7 +176,7 @@ class _Bets:
     def take(self, ranks: Tensor) -> None:
         """Bet on one text, token after token. ranks: [order, token]."""
         shift = _shift(ranks)
-        before = torch.nn.functional.pad(shift, (1, 0))[:, :-1]  # nothing is known before the first token: no bet
+        before = torch.nn.functional.pad(shift, (1, 0))[:, :-1]  # 0, so no bet, before the first token
         values = torch.stack([shift, torch.cos(2 * math.pi * ranks), shift * before])  # [shape, order, token]
         gains = torch.log1p(values[..., None] * self.stakes).permute(2, 1, 0, 3)  # [token, order, shape, stake]
         course = self.wealth + gains.cumsum(0)
@@ -190,7 +202,7 @@ def _shift(ranks: Tensor) -> Tensor:
 
 
 def _texts(generate: Callable[[int], Iterable[tuple[Tensor, Tensor]]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Texts of one call after the other."""
+    """The texts of `generate(seed)`, `generate(seed + 1)`, ... without those that have no tokens."""
     while True:
         drawn = [(prompt, tokens) for prompt, tokens in generate(seed) if len(tokens)]
         if not drawn:

@@ -15,10 +15,10 @@ from specdec.coins import Coins, Purpose, RowCoins
 
 
 class ExactCoins(Coins):
-    """Coins that follow every outcome: each row of the batch replays one script of choices and notes its siblings.
+    """Coins that follow every outcome. Each row of the batch replays one script of choices and notes the other choices.
 
-    A coin is a uniform number whose interval narrows with every question asked of it, so a coin that is used twice is
-    followed as what it is, one number.
+    A coin is a uniform number in an interval, which narrows with every question that the coin answers. So a coin that is used
+    twice gives answers that agree.
     """
 
     enumerates = True
@@ -28,15 +28,15 @@ class ExactCoins(Coins):
         self.scripts = scripts
         self.probabilities = [Fraction(1)] * len(scripts)
         self.branches: list[list[int]] = []
-        self.ended = [False] * len(scripts)  # rows whose text is finished: their coins decide nothing any more
+        self.ended = [False] * len(scripts)  # rows whose texts have ended: their coins decide nothing
         self._place = [0] * len(scripts)
         self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
 
     def reseed(self, seed: int, first: int = 0) -> None:
-        self.turn_to(0)  # they follow every outcome, whatever the seed
+        self.turn_to(0)  # every outcome is followed, whatever the seed
 
     def turn_to(self, step: int) -> None:
-        self.step = step  # there is nothing to show
+        self.step = step
 
     def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
         """The outcome of one coin, by inverse CDF of `weights` in index order."""
@@ -104,7 +104,7 @@ def fractions(weights: np.ndarray) -> list[Fraction]:
 
 @lru_cache(maxsize=2**14)
 def _exact(weights: bytes) -> tuple[Fraction, ...]:
-    """Float64 weights normalised; kept, because all rows of a wave ask for the laws after the same few texts."""
+    """The exact law of float64 weights. Cached, because all rows of a batch ask for the laws after the same few texts."""
     exact = fractions(np.frombuffer(weights))
     total = sum(exact)
     return tuple(weight / total for weight in exact)

@@ -1,4 +1,4 @@
-"""The certificate of a drafter: that it keeps its contract with a target."""
+"""The certificate that a drafter keeps its contract with a target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specdec.testing.laws import exact_law, target_law
 from specdec.testing.tables import TabularTarget
 from specdec.tree import DraftTree, TreeSpec
 
-_MOST = 4  # tokens
+_MOST = 4  # largest vocabulary
 
 
 def assert_drafter(
@@ -39,18 +39,19 @@ def assert_drafter(
 
     >>> assert_drafter(MyDrafter(), specdec.testing.TabularTarget(3), [(0, 1, 0), (2, 1)])
 
-    The text's law is the target's, every coin followed: laws are recorded truthfully, and growth does not anticipate. Where
-    `TreeSpec.by_depth` is promised it is kept. The greedy text is the target's. A row's text does not depend on the other
-    rows. After any acceptance, and in a second run, drafts are those of a fresh start from the same text.
+    - The text's law is the target's, with every coin followed: laws are recorded truthfully, and growth does not anticipate.
+    - `TreeSpec.by_depth` is kept where it is promised.
+    - The greedy text is the target's, and a row's text does not depend on the other rows.
+    - After any acceptance, and in a second run, drafts are those of a fresh start from the same text.
 
     Args:
-        drafter: what is examined.
-        target: with a vocabulary of two to four tokens, and in float64 if it is a model.
+        drafter: the drafter to examine.
+        target: a target with a vocabulary of two to four tokens; if it is a model, in float64.
         prompts: at least two, of different lengths; the first is enumerated.
-        samplings: under which the law is enumerated.
-        max_new_tokens: how far it is enumerated.
+        samplings: the law is enumerated under each.
+        max_new_tokens: new tokens of the enumerated texts.
         horizon: new tokens of the greedy and the batched runs.
-        tolerance: largest total variation; what float64 logits of one text differ between shapes of a batch.
+        tolerance: largest total variation: float64 logits of one text differ by that much between shapes of a batch.
     """
     check_kind("drafter", drafter, Drafter)
     horizon, tolerance = as_int("horizon", horizon, 1), as_float("tolerance", tolerance, "[0, 1]")
@@ -77,7 +78,7 @@ def assert_drafter(
             assert_by_depth(drafter, noting.drafts)
         options = {"sampling": sampling, "max_new_tokens": horizon, "stop_tokens": ()}
         together = generate(target, texts, drafter, **options).tokens
-        for row, text in enumerate(texts):  # in the same place among other neighbours, for coins belong to the place
+        for row, text in enumerate(texts):  # the same row with other neighbours, as coins belong to the row
             among_its_like = generate(target, [text] * len(texts), drafter, **options).tokens[row]
             assert torch.equal(among_its_like, together[row]), (
                 f"{drafter}: the text of a row depends on the other rows, under {sampling}."
@@ -98,9 +99,7 @@ def _check_target(target: PreTrainedModel | TabularTarget) -> None:
 
 
 def assert_by_depth(drafter: Drafter, drafts: list[_Draft]) -> None:
-    """Raise AssertionError unless, of all trees drafted after a text, those with the same nodes above a depth have the same
-    ones at it: what `TreeSpec.by_depth` promises.
-    """
+    """Raise AssertionError unless trees after one text that agree above a depth have the same nodes at that depth."""
     known: dict[tuple, list] = {}
     for draft in drafts:
         for depth in range(1, 1 + max(draft.depths, default=0)):
@@ -114,7 +113,7 @@ def assert_by_depth(drafter: Drafter, drafts: list[_Draft]) -> None:
 
 
 def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: list[Tensor], horizon: int) -> None:
-    """Greedy, no coin is drawn: the same text must lead to the same draft, whatever came before."""
+    """Raise AssertionError unless the same text always leads to the same draft. Greedy, so that no coin is flipped."""
     for text in texts:
         noting = Noting(drafter)
         options: dict[str, Any] = {"max_new_tokens": horizon, "stop_tokens": ()}
@@ -133,7 +132,7 @@ def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: li
 class _Draft:
     """What was drafted for one row, node by node."""
 
-    text: tuple[int, ...]  # so far
+    text: tuple[int, ...]  # the text before the draft
     tokens: list[int]
     parents: list[int]
     laws: list[int]
@@ -145,7 +144,7 @@ class _Draft:
 
     @property
     def depths(self) -> list[int]:
-        """Of each node; -1 where there is none."""
+        """The depth of each node; -1 for nodes that do not exist."""
         depths: list[int] = []
         for parent, law in zip(self.parents, self.laws, strict=True):
             above = depths[parent] if depths else -1
@@ -154,7 +153,7 @@ class _Draft:
 
 
 class Noting(Drafter):
-    """Another drafter, and what its runs drafted for every row, in `drafts`."""
+    """Wraps a drafter and notes in `drafts` what its runs draft for every row."""
 
     def __init__(self, drafter: Drafter):
         self.drafter, self.states, self.models = drafter, drafter.states, drafter.models

@@ -1,11 +1,11 @@
 """The certificate of batched code: the law that `Rule.decide_batch` emits at a node, found from its decisions alone.
 
-A decision changes with a coin only at thresholds. So the law that a rule emits after a root with drawn children is known once
-its thresholds are: for every draft that can be drawn, the coin at which each child stops being accepted and, once all are
+A decision changes with a coin only at thresholds. So the law emitted after a root with drawn children is known once the
+thresholds are: for every draft that can be drawn, the coin at which each child stops being accepted and, once all are
 rejected, the coins at which the emitted token changes. They are found by bisection of the code that users run, in its own
-arithmetic, and the law is compared with the exact one of the logits as they are given in their dtype.
+arithmetic. The law is then compared with the exact law of the logits as they are given, in their dtype.
 
-`specdec.testing.assert_fast_path(MyRule())` does it on laws that are hard for floating point.
+`specdec.testing.assert_fast_path(MyRule())` does this on laws that are hard for floating point.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from specdec.sampling import Sampling
 from specdec.target_law import LogitsLaw, TargetLaw
 from specdec.tree import DraftTree, Topology, TreeSpec
 
-# How far the emitted law may be from the target's, in total variation and per token of the vocabulary: four roundings.
-# Logits of 16 bits are worked on in 32.
+# Most total variation between the emitted law and the target's, per token of the vocabulary: four roundings. Logits of 16 bits
+# are computed with in 32.
 ROUNDINGS = {torch.float64: 4 * 2.0**-53, torch.float32: 4 * 2.0**-24, torch.bfloat16: 4 * 2.0**-24}
 RESOLUTION = 1e-8  # total variation that bisection leaves unknown at each child, and at the emission
 NEVER = 1e-13  # drafts and turns less likely than this are left out
-SURE = 1 - 2.0**-53  # the largest coin there is: a child that it does not reject is always accepted
-LEAST_COIN = 2.0**-53  # the least above 0, which accepts at any chance that has not underflowed
-_ROWS = 2**13  # decided at once
+SURE = 1 - 2.0**-53  # the largest coin: a child that it does not reject is always accepted
+LEAST_COIN = 2.0**-53  # the smallest coin above 0: it accepts at any chance that has not underflowed
+_ROWS = 2**13  # rows that are decided at once
 
 
 @dataclass(frozen=True, eq=False)
 class Nodes:
-    """Roots with children that were drawn after them: cases of the certificate which are decided together.
+    """Roots with children: cases of the certificate that are decided together.
 
     Args:
         names: what is hard about each.
-        logits: [node, vocab] of the target, in the dtype that it gives them in.
-        weights: [node, vocab] that children are drawn by, perhaps not normalised, in the dtype that a draft gives them in.
+        logits: [node, vocab]: the target's logits, in their own dtype.
+        weights: [node, vocab]: the weights that children are drawn by, normalised or not, in the draft's own dtype.
         law: how children are drawn.
-        width: how many, at most.
-        sampling: from logits to laws; temperature and top-k.
+        width: how many children, at most.
+        sampling: the settings that turn logits into laws.
     """
 
     names: tuple[str, ...]
@@ -61,7 +61,7 @@ class Nodes:
 
     @property
     def spec(self) -> TreeSpec:
-        """What trees these are, for `Rule.check`."""
+        """The spec of these trees, for `Rule.check`."""
         return TreeSpec(frozenset({self.law}), 1 + self.width, 1, self.width, by_depth=True)
 
     @property
@@ -70,7 +70,7 @@ class Nodes:
         return ROUNDINGS[self.logits.dtype] * self.logits.shape[1] + (1 + self.width) * RESOLUTION
 
     def exact(self) -> np.ndarray:
-        """[node, vocab] float64: the target's laws, as exact as float64 is. Filters cut by the logits as they are."""
+        """[node, vocab] float64: the target's laws, as exact as float64 is. Filters compare the logits themselves."""
         return np.stack([_exact(logits, self.sampling) for logits in self.logits.double().numpy()])
 
     def drafts(self) -> list[tuple[int, float, tuple[int, ...]]]:
@@ -91,7 +91,7 @@ def _exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if top_k is not None:
         law[logits < ranked[:top_k][-1]] = 0
     if top_p is not None:
-        mass = np.array([law[logits >= least].sum() for least in ranked])  # of each and all that are as likely
+        mass = np.array([law[logits >= least].sum() for least in ranked])  # of all tokens at least as likely as each
         law[logits < ranked[np.argmax(mass >= top_p * law.sum())]] = 0
     if min_p is not None:
         law[logits < ranked[0] + temperature * np.log(min_p)] = 0
@@ -103,14 +103,14 @@ class Thresholds:
     """Coins at which decisions change, all [threshold]: of a child when all before it are rejected, or of the emission."""
 
     draft: Tensor  # int64
-    child: Tensor  # int64; the width stands for the emission
+    child: Tensor  # int64: the child that the coin decides on; the width stands for the emission
     coin: Tensor  # float64
     share: Tensor  # float64: how much of a node's law the coin decides
 
     def coins(self, width: int, by: float | Tensor = 0.0, others: float = SURE) -> tuple[Tensor, Tensor]:
-        """Coins [threshold, width] of the children and [threshold] of the emission that lie there, or `by` so much above.
+        """Coins of the children [threshold, width] and of the emission [threshold] at the thresholds, plus `by`.
 
-        The coins of `others` are what rejects every child that is not nearly certain.
+        All other children get the coin `others`, which rejects every child that is not nearly certain.
         """
         coin = (self.coin + by).clamp(LEAST_COIN, SURE)
         accept = torch.full((len(coin), width + 1), others, dtype=torch.float64)
@@ -119,11 +119,12 @@ class Thresholds:
 
 
 def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Thresholds]:
-    """The laws [node, vocab] float64 that `rule.decide_batch` emits, by bisection of its decisions, and where those change."""
+    """The laws [node, vocab] float64 that `rule.decide_batch` emits, and the thresholds, by bisection of its decisions."""
     decisions, laws = FastDecisions(rule, nodes), torch.zeros(nodes.logits.shape, dtype=torch.float64)
     owner, share, tokens, found = decisions.owner, decisions.chances.clone(), decisions.tokens, []
     index, vocab = torch.arange(len(owner)), nodes.logits.shape[1]
-    for child in range(nodes.width):  # `share` [draft]: that it is drawn, and all children before this one are rejected
+    # share: [draft]: the chance that a draft is drawn and all children before the current one are rejected
+    for child in range(nodes.width):
         live = index[(tokens[:, child] >= 0) & (share > NEVER)]
         coin = bisect(
             lambda rows, coin, live=live, child=child: decisions.accepts(live[rows], child, coin), share[live]
@@ -141,11 +142,11 @@ def emitted_laws(rule: Rule, nodes: Nodes) -> tuple[Tensor, Thresholds]:
 
 
 def bisect(holds: Callable[[Tensor, Tensor], Tensor], share: Tensor) -> Tensor:
-    """[row] float64: the coin in [0, 1] up to which `holds` is true, known to RESOLUTION for all rows together.
+    """[row] float64: the coin in [0, 1] up to which `holds` is true, to within RESOLUTION for all rows together.
 
     Args:
-        holds: (rows [n] int64, coins [n] float64) -> [n] bool: true below a coin of each row's own and false above.
-        share: [row] float64, how much of the law depends on it.
+        holds: (rows [n] int64, coins [n] float64) -> [n] bool: true below some coin of each row, and false above it.
+        share: [row] float64: how much of the law depends on the row's coin.
     """
     low, high = torch.zeros_like(share), torch.ones_like(share)
     width = RESOLUTION / (share * len(share))
@@ -159,25 +160,25 @@ def bisect(holds: Callable[[Tensor, Tensor], Tensor], share: Tensor) -> Tensor:
 
 
 class FastDecisions:
-    """The batched code on every draft, with coins of our choice."""
+    """The decisions of batched code on every draft, with coins of our choice."""
 
     def __init__(self, rule: Rule, nodes: Nodes):
         drafts = nodes.drafts()
         self.rule, self.nodes = rule, nodes
-        self.owner = torch.tensor([node for node, _, _ in drafts])  # [draft] int64: of which node it is
+        self.owner = torch.tensor([node for node, _, _ in drafts])  # [draft] int64: the node that it is drafted for
         self.chances = torch.tensor([chance for _, chance, _ in drafts], dtype=torch.float64)  # [draft]
         # [draft, width] int64, -1 where there is no such child
         self.tokens = torch.tensor([[*each, *[-1] * (nodes.width - len(each))] for _, _, each in drafts])
 
     def accepts(self, drafts: Tensor, child: int, coin: Tensor) -> Tensor:
-        """[row] bool: whether these drafts' `child` is accepted with a `coin` [row], when no other is unless it is certain."""
+        """[row] bool: whether `child` of these drafts is accepted with `coin` [row], and no other unless it is certain."""
         accept = torch.full((len(drafts), self.nodes.width), SURE, dtype=torch.float64)
         accept[:, child] = coin
         node, _ = self(drafts, accept, torch.zeros_like(coin))
         return node == child + 1
 
     def emits(self, drafts: Tensor, coin: Tensor) -> Tensor:
-        """[row] int64: the token emitted when all children are rejected, with a `coin` [row]."""
+        """[row] int64: the token emitted with `coin` [row] when all children are rejected."""
         accept = torch.full((len(drafts), self.nodes.width), SURE, dtype=torch.float64)
         return self(drafts, accept, coin)[1]
 
@@ -191,10 +192,10 @@ class FastDecisions:
         return torch.where(made.accepted > 0, pad(made.path, (0, 1))[:, 1], 0), made.token
 
     def inputs(self, drafts: Tensor, accept: Tensor, emit: Tensor) -> tuple[DraftTree, TargetLaw, Coins]:
-        """What the rule is given."""
+        """The arguments of the rule, for drafts [row] with coins `accept` [row, width] and `emit` [row]."""
         nodes, rows, width = self.nodes, len(drafts), self.nodes.width
         owner, children = self.owner[drafts], self.tokens[drafts]
-        # as `specdec.trees.draw` has it: where the top tokens are the whole support, nothing was sampled
+        # As in `specdec.trees.draw`: where the top tokens are the whole support, nothing was sampled.
         whole = (children[:, -1:] < 0) & (not is_random(nodes.law, width - 1))
         root = torch.where(whole, Law.POINT, nodes.law)
         laws = torch.cat([root, torch.where(children >= 0, Law.POINT, Law.PADDING)], 1)
@@ -219,7 +220,7 @@ class GivenCoins(Coins):
 
 
 class NaNWatch(TorchDispatchMode):
-    """Notes in `found` whether an operation gave NaN: none may decide anything, so none may come up."""
+    """Notes in `found` whether an operation gave NaN, which must never come up, as it could decide something."""
 
     found = False
 
@@ -232,10 +233,10 @@ class NaNWatch(TorchDispatchMode):
 
 
 def measured(rule: Rule, nodes: Nodes) -> list[dict[str, Any]]:
-    """One row for each of the nodes.
+    """The certificate's figures, one dict for each node.
 
-    `total_variation` of the law that is emitted from the exact one, the `bound` that it has to meet, and `nan`: whether some
-    operation of the batched code gave NaN at coins where its decisions change.
+    `total_variation` between the emitted law and the exact one, its `bound`, and `nan`: whether an operation of the batched
+    code gave NaN at coins where its decisions change.
     """
     rule.check(nodes.spec)
     laws, thresholds = emitted_laws(rule, nodes)

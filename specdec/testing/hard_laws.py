@@ -1,4 +1,4 @@
-"""Laws on which floating point goes wrong: what the certificate of batched code is run on."""
+"""Laws that are hard for floating point, for the certificate of batched code."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def _random(vocab: int, seed: int) -> Tensor:
 
 
 def _peaked(vocab: int, gap: float, at: int) -> Tensor:
-    """Logits: one token `gap` above the others, which differ a little."""
+    """[vocab] logits: one token is `gap` above the largest of the others, which differ a little."""
     logits = _random(vocab, 3) * 0.3
     logits[at] = logits.max() + gap
     return logits
 
 
 def _cases(vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, target's logits [vocab], draft's logits [vocab]), after the temperature."""
+    """(name, target's logits [vocab], draft's logits [vocab]), divided by the temperature already."""
     flat, one, other = torch.zeros(vocab, dtype=torch.float64), _random(vocab, 1), _random(vocab, 2)
     half = torch.arange(vocab) < vocab // 2
     stairs, near = -30.0 * torch.arange(vocab), 1e-17 * torch.arange(vocab, dtype=torch.float64)
-    near[0] = 0.5  # so far above the others that their differences are less than its rounding
+    near[0] = 0.5  # so large that the others' differences are below its rounding
     yield "two random laws", one, other
     yield "target and draft agree", one, one
     yield "target and draft nearly agree", one, one + 1e-4 * other

@@ -1,4 +1,4 @@
-"""The exact law of a generated text, by following every coin of the real loop, and the target's own."""
+"""The exact law of a generated text, by following every coin of the real loop, and the law of the target by itself."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ _WAVE = 512  # rows enumerated in one batch
 
 @dataclass(frozen=True)
 class ExactLaw:
-    """The law of a generated text."""
+    """The law of a generated text.
+
+    Args:
+        probabilities: the probability of each text.
+        expected_tokens: the expected number of tokens that the first step emits.
+        paths: how many outcomes of all coins were followed.
+    """
 
     probabilities: dict[Text, Fraction]
-    expected_tokens: float  # tokens emitted by the first step
-    paths: int  # outcomes of all coins that were followed
+    expected_tokens: float
+    paths: int
 
     def total_variation(self, other: dict[Text, Fraction]) -> Fraction:
-        """Half the summed absolute difference: 0 when the laws are the same, 1 when they exclude each other."""
+        """Half the sum of absolute differences: 0 if the laws are equal, 1 if no text is possible under both."""
         texts = self.probabilities.keys() | other.keys()
         return (
             sum((abs(self.probabilities.get(t, Fraction(0)) - other.get(t, Fraction(0))) for t in texts), Fraction(0))
@@ -58,8 +64,8 @@ def exact_law(
     Args:
         target, drafter, rule, sampling, max_new_tokens, stop_tokens: as for `generate`; small vocabularies only.
         prompt: token ids.
-        merge: start anew from each committed text, so that equal texts are followed once. False follows whole runs,
-            which takes far longer and also sees state that leaks from step to step.
+        merge: begin a new run from each committed text, so that equal texts are followed once. False follows whole runs,
+            which takes far longer, and also finds state that leaks from step to step.
     """
     rule = SiblingRejection() if rule is None else rule
     sampling = Sampling(temperature=1.0) if sampling is None else sampling
@@ -87,7 +93,7 @@ def _enumerate(
 ) -> Iterable[tuple[Text, bool, Fraction]]:
     """(tokens, ended, probability) of every outcome of one step, or of the whole run."""
     queue: list[list[int]] = [[]]
-    # over several steps a row's drafts may be deeper for the sake of other rows
+    # Over several steps, a row's drafts may be deeper because other rows have larger budgets.
     wave = _WAVE if one_step and (drafter is None or drafter.spec(sampling).by_row) else 1
     while queue:
         scripts, queue = queue[:wave], queue[wave:]
@@ -117,7 +123,7 @@ def target_law(
     max_new_tokens: int = 3,
     stop_tokens: Sequence[int] = (),
 ) -> dict[Text, Fraction]:
-    """The law that the target has by itself: the product of its laws after every prefix, without the loop."""
+    """The law of the target by itself: the product of its laws after every prefix, without the loop."""
     sampling = Sampling(temperature=1.0) if sampling is None else sampling
     check_kind("target", target, (PreTrainedModel, TabularTarget), "pass a transformers model or a TabularTarget")
     check_kind("sampling", sampling, Sampling)
@@ -125,7 +131,7 @@ def target_law(
     prompt, max_new_tokens = as_ints("prompt", prompt, 0), as_int("max_new_tokens", max_new_tokens, 1)
     stop_tokens = as_stop_tokens(stop_tokens, None, vocab)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
-    # with what the processors are before the call for this text
+    # from a text to its probability, and the processors before they are called for it
     open_texts: dict[Text, tuple[Fraction, Processors]] = {(): (Fraction(1), Processors(sampling.processors))}
     while open_texts:
         text, (mass, processors) = open_texts.popitem()

@@ -1,4 +1,4 @@
-"""The certificate of a rule: exact on every combination of a standard battery."""
+"""Certificates of a rule: that it is exact on every combination of a standard battery, and that its batched code is right."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def assert_lossless(
 
 
 def assert_fast_path(rule: Rule) -> None:
-    """Raise AssertionError unless what `rule.decide_batch` emits after a root and its children has the target's law.
+    """Raise AssertionError unless the tokens that `rule.decide_batch` emits after a root have the target's law.
 
-    It is found from the decisions of the batched code in float32, on laws that are hard for floating point: see
-    `specdec.testing.fast_paths`. For a rule that overrides `decide_batch`; `assert_lossless` is about `decide`.
+    The emitted law is found from the decisions of the batched code in float32, on laws that are hard for floating point: see
+    `specdec.testing.fast_paths`. For rules that override `decide_batch`; `assert_lossless` checks `decide`.
     """
     name, refusal, admitted = type(rule).__name__, None, 0
     assert rule.lossless, f"{name} does not claim to be lossless (`lossless` is False), so there is nothing to assert."
@@ -88,9 +88,9 @@ def assert_fast_path(rule: Rule) -> None:
 def _battery(vocab: int, drafters: Sequence[Drafter] | None) -> Iterable[tuple[int, Sampling, Drafter]]:
     """(seed of the target, sampling, drafter)."""
     wide = [Chain(2), *(Widths((2, 1), law) for law in SAMPLED)]
-    deep = [Chain(3), *(Widths((1, 2), law) for law in SAMPLED)]  # siblings below a node that may not be reached
-    # Seeds are chosen: a wrong residual inside a block shows only where the target's law, times a chance of acceptance
-    # below 1, still exceeds the draft's somewhere. On many tables (target 0, draft 1 among them) it nowhere does.
+    deep = [Chain(3), *(Widths((1, 2), law) for law in SAMPLED)]  # siblings below a node that may be rejected
+    # Not every seed will do. A wrong residual inside a block shows only where the target's law, times a chance of acceptance
+    # below 1, still exceeds the draft's. On many tables (target 0 with draft 1, for instance) it never does.
     for seed, sampling, trees in (
         (8, Sampling(0.7), deep),
         (2, Sampling(1.0), wide),

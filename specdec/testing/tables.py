@@ -1,4 +1,4 @@
-"""Targets and drafters that are tables: a random law for every text, small enough to enumerate."""
+"""Targets and drafters that are tables of random laws, small enough to enumerate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = tuple[int, ...]
 
 
 class Table:
-    """A random law for every text: context-dependent logits [vocab] float64, a function of (seed, text)."""
+    """A random law for every text: logits [vocab] float64 that are a function of (seed, text)."""
 
     def __init__(self, vocab: int, seed: int = 0):
         self.vocab, self.seed = as_int("vocab", vocab, 1), as_int("seed", seed, 0)
@@ -68,7 +68,7 @@ class TabularDraftRun(TreeDraftRun):
     def score(self, frontier: Frontier) -> Tensor:
         count = frontier.tokens.shape[1]
         before = self._tokens if frontier.topology.depth else frontier.tokens[:, :0]
-        self._tokens = torch.cat([before, frontier.tokens], 1)  # [batch, asked]: of all nodes asked for in this tree
+        self._tokens = torch.cat([before, frontier.tokens], 1)  # [batch, asked]: all nodes asked for in this tree
         texts = _paths(self.batch.texts, self._tokens, frontier.topology.ancestors)
         logits = self.drafter.table.logits
         return torch.stack([torch.stack([logits(text) for text in row[-count:]]) for row in texts])

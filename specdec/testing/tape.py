@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tape:
-    """A captured stage of a step: a replay carries out its operations again, in the same memory, without its Python.
+    """A captured stage of a step. A replay carries out its operations again, in the same memory, without its Python.
 
     >>> engine = specdec.Graphs(capture=specdec.testing.Tape)
     >>> specdec.generate(target, prompts, drafter, engine=engine)  # the text is that of engine="eager"
 
     With it, tests on a CPU find what a CUDA graph would not repeat: a tensor that a later step does not fill where the
-    graph reads it, or a number that the host has worked out once. As with CUDA graphs, capturing changes nothing: what the
-    stage has written to is put back, and only a replay leaves results. It is slower than running the stage as it stands.
+    graph reads it, or a number that the host has computed once. As with CUDA graphs, capturing changes nothing: memory that
+    the stage has written to is restored, and only a replay leaves results. It is slower than calling the stage.
 
     Args:
         stage: a function without arguments; it is called once.
@@ -41,7 +41,7 @@ class Tape:
         for func, args, kwargs, out in self._operations:
             inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
             for old, new in zip(_tensors(out), _tensors(func(*args, **kwargs)), strict=True):
-                # views and inputs that were written to are in their place already
+                # Views, and inputs that were written to, are in place already.
                 if new.untyped_storage().data_ptr() not in inputs:
                     old.copy_(new)
 

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from specdec.checks import as_int, as_ints, brief
 from specdec.laws import Law, as_law, excludes_elders, is_random
 
-_STEP = 0.1  # of the double exponential quadrature: its error is below 1e-12
-_DECAY = 40.0  # exp(-40) < 1e-17: where integrands are cut off
+_STEP = 0.1  # step of the double exponential quadrature, whose error is below 1e-12
+_DECAY = 40.0  # integrands are cut off where they fall below exp(-40) < 1e-17
 
 
 def one_step_ceiling(
@@ -21,8 +21,8 @@ def one_step_ceiling(
 
     A verifier couples the children with a token of law p, and accepts when that token is one of them. By max-flow =
     min-cut the best coupling does so with probability min over sets H of tokens of 1 + p(H) - Pr[all children in H]
-    (optimal transport: Sun et al., arXiv:2310.15141; its dual: Hu et al., arXiv:2502.18779). H has to hold the points, `top`,
-    or Pr is 0. With r the draft's law q outside of them, the minimum over the rest of H has a closed form:
+    (optimal transport: Sun et al., arXiv:2310.15141; its dual: Hu et al., arXiv:2502.18779). H must hold the points `top`,
+    or Pr is 0. With r the draft's law q outside of the points, the minimum over the rest of H has a closed form:
 
     - independent draws (IID, and SAMPLED_THEN_TOP with its one draw): Pr = r(H)^count is convex in r(H): against its tangent
       at the best H, a set {p < c r} is as good. So H may be sought among the prefixes of the tokens sorted by p / r:

@@ -19,9 +19,14 @@ from specdec.tree import chain
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Measured times of a forward pass; straight lines between the measurements."""
+    """Measured times of a forward pass, interpolated linearly.
 
-    nodes: Sequence[int]  # increasing
+    Args:
+        nodes: sizes of trees, increasing.
+        seconds: the time of a pass for each size.
+    """
+
+    nodes: Sequence[int]
     seconds: Sequence[float]
 
     def __post_init__(self) -> None:
@@ -46,11 +51,17 @@ class CostCurve:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step costs, in seconds."""
+    """What a step costs, in seconds.
 
-    verify: CostCurve  # the target's forward pass, by nodes of the tree
-    draft: CostCurve | None = None  # the draft model's, by nodes of a level; None if drafting is free
-    other: CostCurve | None = None  # the loop's own time, by nodes of the tree; None if it is not counted
+    Args:
+        verify: the target's forward pass, by nodes of the tree.
+        draft: the draft model's forward pass, by nodes of a level; None if drafting is free.
+        other: the loop's own time, by nodes of the tree; None if it is not counted.
+    """
+
+    verify: CostCurve
+    draft: CostCurve | None = None
+    other: CostCurve | None = None
 
     def __post_init__(self) -> None:
         for name in ("verify", "draft", "other"):
@@ -59,7 +70,7 @@ class Costs:
                 check_callable(name, curve, "pass a CostCurve, as measure_costs(target, draft) makes them")
 
     def step(self, parents: Sequence[int]) -> float:
-        """Draft the tree level by level (each level with children is one forward pass), verify it at once."""
+        """Seconds to draft the tree level by level (one forward pass for each level with children) and to verify it."""
         parents = as_parents(parents)
         depth, levels = [0], {}
         for parent in parents[1:]:
@@ -102,7 +113,7 @@ def measure_costs(
 
 
 def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Callable[[int], float]:
-    """(nodes) -> seconds of one forward pass of a chain of that many after `context` tokens."""
+    """A function from a number of nodes to the seconds of one forward pass of such a chain after `context` tokens."""
     lm = CausalLM(model)
     tokens = torch.arange(context + most, device=lm.device).remainder(lm.vocab).expand(batch, -1)
     with torch.inference_mode():
@@ -121,7 +132,7 @@ def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Cal
 
 
 def predicted_speed_up(acceptance_length: float, parents: Sequence[int], costs: Costs) -> float:
-    """Over drafting nothing: acceptance length x t(1) / t(step). What is measured falls short of it by the loop's own time."""
+    """Acceptance length x t(1) / t(step), over decoding without a draft. The loop's own time counts by `costs.other` only."""
     acceptance_length = as_float("acceptance_length", acceptance_length, "[0, inf)")
     check_kind("costs", costs, Costs, "measure them: specdec.theory.measure_costs(target, draft)")
     return acceptance_length * costs.step([-1]) / costs.step(parents)

@@ -9,21 +9,21 @@ import numpy as np
 from specdec.laws import Law, child_weights, excludes_elders, normalised
 from specdec.rules.base import Rule
 
-_DRAWS = 64  # of the earlier siblings, where the law of a child depends on them
+_DRAWS = 64  # samples of the earlier siblings, where the law of a child depends on them
 
 
 def divergence(
     rule: Rule, p: np.ndarray, law: Law, q: np.ndarray | None = None, *, count: int, top: Sequence[int] = ()
 ) -> float | None:
-    """Total variation of the law of the token that `rule` puts after a node from the target's law there.
+    """Total variation between the law of the token that `rule` puts after a node and the target's law there.
 
-    The law is over the draws of the node's children and the rule's own coins, given that the node was accepted. It is
-    exact for all draft laws but WITHOUT_REPLACEMENT with several children, where the earlier siblings' tokens are
-    averaged over 64 draws. The children are taken in the order they are drawn: where `TypicalAcceptance` prefers a
-    later sibling because more was accepted below it, that is left out.
+    The rule's law is over the draws of the node's children and the rule's own coins, given that the node was accepted. It
+    is exact for all draft laws but WITHOUT_REPLACEMENT with several children, where the earlier siblings' tokens are
+    averaged over 64 draws. The children are taken in the order they are drawn: it is left out that `TypicalAcceptance`
+    prefers a later sibling if more was accepted below it.
 
     Args:
-        rule: 0 is returned for lossless ones, None for others without a `trial`.
+        rule: the result is 0 for lossless rules, and None for others without a `trial`.
         p: [vocab] the target's law at the node.
         law: how the children are drawn.
         q: [vocab] weights of the draft's law at the node; not needed for POINT.
@@ -41,9 +41,9 @@ def divergence(
 
 
 def _emitted(rule: Rule, p: np.ndarray, law: Law, q, count: int, top: Sequence[int], random) -> np.ndarray:
-    """[vocab]: the law of the next token, given the earlier siblings where they were drawn here."""
+    """[vocab]: the law of the next token, given one draw of the earlier siblings where laws depend on them."""
     emitted, unmet, owed = np.zeros_like(p), 1.0, p  # unmet: chance that no child so far was accepted
-    # tokens that are not known yet are 0: no child's law depends on them
+    # Tokens that are not known yet stand as 0: no child's law depends on them.
     tokens = [0] * (count - len(top)) + list(top)
     weights = np.zeros_like(p) if q is None else np.array(q, dtype=np.float64)
     for slot in range(count):

@@ -1,4 +1,4 @@
-"""How much of a chain the best verifier accepts, on toy models: all texts are enumerated."""
+"""How much of a chain the best verifier accepts, for toy models, by enumerating all texts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import ArrayLike
 from specdec.checks import as_int, as_ints, check_callable
 from specdec.theory.ceilings import normalised
 
-TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # the law [vocab] of the token after a text
+TextLaw = Callable[[tuple[int, ...]], ArrayLike]  # from a text to the law [vocab] of its next token
 _CURE = "pass a function from a text to the law of its next token"
 
 
 def chain_optimum(target: TextLaw, draft: TextLaw, depth: int, prompt: Sequence[int] = ()) -> float:
     """The largest expected acceptance length of any lossless verifier of one drafted path: that of block verification.
 
-    A path that ends at its i-th token is accepted as a whole with probability reach_i = min(1, reach_i-1 p / q), and
-    drafting on does not change the law of what was accepted: so at least i tokens are with probability E reach_i. Sun et
-    al., arXiv:2403.10444, show that this is optimal. Enumerates vocab ** depth texts.
+    A path that ends at its i-th token is accepted as a whole with probability reach_i = min(1, reach_i-1 p / q). Drafting on
+    does not change the law of what was accepted, so at least i tokens are accepted with probability E reach_i. Sun et al.,
+    arXiv:2403.10444, show that this is optimal. Enumerates vocab ** depth texts.
 
     Args:
         target, draft: laws after any text.

@@ -16,8 +16,8 @@ def expected_length(parents: Sequence[int], acceptance: Sequence[Sequence[float]
     """The expected acceptance length of a tree: the sum over its nodes of the chance that the path to them is accepted.
 
     Args:
-        parents: [node] of every node, -1 for the root; parents precede children, siblings in the order they are drawn.
-        acceptance: [depth][slot], as from `positional_acceptance`, taken to be independent from depth to depth.
+        parents: the parent of every node, -1 for the root; parents come first, siblings in the order they are drawn.
+        acceptance: [depth][slot], as from `positional_acceptance`. Depths are taken to be independent.
     """
     parents, acceptance = as_parents(parents), _levels(acceptance)
     depth, chance, children = [0], [1.0], [0] * len(parents)
@@ -38,7 +38,7 @@ def chain_speed_ups(rates: Sequence[float], costs: Costs) -> list[float]:
     """The predicted speed-ups of chains of 0, 1, ... drafted tokens.
 
     Args:
-        rates: acceptance rate by depth, as in `Trace.summary`. No longer chain is considered.
+        rates: acceptance rate by depth, as in `Trace.summary`. Longer chains are not considered.
     """
     rates = _rates("rates", rates)
     chains = [list(range(-1, length)) for length in range(len(rates) + 1)]
@@ -46,19 +46,19 @@ def chain_speed_ups(rates: Sequence[float], costs: Costs) -> list[float]:
 
 
 def best_chain_length(rates: Sequence[float], costs: Costs) -> int:
-    """The number of drafted tokens with the largest of the `chain_speed_ups`; 0: drafting does not pay."""
+    """The number of drafted tokens with the largest predicted speed-up; 0 if drafting does not pay."""
     return int(np.argmax(chain_speed_ups(rates, costs)))
 
 
 def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 32) -> list[int]:
     """The parents of the tree with the largest predicted speed-up, the root alone if drafting does not pay.
 
-    For every depth and number of nodes the longest expected acceptance (by dynamic programming as in Sequoia,
-    arXiv:2402.12374, here with acceptance by depth), and of those trees the fastest by the measured times.
+    Dynamic programming as in Sequoia (arXiv:2402.12374, here with acceptance by depth) finds the tree of longest expected
+    acceptance for every depth and number of nodes. The fastest of these by the measured times is returned.
 
     Args:
-        acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
-        nodes: the most nodes, the root included.
+        acceptance: [depth][slot], as from `positional_acceptance`. Deeper or wider trees are not considered.
+        nodes: most nodes, the root included.
     """
     acceptance, nodes = _levels(acceptance), as_int("nodes", nodes, 1)
     depths = range(len(acceptance) + 1)
@@ -70,8 +70,8 @@ def longest_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> list[int]
     """The parents of the tree of so many nodes with the longest expected acceptance, whatever they cost.
 
     Args:
-        acceptance: [depth][slot], as from `positional_acceptance`. No deeper or wider tree is considered.
-        nodes: the root included.
+        acceptance: [depth][slot], as from `positional_acceptance`. Deeper or wider trees are not considered.
+        nodes: how many, the root included.
     """
     return _longest(_levels(acceptance), as_int("nodes", nodes, 1))[-1]
 
@@ -83,17 +83,17 @@ def _rates(name: str, rates: Any) -> tuple[float, ...]:
 
 
 def _levels(acceptance: Any) -> tuple[tuple[float, ...], ...]:
-    """The same by depth and slot."""
+    """Chances by depth and slot, each from 0 to 1."""
     given = as_tuple("acceptance", acceptance, "levels, as from positional_acceptance(trace)")
     return tuple(_rates(f"acceptance[{depth}]", level) for depth, level in enumerate(given))
 
 
 def _longest(acceptance: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:
-    """For up to `nodes` nodes each, the parents of the tree of largest expected acceptance length."""
+    """The parents of the tree with the longest expected acceptance, for 1, 2, ..., `nodes` nodes."""
 
     @cache
     def best(depth: int, slot: int, left: int) -> tuple[float, int]:
-        """What `left` nodes are worth as children from `slot` on, with all below; how many go to the first of them."""
+        """The most that `left` nodes add from `slot` on, with all below; and how many of them go to that child's subtree."""
         if depth == len(acceptance) or slot == len(acceptance[depth]):
             return 0.0, 0
         chance = acceptance[depth][slot]

@@ -18,15 +18,15 @@ from specdec.tree import DraftTree, Topology, TreeSpec
 
 
 class Packed(NamedTuple):
-    """A tensor, exactly: every entry, or the nonzero ones with their places where that takes less."""
+    """A tensor without loss: every entry or, if that takes less memory, the nonzero ones and their places."""
 
     shape: tuple[int, ...]
-    values: Tensor
-    where: Tensor | None  # of the values, in the flattened tensor: int32 while that suffices
+    values: Tensor  # [n]: the entries that are kept
+    where: Tensor | None  # [n] int32 or int64: their places in the flattened tensor; None if all entries are kept
 
     @classmethod
     def of(cls, tensor: Tensor) -> Packed:
-        """On the CPU, and no view of anything."""
+        """Pack a copy of the tensor, on the CPU."""
         flat = tensor.flatten()
         places = flat.nonzero()[:, 0]
         places = places.to(torch.int32 if len(flat) < 2**31 else torch.int64)
@@ -41,26 +41,36 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One step of a run, by itself: records of several runs can be put into one trace.
+    """All that one step was decided on. A record needs no other, so a trace may hold records of several runs.
 
     Laws are kept as the rule saw them, the target's at every node: 4 bytes x vocab x nodes for every row and step (twice
     that with sampled draft laws at every node), or 8 bytes for each possible token under top-k, top-p and greedy decoding.
+
+    Args:
+        seed, first_index, step: what the coins follow from, with the row.
+        spec: what the drafter promised.
+        stop_tokens: [n] int64.
+        budget: [batch] int64: tokens that each row might still emit before this step; 0 for rows that had ended.
+        bare: the trees without their `draft_probs`.
+        draft: the `draft_probs`; None if there were none.
+        target: [batch, node, vocab]: the target's laws.
+        decisions: what the rule decided, before stop tokens and budgets.
     """
 
     seed: int
-    first_index: int  # of the prompts: with the seed, the row and the step, the coins
+    first_index: int
     step: int
-    spec: TreeSpec  # what the drafter promised
-    stop_tokens: Tensor  # [n] int64
-    budget: Tensor  # [batch] int64: tokens that each row may still have emitted; 0 for rows that had ended
-    bare: DraftTree  # without `draft_probs`
-    draft: Packed | None  # those
-    target: Packed  # [batch, node, vocab]: the target's laws
-    decisions: Decisions  # before they are cut at stop tokens and budgets
+    spec: TreeSpec
+    stop_tokens: Tensor
+    budget: Tensor
+    bare: DraftTree
+    draft: Packed | None
+    target: Packed
+    decisions: Decisions
 
     @classmethod
     def of(cls, tree: DraftTree, law: TargetLaw, decisions: Decisions, **run: Any) -> Record:
-        """Copies on the CPU; `run` is the rest: seed, first_index, step, spec, stop_tokens, budget."""
+        """A record of copies on the CPU; `run` holds the other fields: seed, first_index, step, spec, stop_tokens, budget."""
         parents, laws = _kept(tree.topology.parents), _kept(tree.laws)
         bare = DraftTree(_kept(tree.tokens), Topology(parents, tree.topology.depth, tree.topology.width), laws)
         rows, nodes = (torch.ones_like(tree.tokens).cumsum(axis) - 1 for axis in (0, 1))
@@ -86,7 +96,7 @@ class Record:
         return coins
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors by name, and all the rest as JSON can hold it."""
+        """The tensors by name, and all the rest as values that JSON can hold."""
         topology, packed = self.bare.topology, {"draft": self.draft, "target": self.target}
         tensors = {
             "tokens": self.bare.tokens,
@@ -125,7 +135,7 @@ class Record:
 
 
 class _Recorded(TargetLaw):
-    """Laws [batch, node, vocab] that are known already."""
+    """The target's law by its recorded laws [batch, node, vocab]."""
 
     def __init__(self, laws: Tensor):
         self._laws, self._rows, self.vocab = laws, torch.arange(len(laws)), laws.shape[-1]
@@ -138,5 +148,5 @@ class _Recorded(TargetLaw):
 
 
 def _kept(tensor: Tensor | None) -> Any:
-    """A copy on the CPU that nothing writes to."""
+    """A copy on the CPU, which nothing else writes to."""
     return None if tensor is None else tensor.cpu().clone(memory_format=torch.contiguous_format)

@@ -25,7 +25,7 @@ class Recorder:
 
     Args:
         request: what the run was asked for.
-        prefill_seconds: how long it took to begin.
+        prefill_seconds: time from the call until the prompts were read.
     """
 
     def __init__(self, request: Request, prefill_seconds: float):
@@ -35,10 +35,12 @@ class Recorder:
         self._record: Record | None = None
 
     def note(self, tree: DraftTree, law: TargetLaw, decisions: Decisions, coins: Coins, left: Tensor) -> None:
-        """What is decided on, if that is wanted; before the text is appended, as logits processors read the text so far.
+        """Record what a step is decided on, if the trace needs laws.
+
+        Call it before the texts grow: logits processors read them.
 
         Args:
-            tree, law, decisions, coins: of this step.
+            tree, law, decisions, coins: those of this step.
             left: [batch] int64: tokens that each row may still emit, before this step.
         """
         if self.reads_laws:
@@ -54,7 +56,13 @@ class Recorder:
             self._record = Record.of(tree, law, decisions, **run, stop_tokens=stop)
 
     def step(self, nodes: int, outcome: Outcome, seconds: tuple[float, float, float]) -> None:
-        """Add a step with trees of so many nodes; seconds: of drafting, verification and all the rest."""
+        """Add a step to the trace.
+
+        Args:
+            nodes: size of its trees.
+            outcome: what it gave.
+            seconds: times of drafting, verification and all the rest.
+        """
         request, record = self._request, self._record
         visited = None
         if request.trace == "ceiling" and record is not None:

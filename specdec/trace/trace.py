@@ -21,27 +21,47 @@ LEVELS = ("summary", "ceiling", "laws")  # what can be recorded
 
 
 class Visit(NamedTuple):
-    """A node on the accepted path (the root and the last node included) that had children."""
+    """A node on the accepted path (the root and the last node included) that had children.
+
+    Args:
+        children: how many.
+        slot: place of the accepted child in the order they were drawn; None if none was accepted.
+        ceiling: the largest probability with which a child can be accepted: `specdec.theory.one_step_ceiling`.
+        divergence: total variation between the rule's law of the next token and the target's, by
+            `specdec.theory.divergence`; None if it is not known.
+    """
 
     children: int
-    slot: int | None  # which of them was accepted, in the order they were drawn
-    ceiling: float  # `specdec.theory.one_step_ceiling`: the largest probability with which one can be accepted
-    divergence: float | None  # `specdec.theory.divergence`: of the rule's law of the next token from the target's
+    slot: int | None
+    ceiling: float
+    divergence: float | None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop. Row lists have one entry per prompt; rows that had ended before have 0 everywhere."""
+    """One step of the loop. Lists have one entry per prompt, which is 0 if its text had ended before.
 
-    nodes: int  # size of the draft trees, the root included
-    emitted: list[int]  # tokens emitted
-    accepted: list[int]  # drafted tokens among them
-    tried: list[int]  # deepest drafted depth that was put to the test: accepted, or accepted + 1
+    Args:
+        nodes: size of the draft trees, the root included.
+        emitted: tokens emitted.
+        accepted: how many of those were drafted.
+        tried: the deepest depth at which drafted tokens were tested: accepted, or accepted + 1.
+        draft_seconds: time of drafting.
+        verify_seconds: time of the target's forward pass.
+        other_seconds: time of all the rest.
+        visits: with trace="ceiling", the first tried[row] nodes of each row's path, from the root down.
+        record: with trace="laws", what the step was decided on.
+    """
+
+    nodes: int
+    emitted: list[int]
+    accepted: list[int]
+    tried: list[int]
     draft_seconds: float
     verify_seconds: float
     other_seconds: float
-    visits: list[list[Visit]] | None = None  # the `tried` nodes of every row, from the root down, if trace="ceiling"
-    record: Record | None = None  # what was decided on, if trace="laws"
+    visits: list[list[Visit]] | None = None
+    record: Record | None = None
 
     def cut(self, row: int, kept: int) -> None:
         """Forget all but the first `kept` tokens of a row."""
@@ -55,7 +75,12 @@ class Step:
 
 @dataclass
 class Trace:
-    """All steps of a run."""
+    """All steps of a run.
+
+    Args:
+        prefill_seconds: time from the call until the prompts were read.
+        steps: in order.
+    """
 
     prefill_seconds: float = 0.0
     steps: list[Step] = field(default_factory=list)
@@ -77,7 +102,8 @@ class Trace:
             rows.append({**asdict(replace(step, record=None)), "record": None})
             if step.record is not None:
                 parts, rows[-1]["record"] = step.record.to_file()
-                tensors |= {f"{i}.{name}": part.clone() for name, part in parts.items()}  # files share nothing
+                # cloned, as safetensors writes no tensors that share memory
+                tensors |= {f"{i}.{name}": part.clone() for name, part in parts.items()}
         about = {"prefill_seconds": self.prefill_seconds, "steps": rows}
         save_file(tensors, path, metadata={_FORMAT: json.dumps(about)})
 
@@ -89,19 +115,18 @@ class Trace:
             acceptance_rate: list over depth d = 1, 2, ...: accepted at d / drafted at d among the steps in which depth
                 d - 1 was accepted.
             tokens: tokens emitted, all rows together.
-            tokens_per_second: those per second of decoding (prefill excluded).
+            tokens_per_second: tokens emitted per second of decoding, prefill excluded.
             target_forwards: forward passes of the target after prefill, each for the whole batch.
             draft_seconds, verify_seconds, other_seconds: where decoding time went: proposing, target forwards, all
                 the rest (laws, rule, bookkeeping).
+            decode_seconds: these three together.
             ttft_seconds: from the call to the first committed tokens: prefill and the first step.
-            decode_seconds: the three together.
-            ceiling_share: with trace="ceiling", if anything could be accepted at all: drafted tokens accepted / sum of
-                `one_step_ceiling` over the nodes visited. A rule that decides node by node is at most 1 in
-                expectation, and 1 if the best at each node: ceilings do not depend on which children were drawn, so the two
-                sums have equal means then. It is no bound for block and traversal verification, which look at what was
-                drawn below a node before they decide on it and may exceed 1, nor for lossy rules.
-            divergence: with trace="ceiling": total variation of the law that each token was emitted under from the target's
-                law there, averaged over the tokens; 0 for lossless rules, None where the rule does not say (`Rule.trial`).
+            ceiling_share: with trace="ceiling", if anything could be accepted at all: accepted drafted tokens / sum of
+                `one_step_ceiling` over the visited nodes. Its mean is at most 1 for rules that decide node by node, and 1
+                for the best of them. Block and traversal verification may exceed 1, as they look at what was drawn
+                below a node before they decide on it; so may lossy rules.
+            divergence: with trace="ceiling", the mean over tokens of the total variation between the law that a token was
+                emitted from and the target's law there. 0 for lossless rules, None for rules without `Rule.trial`.
         """
         tokens = sum(sum(s.emitted) for s in self.steps)
         running = sum(n > 0 for s in self.steps for n in s.emitted)
@@ -166,16 +191,15 @@ def _step(row: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
 
 
 def replay(trace: Trace, rule: Rule) -> Trace:
-    """What another rule would have decided at every recorded step: the same trees, laws and coins, from the same text.
+    """What another rule would have decided at every recorded step, on the same trees, laws and coins.
 
-    The steps say what it would have emitted there (`Step.record.decisions`: before stop tokens and budgets), and the
-    summary how many tokens at a time; times are 0, as nothing was run. Each step begins where the recorded run stood,
-    not where the rule itself would stand by then. With the rule that was recorded, on a CPU, decisions are the recorded ones;
-    on a GPU kernels decide, which may differ where a coin lies within rounding of a threshold.
+    Each step begins where the recorded run stood, not where the other rule itself would stand by then. Times are 0, as
+    nothing is run; `Step.record.decisions` are those of the other rule, before stop tokens and budgets. The recorded rule
+    repeats its decisions if it ran on a CPU; GPU kernels may differ where a coin lies within rounding of a threshold.
 
     Args:
         trace: recorded with trace="laws".
-        rule: one that the drafter's trees admit, or ValueError.
+        rule: the other rule; ValueError if it refuses the drafter's trees.
     """
     check_kind("trace", trace, Trace)
     check_kind("rule", rule, Rule)

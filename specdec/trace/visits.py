@@ -1,4 +1,4 @@
-"""The nodes that a step visited, each with the best that any rule could do there."""
+"""The nodes that a step visited, each with its ceiling: the best that any rule could do there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdec.tree import RowTree
 
 
 def visits(record: Record, accepted: list[int], tried: list[int], rule: Rule) -> list[list[Visit]]:
-    """For every row, the first tried[row] nodes of the path that was decided on, of which it accepted[row] drafted tokens."""
+    """For every row, the first tried[row] nodes of the path that the rule took, of which it accepted[row] drafted tokens."""
     tree, law, paths = record.tree(), record.law(), record.decisions.path.tolist()
     found = []
     for b, (path, kept, count) in enumerate(zip(paths, accepted, tried, strict=True)):
@@ -34,10 +34,13 @@ def _visit(tree: RowTree, node: int, accepted: int | None, p: np.ndarray, rule: 
 
 
 def positional_acceptance(trace: Trace) -> list[list[float]]:
-    """[depth][slot]: how often the child in that place was accepted where its parent was, from a trace="ceiling".
+    """[depth][slot]: how often the child in this place was accepted, among the steps that accepted its parent.
 
-    Siblings exclude each other, so that the sum over slots is the chance to get one level deeper. With sampled laws the
-    figures hold for the widths that they were recorded with: where a child stands says how it was drawn.
+    At most one sibling is accepted, so the sum over slots is the chance to get one level deeper. With sampled laws the
+    figures hold for the widths that they were recorded with, as a child's place decides how it was drawn.
+
+    Args:
+        trace: recorded with trace="ceiling".
     """
     check_kind("trace", trace, Trace)
     rows = [row for step in trace.steps for row in step.visits or ()]

@@ -1,9 +1,9 @@
 """Losses that fit a draft model to a target, on text that the target wrote.
 
-All take the same three tensors and return a scalar to minimise, in nats or tokens a place:
+All take the same three tensors and return a scalar to minimise, in nats or in tokens per place:
 
-    target_law: [batch, place, vocab] log-probabilities of the target after each place of a text (fixed)
-    draft_law: [batch, place, vocab] the draft's, at the same temperature: what the gradient is for
+    target_law: [batch, place, vocab]: the target's log-probabilities after each place of a text (fixed)
+    draft_law: [batch, place, vocab]: the draft's log-probabilities, at the same temperature; they carry the gradient
     tokens: [batch, place] int64: the token that came next; negative where the target wrote none (prompt, padding)
 """
 
@@ -16,7 +16,7 @@ from specdec.checks import as_int, check_kind
 
 
 def cross_entropy(target_law: Tensor | None, draft_law: Tensor, tokens: Tensor) -> Tensor:
-    """Of the tokens that were drawn; the target's law is not looked at."""
+    """The cross-entropy of the tokens that the target wrote; its law is not used."""
     return -_mean(_at_tokens(draft_law, tokens), tokens)
 
 
@@ -35,7 +35,7 @@ def expected_tau(target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: i
 
     Args:
         depth: drafted tokens.
-        block: verified by block verification; otherwise by token-level rejection.
+        block: whether chains are verified by block verification; otherwise by token-level rejection.
     """
     accepted = acceptance_by_depth(target_law, draft_law, tokens, depth, block)
     drafted = tokens[:, : accepted.shape[1]] >= 0
@@ -54,20 +54,20 @@ def acceptance_by_depth(
     - token-level rejection has reach_i = reach_i-1 min(1, p_i / q_i): every token must be accepted by itself;
     - block verification has reach_i = min(1, reach_i-1 p_i / q_i) (`specdec.theory.chain_optimum`).
 
-    The text at hand was drawn from P, not Q: E_{x ~ Q} reach_i = E_{x ~ P} w_i with w_i = reach_i Q_i / P_i (where P_i = 0,
-    reach_i is 0 too). Multiply the recursions by Q_i / P_i, and with R_i = Q_i / P_i they become
+    The given text was drawn from P, not Q: E_{x ~ Q} reach_i = E_{x ~ P} w_i with w_i = reach_i Q_i / P_i (where P_i = 0,
+    reach_i is 0 too). Multiply the recursions by R_i = Q_i / P_i, and they become
 
     - token level: w_i = w_i-1 min(1, q_i / p_i);
     - block: w_i = min(R_i, w_i-1), the least likelihood ratio on the way, R_0 = 1 included.
 
     Both are w_i = min(r_i-1 q_i / p_i, w_i-1), with r = w at token level and r = R for blocks. Given x_1 .. x_i-1 the
-    expectation over x_i ~ p_i needs no sample: sum over x of min(r_i-1 q_i(x), w_i-1 p_i(x)), which is what is returned.
-    (The product of the overlaps sum min(p, q) along a text of the target's is something else: accepted tokens are
-    distributed as min(p, q), normalised, not as p.) As P does not depend on the draft, the gradient of this estimate
-    is an unbiased estimate of the gradient.
+    expectation over x_i ~ p_i needs no sample: it is the sum over x of min(r_i-1 q_i(x), w_i-1 p_i(x)), which is returned.
+    (It is not the product of the overlaps sum min(p, q) along a text of the target: accepted tokens are distributed as
+    min(p, q), normalised, not as p.) As P does not depend on the draft, the gradient of this estimate is an unbiased
+    estimate of the gradient.
 
-    A chain that outlives its text (tokens < 0) accepts nothing more, and neither does one after a token of probability 0
-    under the target's law: where laws have zeros, rounding puts some of its tokens there when it reads what it wrote.
+    A chain accepts nothing after the end of its text (tokens < 0), and nothing after a token of probability 0 under the
+    target's law. A target that reads its own text finds such tokens by rounding, where its laws have zeros.
     """
     depth = as_int("depth", depth, 1)
     check_kind("block", block, bool, "pass True or False")
@@ -99,10 +99,10 @@ def _overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _at_tokens(law: Tensor, tokens: Tensor) -> Tensor:
-    """[batch, place]: the log-probability of each token; what stands where there is none is not used."""
+    """[batch, place]: the log-probability of each token; arbitrary where there is none."""
     return law.gather(2, tokens.clamp(min=0)[..., None])[..., 0]
 
 
 def _mean(values: Tensor, tokens: Tensor) -> Tensor:
-    """Over the places [batch, place] where the target wrote a token."""
+    """The mean of `values` [batch, place] over the places where the target wrote a token."""
     return values[tokens >= 0].mean()

@@ -1,7 +1,7 @@
 """Fitting Medusa heads to a frozen target: Medusa-1 (Cai et al., arXiv:2401.10774, section 2.2.1).
 
-Deviations: heads learn to be accepted, where the paper has them predict tokens (`distillation.lk` for cross-entropy), and
-from states that are computed once, at small windows of texts in random order.
+Deviations: heads learn to be accepted (by `distillation.lk`), where the paper has them predict tokens by cross-entropy. States
+are computed once, and small windows of them are trained on in random order.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from specdec.checks import as_int
 from specdec.drafters.medusa import MedusaHeads
 from specdec.training.distillation import lk
 
-_TEXTS = 16  # read by the target at once
-_ROUNDING = 1e-3  # relative to the largest logit: the same head on the same states
+_TEXTS = 16  # texts that the target reads at once
+_ROUNDING = 1e-3  # most difference between logits of the same head on the same states, relative to the largest
 
 
 @dataclass(frozen=True)
 class Places:
-    """Places in texts at which heads are trained or tried."""
+    """Places in texts at which heads are trained or tested."""
 
-    hidden: Tensor  # [place, hidden]: the target's states; head i is to predict the token i + 2 places after
+    hidden: Tensor  # [place, hidden]: the target's states; head i predicts the token i + 2 places later
     laws: Tensor  # [place, head, vocab]: the target's log-laws of these tokens, given all of the text before them
 
 
@@ -34,10 +34,10 @@ class States:
 
     Args:
         model: the target.
-        texts: 1-D int64, prompts included.
-        prompt_length: of all of them: what the target did not write is left out.
-        heads: to be trained.
-        window: places used together, whose laws overlap and so cost little.
+        texts: 1-D int64 tensors, prompts included.
+        prompt_length: length of every prompt, which is left out, as the target did not write it.
+        heads: how many heads are trained.
+        window: how many neighbouring places are used together; they share laws, and so cost less.
     """
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], prompt_length: int, heads: int, window: int):
@@ -58,7 +58,7 @@ class States:
         ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
         span, begins = window + heads, [0, *ends]
         starts = [torch.arange(a, max(a, b - span + 1)) for a, b in zip(begins, ends, strict=False)]
-        self.starts = torch.cat(starts)  # [window] int64: where windows may begin that lie within one text
+        self.starts = torch.cat(starts)  # [window] int64: where windows begin that lie within one text
         if not len(self.starts):
             raise ValueError(
                 f"No text has the {span} places after its prompt that windows of {window} and {heads} heads need; let the "
@@ -66,7 +66,7 @@ class States:
             )
 
     def places(self, starts: Tensor) -> Places:
-        """Those of the windows that begin at `starts` [n] int64."""
+        """The places of the windows that begin at `starts` [n] int64."""
         hidden = self.hidden[(starts[:, None] + torch.arange(self.window + self.heads)).to(self.hidden.device)]
         with torch.no_grad():
             laws = self.lm_head(hidden[:, 1:]).float().log_softmax(-1)
@@ -77,7 +77,8 @@ class States:
 def medusa_loss(heads: MedusaHeads, states: States, starts: Tensor) -> Tensor:
     """Mean over places and heads of the negative log of the acceptance rate.
 
-    The paper weights later heads less. They share no weights, so that under Adam, which sees no scale, this does nothing.
+    Deviation: the paper gives later heads less weight. Heads share no weights, and Adam ignores the scale of a loss, so this
+    would change nothing.
     """
     at = states.places(starts)
     everywhere = torch.zeros(at.laws.shape[:2], dtype=torch.int64, device=at.laws.device)
@@ -97,7 +98,7 @@ def acceptance_by_head(heads: MedusaHeads, states: States, starts: Tensor) -> li
 
 @torch.no_grad()
 def _check_lm_head(model: PreTrainedModel, ids: Tensor) -> None:
-    """Laws are computed from states by the LM head alone, which some models do not do."""
+    """Raise ValueError unless the model's logits are its LM head's output: laws are computed from states by that head."""
     ids, head = ids.to(model.device), model.get_output_embeddings()
     assert head is not None
     logits = model(input_ids=ids, use_cache=False).logits
@@ -105,5 +106,5 @@ def _check_lm_head(model: PreTrainedModel, ids: Tensor) -> None:
     if (alone - logits).abs().max() > _ROUNDING * logits.abs().max():
         raise ValueError(
             f"{type(model).__name__} does more to its last states than its LM head does (it scales or caps its logits), "
-            "which training of Medusa heads does not know of; train them for another target."
+            "so laws cannot be computed from states; train Medusa heads for another target."
         )

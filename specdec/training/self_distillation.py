@@ -1,4 +1,4 @@
-"""Text of the target's own making: what its drafters should learn to predict."""
+"""Texts written by the target, which its drafters should learn to predict."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def continuations(
     batch: int = 64,
     seed: int = 0,
 ) -> Iterator[list[Tensor]]:
-    """Prompts with what the target makes of them, one batch at a time.
+    """Prompts with the target's continuations, one batch at a time.
 
     Args:
-        prompts: 1-D int64 tensors, best of one length, so that a batch is not held up by its longest row.
-        new_tokens: most tokens per prompt; texts end at the target's EOS.
-        sampling: as the drafter will meet it; a temperature of 1 shows it the most different texts.
+        target: the target.
+        prompts: 1-D int64 tensors, preferably of one length, so that no row holds up its batch.
+        new_tokens: most new tokens per prompt; texts end at the target's EOS.
+        sampling: the sampling that the drafter will be used with.
         batch: prompts decoded together.
     """
     batch, seed = as_int("batch", batch, 1), as_seed(seed)

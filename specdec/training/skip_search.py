@@ -1,7 +1,7 @@
 """Which layers a target should leave out when it drafts for itself (`LayerSkipDrafter`): a search by predicted speed-up.
 
-Draft & Verify (Zhang et al., arXiv:2309.08168, section 3.3) decodes with every set that it tries. Here one forward pass of the
-layers that are kept, over what the target wrote after many places of its own texts, gives a set's acceptance by depth.
+Draft & Verify (Zhang et al., arXiv:2309.08168, section 3.3) decodes with every set that it tries. Deviation: here one forward
+pass of the kept layers, over the ends of many texts that the target wrote, gives a set's acceptance by depth.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ class Rehearsal:
     """Places in the target's own texts from which chains are drafted without decoding.
 
     The context is in the cache as the whole model wrote it, and the drafted nodes attend to it and to each other through
-    the kept layers alone, as they do in `LayerSkipDrafter`. (Reading whole texts without the layers would not do: a
-    layer kept after one that is left out would find other keys and values, and be judged far too low.) All places weigh
-    the same, whereas decoding stops more often where little is accepted: lengths predicted for uneven texts are too long
-    by some per cent.
+    the kept layers alone, as in `LayerSkipDrafter`. (If whole texts were read without the layers, kept layers would find
+    other keys and values, and be judged far too low.) All places weigh the same, whereas decoding begins more steps where
+    little is accepted: lengths predicted for uneven texts are too long by some per cent.
 
     Args:
         model: the target.
-        texts: 1-D int64, written by the target under `sampling` at least from the last `depth` tokens on.
-        depth: length of the chains: the last `depth` tokens of every text are what they should have drafted.
-        sampling: as it will be when decoding.
+        texts: 1-D int64 tensors whose last `depth` tokens, at least, were written by the target under `sampling`.
+        depth: length of the chains. They draft the last `depth` tokens of every text.
+        sampling: the sampling that will be decoded with.
     """
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], depth: int, sampling: Sampling):
@@ -62,15 +61,15 @@ class Rehearsal:
         self._target = self._laws(frozenset())
 
     def reach(self, skip: Skip) -> list[float]:
-        """[depth]: the chance that a drafted chain is accepted up to each depth, by sibling rejection, without bias.
+        """[depth]: unbiased estimates of the chance that sibling rejection accepts a chain up to each depth.
 
-        Greedy laws are one-hot: there it is the share of the texts whose tokens are drafted.
+        Greedy laws are one-hot, and the estimate is the share of texts whose tokens are drafted.
         """
         written = self._path[:, 1:]
         return acceptance_by_depth(self._target, self._laws(skip), written, written.shape[1]).mean((0, 1)).tolist()
 
     def _laws(self, skip: Skip) -> Tensor:
-        """[text, depth, vocab]: log-laws after the root and the nodes but the last, without these layers."""
+        """[text, depth, vocab]: log-laws after all nodes but the last, without the layers in `skip`."""
         nodes = self._path[:, :-1]
         shape = chain(len(nodes), nodes.shape[1], nodes.device)
         with torch.inference_mode(), passing_through([self.layers[i] for i in sorted(skip)]):
@@ -80,14 +79,14 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Seconds of the target's forward pass, and of drafting one token with some of its layers, which cost alike."""
+    """Seconds of the target's forward pass, and of drafting one token with some of its layers."""
 
-    verify: CostCurve
-    outside: float  # embedding, final norm, LM head
-    layer: float  # each
+    verify: CostCurve  # the target's forward pass, by nodes
+    outside: float  # embedding, final norm and LM head
+    layer: float  # each layer; all are taken to cost the same
 
     def keeping(self, layers: int) -> Costs:
-        """What steps cost that draft with so many layers."""
+        """The costs of steps that draft with so many layers."""
         return Costs(self.verify, CostCurve((1,), (self.draft(layers),)))
 
     def draft(self, layers: int) -> float:
@@ -95,20 +94,20 @@ class LayerCosts:
         return self.outside + layers * self.layer
 
     def least_skipped(self, budget: float, layers: int, most: int) -> int:
-        """How many of the target's `layers`, of at most `most`, to leave out for a token to cost `budget` target passes."""
+        """How many of the target's `layers`, at most `most`, to leave out so that a token costs `budget` target passes."""
         budget = as_float("budget", budget, "(0, inf)")
         for count in range(1, as_int("most", most, 1) + 1):
             if self.draft(layers - count) <= budget * self.verify(1):
                 return count
         least = self.draft(layers - most) / self.verify(1)
         raise ValueError(
-            f"budget={budget}: with {most} of {layers} layers left out, the most there can be, drafting a token costs "
-            f"{least:.2f} of a pass of the target; allow more."
+            f"budget={budget}: with {most} of {layers} layers left out, which is the most allowed, drafting a token costs "
+            f"{least:.2f} of a pass of the target; raise the budget."
         )
 
 
 def measure_layer_costs(model: PreTrainedModel, nodes: int, context: int, repeats: int = 15) -> LayerCosts:
-    """From passes through all layers and through as few as can be kept; `nodes`, `context` as in `measure_costs`."""
+    """Measure passes through all layers and through as few as possible; `nodes`, `context` as in `measure_costs`."""
     nodes = as_int("nodes", nodes, 1)
     layers, free = decoder_layers(model), skippable(model)
     sizes = range(1, nodes + 1)
@@ -125,12 +124,12 @@ class Trial:
 
     skip: Skip
     reach: Sequence[float]  # [depth], as from `Rehearsal.reach`
-    length: int  # of the chain that is predicted to be fastest, 1 or more
-    speed_up: float  # predicted
+    length: int  # length, at least 1, of the chain with the largest predicted speed-up
+    speed_up: float  # its predicted speed-up
 
     @property
     def acceptance_length(self) -> float:
-        """Predicted, of that chain."""
+        """The predicted acceptance length of that chain."""
         return 1 + sum(self.reach[: self.length])
 
 
@@ -147,17 +146,20 @@ Attempt = Generator[Trial, None, Trial]
 def search(
     trial: Callable[[Skip], Trial], layers: Sequence[int], least: int, most: int, seed: int = 0
 ) -> Iterator[Trial]:
-    """Yields every set it tries, once each, until no single change improves the best: stop it whenever time is up.
+    """Search for the fastest set, and yield every set that is tried. It ends when no single change improves the best.
 
-    First every early exit. Then layers are left out one by one, always the one that costs the least acceptance, up to
-    `most`. What a layer costs grows as others go, so that it is measured again only when it comes up for removal (the lazy
-    greedy of Minoux, 1978). Last, single layers of the fastest set are exchanged, added and removed in random order.
+    Three phases:
+
+    - Every early exit is tried.
+    - Layers are left out one by one, always the one that costs the least acceptance, up to `most`. A layer costs more once
+      others are gone, so it is measured again only when it comes up for removal (the lazy greedy of Minoux, 1978).
+    - Single layers of the fastest set are exchanged, added and removed in random order.
 
     Args:
         trial: measures a set.
-        layers: those that may be left out.
-        least, most: how many of them have to, and may.
-        seed: of the order of exchanges.
+        layers: the layers that may be left out.
+        least, most: how many of them must and may be left out.
+        seed: decides the order of exchanges.
     """
     layers = as_ints("layers", layers, 0)
     most = as_int("most", most, 0, len(layers))

@@ -1,4 +1,4 @@
-"""Tree policies: who gets how many children, under which law. One policy per file."""
+"""Tree policies: which nodes get how many children, and by which law they are drawn. One policy per file."""
 
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
 from specdec.trees.draw import Children, draw

@@ -18,11 +18,11 @@ from specdec.tree import DraftTree, Topology, TreeSpec
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Nodes whose continuations a policy asks for.
+    """Nodes after which a policy asks for the draft's logits.
 
     Args:
-        tokens: [batch, count] int64.
-        topology: of all nodes asked for so far, these last; node 0 is the root.
+        tokens: [batch, count] int64: the tokens of these nodes.
+        topology: the shape of all nodes asked for so far, these last; node 0 is the root.
     """
 
     tokens: Tensor
@@ -35,7 +35,7 @@ class Grown:
 
     Args:
         tree: the draft trees.
-        asked: [batch, node] int64: the order in which each node was asked for, -1 for nodes that never were.
+        asked: [batch, node] int64: the place of each node among those asked for, in order; -1 for all others.
     """
 
     tree: DraftTree
@@ -46,9 +46,13 @@ Growth = Generator[Frontier, Tensor, Grown]
 
 
 class TreePolicy(ABC):
-    """Decides the shape of draft trees; drafters that can score any node grow them with it. It may serve any number of runs."""
+    """Decides the shape of draft trees. It may serve any number of runs, and any drafter that can score nodes.
 
-    capturable: bool = False  # True if `grow` does the same to the device every step: see `specdec.engines.graphs`
+    Class attributes:
+        capturable: whether `grow` does the same to the device every step: see `specdec.engines.graphs`.
+    """
+
+    capturable: bool = False
 
     @abstractmethod
     def spec(self, sampling: Sampling) -> TreeSpec:
@@ -60,8 +64,8 @@ class TreePolicy(ABC):
 
         Args:
             batch: the texts; it stays the same object for the whole run.
-            last: the run of an earlier batch. A policy that can begin anew in the tensors of that one returns it, so that what
-                was captured with them is replayed.
+            last: an earlier run. A policy that can use its tensors again returns it, begun anew, so that what was captured
+                with them is replayed.
         """
 
 
@@ -72,33 +76,33 @@ class TreeRun(ABC):
         self.policy, self.batch = policy, batch
 
     def serves(self, policy: TreePolicy, batch: Batch) -> bool:
-        """Whether it is a run of this policy, over the tensors of this batch."""
+        """Whether this is a run of that policy, in the tensors of that batch."""
         return self.policy == policy and self.batch is batch
 
     @abstractmethod
     def grow(self, coins: Coins) -> Growth:
         """A generator: yield a `Frontier`, receive the draft's logits [batch, count, vocab] after its nodes, repeat.
 
-        What to draw next may depend on anything drawn before. A sampled node is never dropped or re-ranked, and a
-        POINT node only on what was known before anything below it was sampled. Not deeper than `Batch.max_depth`. A tree
-        of the root alone may be returned without asking for anything.
+        It returns a `Grown`, no deeper than `Batch.max_depth`. What to draw next may depend on anything drawn before. A sampled
+        node must never be dropped or re-ranked; a POINT node may be, by what was known before anything below it was sampled.
+        A tree of the root alone needs no frontier.
         """
 
     def commit(self, outcome: Outcome) -> None:  # noqa: B027 - optional
-        """Called after every step, for policies that learn: what became of the last tree, if one was grown since."""
+        """Learn from what became of the last tree. Called after every step, even if no tree was grown in it."""
 
 
 def grow_tree(run: TreeRun, coins: Coins, most: int, score: Callable[[Frontier], Tensor]) -> Grown:
-    """Grow a tree, answering the policy's frontiers with `score`; at most so many nodes may be asked for."""
+    """Grow a tree, answering the policy's frontiers with `score`; at most `most` nodes may be asked for."""
     growth = run.grow(coins)
     try:
         frontier = next(growth)
         while True:
             check_kind(f"what {type(run).__name__}.grow yielded", frontier, Frontier)
             asked = frontier.topology.parents.shape[1]
-            if asked > most:  # caches have no room for them but that of the next row
+            if asked > most:  # in the cache, they would run into the next row
                 raise ValueError(
-                    f"{type(run).__name__} asks to continue {asked} nodes, of {most} at most by its TreeSpec: raise `nodes`."
+                    f"{type(run).__name__} asks for the scores of {asked} nodes, but its TreeSpec allows {most}: raise `nodes`."
                 )
             frontier = growth.send(score(frontier))
     except StopIteration as stop:

@@ -14,12 +14,19 @@ from specdec.sampling import Sampling
 
 @dataclass(frozen=True, eq=False)
 class Children:
-    """The children of every node of a frontier: `count` nodes with `width` children each."""
+    """The children of every node of a frontier: `count` nodes with `width` children each.
 
-    tokens: Tensor  # [batch, count * width] int64, siblings together, in the order they were drawn
-    exists: Tensor | None  # [batch, count * width] bool; None if all do
-    laws: Tensor  # [batch, count] uint8, of the parents
-    draft_probs: Tensor | None  # [batch, count, vocab]
+    Args:
+        tokens: [batch, count * width] int64, siblings together, in the order they were drawn.
+        exists: [batch, count * width] bool: which of them exist; None if all do.
+        laws: [batch, count] uint8: the law of each parent's children.
+        draft_probs: [batch, count, vocab]: the draft's law after each parent; None if nothing was drawn from it.
+    """
+
+    tokens: Tensor
+    exists: Tensor | None
+    laws: Tensor
+    draft_probs: Tensor | None
 
 
 def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins, first: int) -> Children:
@@ -49,7 +56,7 @@ def draw(logits: Tensor, width: int, law: Law, sampling: Sampling, coins: Coins,
 
 
 def _sampled(probs: Tensor, width: int, law: Law, coins: Coins, first: int) -> tuple[Tensor, Tensor | None]:
-    """[batch, count, width] tokens, and which of them exist: without replacement a small support runs out."""
+    """Tokens [batch, count, width], and which of them exist: a small support runs out without replacement."""
     batch, count, vocab = probs.shape
     if law == Law.IID:
         weights = probs[:, :, None].expand(-1, -1, width, -1).reshape(batch, count * width, vocab)
@@ -63,7 +70,10 @@ def _sampled(probs: Tensor, width: int, law: Law, coins: Coins, first: int) -> t
 
 
 def _sampled_then_top(probs: Tensor, width: int, laws: Tensor, coins: Coins, first: int):
-    """As `_sampled`, and the laws: where the top k - 1 are the whole support, they are POINT children without a first."""
+    """Tokens and existence as `_sampled` gives them, and the laws.
+
+    Where the k - 1 most probable tokens are the whole support, they are the only children, as POINT.
+    """
     top = probs.topk(width - 1, -1)
     rest = probs.scatter(-1, top.indices, 0)
     left = rest.sum(-1) > 0

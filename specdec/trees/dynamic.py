@@ -1,8 +1,8 @@
 """Dynamic trees (EAGLE-2, arXiv:2406.16858): a beam per depth by the draft's confidence, then the best nodes of all.
 
-With a threshold growth ends where the next node would add too little to the expected acceptance length, as in OPT-Tree
-(arXiv:2406.17276), which bounds what a whole depth adds; here it is what each node adds, so that a row's tree depends on no
-other row.
+With a threshold, growth ends where the next node would add too little to the expected acceptance length, as in OPT-Tree
+(arXiv:2406.17276). Deviation: OPT-Tree bounds what a whole depth adds; here the bound is on each node, so that a row's tree
+depends on no other row.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
 class Dynamic(TreePolicy):
     """The `nodes - 1` most probable of all paths that a beam of `width` per depth meets; POINT children.
 
-    Confidence is the product of the draft's probabilities along the path (at the sampling's temperature, or 1 when it
-    is greedy). Nothing is sampled, so nodes may be chosen after the fact.
+    A node's confidence is the product of the draft's probabilities along its path (at the sampling's temperature, or at 1 if
+    that is 0). Nothing is sampled, so nodes may be chosen after the fact.
 
     Args:
         nodes: size of the tree, the root included.
         depth: longest path.
-        width: beam: nodes continued per depth, and children considered for each.
-        threshold: least confidence of a node: what it adds to the expected acceptance length, by the draft's own account.
-            Above 0 trees differ in size from step to step, and the host is asked once per depth whether growth goes on.
+        width: the beam: how many nodes are continued per depth, and how many children are considered for each.
+        threshold: least confidence of a node, which the draft expects it to add to the acceptance length. Above 0 trees
+            differ in size from step to step, and the host waits once per depth to learn whether growth goes on.
     """
 
     nodes: int = 25
@@ -50,7 +50,7 @@ class Dynamic(TreePolicy):
         return self.threshold == 0
 
     def spec(self, sampling: Sampling) -> TreeSpec:
-        asked = 1 + self.width * (self.depth - 1)  # more than `nodes` where the beams of all depths are
+        asked = 1 + self.width * (self.depth - 1)  # the beams of all depths, which may be more than `nodes`
         return TreeSpec(frozenset({Law.POINT}), max(self.nodes, asked), self.depth, self.width, by_depth=True)
 
     def start(self, batch: Batch, last: TreeRun | None = None) -> TreeRun:
@@ -65,8 +65,8 @@ class _DynamicRun(TreeRun):
         batch, device, deepest = len(texts), texts.device, min(policy.depth, texts.max_depth)
         tokens = texts.root[:, None]  # [batch, beam]
         score = tokens.new_zeros((batch, 1), dtype=torch.float64)  # log-probability of each path of the beam
-        order = torch.zeros_like(tokens)  # [batch, beam]: when each was asked for
-        origin = torch.full_like(tokens, -1)  # [batch, beam]: its index among the candidates
+        order = torch.zeros_like(tokens)  # [batch, beam]: the place of each node among those asked for
+        origin = torch.full_like(tokens, -1)  # [batch, beam]: the index of each node among the candidates
         asked, found = Topology(tokens.new_full((batch, 1), -1), 0, 0), _Candidates(batch, device)
         for depth in range(1, deepest + 1):
             logits = yield Frontier(tokens, asked)
@@ -92,7 +92,7 @@ class _DynamicRun(TreeRun):
 
 
 class _Candidates:
-    """All paths met so far; a candidate's parent is met before it and is never less probable."""
+    """All paths that the beam has met. A candidate's parent comes before it and is never less probable."""
 
     def __init__(self, batch: int, device: torch.device):
         self.tokens = torch.zeros((batch, 0), dtype=torch.int64, device=device)
@@ -109,13 +109,13 @@ class _Candidates:
         return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
     def note_order(self, index: Tensor, order: Tensor) -> None:
-        """Record when the candidates `index` [batch, n] were asked for."""
+        """Note the places `order` [batch, n] of the candidates `index` [batch, n] among the nodes asked for."""
         self.asked.scatter_(1, index, order)
 
     def best(self, count: int, root: Tensor, width: int, shrinks: bool) -> Grown:
-        """The tree of the `count` most probable candidates; if it `shrinks`, of no more than are possible in some row."""
+        """The tree of the `count` most probable candidates. If it `shrinks`, it has only as many as some row can use."""
         end = self.tokens.shape[1]
-        # stable: among equals the earlier, so that parents come with their children
+        # A stable sort prefers the earlier of equals, so that no child is chosen without its parent.
         ranked = self.scores.sort(dim=1, descending=True, stable=True)
         possible = ranked.values[:, :count] > -torch.inf
         count = int(possible.sum(1).amax()) if shrinks else min(count, end)

@@ -1,9 +1,9 @@
 """Trees of one fixed shape, chosen beforehand from measured acceptance (Medusa, arXiv:2401.10774; Sequoia, arXiv:2402.12374).
 
-`specdec.theory.best_tree` finds the shape for measured acceptance rates and times, and `experiments/calibrate_tree.py` does
-it for a pair of models. With children drawn without replacement that is Sequoia: its tree program, sampling and verification
-(its algorithms 1 and 2, `SiblingRejection`), with acceptance by depth and measured times where the paper has one vector and one
-hardware curve.
+`specdec.theory.best_tree` finds the shape from measured acceptance rates and times; `experiments/calibrate_tree.py` measures
+them for a pair of models. With children drawn without replacement this is Sequoia: its tree program, its sampling (algorithm 1)
+and its verification (algorithm 2, `SiblingRejection`). Deviations: acceptance is known by depth where the paper has one vector,
+and times are measured where it has one hardware curve.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 class Static(TreePolicy):
     """A tree of this shape every step.
 
-    >>> Static([-1, 0, 0, 0, 1, 1, 4])  # three children of the root; two of the first of them; one of the first of those
+    >>> Static([-1, 0, 0, 0, 1, 1, 4])  # the root has children 1, 2, 3; node 1 has children 4, 5; node 4 has child 6
 
     Args:
-        parents: of each node, parents first: parents[0] == -1 and 0 <= parents[i] < i. Siblings are drawn in this order.
+        parents: the parent of each node: parents[0] == -1 and 0 <= parents[i] < i. Siblings are drawn in this order.
         law: how siblings are drawn (at temperature 0 always the most probable ones, as POINT).
     """
 
@@ -126,16 +126,16 @@ class StaticRun(TreeRun):
 
 
 class _Shapes(NamedTuple):
-    """Of trees that are cut at some depth."""
+    """The shapes of a tree that is cut off at some depth."""
 
-    levels: list[Topology]  # the nodes asked for up to each level
+    levels: list[Topology]  # for each level, the nodes asked for up to it
     whole: Topology
     asked: Tensor  # `Grown.asked`
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Nodes of one level with equally many children; theirs are numbered from `first` on, siblings together."""
+    """Nodes of one level that have `width` children each, which are numbered from `first` on, siblings together."""
 
     width: int
     nodes: tuple[int, ...]
@@ -144,7 +144,7 @@ class _Group:
 
 @lru_cache(maxsize=64)
 def _plan(parents: tuple[int, ...]) -> tuple[tuple[_Group, ...], ...]:
-    """The tree level by level in its own numbering: breadth first, and per level the widest families first."""
+    """The tree level by level. Nodes are renumbered: breadth first, and in a level those with most children first."""
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], start=1):
         children[parent].append(node)

@@ -1,6 +1,7 @@
-"""Level verification of every row at once: the numbers of the specification in `level.py`, with the same names.
+"""Level verification of every row at once: the numbers of the specification in `rule.py`, with the same names.
 
-All of it in float64: what is left to draw once a draft's likely tokens have failed may be less than float32 can divide by.
+`Levels` holds the flows of all nodes; for one depth at a time, a `_Wave` tries the children; `_Members` lists which nodes take
+part. All is in float64: the mass left once a draft's likely tokens have failed may be too small for float32.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from specdec.target_law import TargetLaw
 from specdec.tree import DraftTree
 from specdec_kernels.reference.early_exit import all_false_cheaply
 
-BOUNDS = 4  # passes over what those who are tried together may take: k of them are exact for the first k
+BOUNDS = 4  # fixed-point iterations for the bounds on reaching each try; after k the first k tries are exact
 
 
 class Levels:
-    """The flows of all nodes of all rows and the mass they owe, after all tries.
+    """The flows of all nodes and the mass they owe, after all tries.
 
-    What is known per node stands in tensors [batch, node]; what is known per token in tensors [member, vocab], of those
-    nodes alone that matter.
+    Tensors over nodes are [batch, node]; tensors over tokens are [member, vocab], for the nodes that take part alone.
     """
 
     def __init__(self, tree: DraftTree, target_law: TargetLaw, rounds: int):
@@ -48,7 +48,7 @@ class Levels:
         self.owed.clamp_(min=0)  # negative by rounding only
 
     def _take_turns(self) -> None:
-        """[batch, node]: when each node is tried, and who shares with it."""
+        """Find when each node is tried, and how many siblings share with it: [batch, node] each."""
         siblings = self.tree.topology.parents[:, :, None] == self.tree.topology.parents[:, None]
         elder = siblings & (self.index < self.index[:, None])
         self.slot = elder.sum(-1)  # among all siblings, padding too
@@ -58,7 +58,7 @@ class Levels:
         real = drawn & self.exists
         draws = (siblings & real[:, None]).sum(-1)
         self.point = ~drawn
-        # points come after all that was drawn
+        # points come after all drawn siblings
         turn = torch.where(drawn, rank, draws + 1)
         self.phase = torch.where(pairs, turn // 2, (self.point & (draws > 0)).long())
         mates = siblings & (pairs & drawn)[..., None] & real[:, None] & ((rank ^ 1)[..., None] == rank[:, None])
@@ -93,7 +93,7 @@ class Levels:
         return torch.where(heads, order, -1).argmax(1, keepdim=True)
 
     def law(self, node: Tensor, target_law: TargetLaw) -> Tensor:
-        """[batch, vocab]: what is to be emitted after `node` [batch, 1]."""
+        """[batch, vocab], not normalised: the law to emit from after `node` [batch, 1] int64."""
         if not len(self.owed):
             return target_law.at(node[:, 0])
         owed = self.owed[self.inner.place.gather(1, node)[:, 0]]
@@ -102,7 +102,7 @@ class Levels:
 
 
 class _Wave:
-    """The children of one depth, and what their tokens may still be."""
+    """The children of one depth, and the laws of their tokens given the failures so far."""
 
     def __init__(self, state: Levels, members: _Members, depth: int):
         self.state, self.members, self.depth = state, members, depth
@@ -118,13 +118,13 @@ class _Wave:
         self.weights = child.dense(state.owed[:1].expand(len(rows), -1))
         self.paired, self.mate = state.paired[rows, nodes], members.place[rows, state.mate[rows, nodes]]
         self.pairs = bool(len(rows)) and not all_false_cheaply(self.paired)
-        if self.pairs:  # the law of a second is that of the first, before tokens are looked at
+        if self.pairs:  # as long as no token is known, the second of a pair has the law of the first
             second = state.second[rows, nodes][:, None]
             self.weights = torch.where(second, self.weights[self.mate], self.weights)
-            self.after = _all_others(self.weights)  # what is left for the second
+            self.after = _all_others(self.weights)  # the mass left for the second, by the first's token
 
     def wave(self, phase: int, left: int, rounds: int, second: bool) -> None:
-        """One try of every child whose turn it is, with `left` of the rounds to go."""
+        """Try every child whose turn it is, with `left` of the rounds to go."""
         state, rows, nodes = self.state, self.members.rows, self.members.nodes
         turn = (state.phase == phase) & (state.second == second) & (~state.point | (left == rounds))
         turn = turn[rows, nodes] & self.members.holds
@@ -148,7 +148,7 @@ class _Wave:
         self.weights[who] *= 1 - hit
 
     def _offer(self, who: Tensor, left: int, second: bool) -> tuple[Tensor, Tensor]:
-        """The laws [member, vocab] of those who are tried, and their shares of what is owed."""
+        """The laws [n, vocab] of the members `who` [n] int64, and the shares of the mass owed that they are offered."""
         state, rows, nodes = self.state, self.members.rows[who], self.members.nodes[who]
         law = _scaled(self.weights[who])
         share = torch.where(state.point[rows, nodes], 1, 1 / (left * state.sharers[rows, nodes]).double())[:, None]
@@ -159,32 +159,36 @@ class _Wave:
         a, b = _divide(self.weights[first], self.after[first]), self.weights[other]
         laws = _scaled(a * _all_others(b)), _scaled(b * _all_others(a))
         mine = laws[second]
-        offered = _divide(mine, laws[0] * (left - second) + laws[1] * left)  # the first has had its try of this round
+        # at the turn of the second, the first has had its try of this round
+        offered = _divide(mine, laws[0] * (left - second) + laws[1] * left)
         paired = self.paired[who][:, None]
         return torch.where(paired, mine, law), torch.where(paired, offered, share)
 
 
 class _Members:
-    """The nodes for which something holds: they alone where asking is free, on a CPU; elsewhere all, held or not."""
+    """The nodes at which `where` [batch, node] bool holds. On a CPU only these; elsewhere all nodes, with the mask `holds`."""
 
     def __init__(self, where: Tensor):
         rows, nodes = torch.meshgrid(*(torch.arange(n, device=where.device) for n in where.shape), indexing="ij")
         pick = where if where.device.type == "cpu" else slice(None)
         self.rows, self.nodes, self.holds = rows[pick].flatten(), nodes[pick].flatten(), where[pick].flatten()
         index = torch.arange(len(self.rows), device=where.device)
-        # [batch, node]: the place of each in the list
+        # [batch, node] int64: the place of each node in the list
         self.place = torch.zeros_like(rows).index_put_((self.rows, self.nodes), index)
 
 
 def _in_turn(rows: Tensor, turns: Tensor, chance: Tensor, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Of events [member] with a `chance` each, one after the other: that none before happens, that none does at all.
+    """Events that take turns within a row: the chance that no earlier one happened, and that none happened.
 
     Args:
-        turns: [member] int64, the order within each row.
-        start: [batch, 1] to begin with.
+        rows: [member] int64: the row of each event.
+        turns: [member] int64: its place in the order of its row.
+        chance: [member]: that it happens, when its turn comes.
+        start: [batch, 1]: the chance that the first turn comes.
+        width: most events of a row.
 
     Returns:
-        [member, 1] and [batch, 1].
+        [member, 1]: the chance that no earlier event happened; [batch, 1]: the chance that none did.
     """
     fails = start.new_ones(len(start), width)
     fails[rows, turns] = 1 - chance

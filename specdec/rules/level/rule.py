@@ -3,36 +3,35 @@
 New here; experiments/results/verification_optimum.md compares it. On a chain it is block verification (Sun et al.,
 arXiv:2403.10444); for independent paths see Thomas and Pal, arXiv:2602.16961.
 
-Let T_d be the tokens down to depth d. Each node at depth d has a flow f, a function of T_d and of the laws above depth d:
-the chance, given T_d, that the text accepts this node; at the root it is 1, and over one depth the flows add up to at most
-1. A node owes the mass f p(x) to its next token x. Its children take some of it, and become the flows of the next depth:
+Let T_d be the tokens down to depth d. Each node at depth d has a flow f: the chance, given T_d, that the text accepts this
+node. It is a function of T_d and of the laws above depth d; at the root it is 1, and over one depth the flows add up to at
+most 1. A node owes the mass f p(x) to its next token x. Its children take some of it as their flows:
 
     try the children of the whole depth one after the other. In the state in which all tries so far have failed, w is what
     the child's parent still owes, given that state, and l the law of the child's token, given that state, T_d and
     possibly other tokens drawn: any mass m <= min(l, w) may be taken, by a try that succeeds with probability m(x)/l(x).
     After a try that fails, l is (l - m) and w is (w - m), both normalised by the chance 1 - sum m to fail.
 
-The flow of a child is the chance of the first success to be one of its own. Whatever is still owed after the last try is
-emitted at the node itself. Then the nodes of the deepest level are accepted with their flows; if none is, the nodes one
-depth above with what they owe, given that all their children failed; and so on up to the root.
+The flow of a child is the chance that the first success is its own. The mass still owed after the last try is emitted at the
+node itself. Then the nodes of the deepest level are accepted with their flows. If none is, the nodes one depth above are
+accepted with the mass they owe, given that all their children failed; and so on up to the root.
 
-Why it is lossless: given T_d, the flows of the next depth and what is owed after the last try add up to f p(x) for each node
-and token, by the construction of each try. Given T_d, all tries fail as often as no node below depth d is accepted (for a
-child is accepted with its flow, which is so by induction from the deepest level upwards), and that is when the nodes at
-depth d have their turn. So a text that accepts a node goes on with p: f p(x) is accepted in a child or emitted. The root
-accepts with probability 1. Which m is taken only changes the length. The shape of the tree may depend on its tokens, depth
-by depth: whether a node is there must not depend on tokens of its own depth or below, for the laws l are those of tokens that
-were drawn whatever their siblings and cousins were.
+Why it is lossless: given T_d, the flows of the next depth and the mass owed after the last try add up to f p(x) for each node
+and token, by the construction of each try. Given T_d, all tries fail as often as no node below depth d is accepted, as each
+child is accepted with its flow (by induction from the deepest level upwards). That is when the nodes at depth d have their
+turn. So a text that accepts a node goes on with p: f p(x) is accepted in a child or emitted. The root accepts with
+probability 1. Which m is taken only changes the length. Whether a node exists must not depend on tokens of its own depth or
+below, as the laws l are those of tokens that were drawn whatever their siblings and cousins were.
 
-Sibling rejection and traversal take m = min(l, w), so that the first child gets most of the flow and the others are hardly
-looked into. Here the children of a depth are tried together, `rounds` times over, each offered an even share of what is
-owed, so that flows are even; siblings drawn without replacement are tried in pairs, first all firsts and then all seconds,
-the law of each being that given the failures of the other, not its token.
+Sibling rejection and traversal take m = min(l, w): the first child gets most of the flow, and the others hardly any. Here the
+children of a depth are tried together, `rounds` times over, and each is offered an even share of the mass owed, so that flows
+are even. Siblings drawn without replacement are tried in pairs, first all firsts and then all seconds; the law of each is
+that given the failures of the other, not its token.
 
-Children that are tried together are still tried one after the other, but what each may take is fixed beforehand: with F the
-chance that all tries before these fail, F w what is owed, a share s of it and any bound B >= F_i on the chance of reaching
-its try, m_i = min(l_i, s F w / B) takes F_i m_i <= s F w, and shares of one parent's children add up to at most 1. B is F at
-first; the masses that gives say how often the tries before succeed at least, which is a better B, and so on a few times.
+Children that are tried together are still tried one after the other, but what each may take is fixed beforehand. Let F be the
+chance that all tries before these fail, F w the mass owed, s a child's share of it, F_i the chance of reaching its try and
+B >= F_i any bound. Then m_i = min(l_i, s F w / B) takes F_i m_i <= s F w, and the shares of one parent's children add up to at
+most 1. B is F at first. The masses m_i then say how often earlier tries succeed at least, which gives a better B, and so on.
 """
 
 from __future__ import annotations
@@ -56,7 +55,11 @@ from specdec.tree import DraftTree, RowTree, TreeSpec
 
 @dataclass(frozen=True)
 class LevelVerification(Rule):
-    """Accept the deepest node to which the target's mass can be led, looking at all nodes of a depth together."""
+    """Accept the deepest node that the target's mass can reach, looking at all nodes of a depth together.
+
+    Args:
+        rounds: how often the children of a depth are tried, each time for an even share of the mass owed.
+    """
 
     lossless = True
 
@@ -68,7 +71,7 @@ class LevelVerification(Rule):
     def check(self, spec: TreeSpec) -> None:
         if spec.width > 1 and not spec.by_depth:
             raise ValueError(
-                "LevelVerification is lossless where no node's existence depends on tokens of its own depth or below, which "
+                "LevelVerification is lossless if no node's existence depends on tokens of its own depth or below, which "
                 "these trees do not promise: set TreeSpec(by_depth=True) if it is so, or use TraversalVerification."
             )
 
@@ -94,7 +97,7 @@ class LevelVerification(Rule):
     def flows(self, tree: DraftTree, target_law: TargetLaw) -> Tensor:
         """[batch, node]: the chance of each node to be accepted, given the tokens down to its depth.
 
-        Without the root's they add up to the number of drafted tokens that is expected to be accepted.
+        Without the root's, the flows add up to the expected number of accepted drafted tokens.
         """
         return Levels(tree, target_law, self.rounds).flow
 
@@ -104,13 +107,13 @@ class _Level:
     """The nodes of one depth, with their flows."""
 
     flow: dict[int, Any]
-    owed: dict[int, np.ndarray] = field(init=False)  # by next token where children were tried, else in one sum
+    owed: dict[int, np.ndarray] = field(init=False)  # mass owed: [vocab] if children were tried, else [1], the total
     inner: set[int] = field(default_factory=set)
-    failed: Any = 1  # chance that all tries fail, over the children's tokens
-    unmet: Any = 1  # the same given the children's tokens
+    failed: Any = 1  # chance that all tries so far fail, averaged over the children's tokens
+    unmet: Any = 1  # chance that all tries so far fail, given the children's tokens
 
     def descend(self, tree: RowTree, target_law: RowLaw, rounds: int) -> dict[int, Any]:
-        """Try the children; their flows."""
+        """Try the children, and return their flows."""
         self.inner = {v for v, flow in self.flow.items() if flow > 0 and tree.children(v)}
         self.owed = {
             v: flow * target_law.probs(v) if v in self.inner else np.array([flow], dtype=object)
@@ -125,7 +128,7 @@ class _Level:
         return flows
 
     def _try(self, tries: list[_Try], tokens: list[int], flows: dict[int, Any]) -> None:
-        reached = [self.failed] * len(tries)  # the chance of reaching each try, at most
+        reached = [self.failed] * len(tries)  # upper bound on the chance of reaching each try
         for _ in range(BOUNDS):
             takes = [t.offered(self.owed[t.group.parent], bound) for t, bound in zip(tries, reached, strict=True)]
             chances = accumulate((1 - take.sum() for take in takes), mul, initial=self.failed)
@@ -148,8 +151,8 @@ class _Try:
     child: int
     group: _Group
     slot: int
-    law: np.ndarray  # [vocab] of the child's token, given all failures so far
-    share: Any  # of what its parent owes: a number, or [vocab]
+    law: np.ndarray  # [vocab]: the law of the child's token, given all failures so far
+    share: Any  # the share of the mass its parent owes that it is offered: a number, or [vocab]
 
     def offered(self, owed: np.ndarray, bound: Any) -> np.ndarray:
         return np.minimum(self.law, owed * self.share / bound) if bound > 0 else 0 * self.law
@@ -157,36 +160,43 @@ class _Try:
 
 @dataclass
 class _Group:
-    """Siblings that share what is owed: independent ones, a pair of which the second excludes the first, or points."""
+    """Siblings that share the mass owed: independent ones, or a pair whose second excludes the first, or points."""
 
     phase: int
     parent: int
-    drawn: bool  # or points
+    drawn: bool  # False for points
     pair: bool
     children: list[int]
-    laws: list[np.ndarray]  # of each child's token, at first
-    kept: list[np.ndarray] = field(init=False)  # [vocab] for each child: chance of a token to have failed so far
+    laws: list[np.ndarray]  # [vocab] for each child: the law of its token, before any try
+    kept: list[np.ndarray] = field(init=False)  # [vocab] for each child: the chance that a token has failed so far
 
     def __post_init__(self) -> None:
         self.kept = [np.ones_like(law) for law in self.laws]
 
     def tries(self, left: int, rounds: int, second: bool) -> list[_Try]:
-        """Who is tried now: `left` of the rounds are left, this one included, and it is the turn of pairs' seconds or not."""
+        """The tries of this turn.
+
+        Args:
+            left: rounds to go, this one included.
+            rounds: all rounds.
+            second: whether it is the turn of the second child of each pair.
+        """
         if self.pair:
             laws = self._pair()
-            lefts = left - second, left  # the first has had its try of this round when it is the second's turn
+            # at the turn of the second child, the first has had its try of this round
+            lefts = left - second, left
             share = _ratio(laws[second], laws[0] * lefts[0] + laws[1] * lefts[1])
             return [_Try(self.children[second], self, int(second), laws[second], share)]
         if second or not (self.drawn or left == rounds):
             return []
         one = type(self.laws[0][0])(1)
-        # points differ: no two are offered the same token
+        # Points differ, so that each may take all that is owed to its token.
         share = one / (left * len(self.laws)) if self.drawn else one
         laws = [_normalised(law * kept) for law, kept in zip(self.laws, self.kept, strict=True)]
         return [_Try(child, self, slot, laws[slot], share) for slot, child in enumerate(self.children)]
 
     def _pair(self) -> tuple[np.ndarray, np.ndarray]:
-        after = _others(law := self.laws[0])  # what is left for the second child
+        after = _others(law := self.laws[0])  # [vocab]: the mass left for the second child, by the first's token
         first, second = law * self.kept[0], law * self.kept[1]
         return _normalised(_ratio(first, after) * _others(second)), _normalised(second * _others(_ratio(first, after)))
 
