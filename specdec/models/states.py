@@ -24,16 +24,17 @@ _pass = _Pass()
 
 
 # Functions of the module, not closures: torch.compile follows them. Other threads that run the model pass by.
-# A product is a copy, which the model cannot change in place.
-def _catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+# They are handed it by place or by name, and it comes first. A product is a copy, which the model cannot change in place.
+def _catch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     if _pass.found is not None:
-        _pass.found.append(args[0] * 1)
+        _pass.found.append([*args, *named.values()][0] * 1)
 
 
-def _catch_before_head(module: nn.Module, args: tuple[Any, ...]) -> Any:
+def _catch_before_head(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if _pass.found is not None:
-        _pass.found.append(args[0] * 1)
-        return args[0][:, -_pass.keep :], *args[1:]
+        (hidden,) = (*args, *named.values())
+        _pass.found.append(hidden * 1)
+        return (hidden[:, -_pass.keep :],), {}
 
 
 class Capture:
@@ -80,7 +81,7 @@ _hooks: dict[
 def _hook(module: nn.Module, hook: Any) -> None:
     with _lock:
         handle, users = _hooks.get((module, hook), (None, 0))
-        _hooks[module, hook] = handle or module.register_forward_pre_hook(hook), users + 1
+        _hooks[module, hook] = handle or module.register_forward_pre_hook(hook, with_kwargs=True), users + 1
 
 
 def _unhook(module: nn.Module, hook: Any) -> None:
