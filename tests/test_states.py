@@ -149,6 +149,16 @@ def test_states_after_every_step_are_those_of_a_fresh_prefill(name, engine, capt
         turn(model, PROMPTS, drafter, engine=engine, seed=seed)
 
 
+def test_states_may_be_handed_on_by_name():
+    def by_name(module, args, named):
+        return (), {"input" if module is model.lm_head else "hidden_states": args[0], **named}
+
+    model = llama(vocab_size=VOCAB)
+    for module in (*model.model.layers[1:], model.lm_head):
+        module.register_forward_pre_hook(by_name, with_kwargs=True)
+    turn(model, PROMPTS, Listening())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_that_is_read_in_chunks_is_told_chunk_by_chunk(name, monkeypatch):
     monkeypatch.setattr(cached_model, "_TOKENS", 3 * len(PROMPTS))

@@ -38,7 +38,8 @@ def fingerprint(*models: nn.Module, numbers: bool) -> list[Any]:
             elif isinstance(value, _GROUPS):
                 if id(value) in met:
                     found += name, type(value)
-                elif value:  # most modules have a dozen empty dicts of hooks
+                # Most modules have a dozen empty dicts of hooks. Flags of hooks change with hooks, those of a pass included.
+                elif value and not str(name).endswith("_with_kwargs"):
                     met.add(id(value))
                     groups.append((name, value))
             elif isinstance(value, Tensor):

@@ -24,16 +24,17 @@ _pass = _Pass()
 
 
 # Functions of the module, not closures, as torch.compile can follow these. They ignore passes of other threads.
-# They make copies, as a model may change its states in place.
-def _catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+# The hidden states come first, by place or by name. Copies are noted, as a model may change its states in place.
+def _catch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     if _pass.found is not None:
-        _pass.found.append(args[0].clone())
+        _pass.found.append([*args, *named.values()][0].clone())
 
 
-def _catch_before_head(module: nn.Module, args: tuple[Any, ...]) -> Any:
+def _catch_before_head(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if _pass.found is not None:
-        _pass.found.append(args[0].clone())
-        return args[0][:, -_pass.keep :], *args[1:]
+        (hidden,) = (*args, *named.values())
+        _pass.found.append(hidden.clone())
+        return (hidden[:, -_pass.keep :],), {}
 
 
 class Capture:
@@ -79,7 +80,7 @@ _hooks: dict[Any, tuple[Any, int]] = {}
 def _hook(module: nn.Module, hook: Any) -> None:
     with _lock:
         handle, users = _hooks.get((module, hook), (None, 0))
-        _hooks[module, hook] = handle or module.register_forward_pre_hook(hook), users + 1
+        _hooks[module, hook] = handle or module.register_forward_pre_hook(hook, with_kwargs=True), users + 1
 
 
 def _unhook(module: nn.Module, hook: Any) -> None:
