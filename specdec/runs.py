@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import Batch
+from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.engines.base import Stages
@@ -84,13 +85,23 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
     coins.reseed(request.seed)
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
+        _check_run(scoring, TargetRun, target, batch)
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
+        _check_run(drafting, DraftRun, drafter, batch)
         if not (same and scoring is same.target and drafting is same.drafter):
             batch.stages = stages = new  # what was captured reads other tensors than theirs
         rows = [*range(len(batch))]
         scoring.enter(rows, drafting)
         drafting.enter(rows)
     return Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy)
+
+
+def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
+    """Raise ValueError unless this, which `part.start` returned, is a run over this batch."""
+    whose = f"what {type(part).__name__}.start returned"
+    check_kind(whose, run, kind)
+    if run.batch is not batch:
+        raise ValueError(f"{whose} is a run over another batch; return `last` only where `last.batch is batch`.")
 
 
 def _allocated(request: Request, capacity: int) -> tuple[Batch, Coins, Tensor]:
