@@ -138,17 +138,14 @@ class Stream(Iterator[list[Tensor]]):
     """A run that decodes one step at each iteration; `stream` makes it."""
 
     def __init__(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]):
-        self._steps, self._run = self._stepwise(target, prompts, drafter, options), None
-
-    def _stepwise(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]) -> Generator[list[Tensor]]:
-        with Decoding(as_request(target, prompts, drafter, **options)) as run:
-            self._run = run
-            for _ in run.steps():
-                news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
-                yield [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
+        self._steps, self._run = _steps(target, prompts, drafter, options), None
 
     def __next__(self) -> list[Tensor]:
-        return next(self._steps)
+        if self._run is None:
+            self._run = next(self._steps)
+        run = next(self._steps)
+        news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
+        return [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
 
     def close(self) -> None:
         """End the run with the text so far, and release what it owns."""
@@ -160,6 +157,14 @@ class Stream(Iterator[list[Tensor]]):
         if self._run is None:
             raise ValueError("the stream has not begun; ask for its first step: next(stream).")
         return _generation(self._run)
+
+
+def _steps(target: Any, prompts: Any, drafter: Any, options: dict[str, Any]) -> Generator[Decoding]:
+    """The run once it has begun, and after each step. It knows no `Stream`: one that is dropped lets go of all at once."""
+    with Decoding(as_request(target, prompts, drafter, **options)) as run:
+        yield run
+        for _ in run.steps():
+            yield run
 
 
 def _generation(run: Decoding) -> Generation:

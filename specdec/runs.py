@@ -85,15 +85,23 @@ def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threadi
     coins.reseed(request.seed, request.first_index)
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
-        check_kind(f"what {type(target).__name__}.start returned", scoring, TargetRun)
+        _check_run(scoring, TargetRun, target, batch)
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
-        check_kind(f"what {type(drafter).__name__}.start returned", drafting, DraftRun)
+        _check_run(drafting, DraftRun, drafter, batch)
         if not (same and scoring is same.target and drafting is same.drafter):
             batch.stages = stages = new  # graphs captured before read tensors of other runs
         rows = [*range(len(batch))]
         scoring.enter(rows, drafting)
         drafting.enter(rows)
     return Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy)
+
+
+def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
+    """Raise ValueError unless this, which `part.start` returned, is a run over this batch."""
+    whose = f"what {type(part).__name__}.start returned"
+    check_kind(whose, run, kind)
+    if run.batch is not batch:
+        raise ValueError(f"{whose} is a run over another batch; return `last` only where `last.batch is batch`.")
 
 
 def _allocated(request: Request, capacity: int) -> tuple[Batch, Coins, Tensor]:

@@ -362,6 +362,17 @@ def test_stop_tokens_are_integers_in_any_container(stop):
     assert out.tokens[0].tolist() == text[: text.index(10) + 1]
 
 
+def test_runs_over_another_batch():
+    class Stale(NgramDrafter):
+        def start(self, target, batch, last=None):
+            return last or super().start(target, batch)
+
+    model, drafter = llama(), Stale()
+    last = specdec.generate(model, PROMPTS, drafter, max_new_tokens=2, keep=True)
+    with pytest.raises(ValueError, match=r"what Stale.start returned is a run over another batch; return `last` only"):
+        specdec.generate(model, PROMPTS, drafter, max_new_tokens=8, resume=last)
+
+
 def test_trees_that_are_larger_than_promised():
     class Modest(ModelDrafter):
         def spec(self, sampling):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -88,12 +89,19 @@ class TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
         super().__init__()
-        self._cache: TreeCache = cache
+        # weak: in a circle with its layers a cache would keep its memory until Python next looks for circles
+        self._owner = ref(cache)
         # [batch * slot, head, dim]. The only views of their memory: compiled code would have to allow for overlaps.
         self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
         # Models with cross-attention ask whether these are empty.
         self.keys, self.values = self._keys, self._values
         self.is_initialized = True
+
+    @property
+    def _cache(self) -> TreeCache:
+        cache = self._owner()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
