@@ -24,7 +24,7 @@ from specdec.laws import Law, as_law, drawn_laws
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
 from specdec.trees.base import Frontier, Grown, Growth, TreePolicy, TreeRun
-from specdec.trees.draw import draw
+from specdec.trees.draw import Children, draw
 
 if TYPE_CHECKING:
     from specdec.trees.widths import Widths
@@ -74,50 +74,40 @@ class StaticRun(TreeRun):
         super().__init__(policy, batch)
         self._plan = _plan(tuple(policy.parents))
         self._cut: dict[int, _Shapes] = {}  # by the depth that trees are cut at
-        self._members: dict[tuple[int, ...], Tensor | slice] = {}
+        self._indices: dict[tuple[int, ...], Tensor | slice] = {}
 
     def grow(self, coins: Coins) -> Growth:
         batch, plan = self.batch, self._plan[: self.batch.max_depth]
         shapes = self._shapes(len(plan))
-        tokens = torch.zeros_like(shapes.whole.parents)
-        tokens[:, 0] = batch.root
-        laws = torch.zeros_like(tokens, dtype=torch.uint8)
-        exists = torch.ones_like(tokens, dtype=torch.bool)
-        probs: list[tuple[tuple[int, ...], Tensor]] = []
+        tokens, exists, laws, probs = [batch.root[:, None]], [], [], []  # level by level; exists: where not all do
         for level, shape in zip(plan, shapes.levels, strict=True):
-            members = tuple(node for group in level for node in group.nodes)
-            logits = yield Frontier(tokens[:, self._index(members)], shape)
-            for group in level:
-                part, logits = logits[:, : len(group.nodes)], logits[:, len(group.nodes) :]
-                drawn = draw(part, group.width, self.policy.law, batch.sampling, coins, group.first)
-                end = group.first + drawn.tokens.shape[1]
-                tokens[:, group.first : end] = drawn.tokens
-                nodes = self._index(group.nodes)
-                laws[:, nodes] = drawn.laws
-                above = exists[:, nodes].repeat_interleave(group.width, 1)
-                exists[:, group.first : end] = above if drawn.exists is None else above & drawn.exists
-                if drawn.draft_probs is not None:
-                    probs.append((group.nodes, drawn.draft_probs))
-        tree = DraftTree(tokens, shapes.whole, torch.where(exists, laws, Law.PADDING), self._by_node(probs))
-        return Grown(tree, shapes.asked)
+            places = [self._index(group.places) for group in level]
+            logits = yield Frontier(_joined([tokens[-1][:, own] for own in places]), shape)
+            parts = zip(logits.split([len(group.places) for group in level], 1), level, strict=True)
+            drawn = [draw(part, own.width, self.policy.law, batch.sampling, coins, own.first) for part, own in parts]
+            tokens.append(_joined([each.tokens for each in drawn]))
+            laws += [each.laws for each in drawn]
+            probs += [each.draft_probs for each in drawn if each.draft_probs is not None]
+            if any(each.exists is not None for each in drawn):
+                exists = exists or [torch.ones_like(tokens[0], dtype=torch.bool)]
+                exists.append(
+                    _joined([_alive(each, exists[-1][:, own]) for each, own in zip(drawn, places, strict=True)])
+                )
+        by_node = torch.cat([*laws, torch.zeros_like(tokens[0], dtype=torch.uint8)], 1)[:, shapes.order]
+        if exists:
+            by_node = torch.where(torch.cat(exists, 1), by_node, Law.PADDING)
+        tree = DraftTree(torch.cat(tokens, 1), shapes.whole, by_node, shapes.draft_probs(probs))
+        return Grown(tree, shapes.order.expand(len(batch), -1))
 
-    def _by_node(self, probs: list[tuple[tuple[int, ...], Tensor]]) -> Tensor | None:
-        """[batch, node, vocab] up to the last node with children; zeros at leaves before it."""
-        if not probs:
-            return None
-        batch, _, vocab = probs[0][1].shape
-        table = probs[0][1].new_zeros((batch, 1 + max(max(nodes) for nodes, _ in probs), vocab))
-        for nodes, law in probs:
-            table[:, self._index(nodes)] = law
-        return table
-
-    def _index(self, nodes: tuple[int, ...]) -> Tensor | slice:
-        """Of nodes side by side a slice; of others a tensor made once and for all: indexing by a list waits for a copy."""
-        if nodes not in self._members:
-            first, end = nodes[0], nodes[-1] + 1
-            side_by_side = nodes == (*range(first, end),)
-            self._members[nodes] = slice(first, end) if side_by_side else torch.tensor(nodes, device=self.batch.device)
-        return self._members[nodes]
+    def _index(self, places: tuple[int, ...]) -> Tensor | slice:
+        """Of places side by side a slice; of others a tensor made once and for all: indexing by a list waits for a copy."""
+        if places not in self._indices:
+            first, end = places[0], places[-1] + 1
+            side_by_side = places == (*range(first, end),)
+            self._indices[places] = (
+                slice(first, end) if side_by_side else torch.tensor(places, device=self.batch.device)
+            )
+        return self._indices[places]
 
     def _shapes(self, levels: int) -> _Shapes:
         if levels not in self._cut:
@@ -130,16 +120,34 @@ class _Shapes(NamedTuple):
 
     levels: list[Topology]  # for each level, the nodes asked for up to it
     whole: Topology
-    asked: Tensor  # `Grown.asked`
+    order: Tensor  # [node] int64: when each is asked for, -1 if never
+    inner: Tensor | None  # the same up to the last node with children; None if that is 0, 1, 2, ...
+
+    def draft_probs(self, probs: list[Tensor]) -> Tensor | None:
+        """[batch, internal, vocab], of laws in the order in which nodes are asked for; zeros at leaves."""
+        if not probs:
+            return None
+        asked = torch.cat(probs, 1)
+        return asked if self.inner is None else torch.nn.functional.pad(asked, (0, 0, 0, 1))[:, self.inner]
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """Nodes of one level that have `width` children each, which are numbered from `first` on, siblings together."""
 
     width: int
-    nodes: tuple[int, ...]
+    places: tuple[int, ...]  # among the nodes of their depth
     first: int
+
+
+def _alive(children: Children, parents: Tensor) -> Tensor:
+    """[batch, count * width] bool: which children exist, of parents [batch, count] bool that exist or do not."""
+    width = children.tokens.shape[1] // parents.shape[1]
+    above = parents.repeat_interleave(width, 1)
+    return above if children.exists is None else above & children.exists
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @lru_cache(maxsize=64)
@@ -148,16 +156,16 @@ def _plan(parents: tuple[int, ...]) -> tuple[tuple[_Group, ...], ...]:
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], start=1):
         children[parent].append(node)
-    levels, numbers, count, level = [], {0: 0}, 1, [0]
+    levels, numbers, start, count, level = [], {0: 0}, 0, 1, [0]
     while level := [node for node in level if children[node]]:
-        groups = []
+        groups, following = [], count
         for width in sorted({len(children[node]) for node in level}, reverse=True):
             family = [node for node in level if len(children[node]) == width]
-            groups.append(_Group(width, tuple(numbers[node] for node in family), count))
+            groups.append(_Group(width, tuple(numbers[node] - start for node in family), count))
             for child in (child for node in family for child in children[node]):
                 numbers[child], count = count, count + 1
         levels.append(tuple(groups))
-        level = sorted((child for node in level for child in children[node]), key=numbers.__getitem__)
+        start, level = following, sorted((c for node in level for c in children[node]), key=numbers.__getitem__)
     return tuple(levels)
 
 
@@ -166,11 +174,13 @@ def _shapes(plan: Sequence[tuple[_Group, ...]], batch: int, device: torch.device
         width = max(Counter(parents[1:]).values(), default=0)
         return Topology(torch.tensor(parents, device=device).expand(batch, -1), depth, width)
 
-    parents, asked, levels = [-1], {}, []  # asked: when each node is
+    parents, asked, levels, start = [-1], {}, [], 0  # asked: when each node is; start: the first node of a level
     for depth, level in enumerate(plan):
-        for node in (node for group in level for node in group.nodes):
-            asked[node] = len(asked)
+        nodes = [(start + place, group.width) for group in level for place in group.places]
+        asked |= {node: len(asked) + i for i, (node, _) in enumerate(nodes)}
         levels.append(topology([asked.get(parents[node], -1) for node in asked], depth))
-        parents += [node for group in level for node in group.nodes for _ in range(group.width)]
+        start = len(parents)
+        parents += [node for node, width in nodes for _ in range(width)]
     order = torch.tensor([asked.get(node, -1) for node in range(len(parents))], device=device)
-    return _Shapes(levels, topology(parents, len(plan)), order.expand(batch, -1))
+    inner = None if [*asked] == [*range(len(asked))] else order[: max(asked) + 1]
+    return _Shapes(levels, topology(parents, len(plan)), order, inner)
