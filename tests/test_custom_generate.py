@@ -433,7 +433,7 @@ def test_what_is_no_loop_is_refused_and_not_ignored(method, cure):
 
 
 def test_arguments_in_the_wrong_place_are_told_theirs():
-    with pytest.raises(ValueError, match=r"a BlockVerification after it.*custom_generate\(drafter, rule=...\)"):
+    with pytest.raises(ValueError, match=r"given a BlockVerification too.*custom_generate\(drafter, rule=...\)"):
         specdec.custom_generate(NgramDrafter(), BlockVerification())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'sampling'.*model.generate\(..., do_sample=True, temperature=..."):
         specdec.custom_generate(NgramDrafter(), sampling=Sampling(0.7))  # type: ignore[arg-type]

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from golden_runs import CASES, ENGINES, FILE, NEW, run
+from golden_runs import CASES, ENGINES, FILE, NEW, OPTIONS, PROMPTS, SAMPLINGS, TARGET, drafter_of, run
+
+import specdec
 
 torch.set_num_threads(1)
 STORED = json.loads(FILE.read_text("utf-8"))
@@ -29,6 +31,6 @@ def test_recorded_texts_end_at_stop_tokens_and_at_the_budget_and_draft_much():
 
 
 def test_stages_are_captured():
-    engine = ENGINES["tape"]()
-    run("model / chain / sibling / sampled", engine)
+    engine, options = ENGINES["tape"](), {**OPTIONS, "sampling": SAMPLINGS["sampled"]}
+    specdec.generate(TARGET, PROMPTS, drafter_of("model", "chain"), engine=engine, **options)
     assert engine.captured == 4

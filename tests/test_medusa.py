@@ -124,7 +124,7 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="states of size 16"):
         specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2, hidden=16)))
     for temperature, vocab in ((0, 200), (1, 200), (0, 20)):
-        with pytest.raises(ValueError, match=f"draft {vocab} tokens, the target's vocabulary has 50"):
+        with pytest.raises(ValueError, match=f"know {vocab} tokens, the target knows 50"):
             drafter = MedusaDrafter(heads(2, vocab=vocab, dtype=torch.float32))
             specdec.generate(llama(), PROMPTS, drafter, sampling=Sampling(temperature), max_new_tokens=4)
     with pytest.raises(FileNotFoundError):

@@ -309,8 +309,8 @@ class Biased(ModelTarget):
 
 class BiasedRun(ModelTargetRun):
     def score(self, tree):
-        logits, states = super().score(tree)
-        return Scores(logits + 10 * (torch.arange(logits.shape[-1]) == 3), states)
+        scores = super().score(tree)
+        return Scores(scores.logits + 10 * (torch.arange(self.batch.vocab) == 3), scores.states)
 
 
 @pytest.mark.filterwarnings("ignore:engine")  # what cannot be captured

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,12 @@ def texts(folder, **loading):
         MedusaDrafter(MedusaHeads(2, 1, 32).to(torch.float64).eval()),
         NgramDrafter(),
     ]
-    options = {"max_new_tokens": 12, "seed": 3, "resume": True}
-    runs = [
-        specdec.generate(target, PROMPTS, drafter, sampling=Sampling(temperature), **options).tokens
-        for drafter in drafters
-        for temperature in (0.0, 1.0)
-    ]
-    return target.cached.layout[0][0].heads, [[tokens.tolist() for tokens in run] for run in runs]
+    runs, last = [], None
+    for drafter, temperature in product(drafters, (0.0, 1.0)):
+        options = {"sampling": Sampling(temperature), "max_new_tokens": 12, "seed": 3, "keep": True, "resume": last}
+        last = specdec.generate(target, PROMPTS, drafter, **options)
+        runs.append([tokens.tolist() for tokens in last.tokens])
+    return target.lm.layout(None)[0][0].heads, runs
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")

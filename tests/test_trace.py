@@ -19,7 +19,11 @@ from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
 
-RULES = {name: getattr(rules, name)() for name in rules.__all__ if hasattr(getattr(rules, name), "lossless")}
+RULES = {
+    name: getattr(rules, name)()
+    for name in rules.__all__
+    if hasattr(getattr(rules, name), "decide_batch") and name != "Rule"
+}
 TREES = {
     "chain": Chain(3),
     **{law.name: Widths((3, 2), law) for law in (Law.IID, Law.WITHOUT_REPLACEMENT, Law.SAMPLED_THEN_TOP)},
