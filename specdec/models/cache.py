@@ -8,6 +8,7 @@ or concatenated. All keys and values of one shape are in one tensor, so that a c
 from __future__ import annotations
 
 import inspect
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -155,6 +156,14 @@ class TreeCache(Cache):
             TreeLayer(self, next(views[pair[0]]), next(views[pair[1]])) if pair else _Absent() for pair in layout
         ]
         super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TreeCache:
+        memo[id(self)] = made = copy(self)
+        made.__dict__.update(deepcopy(vars(self), memo))
+        for layer in made.layers:
+            if isinstance(layer, TreeLayer):
+                layer._owner = ref(made)
+        return made
 
     def stored(self, slab: Slab) -> Slab:
         """The shape that is stored for keys or values of shape `slab`."""
