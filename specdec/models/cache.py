@@ -91,7 +91,7 @@ class TreeLayer(CacheLayerMixin):
     def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
         super().__init__()
         # weak: in a circle with its layers a cache would keep its memory until Python next looks for circles
-        self._owner = ref(cache)
+        self._owner: Any = ref(cache)
         # [batch * slot, head, dim]. The only views of their memory: compiled code would have to allow for overlaps.
         self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
         # Models with cross-attention ask whether these are empty.
