@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -78,6 +79,7 @@ class Request:
         last: the runs of an earlier turn to go on from, if there was one.
         keep: whether a later turn may go on from this run.
         coins: (batch, nodes) -> Coins, in place of coins made from the seed; None: from the seed.
+        began: when the call began, by `time.perf_counter`.
     """
 
     target: Target
@@ -98,6 +100,7 @@ class Request:
     last: Runs | None
     keep: bool
     coins: Callable[[int, int], Coins] | None
+    began: float
 
     @property
     def longest(self) -> int:
@@ -150,6 +153,7 @@ def as_request(
     Raises:
         ValueError: as `generate` does.
     """
+    began = time.perf_counter()
     if trace not in LEVELS:
         raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
     made_engine, drafter = as_engine(engine), _UNDRAFTED if drafter is None else drafter
@@ -174,7 +178,7 @@ def as_request(
         stopping = StopStrings(tokenizer, strings)
     return Request(
         found, drafter, rule, made_engine, bound, spec, rows, budgets, processors, stop, stopping, tokenizer, seed, first_index,
-        trace, last, keep, coins,
+        trace, last, keep, coins, began,
     )  # fmt: skip
 
 

@@ -29,13 +29,12 @@ class Decoding:
     """
 
     def __init__(self, request: Request):
-        began = time.perf_counter()
         self.request, self.runs = request, runs.start(request)
         self.batch, self._reasons = self.runs.batch, request.reasons()
         self._prompts, self._kept = list(self.batch.host_lengths), list(request.budgets)
         self._texts = self.batch.texts  # as of the last step: a later run may go on in the batch
         finish(self.batch.device)
-        self.recorder = Recorder(request, time.perf_counter() - began)
+        self.recorder = Recorder(request, time.perf_counter() - request.began)
 
     def steps(self) -> Iterator[Outcome]:
         """Step by step to the end. Raise ValueError if the target reads something else in place of a whole text."""

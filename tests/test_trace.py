@@ -11,6 +11,7 @@ from tiny_models import PROMPTS, llama
 from transformers import GenerationConfig
 
 from specdec import Law, Sampling, generate, rules, trace
+from specdec.arguments import as_prompts
 from specdec.batch import Batch
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget
@@ -67,6 +68,15 @@ def test_what_follows_the_last_stage_is_time_of_the_step(monkeypatch):
 
 def test_the_prefill_lasts_until_the_device_has_done_it(monkeypatch):
     monkeypatch.setattr("specdec.loop.finish", lambda device: time.sleep(0.02))
+    assert generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=1).trace.prefill_seconds >= 0.02
+
+
+def test_the_prefill_begins_with_the_call(monkeypatch):
+    def slowly(prompts, tokenizer):
+        time.sleep(0.02)
+        return as_prompts(prompts, tokenizer)
+
+    monkeypatch.setattr("specdec.arguments.as_prompts", slowly)
     assert generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=1).trace.prefill_seconds >= 0.02
 
 
