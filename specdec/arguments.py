@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from numbers import Integral
@@ -23,7 +23,7 @@ from specdec.engines.graphs import Graphs
 from specdec.huggingface.stopping import Stopping, StopStrings
 from specdec.models.probe import cure_for
 from specdec.models.target import ModelTarget, Target
-from specdec.processors import Processors
+from specdec.request import Request, Text
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
 from specdec.sampling import Sampling
@@ -38,6 +38,8 @@ _EAGER = Engine()
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
 _CHAT = "of chat messages pass the list of them, [{'role': 'user', 'content': ...}]"
+_SAMPLE_KEYS = 2**32  # indices of prompts are below it, so that sample j of prompt i has the key i + j * 2**32
+_SAMPLES = 2**30
 # What to pass here for arguments of other libraries.
 _ELSEWHERE = {
     "do_sample": "pass sampling=specdec.Sampling(temperature=1.0) to sample, Sampling() for greedy decoding",
@@ -45,7 +47,7 @@ _ELSEWHERE = {
     "logits_processor": "pass sampling=specdec.Sampling(processors=[...])",
     "max_length": "pass max_new_tokens, which does not count the prompt",
     "num_beams": "only greedy decoding and sampling can be drafted for; leave it out",
-    "num_return_sequences": "pass the prompt so many times",
+    "num_return_sequences": "pass num_samples",
     "input_ids": "pass the token ids as prompts",
     "inputs": "pass the token ids as prompts",
     "attention_mask": "leave it out, and pass prompts without padding",
@@ -57,76 +59,6 @@ _ELSEWHERE = {
     "assistant_model": "pass drafter=specdec.drafters.ModelDrafter(assistant_model)",
     "tree": "pass it to the drafter, as in ModelDrafter(model, tree)",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """The checked arguments of a run; see also `specdec.generate`.
-
-    Args:
-        target, drafter, rule, engine: the parts.
-        sampling: with every field filled in.
-        spec: the trees that may be proposed.
-        prompts: 1-D int64 CPU tensors.
-        budgets: most new tokens of each prompt.
-        processors: each row's logits processors.
-        stop_tokens: ids that end a text.
-        stopping: called after every step to end rows; None if only stop tokens and budgets end them.
-        tokenizer: as given; None if there is none.
-        seed: the seed of all coins.
-        first_index: index of the first prompt, by which coins are drawn.
-        trace: what to record.
-        last: the runs of an earlier turn to go on from, if there was one.
-        keep: whether a later turn may go on from this run.
-        coins: (batch, nodes) -> Coins, in place of coins made from the seed; None: from the seed.
-        began: when the call began, by `time.perf_counter`.
-    """
-
-    target: Target
-    drafter: Drafter
-    rule: Rule
-    engine: Engine
-    sampling: Sampling
-    spec: TreeSpec
-    prompts: list[Tensor]
-    budgets: list[int]
-    processors: Sequence[Processors]
-    stop_tokens: tuple[int, ...]
-    stopping: Stopping | None
-    tokenizer: Any
-    seed: int
-    first_index: int
-    trace: str
-    last: Runs | None
-    keep: bool
-    coins: Callable[[int, int], Coins] | None
-    began: float
-
-    @property
-    def longest(self) -> int:
-        """Tokens that the longest text may grow to."""
-        return max(map(len, self.prompts)) + max(self.budgets)
-
-    @property
-    def largest_tree(self) -> int:
-        """Most slots that a tree takes in the cache. Paths may be `depth` long even if that is more than `nodes` allows."""
-        return max(self.spec.nodes, self.spec.depth + 1)
-
-    @property
-    def static(self) -> bool:
-        """Whether the drafter's stages are captured, and so use no host values."""
-        return self.engine.captures and self.drafter.capturable
-
-    def reasons(self) -> dict[str, str | None]:
-        """Why each stage of a step cannot be captured; None where it can."""
-        drafts = None if self.drafter.capturable else f"{self.drafter} drafts on the host"
-        scores = None if self.target.capturable else f"{self.target} is not capturable"
-        decides = None if self.rule.capturable else f"{type(self.rule).__name__} decides on the host"
-        if any(self.processors):
-            decides = "logits processors depend on the text"
-        if self.trace != "summary":
-            decides = f"trace={self.trace!r} looks at every law"
-        return {"propose": drafts, "score": scores, "decide": decides, "commit": drafts}
 
 
 def as_request(
@@ -141,6 +73,8 @@ def as_request(
     tokenizer: Any = None,
     seed: int = 0,
     first_index: int = 0,
+    num_samples: int = 1,
+    batch_size: int | None = None,
     trace: str = "summary",
     engine: Engine | str = "eager",
     resume: Any = None,
@@ -161,12 +95,20 @@ def as_request(
         check_kind(name, part, kind)
     check_kind("keep", keep, bool, "pass True or False")
     check_tokenizer(tokenizer)
-    seed, first_index = as_seed(seed), as_int("first_index", first_index, 0)
-    last, found = as_last(resume), as_target(target)
-    rows = as_prompts(prompts, tokenizer)
-    budgets = as_budgets(max_new_tokens, len(rows))
-    for i, (row, budget) in enumerate(zip(rows, budgets, strict=True)):
-        _check_row(row, i, found, budget)
+    seed, last, found = as_seed(seed), as_last(resume), as_target(target)
+    slots = None if batch_size is None else as_int("batch_size", batch_size, 1, cure="None decodes all at once")
+    if slots is not None and (keep or last is not None):
+        raise ValueError(
+            f"batch_size={batch_size} with {'keep' if keep else 'resume'}: rows pass from text to text, so there are no caches "
+            "to go on in; leave batch_size out for conversations."
+        )
+    samples = as_int("num_samples", num_samples, 1, _SAMPLES)
+    keys = as_keys(first_index, prompts_given := as_prompts(prompts, tokenizer), samples)
+    budgets = as_budgets(max_new_tokens, len(prompts_given))
+    for i, (prompt, budget) in enumerate(zip(prompts_given, budgets, strict=True)):
+        _check_row(prompt, i, found, budget)
+    rows = [prompt for prompt in prompts_given for _ in range(samples)]
+    budgets = [budget for budget in budgets for _ in range(samples)]
     bound, processors = sampling.bind(found.model, rows, budgets, tokenizer)
     spec = drafter.spec(bound)
     rule.check(spec)
@@ -176,10 +118,20 @@ def as_request(
     stop = as_stop_tokens(stop_tokens, eos, found.vocab)
     if strings:
         stopping = StopStrings(tokenizer, strings)
+    texts = [
+        Text(i, tokens.numpy(), len(tokens), left, key, processors=own)
+        for i, (tokens, left, key, own) in enumerate(zip(rows, budgets, keys, processors, strict=True))
+    ]
     return Request(
-        found, drafter, rule, made_engine, bound, spec, rows, budgets, processors, stop, stopping, tokenizer, seed, first_index,
-        trace, last, keep, coins, began,
+        found, drafter, rule, made_engine, bound, spec, texts, slots, stop, stopping, tokenizer, seed, trace, last, keep, coins,
+        began,
     )  # fmt: skip
+
+
+def as_keys(first_index: Any, prompts: Sequence[Tensor], samples: int) -> list[int]:
+    """What the coins of each text are drawn by: each sample of each prompt has its own, whatever else is asked for."""
+    first = as_int("first_index", first_index, 0, _SAMPLE_KEYS - len(prompts))
+    return [first + i + j * _SAMPLE_KEYS for i in range(len(prompts)) for j in range(samples)]
 
 
 def as_last(resume: Any) -> Runs | None:

@@ -1,8 +1,7 @@
-"""The texts of a run, on the device and on the host. They are kept nowhere else."""
+"""The texts that a run works on, on the device and on the host. While it does, they are kept nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,13 @@ from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, chain
 
 if TYPE_CHECKING:
-    from specdec.arguments import Request
+    from specdec.request import Request, Text
 
 
 class Batch:
     """The texts so far, as drafters, tree policies and targets read them. Only the loop writes to it.
+
+    A row holds one text until that has ended, and then perhaps another.
 
     Device:
         tokens: [batch, capacity] int64: prompts and committed tokens; anything from `lengths` on.
@@ -33,6 +34,10 @@ class Batch:
     Host, as of the last step:
         texts: the committed tokens of each row, a 1-D int64 array each.
         host_lengths, host_left: `lengths` and `left`.
+        waiting: whether texts wait for a row.
+        seconds: how long the step took.
+        gained: tokens by which it brought the run nearer to its end: of the row with most to come; while texts wait, the mean
+            of all rows that were running.
         longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
         max_depth: longest path that a drafter may propose now.
 
@@ -40,7 +45,7 @@ class Batch:
         vocab: size of the target's vocabulary.
         sampling, stop_tokens, tokenizer: as given to `generate`, with defaults filled in.
         processors: each row's logits processors, in their state after the text so far.
-        max_length: tokens that the longest row may grow to, the prompt included.
+        max_length: tokens that the longest text may grow to, the prompt included.
         static: whether steps are captured, so that drafters use no host values but `longest`.
         stages: what runs the stages of a step; a drafter may have its scores captured by it.
         keep: whether a later turn may go on from this run, so that models note what they have read.
@@ -53,25 +58,33 @@ class Batch:
         self.vocab, self.sampling = vocab, Sampling()
         self.stop_tokens: tuple[int, ...] = ()
         self.tokenizer: Any = None
-        self.processors: Sequence[Processors] = [Processors()] * rows
+        self.processors: list[Processors] = [Processors()] * rows
         self._chains: dict[int, Topology] = {}
+        # -1, which is no token, where none is noted: a run that fails in a step has read more than it notes.
+        self._host = [np.full(capacity, -1, np.int64)] * rows
+        self.host_lengths, self.host_left = [0] * rows, [0] * rows
+        self.waiting, self.seconds, self.gained = False, 0.0, 0.0
 
-    def begin(self, request: Request, stages: Stages) -> None:
-        """Write the prompts, and note the settings of a run."""
-        self.sampling, self.processors = request.sampling, request.processors
-        self.stop_tokens, self.tokenizer, self.stages = request.stop_tokens, request.tokenizer, stages
-        self.static, self.keep, self.resume = request.static, request.keep, request.last is not None
-        self._deepest, self.max_length = request.spec.depth, request.longest
-        self.host_lengths = list(map(len, request.prompts))
-        # New: what an earlier run has read is told from its own. -1, which is no token, where none is noted: a run that fails
-        # in a step has read more than it notes.
-        self._host = np.full(self.tokens.shape, -1, np.int64)
-        for row, prompt in zip(self._host, request.prompts, strict=True):
-            row[: len(prompt)] = prompt
-        self.tokens.copy_(torch.from_numpy(self._host).clamp(min=0))
-        self.lengths.copy_(torch.tensor(self.host_lengths))
-        self.left.copy_(torch.tensor(request.budgets))
-        self.note_left(list(request.budgets))
+    def begin(self, request: Request, longest: int, stages: Stages, resume: bool) -> None:
+        """Note the settings of a run whose texts may grow to `longest` tokens."""
+        self.sampling, self.stop_tokens, self.tokenizer = request.sampling, request.stop_tokens, request.tokenizer
+        self.static, self._deepest, self.max_length = request.static, request.spec.depth, longest
+        self.stages, self.resume = stages, resume
+        self.keep = request.keep or request.slots is not None  # the halves of a batch go on from it
+
+    def enter(self, row: int, text: Text, length: int | None = None) -> None:
+        """Begin a text in a row; if a length is given, only so much of it, which nothing is added to for now."""
+        whole = length is None or length == len(text.tokens)
+        tokens = text.tokens[:length]
+        # A new array: what models have read of the row's last text is told from the old one.
+        self._host[row] = host = np.full(self.capacity, -1, np.int64)
+        host[: len(tokens)] = tokens
+        self.tokens[row].copy_(torch.from_numpy(host.clip(0)))
+        self.processors[row] = text.processors if whole else Processors()
+        left = text.left if whole else 0
+        self.lengths[row], self.host_lengths[row] = len(tokens), len(tokens)
+        self.left[row] = left
+        self._note_left([left if b == row else n for b, n in enumerate(self.host_left)])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -87,11 +100,11 @@ class Batch:
 
     @property
     def texts(self) -> list[np.ndarray]:
-        return [row[:n] for row, n in zip(self._host, self.host_lengths, strict=True)]
+        return [tokens[:n] for tokens, n in zip(self._host, self.host_lengths, strict=True)]
 
     @property
     def records(self) -> list[np.ndarray]:
-        """[capacity] int64 each: the buffers that `texts` are views of. No later run writes to them."""
+        """[capacity] int64 each: the buffers that `texts` are views of. No later text is written to them."""
         return list(self._host)
 
     @property
@@ -135,13 +148,16 @@ class Batch:
 
     def note(self, outcome: Outcome) -> None:
         """Append them to the texts on the host, which waits for the device."""
+        news = [len(tokens) for tokens in outcome.emitted if tokens]
+        nearer = max(self.host_left) - max(outcome.left)
+        self.gained = sum(news) / max(len(news), 1) if self.waiting else nearer
         for b, tokens in enumerate(outcome.emitted):
             start = self.host_lengths[b]
             self.host_lengths[b] = start + len(tokens)
-            self._host[b, start : start + len(tokens)] = tokens
-        self.note_left(outcome.left)
+            self._host[b][start : start + len(tokens)] = tokens
+        self._note_left(outcome.left)
 
-    def note_left(self, left: list[int]) -> None:
+    def _note_left(self, left: list[int]) -> None:
         """Set what each row may still emit, and how deep drafts may therefore be."""
         self.host_left = left
         # Smallest budget of a running row. Captured steps cannot branch on it: 0 makes them compare every budget.
@@ -151,4 +167,4 @@ class Batch:
     def end(self, row: int) -> None:
         """End a row: it emits nothing more."""
         self.left[row] = 0
-        self.note_left([0 if b == row else n for b, n in enumerate(self.host_left)])
+        self._note_left([0 if b == row else n for b, n in enumerate(self.host_left)])

@@ -1,12 +1,14 @@
 """Coins: the only randomness in the package.
 
-A coin is a uniform number in [0, 1) that is a pure function of its key: (seed, row, step, purpose, node). Nothing is
-consumed in order, so a row's stream depends on nothing but its own index, and the scalar face (specifications, the
-certifier) and the batched face (fast paths, graphs) read the very same numbers.
+A coin is a uniform number in [0, 1) that is a pure function of its key: (seed, text, step, purpose, node), where steps are
+counted from the text's own first. Nothing is consumed in order, so a text's stream depends on nothing but its own key: not on
+its row, on what else is in the batch, or on when it was begun. The scalar face (specifications, the certifier) and the
+batched face (fast paths, graphs) read the very same numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -30,38 +32,53 @@ class Purpose(IntEnum):
 
 
 class Coins:
-    """Uniforms for a batch, addressed by (row, step, purpose, node).
+    """Uniforms for a batch, addressed by (row, purpose, node).
 
     Args:
         seed: an integer of 64 bits, from -2**63 to 2**64 - 1; the same seed gives the same coins.
         batch: number of rows.
         nodes: size of the largest tree, the root included.
         device: where the tensors of the batched face are.
-        first: index of the prompt in the first row.
+
+    Attributes:
+        texts: the key of the text in each row: row b begins with text b.
+        steps: each text's own step.
     """
 
     enumerates = False  # True for coins that follow every outcome: rules then run their scalar specification
 
-    def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu", first: int = 0):
+    def __init__(self, seed: int, batch: int, nodes: int, device: torch.device | str = "cpu"):
         self.batch, self.nodes = as_int("batch", batch, 1), as_int("nodes", nodes, 1)
         self.device = torch.device(device)
         self._current = torch.empty(len(Purpose), self.batch, self.nodes, dtype=torch.float64, device=self.device)
-        self.reseed(seed, first)
+        self.reseed(seed)
 
-    def reseed(self, seed: int, first: int = 0) -> None:
-        """Begin again, at step 0, with another seed; the first row is the prompt of index `first`."""
-        self._index = first
+    def reseed(self, seed: int) -> None:
+        """Begin again with another seed."""
         self._seed = (as_seed(seed) + 2**63) % 2**64 - 2**63  # with a sign, as torch's integers have
-        self._first = -_BLOCK
-        self.turn_to(0)
+        self.enter([*range(self.batch)], [*range(self.batch)], [0] * self.batch)
 
-    def turn_to(self, step: int) -> None:
-        """Write the coins of another step into the same memory, where captured graphs read them."""
-        self.step = step
-        if not self._first <= step < self._first + _BLOCK:
-            self._first = step - step % _BLOCK
-            self._table = _tabulate(self._seed, self._index, self.batch, self._first, self.nodes, self.device)
-        self._current.copy_(self._table[step - self._first])
+    def enter(self, rows: Sequence[int], texts: Sequence[int], steps: Sequence[int]) -> None:
+        """Give rows to texts with these keys, at these steps of theirs."""
+        given = dict(zip(rows, zip(texts, steps, strict=True), strict=True))
+        now = [given.get(row) or (self.texts[row], self.steps[row]) for row in range(self.batch)]
+        self.texts, self.steps = [text for text, _ in now], [step for _, step in now]
+        self._tabulate()
+
+    def advance(self) -> None:
+        """Go on to every text's next step."""
+        self.steps = [step + 1 for step in self.steps]
+        self._place += 1
+        if self._place == len(self._table):
+            self._tabulate()
+        else:
+            self._current.copy_(self._table[self._place])
+
+    def _tabulate(self) -> None:
+        """Compute the coins of the next steps, and write those of this one where captured graphs read them."""
+        self._table = _table(self._seed, self.texts, self.steps, self.nodes, self.device)
+        self._place = 0
+        self._current.copy_(self._table[0])
 
     def uniforms(self, purpose: Purpose) -> Tensor:
         """This step's coins of one purpose: [batch, node] float64 in [0, 1)."""
@@ -110,16 +127,17 @@ class RowCoins:
         return normalised(weights)
 
 
-def _tabulate(seed: int, index: int, batch: int, first: int, nodes: int, device: torch.device) -> Tensor:
-    """[_BLOCK, purpose, batch, node] float64 uniforms for the steps first .. first + _BLOCK - 1."""
+def _table(seed: int, texts: Sequence[int], steps: Sequence[int], nodes: int, device: torch.device) -> Tensor:
+    """[_BLOCK, purpose, batch, node] float64 uniforms: for each text, those of its step and the ones after it."""
 
-    def axis(start: int, count: int, dim: int) -> Tensor:
+    def axis(values: Iterable[int], dim: int) -> Tensor:
         shape = [1, 1, 1, 1]
-        shape[dim] = count
-        return torch.arange(start, start + count, device=device).view(shape)
+        shape[dim] = -1
+        return torch.tensor([*values], device=device).view(shape)
 
     state = _mix(torch.tensor(seed, device=device))
-    for field in (axis(index, batch, 2), axis(first, _BLOCK, 0), axis(0, len(Purpose), 1), axis(0, nodes, 3)):
+    step = axis(range(_BLOCK), 0) + axis(steps, 2)
+    for field in (axis(texts, 2), step, axis(range(len(Purpose)), 1), axis(range(nodes), 3)):
         state = _mix(state + (field + 1) * _GOLDEN)
     return _shift(state, 11).double() * 2.0**-53
 

@@ -27,7 +27,7 @@ class Generation:
     """What `generate` returns.
 
     Args:
-        tokens: one 1-D int64 CPU tensor per prompt: the new tokens only.
+        tokens: one 1-D int64 CPU tensor per text: the new tokens only. In the prompts' order, samples of one prompt together.
         text: the new tokens as text, if a tokenizer was given.
         trace: what happened, step by step.
         tokenizer: the tokenizer that was given.
@@ -63,6 +63,8 @@ def generate(
     tokenizer: Any = None,
     seed: int = 0,
     first_index: int = 0,
+    num_samples: int = 1,
+    batch_size: int | None = None,
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
     resume: Generation | None = None,
@@ -73,6 +75,7 @@ def generate(
 
     >>> out = specdec.generate(target, "def fib(n):", ModelDrafter(draft), tokenizer=tokenizer)
     >>> out.text[0], out.summary()["acceptance_length"]
+    >>> out = specdec.generate(target, thousands, drafter, batch_size=32, num_samples=8)  # text 8 * i + j: sample j of prompt i
     >>> turn = specdec.generate(target, said, drafter, tokenizer=tokenizer, keep=True)  # a conversation, in its own caches
     >>> turn = specdec.generate(target, said + turn.text[0] + reply, drafter, tokenizer=tokenizer, resume=turn, keep=True)
 
@@ -87,10 +90,15 @@ def generate(
         stop_tokens: ids that end a text, as its last token. None: the EOS ids of `sampling`'s generation config, or else the
             target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
-        seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, step). So equal prompts
-            in two calls get equal samples unless the seeds differ.
+        seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, sample, the text's own
+            step). So equal prompts in two calls get equal samples unless the seeds differ.
         first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
             begins: then no two prompts share their coins, and the texts are those of one call.
+        num_samples: how many texts to write for each prompt. They follow each other in `Generation.tokens`. More samples do not
+            change those that fewer gave.
+        batch_size: how many texts are at work at once: when one has ended, the next prompt gets its row while the others go on.
+            Beginnings that prompts share are read once, and memory is needed for so many texts. None: all at once. Which texts
+            are in the batch changes a text by rounding only.
         trace: what to record. "summary": counts and times of every step. "ceiling": also each visited node with the best that
             any rule could do there, for `ceiling_share`, and how far a lossy rule is off, for `divergence`. "laws": also the
             trees and both models' laws, for `specdec.trace.replay` (large: see `specdec.trace.laws`). "ceiling" and "laws" take
@@ -111,7 +119,8 @@ def generate(
     refuse_unknown(unknown, OPTIONS)
     request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        tokenizer=tokenizer, seed=seed, first_index=first_index, trace=trace, engine=engine, resume=resume, keep=keep,
+        tokenizer=tokenizer, seed=seed, first_index=first_index,
+        num_samples=num_samples, batch_size=batch_size, trace=trace, engine=engine, resume=resume, keep=keep,
     )  # fmt: skip
     with Decoding(request) as run:
         for _ in run.steps():
@@ -126,26 +135,32 @@ def stream(
 
     >>> for step in specdec.stream(target, prompts, drafter):
     ...     print(step[0])
+    >>> for index, tokens in specdec.stream(target, prompts, drafter, batch_size=32):
+    ...     print(index, tokens)
 
-    Each step yields a list like `Generation.tokens`: the new tokens of each prompt, possibly none. All steps together give what
-    `generate` returns. Between the yields the model is as it was found.
+    Each step yields a list like `Generation.tokens`: the new tokens of each text, possibly none. With `batch_size`, the stream
+    yields (index, new tokens) of one text after another instead, as they come. All of them together give what `generate`
+    returns. Between the yields the model is as it was found.
     """
     refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
     return Stream(target, prompts, drafter, options)
 
 
-class Stream(Iterator[list[Tensor]]):
-    """A run that decodes one step at each iteration; `stream` makes it."""
+class Stream(Iterator[Any]):
+    """A run that decodes step by step as it is iterated over; `stream` makes it."""
 
     def __init__(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]):
         self._steps, self._run = _steps(target, prompts, drafter, options), None
+        self._news: Iterator[tuple[int, Tensor]] = iter(())
 
-    def __next__(self) -> list[Tensor]:
+    def __next__(self) -> Any:
         if self._run is None:
             self._run = next(self._steps)
-        run = next(self._steps)
-        news = zip(run.emitted, run.trace.steps[-1].emitted, strict=True)
-        return [torch.tensor(row[len(row) - count :], dtype=torch.int64) for row, count in news]
+        if self._run.request.slots is None:
+            return [tokens for _, tokens in _news(next(self._steps))]
+        while (found := next((news for news in self._news if len(news[1])), None)) is None:
+            self._news = _news(next(self._steps))
+        return found
 
     def close(self) -> None:
         """End the run with the text so far, and release what it owns."""
@@ -167,11 +182,19 @@ def _steps(target: Any, prompts: Any, drafter: Any, options: dict[str, Any]) -> 
             yield run
 
 
+def _news(run: Decoding) -> Iterator[tuple[int, Tensor]]:
+    """The index of the text in each row, and its tokens of the last step."""
+    for index, count in zip(run.held, run.trace.steps[-1].emitted, strict=True):
+        if index >= 0:
+            tokens = run.tokens(index)
+            yield index, torch.tensor(tokens[len(tokens) - count :], dtype=torch.int64)
+
+
 def _generation(run: Decoding) -> Generation:
-    tokens = [torch.tensor(row, dtype=torch.int64) for row in run.emitted]
-    tokenizer = run.request.tokenizer
-    texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in run.emitted]
-    return Generation(tokens, texts, run.trace, tokenizer, run.runs if run.request.keep else None)
+    tokens, tokenizer = run.emitted, run.request.tokenizer
+    texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    made = [torch.tensor(row, dtype=torch.int64) for row in tokens]
+    return Generation(made, texts, run.trace, tokenizer, run.runs if run.request.keep else None)
 
 
 OPTIONS = [name for name in inspect.signature(generate).parameters if name != "unknown"]

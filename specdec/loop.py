@@ -8,12 +8,14 @@ from functools import partial
 
 import torch
 
-from specdec import runs
-from specdec.arguments import Request
+from specdec.batch import Batch
 from specdec.checks import check_kind, check_logits
 from specdec.clock import Clock, finish
 from specdec.models.target import Scores
 from specdec.outcome import Outcome
+from specdec.request import Request
+from specdec.runs import Runs
+from specdec.slots import Slots
 from specdec.target_law import LogitsLaw
 from specdec.trace.recorder import Recorder
 from specdec.trace.trace import Trace
@@ -29,23 +31,36 @@ class Decoding:
     """
 
     def __init__(self, request: Request):
-        self.request, self.runs = request, runs.start(request)
-        self.batch, self._reasons = self.runs.batch, request.reasons()
-        self._prompts, self._kept = list(self.batch.host_lengths), list(request.budgets)
-        self._texts = self.batch.texts  # as of the last step: a later run may go on in the batch
-        finish(self.batch.device)
+        self.request, self._reasons = request, request.reasons()
+        self.slots = Slots(request)
+        finish(request.target.device)
         self.recorder = Recorder(request, time.perf_counter() - request.began)
+
+    @property
+    def runs(self) -> Runs:
+        """What the run owns now."""
+        return self.slots.runs
+
+    @property
+    def batch(self) -> Batch:
+        """The texts at work."""
+        return self.slots.runs.batch
 
     def steps(self) -> Iterator[Outcome]:
         """Step by step to the end. Raise ValueError if the target reads something else in place of a whole text."""
         while not self.finished:
-            yield self.step()
-        for text, prompt, new in zip(self._texts, self._prompts, self.emitted, strict=True):
-            self.request.target.check_text(text[: prompt + len(new)].tolist())
+            outcome = self.step()
+            for index in self.slots.ended:
+                text = self.request.texts[index]
+                self.request.target.check_text([*text.tokens[: text.prompt].tolist(), *self.tokens(index)])
+            yield outcome
 
     def step(self) -> Outcome:
-        """One round for every row: propose, score, decide, commit."""
-        perform, clock = partial(self.runs.stages.perform, self.batch.longest), Clock(self.batch.device)
+        """One round for every row: propose, score, decide, commit. Before it, free rows are given to the texts that wait."""
+        clock = Clock(self.request.target.device)
+        self.slots.fill()
+        clock.mark()
+        perform = partial(self.runs.stages.perform, self.batch.longest)
         with torch.inference_mode():
             tree = perform(self._propose, self._reasons["propose"])
             clock.mark()
@@ -106,35 +121,44 @@ class Decoding:
             if rows:
                 raise ValueError(message.format(rows=rows))
         self.batch.note(outcome)
-        self._texts = self.batch.texts
-        self.runs.coins.turn_to(self.runs.coins.step + 1)
+        self.runs.coins.advance()
         clock.mark()
-        draft, verify, decide, commit, end = clock.seconds()
-        self.recorder.step(tree.tokens.shape[1], outcome, (draft + commit, verify, decide + end))
+        enter, draft, verify, decide, commit, end = clock.seconds()
+        self.batch.seconds = draft + verify + decide + commit + end
+        seconds = (enter, draft + commit, verify, decide + end)
+        self.recorder.step(tree.tokens.shape[1], list(self.slots.held), outcome, seconds)
         if self.request.stopping is not None:
             self.request.stopping.ask(self)
+        self.slots.settle()
 
-    def end(self, row: int, kept: int) -> None:
-        """End the text of a row after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
-        self.trace.cut(row, len(self.emitted[row]) - kept)
-        self._kept[row] = kept
-        self.batch.end(row)
+    def end(self, index: int, kept: int) -> None:
+        """End a text after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
+        beyond = len(self.tokens(index)) - kept
+        self.trace.cut(self.slots.end(index, kept), beyond)
 
     @property
     def finished(self) -> bool:
-        """Whether every row has ended."""
-        return not any(self.batch.host_left)
+        """Whether every text has ended."""
+        return self.slots.finished
+
+    @property
+    def held(self) -> list[int]:
+        """For each row the index of the text in it, which may have ended; -1 while a prompt is being read."""
+        return self.slots.held
 
     @property
     def running(self) -> list[bool]:
-        """Whether each row has tokens left to emit."""
+        """Whether the text in each row has tokens left to emit."""
         return [left > 0 for left in self.batch.host_left]
+
+    def tokens(self, index: int) -> list[int]:
+        """The new tokens of a text so far."""
+        return self.slots.tokens(index).tolist()
 
     @property
     def emitted(self) -> list[list[int]]:
-        """Each row's new tokens so far."""
-        rows = zip(self._texts, self._prompts, self._kept, strict=True)
-        return [text[start:][:kept].tolist() for text, start, kept in rows]
+        """The new tokens of every text so far."""
+        return [self.tokens(index) for index in range(len(self.request.texts))]
 
     @property
     def trace(self) -> Trace:
@@ -146,7 +170,7 @@ class Decoding:
 
     def __exit__(self, *_: object) -> None:
         """Hand back what the run owns; it cannot go on after that."""
-        runs.end(self.request, self.runs)
+        self.slots.close()
 
 
 _NO_LAW = (

@@ -1,8 +1,12 @@
-"""What a run owns: texts, coins, the runs of target and drafter, and captured stages. A later run may go on in it."""
+"""What a run owns: texts, coins, the runs of target and drafter, and captured stages. A later run may go on in it.
+
+Rows are filled again while a run goes on (`enter`), and a run may move to a smaller batch (`moved`).
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +23,7 @@ from specdec.models.probe import autocast_dtype
 from specdec.models.target import Target, TargetRun
 
 if TYPE_CHECKING:
-    from specdec.arguments import Request
+    from specdec.request import Request, Text
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class Runs:
         target, drafter: the runs of the parts.
         description: the drafter that `drafter` is a run of.
         busy: a lock that is held while a run uses these parts.
+        smaller: what a run that was moved from here owned then.
     """
 
     key: Any
@@ -46,27 +51,61 @@ class Runs:
     drafter: DraftRun
     description: Drafter
     busy: threading.Lock
+    smaller: Runs | None = None
 
     def is_of(self, target: Target) -> bool:
         """Whether it is a run of this target, or of an equal one."""
         return self.target.target == target
 
 
-def start(request: Request) -> Runs:
-    """Begin a run and read the prompts. It uses the parts of an earlier run where it can, and holds them until `end`."""
-    stages = request.engine.stages(request.target.device)
-    capacity = stages.rounded(request.longest) + request.largest_tree
-    key = _key(request, capacity)
-    last = request.last if request.last is not None else request.engine.take(key)
+def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
+    """Begin a run with one row for each of these texts, and read them.
+
+    It uses the parts of an earlier run where it can, and holds them until `end`.
+
+    Args:
+        longest: tokens that any text may grow to, those that enter later included.
+    """
+    capacity = request.engine.stages(request.target.device).rounded(longest) + request.largest_tree
+    last = request.last or request.engine.take(_key(request, len(texts), capacity))
     if last is not None and not last.busy.acquire(blocking=False):
         last = None  # in use elsewhere: begin anew, which gives the same text
     # Caches may be those of `last`, so the new run holds the same lock.
     busy = last.busy if last is not None else _taken()
     try:
-        return _begun(request, key, capacity, stages, busy, last)
+        return _begun(request, texts, longest, capacity, busy, last, resume=request.last is not None)
     except BaseException:
         busy.release()
         raise
+
+
+def moved(request: Request, runs: Runs, texts: Sequence[Text]) -> Runs:
+    """Go on in a smaller batch, with one row for each of these texts, which must be in `runs`. What was read is copied."""
+    capacity, longest, last = runs.batch.capacity, runs.batch.max_length, runs
+    if runs.smaller is not None and runs.smaller.key == _key(request, len(texts), capacity):
+        last = runs.smaller  # captured already, which saves more than copying
+    runs.smaller = _begun(request, texts, longest, capacity, runs.busy, last, resume=True)
+    return runs.smaller
+
+
+def enter(request: Request, runs: Runs, texts: Mapping[int, tuple[Text, int]]) -> None:
+    """Begin texts in rows, each with so many of its tokens, while the other rows go on: (text, length) by row."""
+    for row, (text, length) in texts.items():
+        runs.batch.enter(row, text, length)
+    news = [text for text, _ in texts.values()]
+    runs.coins.enter([*texts], [text.key for text in news], [text.step for text in news])
+    runs.batch.resume = False
+    with torch.inference_mode():
+        target, drafter = runs.target, runs.drafter
+        if not target.enters:
+            runs.target = request.target.start(runs.batch, request.drafter.states, target)
+        if not drafter.enters or runs.target is not target:
+            runs.drafter = request.drafter.start(runs.target, runs.batch, drafter)
+        all_rows = [*range(len(runs.batch))]
+        runs.target.enter([*texts] if runs.target is target else all_rows, runs.drafter)
+        runs.drafter.enter([*texts] if runs.drafter is drafter else all_rows)
+        if runs.target is not target or runs.drafter is not drafter:
+            _renew_stages(request, runs)
 
 
 def end(request: Request, runs: Runs) -> None:
@@ -76,24 +115,44 @@ def end(request: Request, runs: Runs) -> None:
         request.engine.give_back(runs.key, runs)
 
 
-def _begun(request: Request, key: Any, capacity: int, new: Stages, busy: threading.Lock, last: Runs | None) -> Runs:
-    target, drafter = request.target, request.drafter
+def _begun(
+    request: Request,
+    texts: Sequence[Text],
+    longest: int,
+    capacity: int,
+    busy: threading.Lock,
+    last: Runs | None,
+    resume: bool,
+) -> Runs:
+    """A run at its first step, in the parts of `last` where they fit; if it resumes, from what was read there."""
+    target, drafter, rows = request.target, request.drafter, [*range(len(texts))]
+    key = _key(request, len(texts), capacity)
     same = last if last is not None and last.key == key else None
-    batch, coins, stop = (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, capacity)
-    stages = same.stages if same else new
-    batch.begin(request, stages)
-    coins.reseed(request.seed, request.first_index)
+    batch, coins, stop = (
+        (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), capacity)
+    )
+    stages = same.stages if same else request.engine.stages(target.device)
+    batch.begin(request, longest, stages, resume)
+    for row, text in enumerate(texts):
+        batch.enter(row, text)
+    coins.reseed(request.seed)
+    coins.enter(rows, [text.key for text in texts], [text.step for text in texts])
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
         _check_run(scoring, TargetRun, target, batch)
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
         _check_run(drafting, DraftRun, drafter, batch)
-        if not (same and scoring is same.target and drafting is same.drafter):
-            batch.stages = stages = new  # graphs captured before read tensors of other runs
-        rows = [*range(len(batch))]
+        made = Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy, same and same.smaller)
+        if same and not (scoring is same.target and drafting is same.drafter):
+            _renew_stages(request, made)
         scoring.enter(rows, drafting)
         drafting.enter(rows)
-    return Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy)
+    return made
+
+
+def _renew_stages(request: Request, runs: Runs) -> None:
+    """Forget what was captured: it reads tensors of other runs."""
+    runs.batch.stages = runs.stages = request.engine.stages(request.target.device)
 
 
 def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
@@ -104,9 +163,9 @@ def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
         raise ValueError(f"{whose} is a run over another batch; return `last` only where `last.batch is batch`.")
 
 
-def _allocated(request: Request, capacity: int) -> tuple[Batch, Coins, Tensor]:
+def _allocated(request: Request, rows: int, capacity: int) -> tuple[Batch, Coins, Tensor]:
     """Texts, coins and stop tokens of a new run."""
-    rows, nodes, target = len(request.prompts), request.spec.nodes, request.target
+    nodes, target = request.spec.nodes, request.target
     with torch.inference_mode(False):  # a stream, or a later run, may go on outside of the caller's
         coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
         stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
@@ -119,10 +178,9 @@ def _taken() -> threading.Lock:
     return lock
 
 
-def _key(request: Request, capacity: int) -> Any:
+def _key(request: Request, rows: int, capacity: int) -> Any:
     """All that tensors and captured stages depend on, to be compared with `==`."""
-    target, drafter, engine = request.target, request.drafter, request.engine
-    rows, stop = len(request.prompts), request.stop_tokens
+    target, drafter, engine, stop = request.target, request.drafter, request.engine, request.stop_tokens
     shapes = engine, rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins
     if not engine.captures:
         return shapes

@@ -331,12 +331,12 @@ def test_rules_refuse_what_they_cannot_do_and_name_the_cure():
 def test_coins_are_uniform_and_a_function_of_their_key_alone():
     coins, other = Coins(3, 4, 16), Coins(3, 2, 5)
     values = []
-    for step in range(100):
-        coins.turn_to(step)
-        other.turn_to(step)
+    for _ in range(100):
         for purpose in range(3):
             assert torch.equal(coins.uniforms(purpose)[:2, :5], other.uniforms(purpose))
             values.append(coins.uniforms(purpose).flatten().clone())
+        coins.advance()
+        other.advance()
     values = torch.cat(values)
     assert values.unique().numel() == values.numel()
     assert abs(float(values.mean()) - 0.5) < 0.01  # 19,200 uniforms: the mean's standard deviation is 0.002

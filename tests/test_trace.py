@@ -110,7 +110,7 @@ def test_other_coins_decide_otherwise():
 
     class Other(rules.SiblingRejection):
         def decide_batch(self, tree, target_law, coins):
-            coins.turn_to(coins.step + 1)
+            coins.advance()
             return super().decide_batch(tree, target_law, coins)
 
     found = recorded().trace

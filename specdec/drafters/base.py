@@ -81,6 +81,11 @@ class DraftRun(ABC):
         """How many positions of each row need not be passed to `read`, as an earlier turn has kept them: by default 0."""
         return [0] * len(self.batch)
 
+    @property
+    def enters(self) -> bool:
+        """Whether it can begin texts in some rows while the others go on. If not, `Drafter.start` begins a new run of all."""
+        return type(self).enter is not DraftRun.enter
+
     def enter(self, rows: list[int]) -> None:  # noqa: B027 - optional
         """Begin new texts in these rows, whose prompts the target has read."""
 

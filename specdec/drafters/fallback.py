@@ -64,6 +64,10 @@ class _FallbackRun(DraftRun):
             if columns:
                 run.read(torch.stack([states[:, :, i] for i in columns], 2), start, count)
 
+    @property
+    def enters(self) -> bool:
+        return self.first.enters and self.second.enters
+
     def enter(self, rows: list[int]) -> None:
         self.first.enter(rows)
         self.second.enter(rows)

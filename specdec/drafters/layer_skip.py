@@ -79,6 +79,9 @@ class LayerSkipRun(TreeDraftRun):
         super().__init__(drafter, batch, last, cached)
         self.cached, self._skipped = cached, skipped
 
+    def enter(self, rows: list[int]) -> None:
+        """Nothing is to be done, as all that is kept of a text is in the target's cache."""
+
     def prepare(self, frontier: Frontier) -> Hashable:
         return self.batch.longest
 

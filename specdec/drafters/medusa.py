@@ -165,11 +165,10 @@ class MedusaRun(TreeDraftRun):
         self._state = torch.zeros(len(batch), heads.weight.shape[-1], dtype=lm_head.weight.dtype, device=batch.device)
         self._logits: Tensor | None = None  # [batch, head, vocab], after the root
 
-    def begun(self, last: DraftRun | None) -> DraftRun:
-        run = super().begun(last)
-        if isinstance(run, MedusaRun):
-            run._state.zero_()
-        return run
+    def enter(self, rows: list[int]) -> None:
+        for row in rows:
+            if self.batch.host_lengths[row] == 1:
+                self._state[row] = 0
 
     def states_known(self) -> list[int]:
         return list(self.batch.host_lengths)  # only the last state is needed, which is passed in any case

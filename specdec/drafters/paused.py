@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median_low
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +30,9 @@ class Paused(Drafter):
 
     >>> Paused(ModelDrafter(draft))
 
-    A run has a balance, counted in steps without a draft. A step with a draft changes it by the tokens by which it brought the
-    row with most to come nearer to its end, less the time that it took: tokens - seconds / seconds without a draft. The drafter
+    A run has a balance, counted in steps without a draft. A step with a draft changes it by the tokens that it gained, less the
+    time that it took: tokens - seconds / seconds without a draft. What counts as gained is `Batch.gained`: while texts wait
+    for a row, the tokens of all rows, in the mean; else what the row with most to come has come nearer to its end. The drafter
     drafts while the balance is positive; a step without a draft adds `share`, so every pause ends with a new attempt. The
     balance begins at `patience` and never exceeds 4 times that, so that what was gained long ago does not count for ever.
 
@@ -85,15 +84,8 @@ class Paused(Drafter):
         return (known if known and drafting is known.drafting else _PausedRun(self, batch, drafting)).begun()
 
 
-class _Step(NamedTuple):
-    nodes: int  # of each tree, 0 without a draft
-    began: float  # seconds
-    left: int  # tokens that the row with most to come had before it
-
-
 class _PausedRun(DraftRun):
     drafter: Paused
-    _step: _Step | None
 
     def __init__(self, drafter: Paused, batch: Batch, drafting: DraftRun):
         super().__init__(drafter, batch)
@@ -103,7 +95,8 @@ class _PausedRun(DraftRun):
     def begun(self) -> _PausedRun:
         """This run, with nothing known."""
         self._balance = Balance(self.drafter.patience, self.drafter.share, self.drafter.seconds)
-        self._step, self._asked = None, False  # the last step that it was asked in; whether that is this one
+        self._nodes: int | None = None  # of the trees of the last step, 0 without a draft; None if it was not asked
+        self._asked = False  # whether it was asked in this step
         return self
 
     def states_known(self) -> list[int]:
@@ -112,26 +105,27 @@ class _PausedRun(DraftRun):
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
         self.drafting.read(states, start, count)
 
+    @property
+    def enters(self) -> bool:
+        return self.drafting.enters
+
     def enter(self, rows: list[int]) -> None:
         self.drafting.enter(rows)
-        self._step = None  # the time that prompts take is no step's
 
     def propose(self, coins: Coins) -> DraftTree:
-        now, left = time.perf_counter(), max(self.batch.host_left)
-        if self._step is not None:
-            nodes, began, before = self._step
-            tokens = min(before - left, max(nodes, 1))  # a row that a stop token ends has not come so far by its draft
-            self._balance.see(nodes, tokens, now - began)
+        if self._nodes is not None:
+            # a row that a stop token ends has not come so far by its draft
+            tokens = min(self.batch.gained, max(self._nodes, 1))
+            self._balance.see(self._nodes, tokens, self.batch.seconds)
         tree = self.drafting.propose(coins) if self._balance.drafts else None
-        self._step, self._asked = _Step(0 if tree is None else tree.tokens.shape[1], now, left), True
+        self._nodes, self._asked = 0 if tree is None else tree.tokens.shape[1], True
         return self.batch.undrafted() if tree is None else tree
 
     def commit(self, outcome: Outcome) -> None:
-        if not self._asked:  # but within a `Fallback` another drafter: when the step before ended is not known
-            self._step = None
+        if not self._asked:  # but within a `Fallback` another drafter
+            self._nodes = None
         self._asked = False
-        paused = self._step is not None and self._step.nodes == 0
-        self.drafting.commit(outcome.of_rows(self._nobody) if paused else outcome)
+        self.drafting.commit(outcome.of_rows(self._nobody) if self._nodes == 0 else outcome)
 
 
 class Balance:
@@ -148,7 +142,7 @@ class Balance:
         timed = self._given is not None or (0 in self._times and self._since < 1 / self._share)
         return timed and self.left > 0
 
-    def see(self, nodes: int, tokens: int, seconds: float) -> None:
+    def see(self, nodes: int, tokens: float, seconds: float) -> None:
         """A step with trees of so many nodes, 0 without a draft: what it gave, and how long it took."""
         self._times.setdefault(nodes, deque(maxlen=_RECENT)).append(seconds)
         self._since = self._since + 1 if nodes else 0

@@ -16,7 +16,7 @@ class Stopping(Protocol):
     """Ends texts; the loop asks it after every step."""
 
     def ask(self, run: Decoding) -> None:
-        """Call `run.end` for the rows that are to end."""
+        """Call `run.end` for the texts that are to end."""
 
 
 class StopStrings:
@@ -35,7 +35,8 @@ class StopStrings:
             text = torch.from_numpy(run.batch.texts[row])[None]
             for beyond in reversed(range(count)):
                 if self._complete(text[:, : text.shape[1] - beyond], None):
-                    run.end(row, len(run.emitted[row]) - beyond)
+                    index = run.held[row]
+                    run.end(index, len(run.tokens(index)) - beyond)
                     break
 
 

@@ -8,6 +8,8 @@ or concatenated. All keys and values of one shape are in one tensor, so that a c
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +115,10 @@ class TreeLayer(CacheLayerMixin):
     def _written(self, flat: Tensor, states: Tensor) -> Tensor:
         cache, end = self._cache, self._cache.view.slots
         flat.index_copy_(0, cache.write_slots.to(flat.device), cache.packed(states).transpose(1, 2).flatten(0, 1))
-        return cache.unpacked(flat.unflatten(0, (-1, cache.capacity))[:, :end].transpose(1, 2), states.dtype)
+        stored = flat.unflatten(0, (-1, cache.capacity))[:, :end]
+        if cache.rows is not None:
+            stored = stored[cache.rows.to(flat.device)]
+        return cache.unpacked(stored.transpose(1, 2), states.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.view.slots, 0
@@ -123,6 +128,15 @@ class TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self._cache.capacity
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The first `count` slots of a row of a cache."""
+
+    cache: TreeCache
+    row: int
+    count: int
 
 
 class TreeCache(Cache):
@@ -141,6 +155,7 @@ class TreeCache(Cache):
     def __init__(self, layout: list[tuple[Slab, Slab] | None], batch: int, capacity: int, device: torch.device):
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
+        self.rows: Tensor | None = None  # [rows] int64: the rows that forward passes run over; None: all
         self.write_slots = self.lengths
         self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
         layout = [pair and (self.stored(pair[0]), self.stored(pair[1])) for pair in layout]
@@ -177,25 +192,50 @@ class TreeCache(Cache):
         """[batch, head, slot, dim] in `dtype`, as attention reads them: the inverse of `packed`."""
         return stored
 
+    @contextmanager
+    def only(self, rows: Sequence[int]) -> Iterator[None]:
+        """Inside, forward passes run over these rows alone."""
+        self.rows = None if len(rows) == len(self.lengths) else torch.tensor(rows, device=self.lengths.device)
+        try:
+            yield
+        finally:
+            self.rows = None
+
+    @property
+    def committed(self) -> Tensor:
+        """[rows] int64: the committed slots of the rows that forward passes run over."""
+        return self.lengths if self.rows is None else self.lengths[self.rows]
+
     def open(self, view: View) -> None:
         """Direct the next forward pass to the slots of the view's queries, attending to what they see."""
         last = view.topology.parents.shape[1]
         nodes = torch.arange(last - view.count, last, device=self.lengths.device)
-        self.write_slots = (self._starts + self.lengths[:, None] + nodes).flatten()
+        starts = self._starts if self.rows is None else self._starts[self.rows]
+        self.write_slots = (starts + view.lengths[:, None] + nodes).flatten()
         self.view = view
 
     def rewind(self, lengths: Tensor) -> None:
-        """Count the first lengths[b] slots of row b as committed; all of them hold tokens. lengths: [batch] int64."""
-        self.lengths.copy_(lengths)
+        """Count the first slots of each row as committed; all of them hold tokens. lengths: [rows] int64."""
+        if self.rows is None:
+            self.lengths.copy_(lengths)
+        else:
+            self.lengths[self.rows] = lengths
 
-    def take_over(self, other: TreeCache, kept: list[int]) -> None:
-        """Begin with the first kept[b] slots of each row b of another cache, or of this one, and clear all others."""
+    def take(self, sources: Mapping[int, Source]) -> None:
+        """Begin rows with slots that were read before, in this cache or another, and clear all their other slots."""
         for slab, stack in self._stacks.items():
-            for row, count in enumerate(kept):
-                if count and other is not self:
-                    stack[:, row, :count] = other._stacks[slab][:, row, :count]
-                stack[:, row, count:] = 0  # a hidden slot has weight 0, and 0 times garbage could be NaN
-        self.rewind(torch.tensor(kept))
+            # copies: a row of this cache may be a source and begin anew itself
+            found = {
+                row: source.cache._stacks[slab][:, source.row, : source.count].clone()
+                for row, source in sources.items()
+                if (source.cache, source.row) != (self, row)
+            }
+            for row, source in sources.items():
+                if row in found:
+                    stack[:, row, : source.count] = found[row]
+                stack[:, row, source.count :] = 0  # a hidden slot has weight 0, and 0 times garbage could be NaN
+        for row, source in sources.items():
+            self.lengths[row] = source.count
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         """The view, which transformers passes to the function that makes masks."""

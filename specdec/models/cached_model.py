@@ -6,7 +6,7 @@ Targets and draft models both run in it. A `CausalLM` is a model and what was fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from specdec.batch import Batch
 from specdec.models.attention import NAME, View
-from specdec.models.cache import TreeCache, cache_argument
+from specdec.models.cache import Source, TreeCache, cache_argument
 from specdec.models.compilation import Compiled
 from specdec.models.context_limit import context_limit_of
 from specdec.models.fingerprint import fingerprint
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
 
 _TOKENS = 4096  # most prompt tokens per forward pass, all rows together: it bounds the memory for masks and activations
+
+# A row waits for another that is read before it if it can then copy so many tokens more: fewer are read as fast as copied.
+_WORTH_WAITING = 32
+_NOTHING = np.empty(0, np.int64)
 
 Listen = Callable[[Tensor, Tensor, Tensor], None]  # `DraftRun.read`
 
@@ -76,7 +80,10 @@ class CausalLM:
         if last is not None and last.lm.kind != self.kind:
             last = None
         made = (rows, capacity, tuple(states), autocast_dtype(self.device))
-        return last if last is not None and last.made == made else CachedModel(self, *made, last)
+        if last is None or last.made != made:
+            return CachedModel(self, *made, last)
+        last.begin(last)
+        return last
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -118,13 +125,19 @@ class CachedModel:
         last: CachedModel | None,
     ):
         self.lm, self.made = lm, (rows, capacity, states, autocast)
-        self._autocast, self._last = autocast, last
+        self._autocast = autocast
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes are compiled: those of steps, whose shapes recur
-        self._texts: list[np.ndarray] = []  # the texts that the cache holds the beginnings of
-        # The fingerprint of the model that wrote the cache; None if no later turn will ask.
+        self._texts = [_NOTHING] * rows  # the texts that the rows of the cache hold the beginnings of
+        # The fingerprint of the model that wrote the cache; None if no later run will ask.
         self._computed: Any = None
+        self.begin(last)
+
+    def begin(self, last: CachedModel | None) -> None:
+        """Begin a run, which may go on from `last`: a run that has ended, perhaps this one."""
+        self._last, self._begins = last, True
+        self.tokens_read = self.tokens_copied = 0  # in prompts
 
     @cached_property
     def _compiled(self) -> Compiled:
@@ -136,55 +149,108 @@ class CachedModel:
         return self.capture.states
 
     def enter(self, batch: Batch, rows: Sequence[int], draft: DraftRun | None = None) -> None:
-        """Read the prompts of these rows but for their last tokens; of a run to be resumed, what is not in the cache.
+        """Read the texts of these rows but for their last tokens, while the other rows go on.
+
+        Beginnings that some row has read already are copied from there: what samples of one prompt share, a system prompt, or
+        an earlier turn.
 
         Args:
             draft: is told the states, if some were asked for: of each row the last at least.
         """
-        last, noted = self._last or self, batch.keep or batch.resume
-        computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if noted else None
-        goals = most = [n - 1 for n in batch.host_lengths]
+        earlier = self._earlier(batch)
         listen = draft.read if draft is not None and self.capture.which else None
-        if draft is not None and listen:
-            most = [min(goal - 1, known) for goal, known in zip(goals, draft.states_known(), strict=True)]
-        kept = [0] * len(goals)
-        if batch.resume and len(last._texts) == len(goals) and last._computed == computes:
-            alike = map(_alike, last._texts, batch.texts)
-            kept = [max(min(row), 0) for row in zip(most, alike, last.cache.lengths.tolist(), strict=True)]
-        for row in {*range(len(goals))} - {*rows}:  # these go on as they are
-            goals[row] = kept[row] = int(self.cache.lengths[row])
-        self._texts, last._texts, self._last = [], [], None  # if this fails half-way, neither cache is used again
-        self.cache.take_over(last.cache, kept)
-        self._texts, self._computed, self.compiles = batch.records, computes, False
-        self.read(batch.tokens, goals, listen)
+        known = draft.states_known() if draft is not None and listen else batch.host_lengths
+        goals = {row: batch.host_lengths[row] - 1 for row in rows}
+        most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
+        self.compiles, waiting = False, list(rows)
+        while waiting:
+            sources = self._sources(batch, waiting, most, earlier)
+            for row in sources:
+                self._texts[row] = _NOTHING  # if this fails half-way, nobody goes on from it
+            self.cache.take(sources)
+            self.read(batch.tokens, {row: goals[row] for row in sources}, listen)
+            for row, source in sources.items():
+                self._texts[row] = batch.records[row]
+                self.tokens_copied += source.count
+                waiting.remove(row)
         self.compiles = batch.stages.compiles
 
-    def read(self, tokens: Tensor, goals: list[int], listen: Listen | None = None) -> None:
-        """Read and commit the tokens of each row b up to goals[b]. tokens: [batch, capacity] int64."""
-        goal, now = torch.tensor(goals, device=self.lm.device), self.cache.lengths
-        while missing := int((goal - now).max()):
-            count = min(max(_TOKENS // len(tokens), 1), missing)
-            # Shorter rows re-read their last tokens, so that all rows read `count`.
-            start = now.minimum((goal - count).clamp(min=0))
-            self.cache.rewind(start)
-            topology = chain(len(tokens), count, self.lm.device)
-            self.forward(self.pending(tokens, count), topology, int(start.max()), logits_to_keep=1)
-            end = (start + count).minimum(goal)
-            if listen is not None and self.states is not None:
-                listen(self.states, start, end - start)
-            self.cache.rewind(end)
-            now = self.cache.lengths
+    def _earlier(self, batch: Batch) -> CachedModel | None:
+        """When a run begins: another one that it may go on from. Forgets what has been read if it may not."""
+        if not self._begins:
+            return None
+        last, self._last, self._begins = self._last, None, False
+        computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if batch.keep or batch.resume else None
+        goes_on = batch.resume and last is not None and last._computed == computes
+        self._computed = computes
+        if not (goes_on and last is self):
+            self._texts = [_NOTHING] * len(batch)
+        return last if goes_on and last is not self else None
+
+    def _sources(
+        self, batch: Batch, rows: Sequence[int], most: Mapping[int, int], earlier: CachedModel | None
+    ) -> dict[int, Source]:
+        """For rows that are read next, what each begins with. Rows that can soon copy much of another are left for later."""
+        sources: dict[int, Source] = {}
+        beginnings: dict[bytes, list[int]] = {}  # rows of `sources` by their first tokens
+        known = [held for run in (self, earlier) if run is not None for held in run._held()]
+        for row in rows:
+            text, own = batch.texts[row], Source(self.cache, row, 0)
+            found = (Source(cache, place, min(alike(tokens, text), most[row])) for cache, place, tokens in known)
+            best = max(
+                (own, *found), key=lambda source: (source.count, (source.cache, source.row) == (self.cache, row))
+            )
+            same = beginnings.setdefault(text[:_WORTH_WAITING].tobytes(), [])
+            soon = max((min(alike(batch.texts[other], text), most[row]) for other in same), default=0)
+            if soon < best.count + _WORTH_WAITING:
+                sources[row] = best
+                same.append(row)
+        return sources
+
+    def _held(self) -> Iterator[tuple[TreeCache, int, np.ndarray]]:
+        """(cache, row, tokens) of rows that hold something: the tokens whose keys and values they hold."""
+        for row, (text, length) in enumerate(zip(self._texts, self.cache.lengths.tolist(), strict=True)):
+            if length and len(text):
+                yield self.cache, row, text[:length]
+
+    def read(self, tokens: Tensor, goals: Mapping[int, int], listen: Listen | None = None) -> None:
+        """Read and commit the tokens of each row b of `goals` up to goals[b]. tokens: [batch, capacity] int64."""
+        rows, goal = [*goals], torch.tensor([*goals.values()], device=self.lm.device)
+        # `listen` is told of all rows, so that the states of all take memory.
+        most = max(_TOKENS // len(tokens if listen else rows), 1)
+        with self.cache.only(rows):
+            part = tokens if self.cache.rows is None else tokens[self.cache.rows]
+            now = self.cache.committed
+            while missing := int((goal - now).max()):
+                count = min(most, missing)
+                # Shorter rows re-read their last tokens, so that all rows read `count`.
+                start = now.minimum((goal - count).clamp(min=0))
+                self.cache.rewind(start)
+                topology = chain(len(rows), count, self.lm.device)
+                self.forward(self.pending(part, count), topology, int(start.max()), logits_to_keep=1)
+                end = (start + count).minimum(goal)
+                if listen is not None and self.states is not None:
+                    listen(*(self._of_batch(part) for part in (self.states, start, end - start)))
+                self.tokens_read += int((end - now).sum())
+                self.cache.rewind(end)
+                now = end
+
+    def _of_batch(self, part: Tensor) -> Tensor:
+        """[batch, ...]: what rows [rows, ...] were given, and 0 in all others."""
+        if self.cache.rows is None:
+            return part
+        return part.new_zeros((len(self.cache.lengths), *part.shape[1:])).index_copy_(0, self.cache.rows, part)
 
     def pending(self, tokens: Tensor, count: int) -> Tensor:
-        """[batch, count] int64: the tokens of each row after its committed ones (clamped at the end of the buffer)."""
-        index = self.cache.lengths[:, None] + torch.arange(count, device=self.lm.device)
+        """[rows, count] int64: the tokens of each row after its committed ones (clamped at the end of the buffer)."""
+        index = self.cache.committed[:, None] + torch.arange(count, device=self.lm.device)
         return tokens.gather(1, index.clamp_(max=tokens.shape[1] - 1))
 
     def forward(self, tokens: Tensor, topology: Topology, longest: int, logits_to_keep: int | None = None) -> Tensor:
         """Score the last nodes of a tree whose earlier nodes were scored before.
 
         Args:
-            tokens: [batch, count] int64, the tokens of the last `count` nodes of the topology.
+            tokens: [rows, count] int64, the tokens of the last `count` nodes of the topology.
             topology: the tree so far; node i is in the i-th slot after the committed ones.
             longest: a host bound on the committed slots of any row.
             logits_to_keep: how many of the last nodes get logits; all by default.
@@ -193,7 +259,7 @@ class CachedModel:
             [batch, count, vocab] logits.
         """
         count, nodes = tokens.shape[1], topology.parents.shape[1]
-        view = View(self.cache.lengths, topology, count, min(longest + nodes, self.cache.capacity))
+        view = View(self.cache.committed, topology, count, min(longest + nodes, self.cache.capacity))
         self.cache.open(view)
         positions = view.positions
         if self.lm.context_length is not None:
@@ -216,7 +282,7 @@ class CachedModel:
         return lm.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> int:
+def alike(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens the beginnings of two texts have in common."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])

@@ -80,8 +80,13 @@ class TargetRun(ABC):
     def __init__(self, target: Target, batch: Batch):
         self.target, self.batch = target, batch
 
+    @property
+    def enters(self) -> bool:
+        """Whether it can begin texts in some rows while the others go on. If not, `Target.start` begins a new run of all."""
+        return type(self).enter is not TargetRun.enter
+
     def enter(self, rows: list[int], draft: DraftRun) -> None:  # noqa: B027 - optional
-        """Read the prompts of these rows, all but their roots, and pass the states to `draft.read` if the drafter asks."""
+        """Begin new texts in these rows: read all but their roots, and pass the states to `draft.read` if the drafter asks."""
 
     @abstractmethod
     def score(self, tree: DraftTree) -> Scores:
@@ -125,8 +130,6 @@ class ModelTarget(Target):
             check_text(self.lm.model, text[:-1])  # the last token is never read
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
-        for text in batch.texts:
-            check_text(self.lm.model, text.tolist())
         last = last if isinstance(last, ModelTargetRun) else None
         cached = self.lm.start(len(batch), batch.capacity, states, last and last.cached)
         if last is not None and last.batch is batch and last.cached is cached:
@@ -142,6 +145,8 @@ class ModelTargetRun(TargetRun):
         self.cached = cached
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:
+        for row in rows:
+            check_text(self.cached.lm.model, self.batch.texts[row].tolist())
         self.cached.enter(self.batch, rows, draft)
 
     def score(self, tree: DraftTree) -> Scores:

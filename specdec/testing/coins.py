@@ -32,15 +32,15 @@ class ExactCoins(Coins):
         self._place = [0] * len(scripts)
         self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
 
-    def reseed(self, seed: int, first: int = 0) -> None:
-        self.turn_to(0)  # every outcome is followed, whatever the seed
+    def _tabulate(self) -> None:
+        self._table, self._place = range(2), 0  # every outcome is followed, whatever the seed
 
-    def turn_to(self, step: int) -> None:
-        self.step = step
+    def advance(self) -> None:
+        self.steps = [step + 1 for step in self.steps]
 
     def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
         """The outcome of one coin, by inverse CDF of `weights` in index order."""
-        key = (row, self.step, purpose, node)
+        key = (row, self.texts[row], self.steps[row], purpose, node)
         low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
         outcomes, edge, total = [], Fraction(0), sum(weights)
         for index, weight in enumerate(weights):

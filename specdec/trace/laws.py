@@ -47,7 +47,7 @@ class Record:
     that with sampled draft laws at every node), or 8 bytes for each possible token under top-k, top-p and greedy decoding.
 
     Args:
-        seed, first_index, step: what the coins follow from, with the row.
+        seed, keys, steps: what the coins follow from; keys and steps by row.
         spec: what the drafter promised.
         stop_tokens: [n] int64.
         budget: [batch] int64: tokens that each row might still emit before this step; 0 for rows that had ended.
@@ -58,8 +58,8 @@ class Record:
     """
 
     seed: int
-    first_index: int
-    step: int
+    keys: list[int]
+    steps: list[int]
     spec: TreeSpec
     stop_tokens: Tensor
     budget: Tensor
@@ -70,7 +70,7 @@ class Record:
 
     @classmethod
     def of(cls, tree: DraftTree, law: TargetLaw, decisions: Decisions, **run: Any) -> Record:
-        """A record of copies on the CPU; `run` holds the other fields: seed, first_index, step, spec, stop_tokens, budget."""
+        """A record of copies on the CPU; `run` holds the other fields: seed, keys, steps, spec, stop_tokens, budget."""
         parents, laws = _kept(tree.topology.parents), _kept(tree.laws)
         bare = DraftTree(_kept(tree.tokens), Topology(parents, tree.topology.depth, tree.topology.width), laws)
         rows, nodes = (torch.ones_like(tree.tokens).cumsum(axis) - 1 for axis in (0, 1))
@@ -91,8 +91,8 @@ class Record:
     def coins(self) -> Coins:
         """The coins of this step."""
         batch, nodes = self.bare.tokens.shape
-        coins = Coins(self.seed, batch, nodes, first=self.first_index)
-        coins.turn_to(self.step)
+        coins = Coins(self.seed, batch, nodes)
+        coins.enter(range(batch), self.keys, self.steps)
         return coins
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,8 +110,8 @@ class Record:
         spec = {**asdict(self.spec), "laws": sorted(map(int, self.spec.laws))}
         rest = {
             "seed": self.seed,
-            "first_index": self.first_index,
-            "step": self.step,
+            "keys": self.keys,
+            "steps": self.steps,
             "spec": spec,
             "depth": topology.depth,
             "width": topology.width,
@@ -128,7 +128,7 @@ class Record:
             for name, shape in rest["shapes"].items()
         }
         return cls(
-            rest["seed"], rest["first_index"], rest["step"], spec, tensors["stop_tokens"], tensors["budget"],
+            rest["seed"], rest["keys"], rest["steps"], spec, tensors["stop_tokens"], tensors["budget"],
             DraftTree(tensors["tokens"], topology, tensors["laws"]), packed.get("draft"), packed["target"],
             Decisions(tensors["path"], tensors["accepted"], tensors["token"]),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from specdec.trace.visits import visits
 from specdec.tree import DraftTree
 
 if TYPE_CHECKING:
-    from specdec.arguments import Request
+    from specdec.request import Request
 
 
 class Recorder:
@@ -47,21 +47,22 @@ class Recorder:
             request = self._request
             run = {
                 "seed": request.seed,
-                "first_index": request.first_index,
-                "step": coins.step,
+                "keys": list(coins.texts),
+                "steps": list(coins.steps),
                 "spec": request.spec,
                 "budget": left,
             }
             stop = torch.tensor(request.stop_tokens, dtype=torch.int64)
             self._record = Record.of(tree, law, decisions, **run, stop_tokens=stop)
 
-    def step(self, nodes: int, outcome: Outcome, seconds: tuple[float, float, float]) -> None:
+    def step(self, nodes: int, held: list[int], outcome: Outcome, seconds: tuple[float, float, float, float]) -> None:
         """Add a step to the trace.
 
         Args:
             nodes: size of its trees.
+            held: the text in each row.
             outcome: what it gave.
-            seconds: times of drafting, verification and all the rest.
+            seconds: times of reading new prompts, drafting, verification and all the rest.
         """
         request, record = self._request, self._record
         visited = None
@@ -69,4 +70,4 @@ class Recorder:
             visited = visits(record, outcome.accepted, outcome.tried, request.rule)
         kept = record if request.trace == "laws" else None
         rows = list(map(len, outcome.emitted))
-        self.trace.steps.append(Step(nodes, rows, outcome.accepted, outcome.tried, *seconds, visited, kept))
+        self.trace.steps.append(Step(nodes, held, rows, outcome.accepted, outcome.tried, *seconds, visited, kept))

@@ -39,13 +39,15 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop. Lists have one entry per prompt, which is 0 if its text had ended before.
+    """One step of the loop. Lists have one entry per row.
 
     Args:
         nodes: size of the draft trees, the root included.
-        emitted: tokens emitted.
+        held: index of the text in the row; -1 while a prompt is being read. Without slots, row i holds text i.
+        emitted: tokens emitted; 0 if the text had ended before.
         accepted: how many of those were drafted.
         tried: the deepest depth at which drafted tokens were tested: accepted, or accepted + 1.
+        enter_seconds: time of reading new prompts before the step.
         draft_seconds: time of drafting.
         verify_seconds: time of the target's forward pass.
         other_seconds: time of all the rest.
@@ -54,9 +56,11 @@ class Step:
     """
 
     nodes: int
+    held: list[int]
     emitted: list[int]
     accepted: list[int]
     tried: list[int]
+    enter_seconds: float
     draft_seconds: float
     verify_seconds: float
     other_seconds: float
@@ -134,7 +138,7 @@ class Trace:
             k: sum(getattr(s, k) for s in self.steps) for k in ("draft_seconds", "verify_seconds", "other_seconds")
         }
         decode = sum(seconds.values())
-        first = self.steps[0] if self.steps else Step(0, [], [], [], 0.0, 0.0, 0.0)
+        first = self.steps[0] if self.steps else Step(0, [], [], [], [], 0.0, 0.0, 0.0, 0.0)
         return {
             "acceptance_length": tokens / running if running else 0.0,
             "acceptance_rate": self._rates(),
@@ -163,7 +167,7 @@ class Trace:
         return [sum(a >= d for a in accepted) / sum(t >= d for t in tried) for d in depths]
 
 
-_FORMAT = "specdec trace 1"
+_FORMAT = "specdec trace 2"
 
 
 def load(path: str | PathLike[str]) -> Trace:
@@ -216,4 +220,4 @@ def _decided_by(rule: Rule, step: Step) -> Step:
     invalid = torch.zeros_like(record.budget)
     outcome = Outcome.of(tree, decisions, record.stop_tokens, record.budget, (invalid, invalid))
     counts = (list(map(len, outcome.emitted)), outcome.accepted, outcome.tried)
-    return Step(step.nodes, *counts, 0.0, 0.0, 0.0, record=replace(record, decisions=decisions))
+    return Step(step.nodes, step.held, *counts, 0.0, 0.0, 0.0, 0.0, record=replace(record, decisions=decisions))

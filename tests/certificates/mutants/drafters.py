@@ -60,9 +60,10 @@ class OneNoiseForAllSteps(TabularDrafter):
         propose = run.propose
 
         def in_first_step(coins):
-            step, coins.step = coins.step, 0
+            steps = coins.steps
+            coins.enter(range(coins.batch), coins.texts, [0] * coins.batch)
             tree = propose(coins)
-            coins.step = step
+            coins.enter(range(coins.batch), coins.texts, steps)
             return tree
 
         run.propose = in_first_step

@@ -1,0 +1,181 @@
+"""Which text is in which row of the batch. A row whose text has ended gets the next one while the others go on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from specdec import runs
+from specdec.models.cached_model import alike
+from specdec.request import Request, Text
+from specdec.runs import Runs
+
+# While other rows decode, so many tokens of a new prompt are read between two steps: nobody waits for all of a long one.
+_CHUNK = 512
+# Texts of unequal lengths are decoded in groups, one after another, where that takes less than 1 / _SAVED of the memory.
+_SAVED = 2
+
+
+class Written(NamedTuple):
+    """What has been written of a text."""
+
+    tokens: np.ndarray  # [n] int64: the new tokens, those of earlier calls included
+    steps: int  # how many steps it took
+    ended: bool
+
+
+class Slots:
+    """The rows of a run, filled with the texts of a request.
+
+    Attributes:
+        runs: what the run owns: another one after a move to a smaller batch, or to the next group of texts.
+        held: for each row the index of the text in it, which may have ended; -1 while a prompt is being read.
+        written: what has been written of each text that has taken a step. An interrupt may come at any time: every entry is
+            replaced as a whole, after all that ends texts has been asked.
+        ended: indices of the texts that have ended in the last step.
+    """
+
+    def __init__(self, request: Request):
+        self._request, self._groups = request, deque(groups(request.texts, request.slots))
+        self._kept: dict[int, int] = {}  # most new tokens of the texts that were ended by `end`
+        self.written: dict[int, Written] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to decode the next group of texts."""
+        group = self._groups.popleft()
+        rows = self._request.slots or len(group)
+        self._texts, self._waiting = group[:rows], deque(group[rows:])
+        self._partial: dict[int, Text] = {}  # texts whose prompts are being read, by row
+        self._whole: Runs | None = None
+        self.runs = self._whole = runs.start(self._request, self._texts, max(text.longest for text in group))
+        self.held, self.ended = [text.index for text in self._texts], []
+        self.runs.batch.waiting = bool(self._waiting)
+
+    def close(self) -> None:
+        """Hand back what the run owns; it cannot go on after that."""
+        self.held = []
+        if self._whole is not None:
+            runs.end(self._request, self._whole)
+            self._whole = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every text has ended."""
+        return not (any(self.runs.batch.host_left) or self._waiting or self._partial or self._groups)
+
+    def fill(self) -> None:
+        """Before a step: give free rows to waiting texts; if none waits, move to a smaller batch or to the next group."""
+        if self._request.slots is None:
+            return
+        going = [row for row, left in enumerate(self.runs.batch.host_left) if left]
+        if self._waiting or self._partial:
+            self._enter(going)
+        elif not going:
+            self.close()
+            self._begin()
+        elif 2 * len(going) <= len(self.held):
+            self._move(going)
+
+    def _enter(self, going: Sequence[int]) -> None:
+        texts: dict[int, tuple[Text, int]] = {}
+        for row in range(len(self.held)):
+            if row in going or not (row in self._partial or self._waiting):
+                continue
+            text = self._partial.pop(row, None) or self._waiting.popleft()
+            count = self._readable(text) if going else len(text.tokens)
+            texts[row], self._texts[row], self.held[row] = (text, count), text, text.index
+            if count < len(text.tokens):
+                self._partial[row], self.held[row] = text, -1
+        if texts:
+            self.runs.batch.waiting = bool(self._waiting)
+            runs.enter(self._request, self.runs, texts)
+
+    def _readable(self, text: Text) -> int:
+        """How much of a text can be begun now: what some row has read already, and a chunk more."""
+        shared = max(alike(other, text.tokens) for other in self.runs.batch.texts)
+        return min(shared + _CHUNK, len(text.tokens))
+
+    def _move(self, going: Sequence[int]) -> None:
+        """Move to half as many rows, or half of that again; rows that stay free keep their ended texts."""
+        rows = len(self.held)
+        while rows // 2 >= len(going):
+            rows //= 2
+        batch, steps = self.runs.batch, self.runs.coins.steps
+        stay = [*going, *(row for row in range(len(self.held)) if row not in going)][:rows]
+        self._texts = [
+            replace(
+                self._texts[row],
+                tokens=batch.texts[row],
+                left=batch.host_left[row],
+                step=steps[row],
+                processors=batch.processors[row],
+            )
+            for row in stay
+        ]
+        self.held = [self.held[row] for row in stay]
+        self.runs = runs.moved(self._request, self.runs, self._texts)
+
+    def settle(self) -> None:
+        """After a step: note what has been written, and what has ended."""
+        ended = []
+        for row, index in enumerate(self.held):
+            if index >= 0:
+                before, over = self.written.get(index), not self.runs.batch.host_left[row]
+                self.written[index] = Written(self._tokens(row), self.runs.coins.steps[row], over)
+                if over and not (before and before.ended):
+                    ended.append(index)
+        self.ended = ended
+
+    def tokens(self, index: int) -> np.ndarray:
+        """[n] int64: the new tokens of a text so far."""
+        if index in self.held:
+            return self._tokens(self.held.index(index))
+        if index in self.written:
+            return self.written[index].tokens
+        text = self._request.texts[index]
+        return text.tokens[text.prompt :]
+
+    def _tokens(self, row: int) -> np.ndarray:
+        return self.runs.batch.texts[row][self._texts[row].prompt :][: self._kept.get(self.held[row])]
+
+    def end(self, index: int, kept: int) -> int:
+        """End a text after the first `kept` >= 1 of its new tokens; returns its row."""
+        row = self.held.index(index)
+        self._kept[index] = kept
+        self.runs.batch.end(row)
+        return row
+
+
+def groups(texts: Sequence[Text], slots: int | None) -> list[list[Text]]:
+    """The texts in groups that are decoded one after another, each in rows as long as its longest text.
+
+    A few long texts must not size the rows of all others. Those that may get most tokens come first, as the run's last texts
+    are decoded in few rows.
+    """
+    if slots is None:
+        return [list(texts)]
+    waiting, found = sorted(texts, key=lambda text: -text.longest), []
+    while waiting:
+        end = _group_end([text.longest for text in waiting], slots)
+        found.append(sorted(waiting[:end], key=lambda text: (-text.left, text.index)))
+        waiting = waiting[end:]
+    return found
+
+
+def _group_end(lengths: Sequence[int], slots: int) -> int:
+    """How many of these lengths, the longest first, to decode together."""
+
+    def memory(part: Sequence[int]) -> int:
+        return min(slots, len(part)) * part[0]
+
+    for end in range(1, len(lengths)):
+        if lengths[end] * _SAVED <= lengths[0] and lengths[end] < lengths[end - 1]:
+            apart = max(memory(lengths[:end]), memory(lengths[end:]))
+            if apart * _SAVED <= memory(lengths):
+                return end
+    return len(lengths)
