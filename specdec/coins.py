@@ -68,16 +68,16 @@ class Coins:
     def advance(self) -> None:
         """Go on to every text's next step."""
         self.steps = [step + 1 for step in self.steps]
-        self._place += 1
-        if self._place == len(self._table):
+        self._offset += 1
+        if self._offset == len(self._table):
             self._tabulate()
         else:
-            self._current.copy_(self._table[self._place])
+            self._current.copy_(self._table[self._offset])
 
     def _tabulate(self) -> None:
         """Compute the coins of the next steps, and write those of this one where captured graphs read them."""
         self._table = _table(self._seed, self.texts, self.steps, self.nodes, self.device)
-        self._place = 0
+        self._offset = 0
         self._current.copy_(self._table[0])
 
     def uniforms(self, purpose: Purpose) -> Tensor:

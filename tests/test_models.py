@@ -46,8 +46,11 @@ class Walk:
         self.plain, self.target, self.steps = plain or copy.deepcopy(model), ModelTarget(model), steps
         self.random, prompts = random.Random(seed), [*PROMPTS, torch.arange(10, 30)]  # some longer than the window
         request = as_request(self.target, prompts, max_new_tokens=steps * NODES)
-        self.batch = Batch(len(prompts), request.longest + NODES, VOCAB, torch.device("cpu"))
-        self.batch.begin(request, Stages())
+        longest = max(text.longest for text in request.texts)
+        self.batch = Batch(len(prompts), longest + NODES, VOCAB, torch.device("cpu"))
+        self.batch.begin(request, longest, Stages(), resume=False)
+        for row, text in enumerate(request.texts):
+            self.batch.enter(row, text)
 
     def differences(self):
         """The largest difference of every step."""

@@ -243,14 +243,14 @@ def test_what_a_failing_step_has_read_is_read_again(end, monkeypatch):
 def test_a_failure_half_way_to_the_next_run_leaves_nothing_to_resume(grown, monkeypatch):
     model = small()
 
-    def fail(self, other, kept):
+    def fail(self, sources):
         for stack in self._stacks.values():
             stack.zero_()
         raise torch.OutOfMemoryError("out of memory")
 
     last = begin(model)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(TreeCache, "take_over", fail)
+        patch.setattr(TreeCache, "take", fail)
         begin(model, resume=last, max_new_tokens=OPTIONS["max_new_tokens"] + 4 * grown)
     assert_resumes(last, model)
 

@@ -33,7 +33,7 @@ class ExactCoins(Coins):
         self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
 
     def _tabulate(self) -> None:
-        self._table, self._place = range(2), 0  # every outcome is followed, whatever the seed
+        """Nothing is tabulated: every outcome is followed, whatever the seed."""
 
     def advance(self) -> None:
         self.steps = [step + 1 for step in self.steps]
