@@ -23,6 +23,7 @@ from specdec.engines.graphs import Graphs
 from specdec.huggingface.stopping import Stopping, StopStrings
 from specdec.models.probe import cure_for
 from specdec.models.target import ModelTarget, Target
+from specdec.notes import Note, logprob, raw_logprob
 from specdec.processors import Processors
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
@@ -76,6 +77,7 @@ class Request:
         seed: the seed of all coins.
         first_index: index of the first prompt, by which coins are drawn.
         trace: what to record.
+        notes: what to note of every new token; see `specdec.notes`.
         last: the runs of an earlier turn to go on from, if there was one.
         keep: whether a later turn may go on from this run.
         coins: (batch, nodes) -> Coins, in place of coins made from the seed; None: from the seed.
@@ -97,6 +99,7 @@ class Request:
     seed: int
     first_index: int
     trace: str
+    notes: tuple[Note, ...]
     last: Runs | None
     keep: bool
     coins: Callable[[int, int], Coins] | None
@@ -141,11 +144,13 @@ def as_request(
     tokenizer: Any = None,
     seed: int = 0,
     first_index: int = 0,
+    logprobs: bool = False,
     trace: str = "summary",
     engine: Engine | str = "eager",
     resume: Any = None,
     keep: bool = False,
     stopping: Stopping | None = None,
+    notes: tuple[Note, ...] = (),
     coins: Callable[[int, int], Coins] | None = None,
 ) -> Request:
     """Check the arguments of `specdec.generate`, also against each other, before anything is run.
@@ -159,7 +164,8 @@ def as_request(
     made_engine, drafter = as_engine(engine), _UNDRAFTED if drafter is None else drafter
     for name, part, kind in (("drafter", drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)):
         check_kind(name, part, kind)
-    check_kind("keep", keep, bool, "pass True or False")
+    for name, flag in (("keep", keep), ("logprobs", logprobs)):
+        check_kind(name, flag, bool, "pass True or False")
     check_tokenizer(tokenizer)
     seed, first_index = as_seed(seed), as_int("first_index", first_index, 0)
     last, found = as_last(resume), as_target(target)
@@ -178,7 +184,7 @@ def as_request(
         stopping = StopStrings(tokenizer, strings)
     return Request(
         found, drafter, rule, made_engine, bound, spec, rows, budgets, processors, stop, stopping, tokenizer, seed, first_index,
-        trace, last, keep, coins, began,
+        trace, (logprob, raw_logprob) if logprobs else notes, last, keep, coins, began,
     )  # fmt: skip
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from specdec import runs
 from specdec.arguments import Request
@@ -33,6 +35,7 @@ class Decoding:
         self.batch, self._reasons = self.runs.batch, request.reasons()
         self._prompts, self._kept = list(self.batch.host_lengths), list(request.budgets)
         self._texts = self.batch.texts  # as of the last step: a later run may go on in the batch
+        self._notes: list[list[Tensor]] = [[] for _ in self._prompts]  # of each row's new tokens, step by step
         finish(self.batch.device)
         self.recorder = Recorder(request, time.perf_counter() - request.began)
 
@@ -88,6 +91,9 @@ class Decoding:
         if batch.processed:
             batch.processors = law.processors(decisions.last)
         outcome = Outcome.of(tree, decisions, self.runs.stop_tokens, batch.left, (no_law, invalid))
+        if self.request.notes:
+            known = *law.scores(decisions.path, decisions.accepted), outcome.tokens, batch.sampling
+            outcome = replace(outcome, noted=torch.stack([note(*known) for note in self.request.notes], 2))
         batch.append(outcome)
         self.runs.target.commit(outcome)
         return outcome
@@ -107,6 +113,8 @@ class Decoding:
                 raise ValueError(message.format(rows=rows))
         self.batch.note(outcome)
         self._texts = self.batch.texts
+        for row, new in enumerate(outcome.notes):
+            self._notes[row].append(new)
         self.runs.coins.turn_to(self.runs.coins.step + 1)
         clock.mark()
         draft, verify, decide, commit, end = clock.seconds()
@@ -135,6 +143,13 @@ class Decoding:
         """Each row's new tokens so far."""
         rows = zip(self._texts, self._prompts, self._kept, strict=True)
         return [text[start:][:kept].tolist() for text, start, kept in rows]
+
+    @property
+    def notes(self) -> list[Tensor]:
+        """[new tokens, note, ...] float32 CPU tensors: what was noted of each row's new tokens, by the request's `notes`."""
+        nothing = torch.empty(0, len(self.request.notes))
+        rows = zip(self._notes, self._kept, strict=True)
+        return [torch.cat(parts)[:kept] if parts else nothing for parts, kept in rows]
 
     @property
     def trace(self) -> Trace:
