@@ -197,9 +197,8 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
         )
     refused = _wanted(config, _REFUSED_OUTPUTS)
     if refused:
-        raise ValueError(
-            f"{[f'output_{name}' for name in refused]}: the loop does not keep them; leave them out, and run the model on `sequences`."
-        )
+        names = [f"output_{name}" for name in refused]
+        raise ValueError(f"{names}: the loop does not keep them; leave them out, and run the model on `sequences`.")
     unread = _unread(model_kwargs)
     if unread:
         raise ValueError(
