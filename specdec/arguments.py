@@ -23,6 +23,7 @@ from specdec.engines.graphs import Graphs
 from specdec.huggingface.stopping import Stopping, StopStrings
 from specdec.models.probe import cure_for
 from specdec.models.target import ModelTarget, Target
+from specdec.notes import Note, logprob, raw_logprob
 from specdec.request import Request, Text
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
@@ -75,11 +76,13 @@ def as_request(
     first_index: int = 0,
     num_samples: int = 1,
     batch_size: int | None = None,
+    logprobs: bool = False,
     trace: str = "summary",
     engine: Engine | str = "eager",
     resume: Any = None,
     keep: bool = False,
     stopping: Stopping | None = None,
+    notes: tuple[Note, ...] = (),
     coins: Callable[[int, int], Coins] | None = None,
 ) -> Request:
     """Check the arguments of `specdec.generate`, also against each other, before anything is run.
@@ -93,7 +96,8 @@ def as_request(
     made_engine, drafter = as_engine(engine), _UNDRAFTED if drafter is None else drafter
     for name, part, kind in (("drafter", drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)):
         check_kind(name, part, kind)
-    check_kind("keep", keep, bool, "pass True or False")
+    for name, flag in (("keep", keep), ("logprobs", logprobs)):
+        check_kind(name, flag, bool, "pass True or False")
     check_tokenizer(tokenizer)
     seed, last, found = as_seed(seed), as_last(resume), as_target(target)
     slots = None if batch_size is None else as_int("batch_size", batch_size, 1, cure="None decodes all at once")
@@ -123,8 +127,8 @@ def as_request(
         for i, (tokens, left, key, own) in enumerate(zip(rows, budgets, keys, processors, strict=True))
     ]
     return Request(
-        found, drafter, rule, made_engine, bound, spec, texts, slots, stop, stopping, tokenizer, seed, trace, last, keep, coins,
-        began,
+        found, drafter, rule, made_engine, bound, spec, texts, slots, stop, stopping, tokenizer, seed, trace,
+        (logprob, raw_logprob) if logprobs else notes, last, keep, coins, began,
     )  # fmt: skip
 
 

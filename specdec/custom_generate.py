@@ -22,6 +22,7 @@ from specdec.huggingface.generation_config import split
 from specdec.huggingface.stopping import Criteria
 from specdec.loop import Decoding
 from specdec.models.cache import GENERATE_CACHE
+from specdec.notes import Note, raw_logits, warped_scores
 from specdec.processors import Processors, check_copies
 from specdec.rules import SiblingRejection
 from specdec.rules.base import Rule
@@ -30,12 +31,19 @@ from specdec.trace.trace import Trace
 
 _READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
 _OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}
-_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_REFUSED_OUTPUTS = ("attentions", "hidden_states")
+# By the field of the output: what the run notes for it.
+_OUTPUTS: dict[str, Note] = {"scores": warped_scores, "logits": raw_logits}
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """The `sequences`, and the `trace` of the run: `out.trace.summary()`."""
+    """The `sequences`, the `trace` of the run (`out.trace.summary()`), and `scores` and `logits` if asked for.
+
+    Those two are as in transformers: [batch, vocab] float32 for each new token, on the prompts' device; `scores` keep what
+    `Sampling` keeps at ties. Where a row's text has ended before, they are 0 for the token that fills the row and -inf for all
+    others, so that transition scores are 0 there.
+    """
 
     trace: Trace | None = None
 
@@ -59,10 +67,12 @@ def custom_generate(
     - Each row has copies of the logits processors, and yours stay as they are (see `Sampling`). They are called once for every
       token of the row's text and of the drafts that the rule visits, and see the other rows with likely continuations.
     - A streamer's `end` is called after an error too.
+    - `output_scores` and `output_logits` are kept from the steps, without another forward pass; see `SpeculativeOutput` for
+      rows whose text has ended.
     - You may wrap the loop in a function of yours; for stop strings, use `functools.wraps`.
 
-    Refused are beams, assistants, scores and other outputs of the model, and caches to go on from. The cache is specdec's own,
-    and not returned.
+    Refused are beams, assistants, attentions and hidden states, and caches to go on from. The cache is specdec's own, and not
+    returned.
 
     Args:
         drafter, rule, tokenizer, engine: as in `specdec.generate`. An engine is kept from call to call.
@@ -97,18 +107,23 @@ def custom_generate(
             rows = [ids[own] for ids, own in zip(input_ids, mask, strict=True)]
             drawn = int(torch.randint(2**62, ())) if seed is None and config.do_sample else seed or 0
             shown = {"prompts": input_ids, "ends": stop_tokens, "filler": filler}
+            outputs = _wanted(config, _OUTPUTS)
             pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
             request = as_request(
                 target, rows, drafter, rule=rule, sampling=_Prepared(**fields, processors=processors, **shown),
                 max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer or given, seed=drawn, engine=engine,
                 stop_tokens=[token for token in stop_tokens if 0 <= token < target.vocab],  # others, as -1, end no text there
                 stopping=Criteria(others, input_ids, filler, pads) if others else None,
+                notes=tuple(_OUTPUTS[name] for name in outputs),
             )  # fmt: skip
             with Decoding(request) as run:
                 _finish(run, streamer)
                 emitted = run.emitted
         sequences: Any = _sequences(input_ids, emitted, filler)
-        return SpeculativeOutput(sequences, trace=run.trace) if config.return_dict_in_generate else sequences
+        if not config.return_dict_in_generate:
+            return sequences
+        found: Any = dict(zip(outputs, _by_token(run.notes, filler, input_ids.device), strict=True)) if outputs else {}
+        return SpeculativeOutput(sequences, **found, trace=run.trace)
 
     return LoopWithTokenizer(decode)
 
@@ -180,9 +195,10 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
         raise ValueError(
             f"streamer with {batch} prompts: their texts do not grow equally fast; stream one prompt at a time."
         )
-    outputs = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name)]
-    if outputs:
-        raise ValueError(f"{outputs}: the loop does not keep them; leave them out, and run the model on `sequences`.")
+    refused = _wanted(config, _REFUSED_OUTPUTS)
+    if refused:
+        names = [f"output_{name}" for name in refused]
+        raise ValueError(f"{names}: the loop does not keep them; leave them out, and run the model on `sequences`.")
     unread = _unread(model_kwargs)
     if unread:
         raise ValueError(
@@ -193,6 +209,11 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
         raise ValueError(
             f"{GENERATE_CACHE}: specdec has a cache of its own and does not go on from another; leave it out."
         )
+
+
+def _wanted(config: GenerationConfig, fields: Iterable[str]) -> list[str]:
+    """Those fields of the output that the config asks for."""
+    return [name for name in fields if config.return_dict_in_generate and getattr(config, f"output_{name}")]
 
 
 def _unread(model_kwargs: dict[str, Any]) -> list[str]:
@@ -243,3 +264,16 @@ def _sequences(input_ids: Tensor, emitted: list[list[int]], filler: int) -> Tens
     longest = max(map(len, emitted))
     new = torch.tensor([row + [filler] * (longest - len(row)) for row in emitted])
     return torch.cat([input_ids, new.to(input_ids.device)], 1)
+
+
+def _by_token(notes: list[Tensor], filler: int, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """For each note, its [batch, vocab] at every new token.
+
+    Args:
+        notes: [new tokens, note, vocab] of each row.
+        filler: the token that alone is possible where a row's text has ended.
+    """
+    longest, possible = max(map(len, notes)), torch.arange(notes[0].shape[2]) == filler
+    ended = torch.where(possible, 0.0, -torch.inf).expand(longest, *notes[0].shape[1:])
+    rows = torch.stack([torch.cat([row, ended[len(row) :]]) for row in notes], 2).to(device)
+    return [note.unbind() for note in rows.unbind(1)]

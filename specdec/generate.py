@@ -32,6 +32,10 @@ class Generation:
         trace: what happened, step by step.
         tokenizer: the tokenizer that was given.
         runs: with keep=True, what a later turn may go on in (resume=...): it holds the caches and their memory.
+        logprobs: with logprobs=True, one 1-D float32 CPU tensor per prompt: the log-probability of each new token under the
+            target's law, after processors, temperature and filters; 0 where decoding is greedy. A rule that is not lossless
+            emits tokens by a law of its own. These are the target's all the same: -inf for what it would not have emitted.
+        raw_logprobs: the same under the softmax of the target's raw logits.
     """
 
     tokens: list[Tensor]
@@ -39,6 +43,8 @@ class Generation:
     trace: Trace = field(repr=False)
     tokenizer: Any = field(default=None, repr=False)
     runs: Runs | None = field(default=None, repr=False)
+    logprobs: list[Tensor] | None = field(default=None, repr=False)
+    raw_logprobs: list[Tensor] | None = field(default=None, repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Metrics of the run; see `specdec.trace.Trace.summary`."""
@@ -65,6 +71,7 @@ def generate(
     first_index: int = 0,
     num_samples: int = 1,
     batch_size: int | None = None,
+    logprobs: bool = False,
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
     resume: Generation | None = None,
@@ -99,6 +106,7 @@ def generate(
         batch_size: how many texts are at work at once: when one has ended, the next prompt gets its row while the others go on.
             Beginnings that prompts share are read once, and memory is needed for so many texts. None: all at once. Which texts
             are in the batch changes a text by rounding only.
+        logprobs: whether to give `Generation.logprobs` and `raw_logprobs`, from logits that are there anyway.
         trace: what to record. "summary": counts and times of every step. "ceiling": also each visited node with the best that
             any rule could do there, for `ceiling_share`, and how far a lossy rule is off, for `divergence`. "laws": also the
             trees and both models' laws, for `specdec.trace.replay` (large: see `specdec.trace.laws`). "ceiling" and "laws" take
@@ -119,8 +127,8 @@ def generate(
     refuse_unknown(unknown, OPTIONS)
     request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        tokenizer=tokenizer, seed=seed, first_index=first_index,
-        num_samples=num_samples, batch_size=batch_size, trace=trace, engine=engine, resume=resume, keep=keep,
+        tokenizer=tokenizer, seed=seed, first_index=first_index, num_samples=num_samples, batch_size=batch_size,
+        logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep,
     )  # fmt: skip
     with Decoding(request) as run:
         for _ in run.steps():
@@ -193,8 +201,9 @@ def _news(run: Decoding) -> Iterator[tuple[int, Tensor]]:
 def _generation(run: Decoding) -> Generation:
     tokens, tokenizer = run.emitted, run.request.tokenizer
     texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-    made = [torch.tensor(row, dtype=torch.int64) for row in tokens]
-    return Generation(made, texts, run.trace, tokenizer, run.runs if run.request.keep else None)
+    made, kept = [torch.tensor(row, dtype=torch.int64) for row in tokens], run.runs if run.request.keep else None
+    logprobs, raw = ([row[:, k] for row in run.notes] if run.request.notes else None for k in (0, 1))
+    return Generation(made, texts, run.trace, tokenizer, kept, logprobs, raw)
 
 
 OPTIONS = [name for name in inspect.signature(generate).parameters if name != "unknown"]

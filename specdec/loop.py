@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.checks import check_kind, check_logits
@@ -103,6 +105,9 @@ class Decoding:
         if batch.processed:
             batch.processors = law.processors(decisions.last)
         outcome = Outcome.of(tree, decisions, self.runs.stop_tokens, batch.left, (no_law, invalid))
+        if self.request.notes:
+            known = *law.scores(decisions.path, decisions.accepted), outcome.tokens, batch.sampling
+            outcome = replace(outcome, noted=torch.stack([note(*known) for note in self.request.notes], 2))
         batch.append(outcome)
         self.runs.target.commit(outcome)
         return outcome
@@ -121,6 +126,7 @@ class Decoding:
             if rows:
                 raise ValueError(message.format(rows=rows))
         self.batch.note(outcome)
+        self.slots.note(outcome)
         self.runs.coins.advance()
         clock.mark()
         enter, draft, verify, decide, commit, end = clock.seconds()
@@ -159,6 +165,11 @@ class Decoding:
     def emitted(self) -> list[list[int]]:
         """The new tokens of every text so far."""
         return [self.tokens(index) for index in range(len(self.request.texts))]
+
+    @property
+    def notes(self) -> list[Tensor]:
+        """[new tokens, note, ...] float32 CPU tensors: what was noted of every text's new tokens, by the request's `notes`."""
+        return [self.slots.notes(index) for index in range(len(self.request.texts))]
 
     @property
     def trace(self) -> Trace:

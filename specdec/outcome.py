@@ -26,11 +26,13 @@ class Outcome:
         keep: [batch] int64: how many nodes of `path` the text contains, the root included. As many tokens are new: the
             drafted ones below the root, and one that the target emits. 0 for rows that had ended.
         columns: [batch, depth + 6] int64: the new tokens, then one column for each count. Read it by the properties.
+        noted: [batch, <= depth + 1, note, ...] float32: what the run notes of each new token; None if it notes nothing.
     """
 
     path: Tensor
     keep: Tensor
     columns: Tensor
+    noted: Tensor | None = None
 
     @classmethod
     def of(
@@ -80,6 +82,14 @@ class Outcome:
         """Each row's new tokens."""
         rows = zip(*self._host[: -len(_COUNTS)], strict=True)
         return [list(row[:n]) for row, n in zip(rows, self._count("emitted"), strict=True)]
+
+    @property
+    def notes(self) -> list[Tensor]:
+        """[new tokens, note, ...] float32 of each row, on the host; empty if the run notes nothing."""
+        if self.noted is None:
+            return []
+        counts = self._count("emitted")
+        return [*torch.cat([row[:n] for row, n in zip(self.noted, counts, strict=True)]).cpu().split(counts)]
 
     @property
     def accepted(self) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from specdec.coins import Coins
+from specdec.notes import Note
 from specdec.processors import Processors
 from specdec.sampling import Sampling
 from specdec.tree import TreeSpec
@@ -65,6 +66,7 @@ class Request:
         tokenizer: as given; None if there is none.
         seed: the seed of all coins.
         trace: what to record.
+        notes: what to note of every new token; see `specdec.notes`.
         last: the runs of an earlier turn to go on from, if there was one.
         keep: whether a later turn may go on from this run.
         coins: (batch, nodes) -> Coins, in place of coins made from the seed; None: from the seed.
@@ -84,6 +86,7 @@ class Request:
     tokenizer: Any
     seed: int
     trace: str
+    notes: tuple[Note, ...]
     last: Runs | None
     keep: bool
     coins: Callable[[int, int], Coins] | None

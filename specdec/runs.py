@@ -186,4 +186,4 @@ def _key(request: Request, rows: int, capacity: int) -> Any:
         return shapes
     models = [model for model in (target.model, *drafter.models) if model is not None]
     computes = fingerprint(*models, numbers=False), autocast_dtype(target.device)
-    return *shapes, target, drafter, request.rule, request.sampling, request.spec, *computes
+    return *shapes, target, drafter, request.rule, request.sampling, request.spec, request.notes, *computes

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BLOCK = 2**19  # elements: 2 MB of float32
-_COLDEST = 1e-6  # lower temperatures would overflow float32
+_COLDEST, _HOTTEST = 1e-6, 1e38  # temperatures beyond would overflow float32
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sampling:
         every = "use None to keep every token"
         put(
             self,
-            temperature=as_float("temperature", self.temperature, "[0, 1e38]", cure),
+            temperature=as_float("temperature", self.temperature, f"[0, {_HOTTEST:g}]", cure),
             top_k=None if self.top_k is None else as_int("top_k", self.top_k, 1, cure=every),
             top_p=None if self.top_p is None else as_float("top_p", self.top_p, "(0, 1]", every),
             min_p=None if self.min_p is None else as_float("min_p", self.min_p, "[0, 1]", every),
@@ -130,6 +130,19 @@ class Sampling:
         # Blocks that fit into a CPU's caches are several times faster than passes over everything.
         block = max(_BLOCK // rows.shape[1], 1) if rows.device.type == "cpu" else len(rows)
         return torch.cat([probabilities(part, *self.filters) for part in rows.split(block)]).view(logits.shape)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[..., vocab], at least float32: `logits` [..., vocab] / temperature, and -inf where a filter leaves a token out.
+
+        Their softmax is `probabilities`, and transformers' warpers give the same. At temperature 0: the logits themselves.
+        """
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self.temperature == 0:
+            return scores
+        # Top-k alone keeps the same tokens at every temperature, and at a high one none of their probabilities rounds to 0.
+        by_mass = (self.top_p or 1) < 1 or self.min_p
+        law = (self if by_mass else replace(self, temperature=_HOTTEST)).probabilities(scores)
+        return (scores / self.temperature).masked_fill(law == 0, -torch.inf)
 
     @property
     def filters(self) -> tuple[float, int | None, float | None, float | None]:

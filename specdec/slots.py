@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from specdec import runs
 from specdec.models.cached_model import alike
+from specdec.outcome import Outcome
 from specdec.request import Request, Text
 from specdec.runs import Runs
 
@@ -43,6 +46,7 @@ class Slots:
         self._request, self._groups = request, deque(groups(request.texts, request.slots))
         self._kept: dict[int, int] = {}  # most new tokens of the texts that were ended by `end`
         self.written: dict[int, Written] = {}
+        self._notes: dict[int, list[Tensor]] = {}  # of each text's new tokens, step by step
         self._begin()
 
     def _begin(self) -> None:
@@ -119,6 +123,17 @@ class Slots:
         ]
         self.held = [self.held[row] for row in stay]
         self.runs = runs.moved(self._request, self.runs, self._texts)
+
+    def note(self, outcome: Outcome) -> None:
+        """Keep what the step notes of its tokens."""
+        if self._request.notes:
+            for index, new in zip(self.held, outcome.notes, strict=True):
+                self._notes.setdefault(index, []).append(new)
+
+    def notes(self, index: int) -> Tensor:
+        """[new tokens, note, ...] float32 on the CPU: what was noted of a text's new tokens."""
+        parts = self._notes.get(index, [torch.empty(0, len(self._request.notes))])
+        return torch.cat(parts)[: len(self.tokens(index))]
 
     def settle(self) -> None:
         """After a step: note what has been written, and what has ended."""

@@ -97,6 +97,25 @@ class LogitsLaw(TargetLaw):
         self._check(scores[None], self._rows[row : row + 1])
         return self._batch.sampling.probabilities(scores).double().numpy(force=True)
 
+    def scores(self, path: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores after the processors, and the logits: [batch, place, vocab] each, at the nodes of accepted paths.
+
+        Args:
+            path: [batch, place] int64: the nodes, the root first.
+            accepted: [batch] int64: the place of the last node. At later places the scores are the logits.
+
+        Returns:
+            Scores, at least float32; and logits.
+        """
+        logits = self._logits[self._rows[:, None], path]
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self._batch.processed:
+            paths = [nodes[: last + 1] for nodes, last in zip(path.tolist(), accepted.tolist(), strict=True)]
+            known = [torch.stack([self._processed(row, node) for node in nodes]) for row, nodes in enumerate(paths)]
+            rest = zip(known, scores, strict=True)
+            scores = torch.stack([torch.cat([part, row[len(part) :]]) for part, row in rest])
+        return scores, logits
+
     def processors(self, last: Tensor) -> list[Processors]:
         """Each row's processors after the text up to its node `last` [batch] int64. The next step begins with them."""
         for row, node in enumerate(last.tolist()):

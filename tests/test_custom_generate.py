@@ -178,6 +178,81 @@ def test_a_result_in_full_has_the_text_and_the_trace():
     assert got.trace.summary()["acceptance_length"] >= 1
 
 
+SCORED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 12}
+
+
+def assert_same_scores(got, expected, ends=(), fills=0):
+    """Equal to those of transformers up to where each text ends; 0 for the token that fills the row after it."""
+    assert len(got.scores) == len(got.logits) == len(expected.scores)
+    new = got.sequences[:, -len(got.scores) :]
+    over = torch.isin(new, torch.tensor(ends)).cumsum(1).roll(1, 1).index_fill(1, torch.tensor(0), 0) > 0
+    filled = torch.full((VOCAB,), -torch.inf).index_fill(0, torch.tensor(fills), 0)
+    for name in ("scores", "logits"):
+        assert {(part.shape, part.dtype) for part in got[name]} == {((len(new), VOCAB), torch.float32)}
+        found, right = torch.stack(got[name], 1), torch.stack(expected[name], 1)
+        torch.testing.assert_close(found, torch.where(over[..., None], filled, right), atol=1e-4, rtol=0)
+    transitions = partial(TARGET.compute_transition_scores, normalize_logits=True)
+    found, right = (transitions(out.sequences, out.scores) for out in (got, expected))
+    torch.testing.assert_close(found, right.where(~over, 0), atol=1e-4, rtol=0)
+    return over
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.8}, {"min_new_tokens": 8}], ids="-".join)
+def test_scores_and_logits_of_a_greedy_text_are_those_of_transformers(options):
+    ends = [7, 30, 25]  # texts end at different lengths
+    expected, got = both(TARGET, RAGGED, **SCORED, eos_token_id=ends, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert assert_same_scores(got, expected, ends).any()
+
+
+FILTERS = [
+    {"top_k": 0},
+    {"temperature": 0.01, "top_k": 20},  # most probabilities round to 0 in float32
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.3},
+    {"logits_processor": LogitsProcessorList([Forbid()]), "top_k": 0, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("engine", ["eager", "tape"])
+@pytest.mark.parametrize("options", FILTERS, ids="-".join)
+@pytest.mark.filterwarnings("ignore:engine")  # logits processors
+def test_scores_and_logits_of_a_sampled_text_are_those_of_transformers(options, engine, monkeypatch):
+    made = "eager" if engine == "eager" else specdec.Graphs(capture=specdec.testing.Tape)
+    method = specdec.custom_generate(ModelDrafter(DRAFT, Widths([2, 1])), seed=3, engine=made)
+    call = {**RAGGED, **SCORED, "do_sample": True, "eos_token_id": None, **options}
+    got = TARGET.generate(**call, custom_generate=method)
+    tokens = iter(got.sequences[:, -12:, None].unbind(1))
+    # transformers' own loop draws the same tokens
+    monkeypatch.setattr(torch, "multinomial", lambda probs, num_samples: next(tokens))
+    expected = TARGET.generate(**call)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert not assert_same_scores(got, expected).any()
+
+
+def test_scores_are_kept_only_if_asked_for():
+    for name, other in (("scores", "logits"), ("logits", "scores")):
+        call = {"return_dict_in_generate": True, f"output_{name}": True}
+        expected, got = both(TARGET, RAGGED, **call)
+        assert getattr(got, other) is None and torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(got[name]), torch.stack(expected[name]), atol=1e-4, rtol=0)
+    assert isinstance(both(TARGET, RAGGED, output_scores=True)[1], torch.Tensor)
+
+
+def test_scores_end_where_a_stopping_criterion_cuts_the_text():
+    class Sums(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, 12:].sum(1) > 150
+
+    options = {"stopping_criteria": StoppingCriteriaList([Sums()]), "eos_token_id": [7]}
+    expected, got = both(TARGET, RAGGED, **SCORED, **options)
+    assert torch.equal(got.sequences, expected.sequences) and len(got.scores) == len(expected.scores) < 12
+    over = torch.stack(got.scores, 1)[..., 0] == 0
+    assert over.any() and torch.equal(got.sequences[:, 12:][over], torch.zeros_like(got.sequences[:, 12:][over]))
+    kept = ~over[..., None].expand(-1, -1, VOCAB)
+    found, right = torch.stack(got.scores, 1)[kept], torch.stack(expected.scores, 1)[kept]
+    torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
+
+
 class Recorder(BaseStreamer):
     """Keeps what it is told."""
 
@@ -394,8 +469,8 @@ REFUSED = {
     "beams": ({"num_beams": 2}, "set num_beams=1"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
     "assistant": ({"assistant_model": DRAFT}, "ModelDrafter"),
-    "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores.*leave them out"),
-    "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
+    "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions.*leave them out"),
+    "hidden states": ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
     "cache": ({GENERATE_CACHE: DynamicCache()}, f"{GENERATE_CACHE}: .*leave it out"),
     "quantised cache": ({"cache_implementation": "quantized"}, "in full and on the model's device"),
     "synchronised processes": ({"synced_gpus": True}, "synced_gpus"),
