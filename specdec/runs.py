@@ -66,14 +66,14 @@ def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
     Args:
         longest: tokens that any text may grow to, those that enter later included.
     """
-    capacity = request.engine.stages(request.target.device).rounded(longest) + request.largest_tree
-    last = request.last or request.engine.take(_key(request, len(texts), capacity))
+    stages = request.engine.stages(request.target.device)
+    last = request.last or request.engine.take(_key(request, len(texts), longest, stages))
     if last is not None and not last.busy.acquire(blocking=False):
         last = None  # in use elsewhere: begin anew, which gives the same text
     # Caches may be those of `last`, so the new run holds the same lock.
     busy = last.busy if last is not None else _taken()
     try:
-        return _begun(request, texts, longest, capacity, busy, last, resume=request.last is not None)
+        return _begun(request, texts, longest, stages, busy, last, resume=request.last is not None)
     except BaseException:
         busy.release()
         raise
@@ -81,10 +81,10 @@ def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
 
 def moved(request: Request, runs: Runs, texts: Sequence[Text]) -> Runs:
     """Go on in a smaller batch, with one row for each of these texts, which must be in `runs`. What was read is copied."""
-    capacity, longest, last = runs.batch.capacity, runs.batch.max_length, runs
-    if runs.smaller is not None and runs.smaller.key == _key(request, len(texts), capacity):
+    stages, longest, last = request.engine.stages(request.target.device), runs.batch.max_length, runs
+    if runs.smaller is not None and runs.smaller.key == _key(request, len(texts), longest, stages):
         last = runs.smaller  # captured already, which saves more than copying
-    runs.smaller = _begun(request, texts, longest, capacity, runs.busy, last, resume=True)
+    runs.smaller = _begun(request, texts, longest, stages, runs.busy, last, resume=True)
     return runs.smaller
 
 
@@ -105,7 +105,7 @@ def enter(request: Request, runs: Runs, texts: Mapping[int, tuple[Text, int]]) -
         runs.target.enter([*texts] if runs.target is target else all_rows, runs.drafter)
         runs.drafter.enter([*texts] if runs.drafter is drafter else all_rows)
         if runs.target is not target or runs.drafter is not drafter:
-            _renew_stages(request, runs)
+            runs.batch.stages = runs.stages = request.engine.stages(request.target.device)
 
 
 def end(request: Request, runs: Runs) -> None:
@@ -119,19 +119,19 @@ def _begun(
     request: Request,
     texts: Sequence[Text],
     longest: int,
-    capacity: int,
+    new: Stages,
     busy: threading.Lock,
     last: Runs | None,
     resume: bool,
 ) -> Runs:
     """A run at its first step, in the parts of `last` where they fit; if it resumes, from what was read there."""
     target, drafter, rows = request.target, request.drafter, [*range(len(texts))]
-    key = _key(request, len(texts), capacity)
+    key = _key(request, len(texts), longest, new)
     same = last if last is not None and last.key == key else None
     batch, coins, stop = (
-        (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), capacity)
+        (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), longest, new)
     )
-    stages = same.stages if same else request.engine.stages(target.device)
+    stages = same.stages if same else new
     batch.begin(request, longest, stages, resume)
     for row, text in enumerate(texts):
         batch.enter(row, text)
@@ -142,17 +142,16 @@ def _begun(
         _check_run(scoring, TargetRun, target, batch)
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
         _check_run(drafting, DraftRun, drafter, batch)
-        made = Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy, same and same.smaller)
-        if same and not (scoring is same.target and drafting is same.drafter):
-            _renew_stages(request, made)
+        if not (same and scoring is same.target and drafting is same.drafter):
+            batch.stages = stages = new  # graphs captured before read tensors of other runs
         scoring.enter(rows, drafting)
         drafting.enter(rows)
-    return made
+    return Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy, same and same.smaller)
 
 
-def _renew_stages(request: Request, runs: Runs) -> None:
-    """Forget what was captured: it reads tensors of other runs."""
-    runs.batch.stages = runs.stages = request.engine.stages(request.target.device)
+def _capacity(request: Request, longest: int, stages: Stages) -> int:
+    """Slots of a row."""
+    return stages.rounded(longest) + request.largest_tree
 
 
 def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
@@ -163,13 +162,13 @@ def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
         raise ValueError(f"{whose} is a run over another batch; return `last` only where `last.batch is batch`.")
 
 
-def _allocated(request: Request, rows: int, capacity: int) -> tuple[Batch, Coins, Tensor]:
+def _allocated(request: Request, rows: int, longest: int, stages: Stages) -> tuple[Batch, Coins, Tensor]:
     """Texts, coins and stop tokens of a new run."""
     nodes, target = request.spec.nodes, request.target
     with torch.inference_mode(False):  # a stream, or a later run, may go on outside of the caller's
         coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
         stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
-        return Batch(rows, capacity, target.vocab, target.device), coins, stop
+        return Batch(rows, _capacity(request, longest, stages), target.vocab, target.device), coins, stop
 
 
 def _taken() -> threading.Lock:
@@ -178,9 +177,10 @@ def _taken() -> threading.Lock:
     return lock
 
 
-def _key(request: Request, rows: int, capacity: int) -> Any:
+def _key(request: Request, rows: int, longest: int, stages: Stages) -> Any:
     """All that tensors and captured stages depend on, to be compared with `==`."""
     target, drafter, engine, stop = request.target, request.drafter, request.engine, request.stop_tokens
+    capacity = _capacity(request, longest, stages)
     shapes = engine, rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins
     if not engine.captures:
         return shapes
