@@ -200,6 +200,15 @@ def test_a_switch_of_adapters_changes_the_weights_digest():
     assert weights_digest(with_two_adapters()) == found["two adapters"]
 
 
+def test_the_digest_of_a_small_tensor_reads_every_value():
+    model = torch.nn.Linear(341, 3, bias=False)
+    found = {weights_digest(model)}
+    for value in range(model.weight.numel()):
+        model.weight.data.view(-1)[value] += 1
+        found.add(weights_digest(model))
+    assert len(found) == 1024
+
+
 def test_the_digest_of_a_large_tensor_reads_every_column():
     """Its values are read at a distance that is no multiple of a row, so a change of one column in 64 is seen."""
     model = torch.nn.Linear(64, 4096, bias=False)

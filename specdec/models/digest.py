@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_VALUES = 512  # most that are read of a tensor
+_VALUES = 512  # about so many are read of a large tensor
 # What a config says of its origin; with fields whose names begin with "_", as the path that a model was loaded from.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
@@ -47,7 +47,7 @@ def plain_json(config: Any) -> bytes:
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """A hash of the names, shapes and dtypes of all that a model saves, and of up to 512 values of each tensor.
+    """A hash of the names, shapes and dtypes of all that a model saves, and of some hundred values of each tensor.
 
     Any training step changes it, and so does a switch of adapters (PEFT). Not seen are hooks, and values that accelerate keeps
     elsewhere. It takes less time than a forward pass of one token.
@@ -66,7 +66,7 @@ def _saved(model: nn.Module) -> Iterable[bytes]:
 def _some(tensor: Tensor) -> bytes:
     """The bytes of values at equal distances; the distance is odd, so that they are not all of one column."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: len(flat) // _VALUES | 1][:_VALUES].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return flat[:: len(flat) // _VALUES | 1].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _adapters(model: nn.Module) -> Iterable[bytes]:
