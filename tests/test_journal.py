@@ -313,7 +313,7 @@ with Journal(sys.argv[1], {}) as journal:
 """
 
 
-def test_a_killed_process_loses_no_text_and_its_lock(tmp_path):
+def test_a_killed_process_loses_no_text_and_leaves_no_lock(tmp_path):
     path = tmp_path / "run.jsonl"
     command, root = [sys.executable, "-c", ENDLESS, str(path)], Path(__file__).resolve().parents[1]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
