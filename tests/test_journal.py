@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.journal import Journal, Written, read
+from specdec.journal import Journal, Kept, read
 from specdec.journal import journal as writing
 
 SETTINGS = {"target": "Llama", "seed": 5, "stop tokens": [0, 7], "top_p": None}
@@ -52,7 +52,7 @@ def test_a_journal_holds_the_settings_and_every_text(tmp_path):
     with Journal(str(path), SETTINGS) as journal:
         assert shown(journal) == expected
         assert journal.finished[2].tokens.dtype == np.int64
-        assert isinstance(journal.in_hand[3], Written)
+        assert isinstance(journal.in_hand[3], Kept)
 
 
 def test_a_text_is_in_the_file_when_end_returns(tmp_path):

@@ -23,8 +23,8 @@ _BEGINNING = f'{{"{_MARK}": '.encode()  # of every journal
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
-    """What was written of a text.
+class Kept:
+    """What a journal keeps of a text.
 
     Args:
         tokens: [length] int64: the new tokens.
@@ -47,9 +47,9 @@ class Entries:
         in_hand: texts that an interrupt has left unfinished.
     """
 
-    finished: dict[int, Written] = field(default_factory=dict)
+    finished: dict[int, Kept] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
-    in_hand: dict[int, Written] = field(default_factory=dict)
+    in_hand: dict[int, Kept] = field(default_factory=dict)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Take a line in."""
@@ -63,8 +63,8 @@ class Entries:
             self.skipped[text] = reason
             return
         tokens = np.array(columns.pop("tokens"), np.int64)
-        written = Written(tokens, step, {name: np.array(column, np.float64) for name, column in columns.items()})
-        (self.finished if step is None else self.in_hand)[text] = written
+        kept = Kept(tokens, step, {name: np.array(column, np.float64) for name, column in columns.items()})
+        (self.finished if step is None else self.in_hand)[text] = kept
 
 
 def first_line(settings: Mapping[str, Any]) -> dict[str, Any]:
