@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -38,6 +39,7 @@ _UNDRAFTED = NoDrafter()  # always the same one, so that graphs captured in one 
 _EAGER = Engine()
 _NO_PADDING = "pass 1-D tensors of token ids, one per prompt, without padding"
 _ALONE = "pass the token ids alone, as [torch.tensor(ids) for ids in encoding['input_ids']]"
+_ON_ERROR = ("raise", "skip")
 _CHAT = "of chat messages pass the list of them, [{'role': 'user', 'content': ...}]"
 _SAMPLE_KEYS = 2**32  # indices of prompts are below it, so that sample j of prompt i has the key i + j * 2**32
 _SAMPLES = 2**30
@@ -107,11 +109,10 @@ def as_request(
             "to go on in; leave batch_size out for conversations."
         )
     samples = as_int("num_samples", num_samples, 1, _SAMPLES)
-    keys = as_keys(first_index, prompts_given := as_prompts(prompts, tokenizer), samples)
-    budgets = as_budgets(max_new_tokens, len(prompts_given))
-    for i, (prompt, budget) in enumerate(zip(prompts_given, budgets, strict=True)):
-        _check_row(prompt, i, found, budget)
-    rows = [prompt for prompt in prompts_given for _ in range(samples)]
+    given = as_list(prompts)
+    keys, budgets = as_keys(first_index, given, samples), as_budgets(max_new_tokens, len(given))
+    read = as_prompts(given, budgets, found, tokenizer)[0]
+    rows = [prompt for prompt in read.values() for _ in range(samples)]
     budgets = [budget for budget in budgets for _ in range(samples)]
     bound, processors = sampling.bind(found.model, rows, budgets, tokenizer)
     spec = drafter.spec(bound)
@@ -209,12 +210,37 @@ def check_clock(spec: TreeSpec, model: PreTrainedModel | None) -> None:
         )
 
 
-def as_prompts(prompts: Prompts, tokenizer: Any) -> list[Tensor]:
-    """Prompts as 1-D int64 CPU tensors."""
-    given = _as_list(prompts)
-    if not given:
-        raise ValueError("prompts is an empty list; pass at least one prompt.")
-    return [_as_tokens(prompt, i, tokenizer) for i, prompt in enumerate(given)]
+def as_prompts(
+    given: Sequence[Any], budgets: Sequence[int], target: Target, tokenizer: Any, on_error: str = "raise"
+) -> tuple[dict[int, Tensor], dict[int, str]]:
+    """The prompts that can be decoded, and why the others cannot, both by their places among those given.
+
+    Args:
+        given: prompts in any form, as `as_list` gives them.
+        budgets: most new tokens of each.
+        on_error: "raise" the error of the first prompt that cannot be decoded, or "skip" such prompts.
+
+    Returns:
+        1-D int64 CPU tensors, and messages.
+
+    Raises:
+        ValueError: a prompt cannot be decoded, or with on_error="skip" none can.
+    """
+    if on_error not in _ON_ERROR:
+        raise ValueError(f"on_error={brief(on_error)}: must be one of {', '.join(map(repr, _ON_ERROR))}.")
+    prompts, skipped = {}, {}
+    for i, (prompt, budget) in enumerate(zip(given, budgets, strict=True)):
+        try:
+            tokens = _as_tokens(prompt, i, tokenizer)
+            _check_row(tokens, i, target, budget)
+            prompts[i] = tokens
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            skipped[i] = str(error)
+    if not prompts:
+        raise ValueError(f"every prompt would be skipped, {len(skipped)} in all; the first one because {skipped[0]}")
+    return prompts, skipped
 
 
 def as_budgets(max_new_tokens: Any, prompts: int) -> list[int]:
@@ -244,15 +270,17 @@ def as_stop_tokens(stop_tokens: Any, eos: Any, vocab: int) -> tuple[int, ...]:
     return tokens
 
 
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or several as a list of them."""
+def as_list(prompts: Any) -> list[Any]:
+    """One prompt or several as a list of them, which is not empty."""
     if isinstance(prompts, (str, Tensor, np.ndarray)):
         return [prompts]
     if isinstance(prompts, (bytes, Mapping, Set)) or not isinstance(prompts, Iterable):
         cure = _ALONE if isinstance(prompts, Mapping) else "pass token ids or text, or a list of such prompts"
         raise wrong_kind("prompts", prompts, cure)
     given = list(prompts)
-    alone = given and (all(isinstance(part, Integral) for part in given) or _is_chat(given))
+    if not given:
+        raise ValueError("prompts is an empty list; pass at least one prompt.")
+    alone = all(isinstance(part, Integral) for part in given) or _is_chat(given)
     return [given] if alone else given
 
 
@@ -272,9 +300,20 @@ def _chat_tokens(messages: Sequence[Any], index: int, tokenizer: Any) -> Any:
             f"prompt {index} is a list of messages but {lacking}; pass the tokenizer of a chat model, or text."
         )
     goes_on = messages[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=not goes_on, continue_final_message=goes_on, return_dict=False
-    )
+    with _of_prompt(index):
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=not goes_on, continue_final_message=goes_on, return_dict=False
+        )
+
+
+@contextmanager
+def _of_prompt(index: int) -> Iterator[None]:
+    """Name the prompt in whatever its tokenizer raises."""
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ValueError(f"prompt {index} cannot be tokenised ({why}); correct it, or pass token ids.") from error
 
 
 def _as_tokens(prompt: Any, index: int, tokenizer: Any) -> Tensor:
@@ -284,8 +323,9 @@ def _as_tokens(prompt: Any, index: int, tokenizer: Any) -> Tensor:
         if not callable(tokenizer):
             lacking = "there is no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__} reads none"
             raise ValueError(f"prompt {index} is text but {lacking}; pass tokenizer=... or token ids.")
-        encoding: Any = tokenizer(prompt)
-        prompt = encoding["input_ids"]
+        with _of_prompt(index):
+            encoding: Any = tokenizer(prompt)
+            prompt = encoding["input_ids"]
     if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "biuf":
         prompt = torch.from_numpy(np.ascontiguousarray(prompt))
     if isinstance(prompt, (list, tuple, range)):

@@ -72,9 +72,9 @@ def test_the_prefill_lasts_until_the_device_has_done_it(monkeypatch):
 
 
 def test_the_prefill_begins_with_the_call(monkeypatch):
-    def slowly(prompts, tokenizer):
+    def slowly(*arguments):
         time.sleep(0.02)
-        return as_prompts(prompts, tokenizer)
+        return as_prompts(*arguments)
 
     monkeypatch.setattr("specdec.arguments.as_prompts", slowly)
     assert generate(TabularTarget(12, 3), TEXTS[0], max_new_tokens=1).trace.prefill_seconds >= 0.02

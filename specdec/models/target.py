@@ -116,6 +116,9 @@ class ModelTarget(Target):
         self.context_length, self.context_reason = self.lm.context_length, self.lm.context_reason
         self.stop_tokens = None if model.generation_config is None else model.generation_config.eos_token_id
 
+    def __repr__(self) -> str:
+        return f"ModelTarget({type(self.model).__name__}, {self.lm.cache.__name__})"
+
     def __eq__(self, other: object) -> bool:
         """Whether it does the same: made of the same model, with a cache of the same kind. A subclass equals but itself."""
         if type(self) is not ModelTarget or type(other) is not ModelTarget:
