@@ -78,6 +78,7 @@ def as_request(
     first_index: int = 0,
     num_samples: int = 1,
     batch_size: int | None = None,
+    on_error: str = "raise",
     logprobs: bool = False,
     trace: str = "summary",
     engine: Engine | str = "eager",
@@ -111,10 +112,10 @@ def as_request(
     samples = as_int("num_samples", num_samples, 1, _SAMPLES)
     given = as_list(prompts)
     keys, budgets = as_keys(first_index, given, samples), as_budgets(max_new_tokens, len(given))
-    read = as_prompts(given, budgets, found, tokenizer)[0]
-    rows = [prompt for prompt in read.values() for _ in range(samples)]
-    budgets = [budget for budget in budgets for _ in range(samples)]
-    bound, processors = sampling.bind(found.model, rows, budgets, tokenizer)
+    read, unread = as_prompts(given, budgets, found, tokenizer, on_error)
+    places = [i * samples + j for i in read for j in range(samples)]
+    rows, lefts = [read[i // samples] for i in places], [budgets[i // samples] for i in places]
+    bound, processors = sampling.bind(found.model, rows, lefts, tokenizer)
     spec = drafter.spec(bound)
     rule.check(spec)
     check_clock(spec, found.model)
@@ -124,11 +125,12 @@ def as_request(
     if strings:
         stopping = StopStrings(tokenizer, strings)
     texts = [
-        Text(i, tokens.numpy(), len(tokens), left, key, processors=own)
-        for i, (tokens, left, key, own) in enumerate(zip(rows, budgets, keys, processors, strict=True))
+        Text(i, tokens.numpy(), len(tokens), left, keys[i], processors=own)
+        for i, tokens, left, own in zip(places, rows, lefts, processors, strict=True)
     ]
+    skipped = {i * samples + j: reason for i, reason in unread.items() for j in range(samples)}
     return Request(
-        found, drafter, rule, made_engine, bound, spec, texts, slots, stop, stopping, tokenizer, seed, trace,
+        found, drafter, rule, made_engine, bound, spec, texts, {}, skipped, slots, stop, stopping, tokenizer, seed, trace,
         (logprob, raw_logprob) if logprobs else notes, last, keep, coins, began,
     )  # fmt: skip
 

@@ -122,7 +122,8 @@ def custom_generate(
         sequences: Any = _sequences(input_ids, emitted, filler)
         if not config.return_dict_in_generate:
             return sequences
-        found: Any = dict(zip(outputs, _by_token(run.notes, filler, input_ids.device), strict=True)) if outputs else {}
+        noted = [run.slots.written[row].noted for row in range(len(rows))]
+        found: Any = dict(zip(outputs, _by_token(noted, filler, input_ids.device), strict=True)) if outputs else {}
         return SpeculativeOutput(sequences, **found, trace=run.trace)
 
     return LoopWithTokenizer(decode)

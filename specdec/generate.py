@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal, Never
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,8 +16,9 @@ from transformers import PreTrainedModel
 from specdec.arguments import Prompts, as_request, refuse_unknown
 from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
-from specdec.loop import Decoding
+from specdec.job import Job
 from specdec.models.target import Target
+from specdec.request import Written
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
 from specdec.sampling import Sampling
@@ -32,10 +35,11 @@ class Generation:
         trace: what happened, step by step.
         tokenizer: the tokenizer that was given.
         runs: with keep=True, what a later turn may go on in (resume=...): it holds the caches and their memory.
-        logprobs: with logprobs=True, one 1-D float32 CPU tensor per prompt: the log-probability of each new token under the
+        logprobs: with logprobs=True, one 1-D float32 CPU tensor per text: the log-probability of each new token under the
             target's law, after processors, temperature and filters; 0 where decoding is greedy. A rule that is not lossless
             emits tokens by a law of its own. These are the target's all the same: -inf for what it would not have emitted.
         raw_logprobs: the same under the softmax of the target's raw logits.
+        skipped: with on_error="skip", why texts were not written, by their places in `tokens`.
     """
 
     tokens: list[Tensor]
@@ -45,6 +49,7 @@ class Generation:
     runs: Runs | None = field(default=None, repr=False)
     logprobs: list[Tensor] | None = field(default=None, repr=False)
     raw_logprobs: list[Tensor] | None = field(default=None, repr=False)
+    skipped: Mapping[int, str] = field(default_factory=dict, repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Metrics of the run; see `specdec.trace.Trace.summary`."""
@@ -71,6 +76,9 @@ def generate(
     first_index: int = 0,
     num_samples: int = 1,
     batch_size: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    journal: str | PathLike[str] | None = None,
+    progress: bool = False,
     logprobs: bool = False,
     trace: Literal["summary", "ceiling", "laws"] = "summary",
     engine: Engine | Literal["eager", "graph", "compile"] = "eager",
@@ -106,6 +114,11 @@ def generate(
         batch_size: how many texts are at work at once: when one has ended, the next prompt gets its row while the others go on.
             Beginnings that prompts share are read once, and memory is needed for so many texts. None: all at once. Which texts
             are in the batch changes a text by rounding only.
+        on_error: what to do about prompts that cannot be decoded, such as an empty one or one beyond the target's context:
+            "raise" an error, or "skip" them, so that their texts are empty and `Generation.skipped` says why.
+        journal: a file that keeps every finished text, and on an interrupt what there is of the others: the same call goes on
+            from there, to the same texts. A journal of other arguments is refused.
+        progress: whether to show a bar.
         logprobs: whether to give `Generation.logprobs` and `raw_logprobs`, from logits that are there anyway.
         trace: what to record. "summary": counts and times of every step. "ceiling": also each visited node with the best that
             any rule could do there, for `ceiling_share`, and how far a lossy rule is off, for `divergence`. "laws": also the
@@ -128,12 +141,12 @@ def generate(
     request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
         tokenizer=tokenizer, seed=seed, first_index=first_index, num_samples=num_samples, batch_size=batch_size,
-        logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep,
+        on_error=on_error, logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep,
     )  # fmt: skip
-    with Decoding(request) as run:
-        for _ in run.steps():
-            pass
-        return _generation(run)
+    job = Job(request, journal, progress)
+    for _ in job.steps():
+        pass
+    return _generation(job)
 
 
 def stream(
@@ -151,24 +164,25 @@ def stream(
     returns. Between the yields the model is as it was found.
     """
     refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
-    return Stream(target, prompts, drafter, options)
+    about = {name: options.pop(name, default) for name, default in (("journal", None), ("progress", False))}
+    return Stream(Job(as_request(target, prompts, drafter, **options), **about))
 
 
 class Stream(Iterator[Any]):
     """A run that decodes step by step as it is iterated over; `stream` makes it."""
 
-    def __init__(self, target: Any, prompts: Any, drafter: Any, options: dict[str, Any]):
-        self._steps, self._run = _steps(target, prompts, drafter, options), None
-        self._news: Iterator[tuple[int, Tensor]] = iter(())
+    def __init__(self, job: Job):
+        self._job, self._steps, self._begun = job, job.steps(), False
+        self._news: Iterator[tuple[int, np.ndarray]] = iter(())
 
     def __next__(self) -> Any:
-        if self._run is None:
-            self._run = next(self._steps)
-        if self._run.request.slots is None:
-            return [tokens for _, tokens in _news(next(self._steps))]
-        while (found := next((news for news in self._news if len(news[1])), None)) is None:
-            self._news = _news(next(self._steps))
-        return found
+        self._begun = True
+        if self._job.request.slots is None:
+            news = dict(next(self._steps))
+            return [_tensor(news.get(index, ())) for index in range(self._job.request.count)]
+        while (found := next(self._news, None)) is None:
+            self._news = iter(next(self._steps))
+        return found[0], _tensor(found[1])
 
     def close(self) -> None:
         """End the run with the text so far, and release what it owns."""
@@ -177,33 +191,27 @@ class Stream(Iterator[Any]):
     @property
     def generation(self) -> Generation:
         """The text so far. Once the stream has ended or was closed, a later turn may resume it."""
-        if self._run is None:
+        if not self._begun:
             raise ValueError("the stream has not begun; ask for its first step: next(stream).")
-        return _generation(self._run)
+        return _generation(self._job)
 
 
-def _steps(target: Any, prompts: Any, drafter: Any, options: dict[str, Any]) -> Generator[Decoding]:
-    """The run once it has begun, and after each step. It knows no `Stream`: one that is dropped lets go of all at once."""
-    with Decoding(as_request(target, prompts, drafter, **options)) as run:
-        yield run
-        for _ in run.steps():
-            yield run
+def _tensor(tokens: Sequence[int] | np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(tokens, np.int64))
 
 
-def _news(run: Decoding) -> Iterator[tuple[int, Tensor]]:
-    """The index of the text in each row, and its tokens of the last step."""
-    for index, count in zip(run.held, run.trace.steps[-1].emitted, strict=True):
-        if index >= 0:
-            tokens = run.tokens(index)
-            yield index, torch.tensor(tokens[len(tokens) - count :], dtype=torch.int64)
+def _generation(job: Job) -> Generation:
+    request, nothing = job.request, Written(np.empty(0, np.int64), 0, False, [])
+    texts = [job.written.get(index, nothing) for index in range(request.count)]
+    tokens = [_tensor(text.tokens) for text in texts]
+    decode = None if request.tokenizer is None else request.tokenizer.decode
+    decoded = None if decode is None else [decode(row.tolist(), skip_special_tokens=True) for row in tokens]
+    logprobs, raw = ([_column(text, k) for text in texts] if request.notes else None for k in (0, 1))
+    return Generation(tokens, decoded, job.trace, request.tokenizer, job.runs, logprobs, raw, dict(request.skipped))
 
 
-def _generation(run: Decoding) -> Generation:
-    tokens, tokenizer = run.emitted, run.request.tokenizer
-    texts = None if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-    made, kept = [torch.tensor(row, dtype=torch.int64) for row in tokens], run.runs if run.request.keep else None
-    logprobs, raw = ([row[:, k] for row in run.notes] if run.request.notes else None for k in (0, 1))
-    return Generation(made, texts, run.trace, tokenizer, kept, logprobs, raw)
+def _column(text: Written, note: int) -> Tensor:
+    return text.noted[:, note] if text.notes else torch.empty(0)
 
 
 OPTIONS = [name for name in inspect.signature(generate).parameters if name != "unknown"]

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.checks import check_kind, check_logits
@@ -52,9 +51,8 @@ class Decoding:
         """Step by step to the end. Raise ValueError if the target reads something else in place of a whole text."""
         while not self.finished:
             outcome = self.step()
-            for index in self.slots.ended:
-                text = self.request.texts[index]
-                self.request.target.check_text([*text.tokens[: text.prompt].tolist(), *self.tokens(index)])
+            for text in self.slots.whole():
+                self.request.target.check_text(text)
             yield outcome
 
     def step(self) -> Outcome:
@@ -126,7 +124,6 @@ class Decoding:
             if rows:
                 raise ValueError(message.format(rows=rows))
         self.batch.note(outcome)
-        self.slots.note(outcome)
         self.runs.coins.advance()
         clock.mark()
         enter, draft, verify, decide, commit, end = clock.seconds()
@@ -135,7 +132,7 @@ class Decoding:
         self.recorder.step(tree.tokens.shape[1], list(self.slots.held), outcome, seconds)
         if self.request.stopping is not None:
             self.request.stopping.ask(self)
-        self.slots.settle()
+        self.slots.settle(outcome.notes)
 
     def end(self, index: int, kept: int) -> None:
         """End a text after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
@@ -164,12 +161,7 @@ class Decoding:
     @property
     def emitted(self) -> list[list[int]]:
         """The new tokens of every text so far."""
-        return [self.tokens(index) for index in range(len(self.request.texts))]
-
-    @property
-    def notes(self) -> list[Tensor]:
-        """[new tokens, note, ...] float32 CPU tensors: what was noted of every text's new tokens, by the request's `notes`."""
-        return [self.slots.notes(index) for index in range(len(self.request.texts))]
+        return [self.tokens(index) for index in range(self.request.count)]
 
     @property
     def trace(self) -> Trace:

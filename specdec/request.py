@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from specdec.coins import Coins
 from specdec.notes import Note
@@ -51,6 +53,22 @@ class Text:
         return len(self.tokens) + self.left
 
 
+class Written(NamedTuple):
+    """What has been written of a text."""
+
+    tokens: np.ndarray  # [n] int64: the new tokens
+    steps: int  # how many steps it took
+    ended: bool
+    notes: list[
+        Tensor
+    ]  # [tokens of a step, note, ...] each: see `Request.notes`; perhaps of one step more than `tokens`
+
+    @property
+    def noted(self) -> Tensor:
+        """[n, note, ...]: what was noted of each token; of a text without tokens nothing."""
+        return torch.cat(self.notes)[: len(self.tokens)] if self.notes else torch.empty(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """The checked arguments of a run; see also `specdec.generate`.
@@ -59,7 +77,9 @@ class Request:
         target, drafter, rule, engine: the parts.
         sampling: with every field filled in.
         spec: the trees that may be proposed.
-        texts: all that are to be written.
+        texts: all that are to be written; their indices may leave places out.
+        written: texts of earlier calls, by index: some have ended, and of the others `texts` holds what is there.
+        skipped: why prompts cannot be decoded, by the indices of their texts.
         slots: rows of a batch; None: as many as there are texts, none of which moves to another row.
         stop_tokens: ids that end a text.
         stopping: called after every step to end rows; None if only stop tokens and budgets end them.
@@ -80,6 +100,8 @@ class Request:
     sampling: Sampling
     spec: TreeSpec
     texts: Sequence[Text]
+    written: Mapping[int, Written]
+    skipped: Mapping[int, str]
     slots: int | None
     stop_tokens: tuple[int, ...]
     stopping: Stopping | None
@@ -91,6 +113,11 @@ class Request:
     keep: bool
     coins: Callable[[int, int], Coins] | None
     began: float
+
+    @property
+    def count(self) -> int:
+        """How many texts were asked for."""
+        return len({text.index for text in self.texts} | {*self.written} | {*self.skipped})
 
     @property
     def largest_tree(self) -> int:

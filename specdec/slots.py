@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec import runs
 from specdec.models.cached_model import alike
-from specdec.outcome import Outcome
-from specdec.request import Request, Text
+from specdec.request import Request, Text, Written
 from specdec.runs import Runs
 
 # While other rows decode, so many tokens of a new prompt are read between two steps: nobody waits for all of a long one.
@@ -23,30 +20,21 @@ _CHUNK = 512
 _SAVED = 2
 
 
-class Written(NamedTuple):
-    """What has been written of a text."""
-
-    tokens: np.ndarray  # [n] int64: the new tokens, those of earlier calls included
-    steps: int  # how many steps it took
-    ended: bool
-
-
 class Slots:
     """The rows of a run, filled with the texts of a request.
 
     Attributes:
         runs: what the run owns: another one after a move to a smaller batch, or to the next group of texts.
         held: for each row the index of the text in it, which may have ended; -1 while a prompt is being read.
-        written: what has been written of each text that has taken a step. An interrupt may come at any time: every entry is
-            replaced as a whole, after all that ends texts has been asked.
+        written: what has been written of each text that has taken a step, now or in an earlier call. An interrupt may come at
+            any time: every entry is replaced as a whole, after all that ends texts has been asked.
         ended: indices of the texts that have ended in the last step.
     """
 
     def __init__(self, request: Request):
         self._request, self._groups = request, deque(groups(request.texts, request.slots))
         self._kept: dict[int, int] = {}  # most new tokens of the texts that were ended by `end`
-        self.written: dict[int, Written] = {}
-        self._notes: dict[int, list[Tensor]] = {}  # of each text's new tokens, step by step
+        self.written = dict(request.written)
         self._begin()
 
     def _begin(self) -> None:
@@ -124,36 +112,30 @@ class Slots:
         self.held = [self.held[row] for row in stay]
         self.runs = runs.moved(self._request, self.runs, self._texts)
 
-    def note(self, outcome: Outcome) -> None:
-        """Keep what the step notes of its tokens."""
-        if self._request.notes:
-            for index, new in zip(self.held, outcome.notes, strict=True):
-                self._notes.setdefault(index, []).append(new)
-
-    def notes(self, index: int) -> Tensor:
-        """[new tokens, note, ...] float32 on the CPU: what was noted of a text's new tokens."""
-        parts = self._notes.get(index, [torch.empty(0, len(self._request.notes))])
-        return torch.cat(parts)[: len(self.tokens(index))]
-
-    def settle(self) -> None:
-        """After a step: note what has been written, and what has ended."""
+    def settle(self, notes: Sequence[Tensor]) -> None:
+        """After a step: note what has been written, and what has ended. `notes`: what the step noted, by row; may be empty."""
         ended = []
         for row, index in enumerate(self.held):
             if index >= 0:
                 before, over = self.written.get(index), not self.runs.batch.host_left[row]
-                self.written[index] = Written(self._tokens(row), self.runs.coins.steps[row], over)
+                noted = [] if before is None else before.notes
+                noted += notes[row : row + 1]
+                self.written[index] = Written(self._tokens(row), self.runs.coins.steps[row], over, noted)
                 if over and not (before and before.ended):
                     ended.append(index)
         self.ended = ended
 
     def tokens(self, index: int) -> np.ndarray:
-        """[n] int64: the new tokens of a text so far."""
+        """[n] int64: the new tokens of a text so far, those of this step included."""
         if index in self.held:
             return self._tokens(self.held.index(index))
-        if index in self.written:
-            return self.written[index].tokens
-        text = self._request.texts[index]
-        return text.tokens[text.prompt :]
+        return self.written[index].tokens if index in self.written else np.empty(0, np.int64)
+
+    def whole(self) -> Iterator[list[int]]:
+        """The whole texts, prompts included, that have ended in the last step."""
+        for index in self.ended:
+            text = self._texts[self.held.index(index)]
+            yield [*text.tokens[: text.prompt].tolist(), *self.tokens(index).tolist()]
 
     def _tokens(self, row: int) -> np.ndarray:
         return self.runs.batch.texts[row][self._texts[row].prompt :][: self._kept.get(self.held[row])]
