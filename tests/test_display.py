@@ -113,6 +113,15 @@ def test_text_has_the_colour_of_its_author():
     assert body[3].title == "drafted at depth 2, step 1"
 
 
+def test_what_an_earlier_call_wrote_has_no_colour():
+    spans = display.text(shown([[4, 4, 0, 1, 2, 3, 4, 0], [0, 0, 1, 0], [0]])).spans
+    start = [span.text for span in spans].index("\ntext 0: 8 tokens in 3 steps\n") + 1
+    assert [(span.text, span.style) for span in spans[start : start + 4]] == [
+        ("\n", PLAIN), ("\n", PLAIN), ("a ", DRAFTED[0]), ("<b>&", RECOVERED)
+    ]  # fmt: skip
+    assert spans[start + 1].title == spans[-2].title == "written by an earlier call"
+
+
 def test_page_is_escaped_and_complete():
     found = Page(shown([[0, 1, 2, 3, 4, 0], [0, 0, 1, 0]])._repr_html_()).found
     assert ("<b>&", RECOVERED.css, "recovered, step 0") in found

@@ -44,14 +44,20 @@ def kind_of_last(accepted: int, tried: int) -> Literal["recovered", "bonus", "al
 
 
 def text(generation: Generation) -> Picture:
-    """Every text: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer."""
+    """Every text: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer.
+
+    The trace does not say who wrote what an earlier call gave a text: these tokens have no colour.
+    """
     spans, wrote = [*_legend(), Span("\n")], authors(generation.trace)
     for index, tokens in enumerate(generation.tokens):
         mine = wrote.get(index, [])
         steps = len({author.step for author in mine})
         spans.append(Span(f"\ntext {index}: {len(tokens)} tokens in {steps} steps\n"))
-        shown = zip(pieces(tokens.tolist(), generation.tokenizer), mine, strict=True)
-        spans += [Span(piece, _style(author), _title(author)) for piece, author in shown]
+        shown = pieces(tokens.tolist(), generation.tokenizer)
+        earlier = len(shown) - len(mine)
+        spans += [Span(piece, PLAIN, "written by an earlier call") for piece in shown[:earlier]]
+        written = zip(shown[earlier:], mine, strict=True)
+        spans += [Span(piece, _style(author), _title(author)) for piece, author in written]
         spans.append(Span("\n"))
     return Picture(spans)
 
