@@ -51,9 +51,9 @@ class Generation:
     raw_logprobs: list[Tensor] | None = field(default=None, repr=False)
     skipped: Mapping[int, str] = field(default_factory=dict, repr=False)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, price_per_hour: float | None = None) -> dict[str, Any]:
         """Metrics of the run; see `specdec.trace.Trace.summary`."""
-        return self.trace.summary()
+        return self.trace.summary(price_per_hour)
 
     def _repr_html_(self) -> str:
         """The text for a notebook, coloured by who wrote each token: see `specdec.display.text`."""

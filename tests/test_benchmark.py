@@ -171,7 +171,9 @@ def test_decoding_the_same_prompts_again_does_not_narrow_the_interval():
 
 def run(tokens: int, seconds: float) -> Run:
     return Run(
-        Trace(steps=[Step(5, [tokens], [tokens - 1], [min(tokens, 4)], 0.0, 0.75 * seconds, 0.25 * seconds)]), 1, 1
+        Trace(steps=[Step(5, [0], [tokens], [tokens - 1], [min(tokens, 4)], 0.0, 0.0, 0.75 * seconds, 0.25 * seconds)]),
+        1,
+        1,
     )
 
 

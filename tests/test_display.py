@@ -26,7 +26,7 @@ STOP = 3
 
 
 def step(emitted, accepted, tried):
-    return Step(4, emitted, accepted, tried, 0.002, 0.004, 0.001)
+    return Step(4, [0, 1], emitted, accepted, tried, 0.0005, 0.002, 0.004, 0.001)
 
 
 # row 0: a rejection after one draft, a whole path, no draft; row 1: a whole path, cut within a path, ended
@@ -64,11 +64,11 @@ class Page(HTMLParser):
 
 def test_authors_are_those_of_the_trace():
     drafted, recovered, bonus, alone = "drafted", "recovered", "bonus", "alone"
-    assert authors(HISTORY, 0) == [
+    assert authors(HISTORY)[0] == [
         *(Author(drafted, 1, 0), Author(recovered, 2, 0)),
         *(Author(drafted, 1, 1), Author(drafted, 2, 1), Author(bonus, 3, 1), Author(alone, 1, 2)),
     ]
-    assert authors(HISTORY, 1) == [
+    assert authors(HISTORY)[1] == [
         *(Author(drafted, 1, 0), Author(drafted, 2, 0), Author(bonus, 3, 0), Author(drafted, 1, 1))
     ]
 
@@ -84,7 +84,7 @@ def test_authors_agree_with_the_recorded_trees(rule):
     out = specdec.generate(TabularTarget(12, 3), prompts, drafter, **options)
     seen = set()
     for row, tokens in enumerate(out.tokens):
-        wrote, at = authors(out.trace, row), 0
+        wrote, at = authors(out.trace)[row], 0
         assert len(wrote) == len(tokens)
         for i, recorded in enumerate(out.trace.steps):
             decided, parents = recorded.record.decisions, recorded.record.bare.topology.parents[row]
@@ -106,11 +106,20 @@ def shown(tokens):
 
 def test_text_has_the_colour_of_its_author():
     spans = display.text(shown([[0, 1, 2, 3, 4, 0], [0, 0, 1, 0]])).spans
-    body = spans[[span.text for span in spans].index("\nprompt 0: 6 tokens in 3 steps\n") + 1 :][:6]
+    body = spans[[span.text for span in spans].index("\ntext 0: 6 tokens in 3 steps\n") + 1 :][:6]
     assert [(span.text, span.style) for span in body] == [
         ("a ", DRAFTED[0]), ("<b>&", RECOVERED), ("", DRAFTED[0]), ("é", DRAFTED[1]), ("\n", BONUS), ("a ", PLAIN)
     ]  # fmt: skip
     assert body[3].title == "drafted at depth 2, step 1"
+
+
+def test_what_an_earlier_call_wrote_has_no_colour():
+    spans = display.text(shown([[4, 4, 0, 1, 2, 3, 4, 0], [0, 0, 1, 0], [0]])).spans
+    start = [span.text for span in spans].index("\ntext 0: 8 tokens in 3 steps\n") + 1
+    assert [(span.text, span.style) for span in spans[start : start + 4]] == [
+        ("\n", PLAIN), ("\n", PLAIN), ("a ", DRAFTED[0]), ("<b>&", RECOVERED)
+    ]  # fmt: skip
+    assert spans[start + 1].title == spans[-2].title == "written by an earlier call"
 
 
 def test_page_is_escaped_and_complete():
@@ -184,7 +193,7 @@ def test_a_tree_that_is_not_there_is_refused(run):
         display.tree(HISTORY.steps[0])
     ended = [step for step in run.trace.steps if 0 in step.emitted]
     if ended:
-        with pytest.raises(ValueError, match="had ended before this step"):
+        with pytest.raises(ValueError, match="not running in this step"):
             display.tree(ended[0], ended[0].emitted.index(0))
 
 
@@ -193,7 +202,7 @@ def test_plots_draw_the_figures_of_the_trace():
     [line] = axes.get_lines()
     assert line.get_ydata().tolist() == HISTORY.summary()["acceptance_rate"] == [1.0, 2 / 3]
     bars = [bar.get_height() for bar in display.time_per_step({"chain": HISTORY}).patches]
-    assert bars == pytest.approx([2, 4, 1])  # ms
+    assert bars == pytest.approx([0.5, 2, 4, 1])  # ms
     drafter = TabularDrafter(Table(12, 4), Widths((2, 2)))
     traced = specdec.generate(TabularTarget(12, 3), torch.tensor([0]), drafter, trace="ceiling").trace
     [bar] = display.ceiling_shares({"greedy": traced}).patches
@@ -217,3 +226,76 @@ def test_predicted_curve_is_that_of_the_cost_model():
 def test_a_notebook_shows_the_texts_of_a_run(run):
     page = "".join(text for text, _, _ in Page(run._repr_html_()).found)
     assert all(PAIR.tokenizer.decode(tokens) in page for tokens in run.tokens)
+
+
+@pytest.fixture(scope="module")
+def slotted():
+    """Four texts of the demo pair in two rows, and each of them alone; their lengths differ."""
+    drafter, prompts = ModelDrafter(PAIR.draft, Widths([2, 1])), [p.text for p in PAIR.prompts[1:5]]
+    options = {"tokenizer": PAIR.tokenizer, "sampling": Sampling(1.0), "trace": "laws", "stop_tokens": ()}
+    budgets = [3, 16, 8, 5]
+    out = specdec.generate(PAIR.target, prompts, drafter, max_new_tokens=budgets, batch_size=2, **options)
+    alone = [
+        specdec.generate(PAIR.target, prompt, drafter, max_new_tokens=n, first_index=i, **options)
+        for i, (prompt, n) in enumerate(zip(prompts, budgets, strict=True))
+    ]
+    return out, alone
+
+
+def test_texts_that_share_a_row_have_their_own_authors(slotted):
+    out, alone = slotted
+    found = authors(out.trace)
+    assert max(len(step.held) for step in out.trace.steps) == 2
+    for index, own in enumerate(alone):
+        assert out.tokens[index].tolist() == own.tokens[0].tolist()
+        kinds = [(author.kind, author.depth) for author in authors(own.trace)[0]]
+        assert [(author.kind, author.depth) for author in found[index]] == kinds
+
+
+def test_a_tree_is_found_by_its_text_whatever_its_row(slotted, monkeypatch):
+    """Up to rounding it is the tree of the same text alone."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    out, alone = slotted
+
+    def tokens(step, text):
+        return re.findall(r"\'.*?\'", str(display.tree(step, text, PAIR.tokenizer)))
+
+    for index, own in enumerate(alone):
+        running = [step for step in out.trace.steps if (row := step.row(index)) is not None and step.emitted[row]]
+        assert len(running) == len(own.trace.steps)
+        for step, lone in zip(running, own.trace.steps, strict=True):
+            assert tokens(step, index) == tokens(lone, 0)
+    first = out.trace.steps[0]
+    missing = next(index for index in range(4) if index not in first.held)
+    with pytest.raises(ValueError, match=rf"text={missing}: it was not running in this step; .* one of \[\d, \d\]"):
+        display.tree(first, missing)
+
+
+def slot(held, emitted, enter=0.0):
+    return Step(1, held, emitted, [0] * len(held), [0] * len(held), enter, 0.0, 1.0, 0.0)
+
+
+# text 0 ends after one step, and text 2 gets its row while text 1 goes on; then text 2 alone moves to a batch of one row
+SLOTS = Trace(prefill_seconds=2.0, steps=[slot([0, 1], [1, 1]), slot([2, 1], [1, 1], enter=0.5), slot([2], [1])])
+
+
+def test_rows_are_drawn_from_the_first_tokens_of_their_texts_to_the_last():
+    whole = Trace(steps=[slot([0, 1], [1, 1])] * 3)
+    above, below = display.rows({"whole": whole, "slots": SLOTS})
+    assert [bar.get_bbox().intervalx.tolist() for bar in above.patches] == [[0, 3], [0, 3]]
+    bars = {text.get_text(): bar.get_bbox() for text, bar in zip(below.texts, below.patches, strict=True)}
+    found = {text: (box.intervaly.mean(), *box.intervalx) for text, box in bars.items()}
+    assert found == {"0": (0, 0, 3), "1": (1, 0, 4.5), "2": (0, 3, 5.5)}
+    assert below.get_title() == "slots: 100% of the rows running" and below.get_xlabel() == "time (s)"
+    assert above.get_ylabel() == below.get_ylabel() == "row"
+    matplotlib.pyplot.close("all")
+
+
+def test_rows_running_are_counted_step_by_step():
+    idle = Trace(steps=[slot([0, 1], [1, 1]), slot([0, 1], [0, 1])])
+    axes = display.rows_running({"slots": SLOTS, "idle": idle})
+    slots, half = axes.patches
+    assert slots.get_data().values.tolist() == [2, 2, 1] and slots.get_data().edges.tolist() == [0, 3, 4.5, 5.5]
+    assert half.get_data().values.tolist() == [2, 1] and half.get_label() == "idle (mean share 75%)"
+    assert axes.get_xlabel() == "time (s)" and axes.get_ylabel() == "rows"
+    matplotlib.pyplot.close("all")

@@ -59,9 +59,9 @@ def test_a_cost_model_is_found_again_whatever_the_speed_of_the_prompt(rule, once
         size = nodes(shape)
         drafting = COSTS.step(parents_of(shape)) - COSTS.verify(size) + (once if shape else 0)
         unit = float(prompt[0])
-        steps = [Step(size, [1], [1], [1], unit * drafting, unit, unit * (COSTS.verify(size) - 1))] * 3
+        steps = [Step(size, [0], [1], [1], [1], 0.0, unit * drafting, unit, unit * (COSTS.verify(size) - 1))] * 3
         return SimpleNamespace(
-            trace=Trace(steps=[*steps, *([Step(size - 1, [1], [1], [1], 9.0, 9.0, 9.0)] if shape else [])])
+            trace=Trace(steps=[*steps, *([Step(size - 1, [0], [1], [1], [1], 0.0, 9.0, 9.0, 9.0)] if shape else [])])
         )
 
     monkeypatch.setattr(specdec, "generate", generate)

@@ -99,9 +99,11 @@ def mean(values: np.ndarray) -> dict[str, float | None]:
 
 
 def per_prompt(runs: list[Generation]) -> np.ndarray:
-    """[prompt]: tokens per forward while the prompt's row ran, over all runs."""
-    tokens = np.array([step.emitted for run in runs for step in run.trace.steps])
-    return tokens.sum(0) / (tokens > 0).sum(0)
+    """[text]: tokens per forward while the text was running, over all runs."""
+    steps = [step for run in runs for step in run.trace.steps]
+    given = np.array([[text, n] for step in steps for text, n in zip(step.held, step.emitted, strict=True) if n])
+    texts, tokens = given.T
+    return np.bincount(texts, tokens) / np.bincount(texts)
 
 
 def cells(row: dict[str, Any], *columns: str) -> list[str]:

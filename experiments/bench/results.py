@@ -152,8 +152,9 @@ class Wandb:
 
 
 def trees(out: Generation) -> str:
-    """HTML: the draft trees of the first prompt, step by step."""
-    steps = [step for step in out.trace.steps if step.emitted[0]]
+    """HTML: the draft trees of the first text, step by step."""
+    rows = [(step, step.row(0)) for step in out.trace.steps]
+    steps = [step for step, row in rows if row is not None and step.emitted[row]]
     return "".join(display.tree(step, 0, out.tokenizer)._repr_html_() for step in steps)
 
 

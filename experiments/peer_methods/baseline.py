@@ -79,7 +79,8 @@ class StepTimes:
             drafted = min(draft_length, budget - start - 1)
             accepted = [min(max(n - 1, 0), drafted) for n in emitted]
             tried = [min(n, drafted) for n in emitted]
-            trace.steps.append(Step(1 + drafted, emitted, accepted, tried, 0.0, self.times[i] - self.times[i - 1], 0.0))
+            counts = [*range(len(totals))], emitted, accepted, tried
+            trace.steps.append(Step(1 + drafted, *counts, 0.0, 0.0, self.times[i] - self.times[i - 1], 0.0))
         return trace
 
 

@@ -74,7 +74,7 @@ def speeds(target: Any, drafter: Drafter | None, prompts: list[Tensor], **option
     began = time.process_time()
     out = specdec.generate(target, prompts, drafter, stop_tokens=(), **options)
     tokens = sum(map(len, out.tokens))
-    seconds = sum(step.draft_seconds + step.verify_seconds + step.other_seconds for step in out.trace.steps)
+    seconds = sum(step.seconds for step in out.trace.steps)
     return tokens / seconds, tokens / (time.process_time() - began)
 
 

@@ -2,6 +2,7 @@
 
 from specdec.display.picture import Picture
 from specdec.display.plots import acceptance_by_depth, ceiling_shares, speed_up_by_length, time_per_step
+from specdec.display.rows import rows, rows_running
 from specdec.display.text import text
 from specdec.display.tree import tree
 
@@ -9,6 +10,8 @@ __all__ = [
     "Picture",
     "acceptance_by_depth",
     "ceiling_shares",
+    "rows",
+    "rows_running",
     "speed_up_by_length",
     "text",
     "time_per_step",

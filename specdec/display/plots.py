@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdec.theory import Costs, chain_speed_ups
-from specdec.trace.trace import Trace
-
-_PARTS = ("draft_seconds", "verify_seconds", "other_seconds")
+from specdec.trace.trace import PARTS, Trace
 
 
 def acceptance_by_depth(traces: Mapping[str, Trace], axes: Any = None) -> Any:
     """The acceptance rate at each depth, as in `Trace.summary`."""
-    axes = _axes(axes)
+    axes = new_axes(axes)
     for name, trace in traces.items():
         rates = trace.summary()["acceptance_rate"]
         axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
@@ -33,7 +31,7 @@ def speed_up_by_length(
         costs: what forward passes take: `specdec.theory.measure_costs`.
         measured: {length: {"median": ..., "low": ..., "high": ...}}; "low" and "high" may be missing or None.
     """
-    axes = _axes(axes)
+    axes = new_axes(axes)
     predicted = chain_speed_ups(rates, costs)
     axes.plot(range(len(predicted)), predicted, label="predicted")
     for i, (length, found) in enumerate(sorted((measured or {}).items())):
@@ -49,11 +47,11 @@ def speed_up_by_length(
 
 
 def time_per_step(traces: Mapping[str, Trace], axes: Any = None) -> Any:
-    """Mean milliseconds of a step: drafting, the target's forward pass, all the rest."""
-    axes, names = _axes(axes), list(traces)
+    """Mean milliseconds of a step: reading prompts that enter, drafting, the target's forward pass, all the rest."""
+    axes, names = new_axes(axes), list(traces)
     summaries = [trace.summary() for trace in traces.values()]
     below = [0.0] * len(names)
-    for part in _PARTS:
+    for part in PARTS:
         times = [1e3 * found[part] / max(found["target_forwards"], 1) for found in summaries]
         axes.bar(names, times, bottom=below, label=part.removesuffix("_seconds"))
         below = [a + b for a, b in zip(below, times, strict=True)]
@@ -67,18 +65,22 @@ def ceiling_shares(traces: Mapping[str, Trace], axes: Any = None) -> Any:
     shares = {name: trace.summary().get("ceiling_share") for name, trace in traces.items()}
     if unknown := [name for name, share in shares.items() if share is None]:
         raise ValueError(f'{unknown}: ceilings are not known; record with trace="ceiling", and with a drafter.')
-    axes = _axes(axes)
+    axes = new_axes(axes)
     axes.bar(list(shares), list(shares.values()))
     axes.axhline(1, color="gray", linewidth=0.8)
     axes.set(ylabel="share of the ceiling")
     return axes
 
 
-def _axes(axes: Any) -> Any:
+def new_axes(axes: Any, count: int | None = None) -> Any:
+    """The axes that were given, or else new ones: with a count, so many, one below the other over one axis."""
     if axes is not None:
         return axes
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("Plots are drawn by matplotlib: pip install 'specdec[pictures]'") from error
-    return plt.subplots(layout="constrained")[1]
+    if count is None:
+        return plt.subplots(layout="constrained")[1]
+    size = (8, 0.5 + 2.5 * count)
+    return plt.subplots(count, 1, sharex=True, squeeze=False, figsize=size, layout="constrained")[1][:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,14 +25,16 @@ class Author(NamedTuple):
     step: int  # of the trace, counted from 0
 
 
-def authors(trace: Trace, row: int) -> list[Author]:
-    """The author of every token of one prompt's text."""
-    found = []
+def authors(trace: Trace) -> dict[int, list[Author]]:
+    """The author of every token of every text, by the text's index."""
+    found: dict[int, list[Author]] = defaultdict(list)
     for i, step in enumerate(trace.steps):
-        emitted, accepted, tried = step.emitted[row], step.accepted[row], step.tried[row]
-        found += [Author("drafted", depth, i) for depth in range(1, accepted + 1)]
-        if emitted > accepted:
-            found.append(Author(kind_of_last(accepted, tried), accepted + 1, i))
+        counts = zip(step.held, step.emitted, step.accepted, step.tried, strict=True)
+        for text, emitted, accepted, tried in counts:
+            if emitted:
+                found[text] += [Author("drafted", depth, i) for depth in range(1, accepted + 1)]
+            if emitted > accepted:
+                found[text].append(Author(kind_of_last(accepted, tried), accepted + 1, i))
     return found
 
 
@@ -41,14 +44,20 @@ def kind_of_last(accepted: int, tried: int) -> Literal["recovered", "bonus", "al
 
 
 def text(generation: Generation) -> Picture:
-    """The text of every prompt: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer."""
-    spans = [*_legend(), Span("\n")]
-    for row, tokens in enumerate(generation.tokens):
-        wrote = authors(generation.trace, row)
-        steps = len({author.step for author in wrote})
-        spans.append(Span(f"\nprompt {row}: {len(wrote)} tokens in {steps} steps\n"))
-        shown = zip(pieces(tokens.tolist(), generation.tokenizer), wrote, strict=True)
-        spans += [Span(piece, _style(author), _title(author)) for piece, author in shown]
+    """Every text: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer.
+
+    The trace does not say who wrote what an earlier call gave a text: these tokens have no colour.
+    """
+    spans, wrote = [*_legend(), Span("\n")], authors(generation.trace)
+    for index, tokens in enumerate(generation.tokens):
+        mine = wrote.get(index, [])
+        steps = len({author.step for author in mine})
+        spans.append(Span(f"\ntext {index}: {len(tokens)} tokens in {steps} steps\n"))
+        shown = pieces(tokens.tolist(), generation.tokenizer)
+        earlier = len(shown) - len(mine)
+        spans += [Span(piece, PLAIN, "written by an earlier call") for piece in shown[:earlier]]
+        written = zip(shown[earlier:], mine, strict=True)
+        spans += [Span(piece, _style(author), _title(author)) for piece, author in written]
         spans.append(Span("\n"))
     return Picture(spans)
 

@@ -14,7 +14,7 @@ from specdec.trace.trace import Step
 from specdec.tree import RowTree
 
 
-def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
+def tree(step: Step, text: int = 0, tokenizer: Any = None) -> Picture:
     """One line per node: its token, and the probabilities q and p that draft and target gave it after its ancestors.
 
     q is the chance of the token under the law it was drawn from, given its elder siblings; "top" if it was chosen without a
@@ -22,15 +22,16 @@ def tree(step: Step, row: int = 0, tokenizer: Any = None) -> Picture:
 
     Args:
         step: of a trace recorded with trace="laws".
-        row: which prompt.
+        text: which of the texts that the step's rows hold, by its index.
         tokenizer: shows tokens as text; None shows their ids.
     """
     check_kind("step", step, Step)
-    row, record = as_int("row", row, 0, len(step.emitted) - 1), step.record
+    row, record = step.row(as_int("text", text, 0)), step.record
     if record is None:
         raise ValueError('There is no tree in this step: record the run with trace="laws".')
-    if not step.emitted[row]:
-        raise ValueError(f"Prompt {row} had ended before this step; choose an earlier step, or another prompt.")
+    if row is None or not step.emitted[row]:
+        running = [held for held, count in zip(step.held, step.emitted, strict=True) if count]
+        raise ValueError(f"text={text}: it was not running in this step; choose another step, or one of {running}.")
     decided, drafted = record.decisions, record.tree().row(row)
     path = decided.path[row, : step.accepted[row] + 1].tolist()
     spans = [Span(_name(drafted.tokens[0], tokenizer), PATH), Span("\n")]

@@ -12,12 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdec.checks import check_kind
+from specdec.checks import as_float, check_kind
 from specdec.outcome import Outcome
 from specdec.rules.base import Rule
 from specdec.trace.laws import Record
+from specdec.trace.serving import serving
 
 LEVELS = ("summary", "ceiling", "laws")  # what can be recorded
+PARTS = ("enter_seconds", "draft_seconds", "verify_seconds", "other_seconds")  # what a step's time consists of
 
 
 class Visit(NamedTuple):
@@ -67,6 +69,15 @@ class Step:
     visits: list[list[Visit]] | None = None
     record: Record | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Time of the whole step, reading of new prompts included."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    def row(self, text: int) -> int | None:
+        """The row that holds a text; None if no row does."""
+        return self.held.index(text) if text in self.held else None
+
     def cut(self, row: int, kept: int) -> None:
         """Forget all but the first `kept` tokens of a row."""
         for counts in (self.emitted, self.accepted, self.tried):
@@ -89,14 +100,15 @@ class Trace:
     prefill_seconds: float = 0.0
     steps: list[Step] = field(default_factory=list)
 
-    def cut(self, row: int, beyond: int) -> None:
-        """Forget the last `beyond` tokens of a row."""
+    def cut(self, text: int, beyond: int) -> None:
+        """Forget the last `beyond` tokens of a text."""
         for step in reversed(self.steps):
-            gone = min(step.emitted[row], beyond)
-            if gone <= 0:
+            if not beyond:
                 break
-            step.cut(row, step.emitted[row] - gone)
-            beyond -= gone
+            if (row := step.row(text)) is not None:
+                gone = min(step.emitted[row], beyond)
+                step.cut(row, step.emitted[row] - gone)
+                beyond -= gone
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file, for `load`."""
@@ -111,20 +123,35 @@ class Trace:
         about = {"prefill_seconds": self.prefill_seconds, "steps": rows}
         save_file(tensors, path, metadata={_FORMAT: json.dumps(about)})
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, price_per_hour: float | None = None) -> dict[str, Any]:
         """The metrics of the run.
+
+        Rows without a text, rows whose text has ended and rows whose prompt is being read count nowhere but in `rows_running`.
+
+        Args:
+            price_per_hour: of the machine, in any currency, for `cost_per_million_tokens`; ValueError unless positive.
 
         Returns:
             acceptance_length: tokens emitted per target forward and row still running, prefill excluded.
             acceptance_rate: list over depth d = 1, 2, ...: accepted at d / drafted at d among the steps in which depth
                 d - 1 was accepted.
-            tokens: tokens emitted, all rows together.
-            tokens_per_second: tokens emitted per second of decoding, prefill excluded.
-            target_forwards: forward passes of the target after prefill, each for the whole batch.
-            draft_seconds, verify_seconds, other_seconds: where decoding time went: proposing, target forwards, all
-                the rest (laws, rule, bookkeeping).
-            decode_seconds: these three together.
-            ttft_seconds: from the call to the first committed tokens: prefill and the first step.
+            tokens: tokens emitted, all texts together.
+            tokens_per_second: tokens / decode_seconds. So the reading of the first prompts is left out, and that of prompts
+                which enter later is counted: where none does, this is decoding alone.
+            target_forwards: the target's forward passes over draft trees, each for the whole batch: one a step.
+            target_forwards_per_token: target_forwards / tokens; None without tokens.
+            enter_seconds, draft_seconds, verify_seconds, other_seconds: where the time of the steps went: reading prompts
+                that enter, proposing, target forwards, all the rest (laws, rule, bookkeeping).
+            decode_seconds: these four together.
+            rows_running: share of the batch's rows that got tokens in a step, as the mean over steps.
+            ttft_seconds: time to first tokens, of each text that got some: from when it got its row (at the call, or at the
+                beginning of the step that entered it or the first part of its prompt) to the end of the step that gave its
+                first tokens. {"median": ..., "p95": ...} over texts, the 95th percentile interpolated linearly.
+            tpot_seconds: time per output token, of each text with tokens after its first step's: from the end of that step to
+                the end of its last one / the tokens that it got meanwhile. The same two over texts; None where there are none.
+            longest_gap_seconds: longest time from the end of a step to the end of the next one, entering included.
+            cost_per_million_tokens: with a price: that of prefill_seconds + decode_seconds, for a million tokens at the rate
+                of this run; None without tokens.
             ceiling_share: with trace="ceiling", if anything could be accepted at all: accepted drafted tokens / sum of
                 `one_step_ceiling` over the visited nodes. Its mean is at most 1 for rules that decide node by node, and 1
                 for the best of them. Block and traversal verification may exceed 1, as they look at what was drawn
@@ -134,22 +161,27 @@ class Trace:
         """
         tokens = sum(sum(s.emitted) for s in self.steps)
         running = sum(n > 0 for s in self.steps for n in s.emitted)
-        seconds = {
-            k: sum(getattr(s, k) for s in self.steps) for k in ("draft_seconds", "verify_seconds", "other_seconds")
-        }
+        seconds = {part: sum(getattr(s, part) for s in self.steps) for part in PARTS}
         decode = sum(seconds.values())
-        first = self.steps[0] if self.steps else Step(0, [], [], [], [], 0.0, 0.0, 0.0, 0.0)
         return {
             "acceptance_length": tokens / running if running else 0.0,
             "acceptance_rate": self._rates(),
             "tokens": tokens,
             "tokens_per_second": tokens / decode if decode else 0.0,
             "target_forwards": len(self.steps),
+            "target_forwards_per_token": len(self.steps) / tokens if tokens else None,
             **seconds,
-            "ttft_seconds": self.prefill_seconds + first.draft_seconds + first.verify_seconds + first.other_seconds,
             "decode_seconds": decode,
+            **serving(self),
+            **self._cost(price_per_hour, tokens, decode),
             **self._ceiling(tokens),
         }
+
+    def _cost(self, price_per_hour: float | None, tokens: int, decode: float) -> dict[str, float | None]:
+        if price_per_hour is None:
+            return {}
+        price = as_float("price_per_hour", price_per_hour, "(0, inf)") / 3600
+        return {"cost_per_million_tokens": 1e6 * price * (self.prefill_seconds + decode) / tokens if tokens else None}
 
     def _ceiling(self, tokens: int) -> dict[str, float | None]:
         if not self.steps or self.steps[0].visits is None:
