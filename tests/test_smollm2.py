@@ -3,6 +3,12 @@
 `make test-smollm2` downloads the model, 93 MB, and runs this file; nothing else needs it.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -53,6 +59,16 @@ def prompts(model):
 @pytest.fixture(scope="module")
 def expected(model, prompts):
     return [reference(model.target, prompt, max_new_tokens=NEW).tolist() for prompt in prompts]
+
+
+def test_converting_takes_less_than_two_gigabytes_of_memory(model):
+    code = "import resource, specdec; specdec.demo.smollm2.folder(); print(resource.getrusage(0).ru_maxrss)"  # KiB
+    with TemporaryDirectory() as cache:  # not tmp_path, which would keep half a gigabyte
+        shutil.copy(smollm2.cache_folder() / smollm2.WHEEL, cache)
+        variables = {**os.environ, "SPECDEC_CACHE": cache}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2 * 10**9 / 1024
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS, ids=lambda drafter: type(drafter).__name__)

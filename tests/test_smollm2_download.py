@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import tiny_gguf
 import torch
+from safetensors import SafetensorError
 
 import specdec
 from experiments.bench.models import smollm2 as target
@@ -116,12 +117,13 @@ def test_folder_that_cannot_be_written_to_is_told_with_the_variable_that_names_a
     assert asked(index) == []
 
 
-def test_disk_that_is_full_is_told_with_the_room_that_is_needed(index, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
+def test_disk_that_is_full_is_told_with_the_room_that_is_needed(error, index, monkeypatch):
     def save(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(type(MODEL), "save_pretrained", save)
-    with pytest.raises(ValueError, match=r"needs a folder with 0\.8 GB of room, .*No space left on device"):
+    with pytest.raises(ValueError, match=r"needs a folder with 0\.8 GB of room, .*No space left"):
         smollm2.folder()
 
 

