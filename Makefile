@@ -9,10 +9,10 @@ PINS := $(VENV)/constraints.txt
 # whole files to a process: their tests share models
 CORES := -n logical --maxprocesses 4 --dist loadfile
 # what depends on transformers: attention, masks, caches, its `generate` and its processors
-VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume)
+VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume gguf smollm2_download)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test test-versions lint gpu-smoke gpu engine install clean
+.PHONY: help demo test test-versions test-smollm2 lint gpu-smoke gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -29,6 +29,10 @@ test-versions: $(OLDEST)/ready ## run the tests that depend on transformers, wit
 	@export PYTHONPATH=$(abspath $(OLDEST)) OMP_NUM_THREADS=1; \
 	$(VENV)/bin/python -c 'import transformers as t; print(f"transformers {t.__version__} from {t.__path__[0]}")' && \
 	$(VENV)/bin/python -m pytest $(CORES) $(VERSIONED)
+
+test-smollm2: $(READY) ## run the tests on a real model, SmolLM2-135M-Instruct: downloads 93 MB, once
+	@$(VENV)/bin/python -c 'import specdec; specdec.demo.smollm2.folder()'
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m smollm2 tests/test_smollm2.py
 
 lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff check

@@ -98,7 +98,7 @@ def title(config: DictConfig) -> str:
     where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
     choices = HydraConfig.get().runtime.choices
     parts = ", ".join(f"{part} {choices[part]}" for part in sweep.PARTS if part not in sweep.unused(config))
-    model = config.target.get("target", f"{choices['target']} pair")
+    model = config.target.get("target", choices["target"])
     return f"{model}, {where}, batch {config.batch}, {law}; {parts}"
 
 

@@ -16,16 +16,14 @@ round is not counted, as forward passes are compiled in it. Times exclude the pr
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import hydra
-import numpy as np
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from experiments.bench import calls
+from experiments.bench import calls, reading
 from experiments.bench.inputs import begin
 from experiments.bench.measure import AGAIN, Method, Round, rounds, uninterrupted
 from experiments.bench.report import cells, figures, interval, markdown, median, speed
@@ -52,7 +50,7 @@ def main(config: DictConfig) -> None:
         "figures": figures(finished),
         "over": {peer: over(finished, peer) for peer in config.over if peer in methods},
         "milliseconds_per_step": {name: spent([done[name] for done in finished]) for name in methods},
-        "reading_the_weights_milliseconds": reading(models.target),
+        "reading_the_weights": reading.least(list(models.target.parameters())),
         "absent": absent,
     }
     text = table(found) + "\n\n" + note(config, found, len(ids), len(finished))
@@ -89,17 +87,6 @@ def spent(runs: list[Any]) -> dict[str, float]:
     }
 
 
-def reading(model: nn.Module) -> dict[str, float]:
-    """Milliseconds that it takes to read all weights once, with nothing to compute but their maxima: median and least."""
-    times = []
-    for _ in range(21):
-        began = time.perf_counter()
-        for weight in model.parameters():
-            weight.detach().amax()
-        times.append(1e3 * (time.perf_counter() - began))
-    return {"median": float(np.median(times)), "least": min(times)}
-
-
 def table(found: dict[str, Any]) -> str:
     """The figures of every method as markdown; one that is absent says why."""
     ratios = found["over"]
@@ -120,12 +107,12 @@ def table(found: dict[str, Any]) -> str:
 
 def note(config: DictConfig, found: dict[str, Any], prompts: int, count: int) -> str:
     """Under which conditions the figures hold, and where the time of our steps goes."""
-    read = found["reading_the_weights_milliseconds"]
+    read = found["reading_the_weights"]
     lines = [
         f"{prompts} prompts x {config.new_tokens} tokens x {count} rounds, one prompt at a time, greedy, {config.dtype}, "
         f"{config.threads} CPU thread. Medians; intervals of ratios are bootstraps over prompts and rounds, paired. One round "
         f'more came first and is not counted: forward passes are compiled in it. Prefill excluded. Noise floor: "{AGAIN}".',
-        f"Reading the target's weights once takes {read['median']:.1f} ms (least {read['least']:.1f}). Milliseconds per step, "
+        f"Reading the target's weights once takes {read['milliseconds']:.1f} ms (by {read['way']}). Milliseconds per step, "
         "drafting + target + rest: "
         + "; ".join(
             f"{name} {step['draft']:.1f} + {step['verify']:.1f} + {step['other']:.1f}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import specdec
 from specdec.drafters import MedusaHeads
+from specdec.huggingface.gguf import read_model, read_tokenizer
 
 
 class Models(NamedTuple):
@@ -28,17 +31,36 @@ def load(
     dtype: torch.dtype = torch.float32,
     loading: Mapping[str, Any] | None = None,
 ) -> Models:
-    """Models by their names on the hub, or from local folders; Medusa heads from a folder.
+    """Models by their names on the hub, from local folders, or from GGUF files (`.gguf`); Medusa heads from a folder.
 
     Args:
         loading: more for the `from_pretrained` of the target: `device_map`, or `tp_plan` under torchrun.
     """
     drafting = _model(draft, dtype) if draft is not None else None
     medusa = MedusaHeads.load(heads).to(dtype) if heads is not None else None
-    return Models(_model(target, dtype, **(loading or {})), drafting, AutoTokenizer.from_pretrained(tokenizer), medusa)
+    return Models(_model(target, dtype, **(loading or {})), drafting, _tokenizer(tokenizer), medusa)
+
+
+def smollm2(
+    draft: str | None = None,
+    heads: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    loading: Mapping[str, Any] | None = None,
+) -> Models:
+    """SmolLM2-135M-Instruct, downloaded if it is not there, as the target of `load`."""
+    made = str(specdec.demo.smollm2.folder())
+    return load(made, made, draft, heads, dtype, loading)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    file = Path(name)
+    return read_tokenizer(file) if file.suffix == ".gguf" else AutoTokenizer.from_pretrained(name)
 
 
 def _model(name: str, dtype: torch.dtype, **loading: Any) -> PreTrainedModel:
+    file = Path(name)
+    if file.suffix == ".gguf":
+        return read_model(file, dtype, **loading)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading).eval()
 
 

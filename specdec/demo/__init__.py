@@ -3,7 +3,8 @@
     pair = specdec.demo.load()
     pair.tokenizer(pair.prompts[0].text)
 
-`CARD.md` beside this file says what the models are, what they were trained on and how good they are.
+`CARD.md` beside this file says what the models are, what they were trained on and how good they are. `specdec.demo.smollm2`
+is a real chat model, which is downloaded.
 """
 
 import json
@@ -16,7 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from specdec.demo import smollm2
 from specdec.drafters import MedusaHeads
+
+__all__ = ["FILES", "FOLDER", "Demo", "Prompt", "load", "smollm2"]
 
 FOLDER = Path(__file__).parent
 FILES = (
