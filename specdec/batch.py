@@ -33,6 +33,7 @@ class Batch:
     Host, as of the last step:
         texts: the committed tokens of each row, a 1-D int64 array each.
         host_lengths, host_left: `lengths` and `left`.
+        keys: (seed, index) of each row's coins: where both are equal, so are the coins.
         longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
         max_depth: longest path that a drafter may propose now.
 
@@ -62,6 +63,8 @@ class Batch:
         self.stop_tokens, self.tokenizer, self.stages = request.stop_tokens, request.tokenizer, stages
         self.static, self.keep, self.resume = request.static, request.keep, request.last is not None
         self._deepest, self.max_length = request.spec.depth, request.longest
+        # seeds are integers of 64 bits, with a sign or without
+        self.keys = [(request.seed % 2**64, request.first_index + b) for b in range(len(self))]
         self.host_lengths = list(map(len, request.prompts))
         # New: what an earlier run has read is told from its own. -1, which is no token, where none is noted: a run that fails
         # in a step has read more than it notes.
