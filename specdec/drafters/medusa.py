@@ -155,6 +155,8 @@ class MedusaDrafter(TreeDrafter):
 class MedusaRun(TreeDraftRun):
     """Heads at work. They read one state of the target, that before the root."""
 
+    drafter: MedusaDrafter
+
     def __init__(self, drafter: MedusaDrafter, batch: Batch, lm_head: nn.Linear, last: DraftRun | None):
         super().__init__(drafter, batch, last, lm_head)
         self._lm_head, heads = lm_head, drafter.heads
@@ -169,6 +171,10 @@ class MedusaRun(TreeDraftRun):
         run = super().begun(last)
         if isinstance(run, MedusaRun):
             run._state.zero_()
+            if (
+                run._heads is not run.drafter.heads
+            ):  # a copy on the target's device; the heads may have been trained since
+                run._heads.load_state_dict(run.drafter.heads.state_dict())
         return run
 
     def states_known(self) -> list[int]:
