@@ -5,14 +5,16 @@ from collections import defaultdict
 from fractions import Fraction
 from itertools import product
 from math import prod
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_threads import together
 from tiny_models import PROMPTS, llama
 
 import specdec
-from specdec import Sampling
+from specdec import Law, Sampling
 from specdec.arguments import as_request
 from specdec.drafters import Drafter, Fallback, NgramDrafter, SuffixDrafter
 from specdec.loop import Decoding
@@ -203,6 +205,33 @@ def test_rows_draft_from_what_the_rows_beside_them_have_written():
     assert accepted[1] > 1.5 * accepted[0] > 0
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_row_that_is_filled_again_begins_a_text_of_its_own_while_others_go_on(share):
+    class Rows(list):
+        """As much of a batch as it reads."""
+
+        vocab, sampling, host_left, root = 50, Sampling(1.0), [9, 9], torch.tensor([3, 3])
+        texts = property(lambda self: [np.array(text) for text in self])
+
+    def drafts():
+        tree = run.propose(None)
+        return [[t for t, law in zip(*row, strict=True) if law != Law.PADDING][1:]
+                for row in zip(tree.tokens.tolist(), tree.laws.tolist(), strict=True)]  # fmt: skip
+
+    batch, drafter = Rows([[1, 2, 3], [7, 8]]), SuffixDrafter(shared=share)
+    batch.keys = [(0, 0), (0, 1)]
+    run = drafter.start(None, batch)
+    run.enter([0, 1])
+    run.commit(SimpleNamespace(invalid=[[], []], emitted=[[4, 5, 3], [9, 3]]))
+    assert drafts()[0][:3] == [4, 5, 3] and drafts()[1] == []
+    batch[1], batch.keys = [1, 2, 3], [(0, 0), (0, 2)]
+    run.enter([1])
+    assert drafts()[0][:3] == [4, 5, 3]
+    assert drafts()[1][:3] == ([4, 5, 3] if share else [])
+    run.commit(SimpleNamespace(invalid=[[], []], emitted=[[], [6, 3]]))
+    assert set(drafts()[0][:2]) == ({4, 6} if share else {4, 5})
+
+
 def test_other_prompts_and_other_drafters_know_nothing_of_it():
     prompt, other = torch.tensor([5, 6, 7]), torch.tensor([6, 7])
     drafter = SuffixDrafter(25, 24, threshold=0.01, shared=True)
@@ -258,6 +287,23 @@ def test_runs_in_many_threads_share_the_memory_and_write_the_targets_texts():
         specdec.generate(MODEL, PROMPTS, fresh, **GREEDY)
     for known, due in zip(drafter.memory._texts.values(), fresh.memory._texts.values(), strict=True):
         assert known.automaton.count == due.automaton.count  # nothing was lost or mixed
+
+
+def test_a_step_without_a_law_leaves_nothing_behind():
+    class Breaking(TabularTarget):
+        broken = True
+
+        def logits(self, text):
+            law = super().logits(text)
+            return law * torch.nan if self.broken and len(text) > 4 else law
+
+    target, drafter = Breaking(3), shared()
+    options, prompt = {**OPTIONS, "stop_tokens": (), "max_new_tokens": 9}, torch.tensor(PROMPT)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        specdec.generate(target, prompt, drafter, **options)
+    assert 3 < drafter.memory.tokens <= 5
+    target.broken = False
+    assert len(specdec.generate(target, prompt, drafter, seed=1, **options).tokens[0]) == 9
 
 
 def test_it_is_off_unless_asked_for_and_says_that_texts_depend_on_other_rows():

@@ -27,8 +27,9 @@ TASKS = ("functions", "docstrings", "tests", "prose")
 HEAD = """# Samples of one prompt that draft from each other
 
 {samples} samples of each of {prompts} demo prompts ({per_task} of each task) from the demo target, {new_tokens} tokens each, no
-stop tokens; every epoch has a seed of its own, and the same weights. "At once": the samples of a prompt are one batch; "in turn":
-they are decoded one after another, so each can draft from all before it. Without sharing, the second epoch only has other seeds.
+stop tokens; every epoch has a seed of its own, and the same weights. "At once": the samples of a prompt are one batch. "In
+turn": they are decoded one after another, so each can draft from all before it. Without sharing, the second epoch only has
+other seeds.
 
 - acceptance length: tokens per step of a text.
 - steps: target forwards of all batches. At once, a batch goes on until its last text ends.

@@ -108,6 +108,9 @@ class _SuffixRun(DraftRun):
         return tree_of_points(self.batch.root, drafts)
 
     def commit(self, outcome: Outcome) -> None:
+        # A step that the loop is about to refuse leaves tokens that may be none.
+        if any(outcome.invalid):
+            return
         with self._lock:
             for b, tokens in enumerate(outcome.emitted):
                 self._states[b] = self._texts[b].automaton.write(self._states[b], tokens)
