@@ -35,7 +35,7 @@ other seeds.
 - steps: target forwards of all batches. At once, a batch goes on until its last text ends.
 - nodes: scored per step and text, roots and padding to the largest tree of the batch included.
 
-`{command}`, commit {commit}; {versions}; {date}. One thread of {cpu}.
+`python -m experiments.studies.shared_suffix`, commit {commit}; {versions}; {date}. One thread of {cpu}.
 
 {tables}
 """
@@ -94,7 +94,7 @@ def main() -> None:
         tables.append(f"## Temperature {temperature:g}\n\n{markdown(found)}")
     text = HEAD.format(
         prompts=len(prompts), samples=asked.samples, per_task=asked.per_task, new_tokens=asked.new_tokens,
-        command=made["command"], commit=made["commit"] + (" with uncommitted changes" if made["dirty"] else ""),
+        commit=made["commit"] + (" with uncommitted changes" if made["dirty"] else ""),
         versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
         date=made["date"][:10], cpu=made["cpu"], tables="\n\n".join(tables),
     )  # fmt: skip
