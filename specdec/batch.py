@@ -38,6 +38,7 @@ class Batch:
         seconds: how long the step took.
         gained: tokens by which it brought the run nearer to its end: of the row with most to come; while texts wait, the mean
             of all rows that were running.
+        keys: (seed, index) of each row's coins: where both are equal, so are the coins.
         longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
         max_depth: longest path that a drafter may propose now.
 
@@ -63,6 +64,7 @@ class Batch:
         # -1, which is no token, where none is noted: a run that fails in a step has read more than it notes.
         self._host = [np.full(capacity, -1, np.int64)] * rows
         self.host_lengths, self.host_left = [0] * rows, [0] * rows
+        self.keys = [(0, 0)] * rows
         self.waiting, self.seconds, self.gained = False, 0.0, 0.0
 
     def begin(self, request: Request, longest: int, stages: Stages, resume: bool) -> None:
@@ -71,6 +73,7 @@ class Batch:
         self.static, self._deepest, self.max_length = request.static, request.spec.depth, longest
         self.stages, self.resume = stages, resume
         self.keep = request.keep or request.slots is not None  # the halves of a batch go on from it
+        self._seed = request.seed % 2**64  # seeds are integers of 64 bits, with a sign or without
 
     def enter(self, row: int, text: Text, length: int | None = None) -> None:
         """Begin a text in a row; if a length is given, only so much of it, which nothing is added to for now."""
@@ -83,7 +86,7 @@ class Batch:
         self.processors[row] = text.processors if whole else Processors()
         left = text.left if whole else 0
         self.lengths[row], self.host_lengths[row] = len(tokens), len(tokens)
-        self.left[row] = left
+        self.left[row], self.keys[row] = left, (self._seed, text.key)
         self._note_left([left if b == row else n for b, n in enumerate(self.host_left)])
 
     def __len__(self) -> int:

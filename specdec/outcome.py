@@ -114,7 +114,7 @@ class Outcome:
         return [[b for b, n in enumerate(running) if n and bad[b]] for bad in columns]
 
     def of_rows(self, rows: Tensor) -> Outcome:
-        """The outcome of these rows [batch] bool; `keep` is 0 in all others."""
+        """The outcome of these rows [batch] bool; `keep` is 0 in all others. Lists on the host stay those of all rows."""
         return replace(self, path=self.path.where(rows[:, None], 0), keep=self.keep.where(rows, 0))
 
 

@@ -70,6 +70,7 @@ COUNTS = {
     "SuffixDrafter: depth": (lambda v: SuffixDrafter(9, v), 1),
     "SuffixDrafter: width": (lambda v: SuffixDrafter(9, 3, v), 1),
     "SuffixDrafter: corpus[0][1]": (lambda v: SuffixDrafter(corpus=[[1, v]]), 0),
+    "SuffixDrafter: remembered": (lambda v: SuffixDrafter(shared=True, remembered=v), 1),
     "MedusaHeads: heads": (lambda v: MedusaHeads(v, 1, 4), 1),
     "MedusaHeads: blocks": (lambda v: MedusaHeads(1, v, 4), 1),
     "MedusaHeads: hidden": (lambda v: MedusaHeads(1, 1, v), 1),
@@ -257,6 +258,7 @@ def test_parents_that_are_no_tree_are_refused(name, parents):
 
 # (call with the value in its place, part of the cure)
 KINDS = {
+    "shared": (lambda v: SuffixDrafter(shared=v), "pass True or False"),
     "drafter": (generate, "specdec Drafter"),
     "rule": (lambda v: generate(rule=v), "specdec Rule"),
     "sampling": (lambda v: generate(sampling=v), "specdec Sampling"),

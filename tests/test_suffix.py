@@ -21,27 +21,63 @@ def occurrences(text, part):
     return sum(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))
 
 
+def follow(automaton, part):
+    """The state of a string; None if it did not occur."""
+    state = 0
+    for token in part:
+        state = automaton.next[state].get(token) if state is not None else None
+    return state
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_automaton_knows_every_substring_and_how_often_it_occurred(seed):
     rng = random.Random(seed)
-    text = [rng.randrange(3) for _ in range(30)]
-    automaton = SuffixAutomaton()
+    text, automaton, last = [rng.randrange(3) for _ in range(30)], SuffixAutomaton(), 0
     for n, token in enumerate(text, start=1):
-        automaton.extend(token)
-        so_far, longest = text[:n], automaton.length[automaton.link[automaton.last]]
+        last = automaton.write(last, [token])
+        so_far, longest = text[:n], automaton.length[automaton.link[last]]
         repeated = [k for k in range(1, n) if occurrences(so_far, so_far[-k:]) > 1]
         assert longest == max(repeated, default=0)
         for _ in range(5):
             part = [rng.randrange(3) for _ in range(rng.randint(1, 4))]
-            state = 0
-            for t in part:
-                state = automaton.next[state].get(t) if state is not None else None
+            state = follow(automaton, part)
             assert (0 if state is None else automaton.count[state]) == occurrences(so_far, part)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_texts_that_grow_in_turns_are_strings_of_their_own_after_a_prompt_that_counts_once(seed):
+    rng = random.Random(seed)
+    prompt, automaton = [rng.randrange(3) for _ in range(rng.randint(1, 6))], SuffixAutomaton()
+    start = automaton.write(0, prompt)
+    texts, states = [[*prompt] for _ in range(4)], [start] * 4
+    for _ in range(60):
+        row = rng.randrange(4)
+        news = [rng.randrange(2 + row % 2) for _ in range(rng.randint(1, 3))]
+        texts[row] += news
+        states[row] = automaton.write(states[row], news)
+        assert [automaton.length[state] for state in states] == list(map(len, texts))
+        assert [follow(automaton, text) for text in texts] == states
+        part = [rng.randrange(3) for _ in range(rng.randint(1, 4))]
+        # by place in the trie of texts: the prompt is everybody's
+        ends = {
+            (end, row if end > len(prompt) else -1)
+            for row, text in enumerate(texts)
+            for end in range(len(part), len(text) + 1)
+            if text[end - len(part) : end] == part
+        }
+        state = follow(automaton, part)
+        assert (0 if state is None else automaton.count[state]) == len(ends)
+        continued = automaton.continued(states[row])
+        repeated = [
+            k for k in range(1, len(texts[row]) + 1) if any(occurrences(t[:-1], texts[row][-k:]) for t in texts)
+        ]
+        assert automaton.length[continued] == max(repeated, default=0)
+
+
 def test_text_that_never_changes_is_read_in_linear_time():
-    automaton = SuffixAutomaton([7] * 20_000)
-    assert automaton.length[automaton.link[automaton.last]] == 19_999
+    automaton = SuffixAutomaton()
+    last = automaton.write(0, [7] * 20_000)
+    assert automaton.length[automaton.link[last]] == 19_999
 
 
 def drafted(drafter, text):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Drafter(ABC):
     """States which trees it may propose, and begins runs that propose them.
 
-    Nothing of a run is kept on the drafter, so that it may serve several at once, in any number of threads.
+    Nothing of a run is kept on the drafter, so that it may serve several at once, in any number of threads. (Only
+    `SuffixDrafter(shared=True)` remembers texts, in a `Memory` that its runs lock.)
 
     Class attributes:
         states: which of the target's states its runs read: i >= 0 is the residual stream before layer i, -1 the input of the

@@ -155,6 +155,8 @@ class MedusaDrafter(TreeDrafter):
 class MedusaRun(TreeDraftRun):
     """Heads at work. They read one state of the target, that before the root."""
 
+    drafter: MedusaDrafter
+
     def __init__(self, drafter: MedusaDrafter, batch: Batch, lm_head: nn.Linear, last: DraftRun | None):
         super().__init__(drafter, batch, last, lm_head)
         self._lm_head, heads = lm_head, drafter.heads
@@ -164,6 +166,13 @@ class MedusaRun(TreeDraftRun):
         # tensor and the logits in place.
         self._state = torch.zeros(len(batch), heads.weight.shape[-1], dtype=lm_head.weight.dtype, device=batch.device)
         self._logits: Tensor | None = None  # [batch, head, vocab], after the root
+
+    def begun(self, last: DraftRun | None) -> DraftRun:
+        run = super().begun(last)
+        if isinstance(run, MedusaRun) and run._heads is not run.drafter.heads:
+            # a copy on the target's device; the heads may have been trained since
+            run._heads.load_state_dict(run.drafter.heads.state_dict())
+        return run
 
     def enter(self, rows: list[int]) -> None:
         for row in rows:
