@@ -8,6 +8,7 @@ or concatenated. All keys and values of one shape are in one tensor, so that a c
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -160,6 +161,7 @@ class TreeCache(Cache):
         self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
         layout = [pair and (self.stored(pair[0]), self.stored(pair[1])) for pair in layout]
         slabs = [slab for pair in layout if pair for slab in pair]
+        _check_memory(slabs, batch, capacity)
         self._stacks = {
             slab: torch.empty(
                 slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device
@@ -250,6 +252,29 @@ class TreeCache(Cache):
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
         self.lengths += count
+
+
+def _check_memory(slabs: Sequence[Slab], batch: int, capacity: int) -> None:
+    """Raise ValueError if so many rows cannot fit into the memory of a device."""
+    for device in {slab.device for slab in slabs}:
+        row = capacity * sum(slab.heads * slab.dim * slab.dtype.itemsize for slab in slabs if slab.device == device)
+        free = free_memory(device)
+        if free is not None and row * batch > free:
+            cure = f"pass batch_size={free // row}" if free >= row else "shorten the prompts or lower max_new_tokens"
+            raise ValueError(
+                f"Keys and values of {batch} texts of up to {capacity} tokens take {row * batch / 1e9:.1f} GB on {device}, "
+                f"where {free / 1e9:.1f} GB can be had; {cure}."
+            )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a GPU, or all that a CPU has; None where it is not known."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 class _Absent(RecordingLayer):
