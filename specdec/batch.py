@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,17 @@ class Batch:
         self.keys = [(0, 0)] * rows
         self.waiting, self.seconds, self.gained = False, 0.0, 0.0
 
-    def begin(self, request: Request, longest: int, stages: Stages, resume: bool) -> None:
-        """Note the settings of a run whose texts may grow to `longest` tokens."""
+    def begin(
+        self, request: Request, texts: Sequence[Text], longest: int, stages: Stages, resume: bool = False
+    ) -> None:
+        """Note the settings of a run whose texts may grow to `longest` tokens, and begin a text in every row."""
         self.sampling, self.stop_tokens, self.tokenizer = request.sampling, request.stop_tokens, request.tokenizer
         self.static, self._deepest, self.max_length = request.static, request.spec.depth, longest
         self.stages, self.resume = stages, resume
         self.keep = request.keep or request.slots is not None  # the halves of a batch go on from it
         self._seed = request.seed % 2**64  # seeds are integers of 64 bits, with a sign or without
+        for row, text in enumerate(texts):
+            self.enter(row, text)
 
     def enter(self, row: int, text: Text, length: int | None = None) -> None:
         """Begin a text in a row; if a length is given, only so much of it, which nothing is added to for now."""

@@ -132,9 +132,7 @@ def _begun(
         (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), longest, new)
     )
     stages = same.stages if same else new
-    batch.begin(request, longest, stages, resume)
-    for row, text in enumerate(texts):
-        batch.enter(row, text)
+    batch.begin(request, texts, longest, stages, resume)
     coins.reseed(request.seed)
     coins.enter(rows, [text.key for text in texts], [text.step for text in texts])
     with torch.inference_mode():

@@ -48,9 +48,7 @@ class Walk:
         request = as_request(self.target, prompts, max_new_tokens=steps * NODES)
         longest = max(text.longest for text in request.texts)
         self.batch = Batch(len(prompts), longest + NODES, VOCAB, torch.device("cpu"))
-        self.batch.begin(request, longest, Stages(), resume=False)
-        for row, text in enumerate(request.texts):
-            self.batch.enter(row, text)
+        self.batch.begin(request, request.texts, longest, Stages())
 
     def differences(self):
         """The largest difference of every step."""

@@ -67,7 +67,8 @@ class Batch(batch.Batch):
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(1, 4, (rows,), generator=generator).tolist()
         prompts = [torch.randint(0, vocab, (length,), generator=generator) for length in lengths]
-        self.begin(as_request(TabularTarget(vocab), prompts, sampling=sampling, max_new_tokens=9), Stages())
+        request = as_request(TabularTarget(vocab), prompts, sampling=sampling, max_new_tokens=9)
+        self.begin(request, request.texts, 30, Stages())
         self.max_depth = 8
 
 
