@@ -14,9 +14,9 @@ from typing import Any
 from lm_eval.api.model import LM  # type: ignore[import-not-found] - only those who have it import this module
 from transformers import GenerationConfig
 
-import specdec
-from specdec import Sampling
 from specdec.drafters import Drafter
+from specdec.generate import generate
+from specdec.sampling import Sampling
 
 _BUDGETS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -59,7 +59,7 @@ class SpecdecLM(LM):
         for places in groups.values():
             until, budget, sampling = self._settings(requests[places[0]].args[1])
             prompts = [self._ids(requests[place].args[0]) for place in places]
-            out = specdec.generate(
+            out = generate(
                 self.target, prompts, self.drafter, sampling=sampling, max_new_tokens=budget, first_index=written,
                 **self.options,
             )  # fmt: skip

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-import specdec
-from specdec import Sampling
 from specdec.arguments import as_prompts
 from specdec.drafters import Drafter
+from specdec.generate import generate
+from specdec.sampling import Sampling
 
 
 def rollouts(
@@ -36,7 +36,7 @@ def rollouts(
         read = as_prompts(prompts, tokenizer)
         training = model.training
         try:
-            out = specdec.generate(
+            out = generate(
                 model.eval(), read, drafter, batch_size=batch_size, logprobs=True, seed=int(torch.randint(2**62, ())),
                 sampling=Sampling.from_generation_config(trainer.generation_config),
                 max_new_tokens=trainer.max_completion_length, tokenizer=tokenizer, **options,
