@@ -6,7 +6,7 @@
 
 Settings and their defaults are in `conf/generate.yaml`. The third command joins what the jobs of the second have written, and
 says what is missing. Coins are drawn by a prompt's place in the file, so the texts of shards are those of one run. All jobs
-must see the same `folder`. What is stopped goes on when the same command is given again, and shards that are done stay.
+must see the same `folder`. What is stopped goes on from its journals when the same command is given again, to the same texts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from experiments.benchmark import with_models
 from specdec import Generation
 
 # May differ between shards: they change no text, but for rounding. Of the prompts, what the file holds must be the same.
-FREE = {"prompts", "folder", "shard", "shards", "join", "batch_size", "engine", "device", "threads", "hydra"}
+FREE = {"prompts", "folder", "shard", "shards", "join", "batch_size", "engine", "device", "threads", "progress"}
 
 
 class Shard(NamedTuple):
@@ -43,6 +43,11 @@ class Shard(NamedTuple):
     def texts(self) -> Path:
         """Its texts, once all of them are written."""
         return self.folder / f"{self.name}.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        """Its texts that are finished already, as long as some are not."""
+        return self.folder / f"{self.name}.journal"
 
     @property
     def source(self) -> Path:
@@ -98,22 +103,31 @@ def cut(folder: Path, shards: int, prompts: int) -> list[Shard]:
 def write(part: Shard, prompts: list[Any], config: DictConfig, source: dict[str, Any]) -> None:
     """Write the texts of a shard."""
     models = loaded(config)
+    processes = getattr(models.target, "tp_size", None) or 1  # that share the target would all write to the journal
     out = with_models(config, models)["chosen"](
         models.target, prompts, sampling=instantiate(config.sampling), max_new_tokens=config.new_tokens,
         stop_tokens=config.stop_tokens, tokenizer=models.tokenizer, seed=config.seed, first_index=part.start,
-        num_samples=config.num_samples, batch_size=config.batch_size, engine=config.engine,
+        num_samples=config.num_samples, batch_size=config.batch_size, on_error=config.on_error,
+        journal=part.journal if processes == 1 else None, progress=config.progress, engine=config.engine,
     )  # fmt: skip
-    counts = {"first": part.start, "prompts": len(prompts), "tokens": sum(map(len, out.tokens))}
+    counts = {
+        "first": part.start, "prompts": len(prompts), "tokens": sum(map(len, out.tokens)), "skipped": len(out.skipped)
+    }  # fmt: skip
     Json(str(part.source)).write({**source, **counts, "figures": out.summary()})
     with whole(part.texts) as path, open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows(out, part.start, config.num_samples))
+    part.journal.unlink(missing_ok=True)
 
 
 def rows(out: Generation, start: int, samples: int) -> Iterator[dict[str, Any]]:
-    """What the file says of each text: the place of its prompt, which sample it is, its new tokens, and the same as text."""
+    """What the file says of each text: the place of its prompt, which sample it is, its new tokens, and the same as text.
+
+    Of a prompt that cannot be decoded it says why instead.
+    """
     for place, (tokens, text) in enumerate(zip(out.tokens, out.text or [], strict=True)):
         index, sample = divmod(place, samples)
-        yield {"index": start + index, "sample": sample, "text": text, "tokens": tokens.tolist()}
+        made = {"skipped": out.skipped[place]} if place in out.skipped else {"text": text, "tokens": tokens.tolist()}
+        yield {"index": start + index, "sample": sample, **made}
 
 
 def join(parts: list[Shard], samples: int) -> Path:

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 import specdec
 from experiments.generate import cut, read
-from specdec import Sampling
+from specdec import Sampling, journal
 from specdec.drafters import NgramDrafter
+from specdec.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = specdec.demo.load()
@@ -102,6 +103,47 @@ def test_a_folder_is_of_one_job(run):
     Path("prompts.jsonl").write_text('{"prompt": "else"}\n')
     assert "other settings (prompts)" in run(*TINY)[1]
     assert [*Path("outputs/generate").glob("shard_*.jsonl")] == [Path("outputs/generate/shard_0_of_5.jsonl")]
+
+
+def test_an_interrupted_shard_goes_on_from_its_journal_to_the_same_texts(run, monkeypatch):
+    job = [*TINY, "shards=2", "shard=1"]
+    run(*job, "folder=whole")
+    kept, end = [], Journal.end
+
+    def interrupted(writing, text, *arguments, **columns):
+        end(writing, text, *arguments, **columns)
+        kept.append(text)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "end", interrupted)
+        assert run(*job)[1].startswith("Interrupted")
+    assert {*journal.read("outputs/generate/shard_1_of_2.journal")[1].finished} == {*kept} != {*range(6)}
+    assert not Path("outputs/generate/shard_1_of_2.jsonl").exists()
+    assert run(*job)[1] is None
+    assert written("outputs/generate/shard_1_of_2.jsonl") == written("whole/shard_1_of_2.jsonl")
+    assert not [*Path().rglob("*.journal")]
+
+
+def test_texts_that_are_all_in_the_journal_are_not_decoded_again(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        run(*TINY)
+    before = written("outputs/generate/texts.jsonl")
+    Path("outputs/generate/shard_0_of_1.jsonl").unlink()
+    monkeypatch.setattr("specdec.loop.Decoding.step", None)
+    assert run(*TINY) == ("outputs/generate/texts.jsonl\n", None)
+    assert written("outputs/generate/texts.jsonl") == before
+
+
+def test_prompts_that_cannot_be_decoded_are_noted_with_the_reason(run):
+    rows = [{"prompt": TEXTS[0]}, {"prompt": [5] * 2000}, {"prompt": TEXTS[1]}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert run(*TINY, "on_error=skip")[1] is None
+    found = written("outputs/generate/texts.jsonl")
+    assert [(row["index"], "skipped" in row) for row in found] == [(i, i == 1) for i in (0, 0, 1, 1, 2, 2)]
+    assert "prompt 1 has 2000 tokens" in found[2]["skipped"] and len(found[4]["tokens"]) == 6
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ def trainer(model, **law):
         processing_class=PAIR.tokenizer,
         generation_config=config,
         max_completion_length=12,
+        tools=[],
+        chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ mark }}{% endfor %}",
+        chat_template_kwargs={"mark": "!"},
     )
 
 
@@ -56,10 +59,15 @@ def test_texts_follow_from_the_random_state_of_torch_and_differ_from_call_to_cal
     assert roll(TEXTS, asking)["completion_ids"] == first != second
 
 
+def test_messages_are_read_in_the_template_of_the_trainer():
+    out = rollouts()([[{"role": "user", "content": "hello"}]], trainer(PAIR.target))
+    assert PAIR.tokenizer.decode(out["prompt_ids"][0]) == "[user] hello!"
+
+
 def test_the_model_goes_on_training_after_prompts_that_are_refused():
     model = copy.deepcopy(PAIR.target).train()
     with pytest.raises(ValueError, match="exceed the target's context"):
-        rollouts()([[5] * 5000], trainer(model))
+        rollouts()(["word " * 5000], trainer(model))
     assert model.training
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from specdec.arguments import as_prompts
 from specdec.drafters import Drafter
 from specdec.generate import generate
 from specdec.sampling import Sampling
@@ -33,7 +32,7 @@ def rollouts(
 
     def rollout_func(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-        read = as_prompts(prompts, tokenizer)
+        read = [_ids(prompt, trainer) for prompt in prompts]
         training = model.training
         try:
             out = generate(
@@ -43,7 +42,16 @@ def rollouts(
             )  # fmt: skip
         finally:
             model.train(training)
-        lists = {"prompt_ids": read, "completion_ids": out.tokens, "logprobs": out.logprobs or []}
-        return {name: [row.tolist() for row in rows] for name, rows in lists.items()}
+        completions, logprobs = ([row.tolist() for row in rows or []] for rows in (out.tokens, out.logprobs))
+        return {"prompt_ids": read, "completion_ids": completions, "logprobs": logprobs}
 
     return rollout_func
+
+
+def _ids(prompt: str | Sequence[Any], trainer: Any) -> list[int]:
+    """Token ids of a text, or of messages in the trainer's chat template."""
+    tokenizer = trainer.processing_class
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    options = {"tools": trainer.tools or None, "chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **options)
