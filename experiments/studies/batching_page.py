@@ -43,7 +43,8 @@ def page(result: dict[str, Any]) -> str:
         f"Demo pair, float32, one thread, temperature 0.8, stop tokens at the ends of paragraphs, up to "
         f"{result['options']['tokens']} new tokens of each prompt; {rounds} rounds, each with a seed of its own. From batches "
         "one after another to rows that are refilled (-> and speed), and these over transformers' `generate_batch`. Ratios are "
-        "medians over rounds, with the least and the greatest. Reading prompts is counted."
+        "medians over rounds, with the least and the greatest. Reading prompts is counted. `generate_batch` runs with sdpa, no "
+        "warm-up and a cache for the requests at work: its own choice of sizes makes it several times slower here."
     )
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     commit = f"Commit {result['commit']}{' with changes' if result['dirty'] else ''}"
