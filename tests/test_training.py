@@ -57,7 +57,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, script):
     for config in (first, same):
         take_up(tmp_path / "new", config)
     for config in others:
-        with pytest.raises(SystemExit, match="other settings: choose another folder"):
+        with pytest.raises(SystemExit, match=r"other settings \(\w+\): choose another folder"):
             take_up(tmp_path / "new", config)
 
 

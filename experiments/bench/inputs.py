@@ -48,18 +48,30 @@ class Setting:
 
 
 def begin(script: str, config: DictConfig) -> Setting:
-    """Check a configuration, then make everything in it that is made once; transformers is to be quiet about it."""
+    """Check a configuration, then make everything in it that is made once."""
+    source = checked(script, config)
+    log, sampling, prompts = (instantiate(config[group]) for group in ("log", "sampling", "task"))
+    models = loaded(config)
+    ids, turns = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
+    return Setting(models, ids, turns, sampling, log, source)
+
+
+def checked(script: str, config: DictConfig) -> dict[str, Any]:
+    """Check a configuration and set what holds for the whole process. Returns where results come from."""
     options = OmegaConf.to_container(config)
     calls.check(options)
-    source = provenance(script, list(HydraConfig.get().overrides.task), options, config.device)
     torch.set_num_threads(config.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    log, sampling, prompts, models = (instantiate(config[group]) for group in ("log", "sampling", "task", "target"))
+    return provenance(script, list(HydraConfig.get().overrides.task), options, config.device)
+
+
+def loaded(config: DictConfig) -> Any:
+    """The models of the configuration, with the target where it is to run."""
+    models = instantiate(config.target)
     if not hasattr(models.target, "hf_device_map"):  # over several devices it stays where it was put
         models.target.to(config.device)
-    ids, turns = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
-    return Setting(models, ids, turns, sampling, log, source)
+    return models
 
 
 def in_turns(

@@ -75,6 +75,19 @@ class Json:
         return self.path
 
 
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what a folder is made with; exit if there are results in it that were made otherwise."""
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        Json(str(path)).write(settings)
+    there = json.loads(path.read_text("utf-8"))
+    differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+    if differing:
+        raise SystemExit(
+            f"{path} is of a run with other settings ({', '.join(differing)}): choose another folder, or delete this one."
+        )
+
+
 @dataclass(frozen=True)
 class Csv:
     """One CSV file: a row for every entry of the figures, with the command, commit and date that it comes from."""

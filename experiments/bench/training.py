@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.bench.inputs import Setting
-from experiments.bench.results import Json, whole
+from experiments.bench.results import keep_settings, whole
 from specdec.training.self_distillation import continuations
 
 # may change in between
@@ -24,11 +23,7 @@ FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured
 def take_up(folder: Path, config: DictConfig) -> None:
     """Begin or go on in this folder; refuse one that is of other settings, whose texts and checkpoints are no part of this."""
     options: Any = OmegaConf.to_container(config, resolve=True)
-    settings = {key: value for key, value in options.items() if key not in FREE}
-    path = folder / "settings.json"
-    if path.exists() and json.loads(path.read_text("utf-8")) != settings:
-        raise SystemExit(f"{path} is of a run with other settings: choose another folder, or delete this one.")
-    Json(str(path)).write(settings)
+    keep_settings(folder, {key: value for key, value in options.items() if key not in FREE})
 
 
 def own_texts(setting: Setting, config: DictConfig, path: Path) -> list[Tensor]:
