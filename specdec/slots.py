@@ -128,7 +128,8 @@ class Slots:
         """Keep what the step notes of its tokens."""
         if self._request.notes:
             for index, new in zip(self.held, outcome.notes, strict=True):
-                self._notes.setdefault(index, []).append(new)
+                if len(new):
+                    self._notes.setdefault(index, []).append(new)
 
     def notes(self, index: int) -> Tensor:
         """[new tokens, note, ...] float32 on the CPU: what was noted of a text's new tokens."""
@@ -139,11 +140,15 @@ class Slots:
         """After a step: note what has been written, and what has ended."""
         ended = []
         for row, index in enumerate(self.held):
-            if index >= 0:
-                before, over = self.written.get(index), not self.runs.batch.host_left[row]
-                self.written[index] = Written(self._tokens(row), self.runs.coins.steps[row], over)
-                if over and not (before and before.ended):
-                    ended.append(index)
+            if index < 0:
+                continue
+            before, tokens, over = self.written.get(index), self._tokens(row), not self.runs.batch.host_left[row]
+            known = before is not None and before.ended
+            if not known or len(tokens) < len(before.tokens):
+                # A copy: the row's buffer is as long as the longest text may get.
+                self.written[index] = Written(tokens.copy(), self.runs.coins.steps[row], over)
+            if over and not known:
+                ended.append(index)
         self.ended = ended
 
     def tokens(self, index: int) -> np.ndarray:

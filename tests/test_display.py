@@ -26,7 +26,7 @@ STOP = 3
 
 
 def step(emitted, accepted, tried):
-    return Step(4, emitted, accepted, tried, 0.002, 0.004, 0.001)
+    return Step(4, [0, 1], emitted, accepted, tried, 0.0, 0.002, 0.004, 0.001)
 
 
 # row 0: a rejection after one draft, a whole path, no draft; row 1: a whole path, cut within a path, ended
@@ -106,7 +106,7 @@ def shown(tokens):
 
 def test_text_has_the_colour_of_its_author():
     spans = display.text(shown([[0, 1, 2, 3, 4, 0], [0, 0, 1, 0]])).spans
-    body = spans[[span.text for span in spans].index("\nprompt 0: 6 tokens in 3 steps\n") + 1 :][:6]
+    body = spans[[span.text for span in spans].index("\ntext 0: 6 tokens in 3 steps\n") + 1 :][:6]
     assert [(span.text, span.style) for span in body] == [
         ("a ", DRAFTED[0]), ("<b>&", RECOVERED), ("", DRAFTED[0]), ("é", DRAFTED[1]), ("\n", BONUS), ("a ", PLAIN)
     ]  # fmt: skip

@@ -13,6 +13,7 @@ import specdec
 from specdec import Sampling, slots
 from specdec.arguments import as_request
 from specdec.coins import Coins
+from specdec.display.text import authors
 from specdec.drafters import Drafter, DraftRun, Fallback, ModelDrafter, NgramDrafter, Paused
 from specdec.loop import Decoding
 from specdec.models.target import Scores, Target, TargetRun
@@ -508,3 +509,44 @@ def test_slots_are_refused_where_caches_are_to_be_kept(with_):
         with_ = {"resume": specdec.generate(TARGET, MANY, max_new_tokens=1, keep=True)}
     with pytest.raises(ValueError, match="batch_size=2 with"):
         texts(batch_size=2, **with_)
+
+
+def test_a_fault_is_told_of_the_text_not_of_its_row():
+    class Broken(TabularTarget):
+        def logits(self, text):
+            return super().logits(text) * (torch.nan if text[0] == 4 else 1)
+
+    for batch_size in (None, 1, 2):
+        with pytest.raises(ValueError, match=r"text\(s\) \[3\]"):
+            texts([[1], [2], [3], [4], [0]], target=Broken(5), stop_tokens=(), max_new_tokens=3, batch_size=batch_size)
+
+
+def test_what_lies_in_ended_rows_and_behind_their_texts_is_never_seen():
+    request = as_request(TARGET, MANY, ModelDrafter(DRAFT), batch_size=3, max_new_tokens=BUDGETS, **SAMPLED)
+    with Decoding(request) as run:
+        while not run.finished:
+            run.step()
+            with torch.inference_mode():
+                for cached in (run.runs.target.cached, run.runs.drafter.cached):
+                    for row, left in enumerate(run.batch.host_left):
+                        behind = int(cached.cache.lengths[row]) if left else 0
+                        for stack in cached.cache._stacks.values():
+                            stack[:, row, behind:] = 1e3 if left else torch.nan
+                        if not left:
+                            cached._texts[row] = cached._texts[row][:0]
+        assert run.emitted == texts(drafter=ModelDrafter(DRAFT))
+
+
+def test_a_text_is_coloured_by_who_wrote_it_in_whichever_row():
+    out = specdec.generate(TARGET, MANY, DRAFTERS["chain"](DRAFT), batch_size=3, max_new_tokens=BUDGETS, **SAMPLED)
+    assert [len(authors(out.trace, index)) for index in range(len(MANY))] == [len(text) for text in out.tokens]
+    assert f"text 10: {len(out.tokens[10])} tokens" in out._repr_html_()
+
+
+def test_texts_that_have_ended_keep_no_buffers():
+    budgets, options = [1000] + [1] * 39, {"batch_size": 2, "stop_tokens": (1, 2, 3, 4)}
+    with Decoding(as_request(TabularTarget(5), [[1]] * 40, max_new_tokens=budgets, **options)) as run:
+        for _ in run.steps():
+            pass
+        kept = [text.tokens if text.tokens.base is None else text.tokens.base for text in run.slots.written.values()]
+    assert sum(array.nbytes for array in kept) == 8 * sum(map(len, run.emitted))

@@ -24,10 +24,13 @@ class Author(NamedTuple):
     step: int  # of the trace, counted from 0
 
 
-def authors(trace: Trace, row: int) -> list[Author]:
-    """The author of every token of one prompt's text."""
+def authors(trace: Trace, index: int) -> list[Author]:
+    """The author of every token of one text."""
     found = []
     for i, step in enumerate(trace.steps):
+        if index not in step.held:
+            continue
+        row = step.held.index(index)
         emitted, accepted, tried = step.emitted[row], step.accepted[row], step.tried[row]
         found += [Author("drafted", depth, i) for depth in range(1, accepted + 1)]
         if emitted > accepted:
@@ -41,12 +44,12 @@ def kind_of_last(accepted: int, tried: int) -> Literal["recovered", "bonus", "al
 
 
 def text(generation: Generation) -> Picture:
-    """The text of every prompt: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer."""
+    """Every text: accepted drafts by depth, recovered tokens, bonus tokens; token ids without a tokenizer."""
     spans = [*_legend(), Span("\n")]
-    for row, tokens in enumerate(generation.tokens):
-        wrote = authors(generation.trace, row)
+    for index, tokens in enumerate(generation.tokens):
+        wrote = authors(generation.trace, index)
         steps = len({author.step for author in wrote})
-        spans.append(Span(f"\nprompt {row}: {len(wrote)} tokens in {steps} steps\n"))
+        spans.append(Span(f"\ntext {index}: {len(wrote)} tokens in {steps} steps\n"))
         shown = zip(pieces(tokens.tolist(), generation.tokenizer), wrote, strict=True)
         spans += [Span(piece, _style(author), _title(author)) for piece, author in shown]
         spans.append(Span("\n"))
