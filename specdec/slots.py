@@ -143,11 +143,11 @@ class Slots:
             if index < 0:
                 continue
             before, tokens, over = self.written.get(index), self._tokens(row), not self.runs.batch.host_left[row]
-            known = before is not None and before.ended
-            if not known or len(tokens) < len(before.tokens):
-                # A copy: the row's buffer is as long as the longest text may get.
-                self.written[index] = Written(tokens.copy(), self.runs.coins.steps[row], over)
-            if over and not known:
+            if before and before.ended and len(before.tokens) == len(tokens):
+                continue
+            # A copy: the row's buffer is as long as the longest text may get.
+            self.written[index] = Written(tokens.copy(), self.runs.coins.steps[row], over)
+            if over and not (before and before.ended):
                 ended.append(index)
         self.ended = ended
 
