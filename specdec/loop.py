@@ -140,7 +140,8 @@ class Decoding:
     def end(self, index: int, kept: int) -> None:
         """End a text after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
         beyond = len(self.tokens(index)) - kept
-        self.trace.cut(self.slots.end(index, kept), beyond)
+        self.slots.end(index, kept)
+        self.trace.cut(index, beyond)
 
     @property
     def finished(self) -> bool:

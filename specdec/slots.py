@@ -163,12 +163,10 @@ class Slots:
     def _tokens(self, row: int) -> np.ndarray:
         return self.runs.batch.texts[row][self._texts[row].prompt :][: self._kept.get(self.held[row])]
 
-    def end(self, index: int, kept: int) -> int:
-        """End a text after the first `kept` >= 1 of its new tokens; returns its row."""
-        row = self.held.index(index)
+    def end(self, index: int, kept: int) -> None:
+        """End a text, which a row must hold, after the first `kept` >= 1 of its new tokens."""
         self._kept[index] = kept
-        self.runs.batch.end(row)
-        return row
+        self.runs.batch.end(self.held.index(index))
 
 
 def groups(texts: Sequence[Text], slots: int | None) -> list[list[Text]]:

@@ -136,6 +136,53 @@ def test_a_stop_string_ends_a_text_in_any_row():
     assert min(map(len, expected)) < 16
     for batch_size in (1, 3):
         assert texts(prompts, batch_size=batch_size, **options) == expected
+        parts = [[] for _ in prompts]
+        for index, new in specdec.stream(prompts=prompts, batch_size=batch_size, **options):
+            parts[index] += new.tolist()
+        assert parts == expected
+
+
+class FourBack:
+    """Ends texts that have eight tokens or more four tokens before."""
+
+    def ask(self, run):
+        for row, index in enumerate(run.held):
+            if index >= 0 and run.running[row] and len(run.tokens(index)) >= 8:
+                run.end(index, len(run.tokens(index)) - 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, None])
+def test_a_text_may_be_cut_in_earlier_steps_than_the_last(batch_size):
+    options = {**SAMPLED, "max_new_tokens": [20, 3, 19, 18, 2, 17, 2], "stopping": FourBack()}
+    prompts = [prompt[:12] for prompt in MANY[:7]]
+    whole = texts(prompts, max_new_tokens=options["max_new_tokens"])
+    with Decoding(as_request(TARGET, prompts, batch_size=batch_size, **options)) as run:
+        for _ in run.steps():
+            pass
+        assert run.emitted == [text[:4] if len(text) >= 8 else text for text in whole]
+        assert {i: text.tokens.tolist() for i, text in run.slots.written.items()} == dict(enumerate(run.emitted))
+        assert [len(authors(run.trace, index)) for index in range(len(prompts))] == [len(text) for text in run.emitted]
+
+
+@pytest.mark.parametrize("name", WITHOUT_NEIGHBOURS)
+def test_drafts_are_those_of_a_text_of_its_own(name):
+    def history(trace, index):
+        """(emitted, accepted, tried) of each step of a text."""
+        rows = [(step, step.held.index(index)) for step in trace.steps if index in step.held]
+        return [(step.emitted[row], step.accepted[row], step.tried[row]) for step, row in rows if step.emitted[row]]
+
+    options = {**SAMPLED, "sampling": Sampling(0.3)}
+    expected = [
+        history(
+            specdec.generate(TARGET, MANY[i], DRAFTERS[name](DRAFT), first_index=i, max_new_tokens=12, **options).trace,
+            0,
+        )
+        for i in range(5, 11)
+    ]
+    for size in (1, 4):
+        drafter = DRAFTERS[name](DRAFT)
+        out = specdec.generate(TARGET, MANY[5:], drafter, first_index=5, max_new_tokens=12, batch_size=size, **options)
+        assert [history(out.trace, index) for index in range(6)] == expected
 
 
 def test_log_probabilities_are_those_of_their_own_text():

@@ -89,14 +89,16 @@ class Trace:
     prefill_seconds: float = 0.0
     steps: list[Step] = field(default_factory=list)
 
-    def cut(self, row: int, beyond: int) -> None:
-        """Forget the last `beyond` tokens of a row."""
+    def cut(self, index: int, beyond: int) -> None:
+        """Forget the last `beyond` tokens of a text."""
         for step in reversed(self.steps):
-            gone = min(step.emitted[row], beyond)
-            if gone <= 0:
+            if beyond <= 0:
                 break
-            step.cut(row, step.emitted[row] - gone)
-            beyond -= gone
+            if index in step.held:
+                row = step.held.index(index)
+                gone = min(step.emitted[row], beyond)
+                step.cut(row, step.emitted[row] - gone)
+                beyond -= gone
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file, for `load`."""
