@@ -123,6 +123,8 @@ class Slots:
         ]
         self.held = [self.held[row] for row in stay]
         self.runs = runs.moved(self._request, self.runs, self._texts)
+        if not self._request.engine.captures:
+            self._whole = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere
 
     def note(self, outcome: Outcome) -> None:
         """Keep what the step notes of its tokens."""
@@ -149,6 +151,8 @@ class Slots:
             self.written[index] = Written(tokens.copy(), self.runs.coins.steps[row], over)
             if over and not (before and before.ended):
                 ended.append(index)
+                if index in self._notes:  # a tensor for each step would take more memory than what it holds
+                    self._notes[index] = [torch.cat(self._notes[index])]
         self.ended = ended
 
     def tokens(self, index: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Rows of a batch are slots: whichever row a text is in, after whichever other text, it is the text of a call of its own."""
 
+import weakref
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from specdec.coins import Coins
 from specdec.display.text import authors
 from specdec.drafters import Drafter, DraftRun, Fallback, ModelDrafter, NgramDrafter, Paused
 from specdec.loop import Decoding
+from specdec.models.cache import TreeCache
 from specdec.models.target import Scores, Target, TargetRun
 from specdec.request import Text
 from specdec.rules import BlockVerification, TraversalVerification
@@ -597,3 +599,44 @@ def test_texts_that_have_ended_keep_no_buffers():
             pass
         kept = [text.tokens if text.tokens.base is None else text.tokens.base for text in run.slots.written.values()]
     assert sum(array.nbytes for array in kept) == 8 * sum(map(len, run.emitted))
+
+
+def test_the_memory_of_a_larger_batch_is_free_once_its_last_texts_have_moved(monkeypatch):
+    caches, made = [], TreeCache.__init__
+
+    def noting(self, *args):
+        made(self, *args)
+        caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(TreeCache, "__init__", noting)
+    options = {**SAMPLED, "max_new_tokens": [12, 3, 3, 2, 2, 2], "stop_tokens": ()}
+    request = as_request(TARGET, [[i] for i in range(6)], DRAFTERS["chain"](DRAFT), batch_size=4, **options)
+    with Decoding(request) as run:
+        for _ in run.steps():
+            if len(run.held) < 4:
+                assert [len(found.lengths) for cache in caches if (found := cache())] == [len(run.held)] * 2
+    assert len(caches) >= 4
+
+
+def test_notes_of_ended_texts_are_one_tensor_each():
+    request = as_request(TARGET, MANY, batch_size=3, logprobs=True, max_new_tokens=BUDGETS, **SAMPLED)
+    with Decoding(request) as run:
+        for _ in run.steps():
+            pass
+        assert {index: len(parts) for index, parts in run.slots._notes.items()} == dict.fromkeys(range(len(MANY)), 1)
+        assert list(map(len, run.notes)) == list(map(len, run.emitted))
+
+
+def test_a_later_turn_copies_what_was_said_and_answered():
+    said = [[1, 2, 3, 4], [9, 8]]
+    options = {"max_new_tokens": 6, "stop_tokens": (), "sampling": Sampling()}
+    later = [[*prompt, *answer, 5] for prompt, answer in zip(said, texts(said, **options), strict=True)]
+    # turns of one length are read in the prompts' order
+    request = as_request(TARGET, [said[0], later[0], said[1], later[1]], batch_size=1, **options)
+    with Decoding(request) as run:
+        for _ in run.steps():
+            pass
+        cached = run.runs.target.cached
+        # the last token of a text has not been read
+        assert (cached.tokens_read, cached.tokens_copied) == (3 + 1 + 1 + 1, 9 + 7)
+        assert run.emitted == texts([said[0], later[0], said[1], later[1]], **options)
