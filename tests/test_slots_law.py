@@ -21,9 +21,10 @@ from specdec.drafters import (
     ModelDrafter,
     SuffixDrafter,
 )
+from specdec.drafters.suffix import _SuffixRun
 from specdec.models import cached_model
 from specdec.rules import BlockVerification, TraversalVerification
-from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law_in_slots, target_law
+from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter, exact_law_in_slots, target_law
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
@@ -174,3 +175,14 @@ def test_a_leak_from_tenant_to_tenant_is_found(leak, batch_size):
     assert distance(target, drafter, batch_size, **options) <= ROUNDING
     with patch.object(*planted):
         assert distance(target, drafter, batch_size, **options) > BIASED
+
+
+def test_a_drafter_that_keeps_the_last_text_of_a_row_breaks_its_contract():
+    prompts, enter = [(0, 1, 0, 1), (1, 1)], _SuffixRun.enter
+
+    def keeps(run, rows):
+        enter(run, [row for row in rows if not run._read[row]])
+
+    assert_drafter(SuffixDrafter(), TABLE, prompts)
+    with patch.object(_SuffixRun, "enter", keeps), pytest.raises(AssertionError, match="afresh"):
+        assert_drafter(SuffixDrafter(), TABLE, prompts)
