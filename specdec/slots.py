@@ -92,12 +92,15 @@ class Slots:
                 continue
             text = self._partial.pop(row, None) or self._waiting.popleft()
             count = self._readable(text) if going else len(text.tokens)
-            texts[row], self._texts[row], self.held[row] = (text, count), text, text.index
+            # A row holds its text once that is there: until then, an interrupt finds nothing of it.
+            self.held[row], self._texts[row], texts[row] = -1, text, (text, count)
             if count < len(text.tokens):
-                self._partial[row], self.held[row] = text, -1
+                self._partial[row] = text
         if texts:
             self.runs.batch.waiting = bool(self._waiting)
             runs.enter(self._request, self.runs, texts)
+            for row, (text, _) in texts.items():
+                self.held[row] = -1 if row in self._partial else text.index
 
     def _readable(self, text: Text) -> int:
         """How much of a text can be begun now: what some row has read already, and a chunk more."""
@@ -111,7 +114,7 @@ class Slots:
             rows //= 2
         batch, steps = self.runs.batch, self.runs.coins.steps
         stay = [*going, *(row for row in range(len(self.held)) if row not in going)][:rows]
-        self._texts = [
+        texts = [
             replace(
                 self._texts[row],
                 tokens=batch.texts[row],
@@ -121,8 +124,8 @@ class Slots:
             )
             for row in stay
         ]
-        self.held = [self.held[row] for row in stay]
-        self.runs = runs.moved(self._request, self.runs, self._texts)
+        held, smaller = [self.held[row] for row in stay], runs.moved(self._request, self.runs, texts)
+        self.held, self._texts, self.runs = held, texts, smaller
         if not self._request.engine.captures:
             self._whole = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere
 
