@@ -122,7 +122,7 @@ class Decoding:
         """Bring the outcome to the host: the only time that a step waits for the device."""
         for rows, message in zip(outcome.invalid, (_NO_LAW, _NO_DRAFT), strict=True):
             if rows:
-                raise ValueError(message.format(rows=rows))
+                raise ValueError(message.format(texts=[self.held[row] for row in rows]))
         self.batch.note(outcome)
         self.runs.coins.advance()
         clock.mark()
@@ -178,11 +178,11 @@ class Decoding:
 
 
 _NO_LAW = (
-    "The target's logits are NaN, or all -inf, at a node that decides the text of prompt(s) {rows}. Check the model's "
+    "The target's logits are NaN, or all -inf, at a node that decides text(s) {texts}. Check the model's "
     "weights and dtype (float16 overflows where bfloat16 does not) and the logits processors."
 )
 _NO_DRAFT = (
-    "The drafter proposed trees for prompt(s) {rows} that cannot have been drawn as they say: node 0 must be the root "
+    "The drafter proposed trees for text(s) {texts} that cannot have been drawn as they say: node 0 must be the root "
     "(batch.root), tokens must be below batch.vocab, and where laws are sampled, draft_probs must be there, finite, and "
     "positive at the drawn tokens; a TreeDrafter's logits must not be NaN, inf, or -inf for all tokens. NaN comes from the "
     "draft model's weights or dtype (float16 overflows where bfloat16 does not)."

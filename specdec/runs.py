@@ -102,7 +102,9 @@ def enter(request: Request, runs: Runs, texts: Mapping[int, tuple[Text, int]]) -
         if not drafter.enters or runs.target is not target:
             runs.drafter = request.drafter.start(runs.target, runs.batch, drafter)
         all_rows = [*range(len(runs.batch))]
-        runs.target.enter([*texts] if runs.target is target else all_rows, runs.drafter)
+        # A drafter that is begun anew knows no states of the other rows either.
+        unseen = request.drafter.states and not drafter.enters
+        runs.target.enter([*texts] if runs.target is target and not unseen else all_rows, runs.drafter)
         runs.drafter.enter([*texts] if runs.drafter is drafter else all_rows)
         if runs.target is not target or runs.drafter is not drafter:
             runs.batch.stages = runs.stages = request.engine.stages(request.target.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specdec import runs
@@ -16,8 +17,9 @@ from specdec.runs import Runs
 
 # While other rows decode, so many tokens of a new prompt are read between two steps: nobody waits for all of a long one.
 _CHUNK = 512
-# Texts of unequal lengths are decoded in groups, one after another, where that takes less than 1 / _SAVED of the memory.
-_SAVED = 2
+# Texts of unequal lengths are decoded in groups, one after another, where that takes less than 1 / _SAVED of the memory. Rows
+# of up to _SHORT tokens take little in any case.
+_SAVED, _SHORT = 2, 1024
 
 
 class Slots:
@@ -80,12 +82,15 @@ class Slots:
                 continue
             text = self._partial.pop(row, None) or self._waiting.popleft()
             count = self._readable(text) if going else len(text.tokens)
-            texts[row], self._texts[row], self.held[row] = (text, count), text, text.index
+            # A row holds its text once that is there: until then, an interrupt finds nothing of it.
+            self.held[row], self._texts[row], texts[row] = -1, text, (text, count)
             if count < len(text.tokens):
-                self._partial[row], self.held[row] = text, -1
+                self._partial[row] = text
         if texts:
             self.runs.batch.waiting = bool(self._waiting)
             runs.enter(self._request, self.runs, texts)
+            for row, (text, _) in texts.items():
+                self.held[row] = -1 if row in self._partial else text.index
 
     def _readable(self, text: Text) -> int:
         """How much of a text can be begun now: what some row has read already, and a chunk more."""
@@ -99,7 +104,7 @@ class Slots:
             rows //= 2
         batch, steps = self.runs.batch, self.runs.coins.steps
         stay = [*going, *(row for row in range(len(self.held)) if row not in going)][:rows]
-        self._texts = [
+        texts = [
             replace(
                 self._texts[row],
                 tokens=batch.texts[row],
@@ -109,21 +114,27 @@ class Slots:
             )
             for row in stay
         ]
-        self.held = [self.held[row] for row in stay]
-        self.runs = runs.moved(self._request, self.runs, self._texts)
+        held, smaller = [self.held[row] for row in stay], runs.moved(self._request, self.runs, texts)
+        self.held, self._texts, self.runs = held, texts, smaller
+        if not self._request.engine.captures:
+            self._whole = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere
 
     def settle(self, notes: Sequence[Tensor]) -> None:
         """After a step: note what has been written, and what has ended. `notes`: what the step noted, by row; may be empty."""
-        ended = []
+        self.ended = []
         for row, index in enumerate(self.held):
-            if index >= 0:
-                before, over = self.written.get(index), not self.runs.batch.host_left[row]
-                noted = [] if before is None else before.notes
-                noted += notes[row : row + 1]
-                self.written[index] = Written(self._tokens(row), self.runs.coins.steps[row], over, noted)
-                if over and not (before and before.ended):
-                    ended.append(index)
-        self.ended = ended
+            if index < 0:
+                continue
+            before, tokens, over = self.written.get(index), self._tokens(row), not self.runs.batch.host_left[row]
+            if before and before.ended and len(before.tokens) == len(tokens):
+                continue
+            noted = before.notes if before else []
+            noted += notes[row : row + 1]
+            if over:  # what stays behind does not keep the row's whole buffer, or a tensor for each step
+                tokens, noted = tokens.copy(), [torch.cat(noted)] if noted else []
+            self.written[index] = Written(tokens, self.runs.coins.steps[row], over, noted)
+            if over and not (before and before.ended):
+                self.ended.append(index)
 
     def tokens(self, index: int) -> np.ndarray:
         """[n] int64: the new tokens of a text so far, those of this step included."""
@@ -141,7 +152,7 @@ class Slots:
         return self.runs.batch.texts[row][self._texts[row].prompt :][: self._kept.get(self.held[row])]
 
     def end(self, index: int, kept: int) -> None:
-        """End a text after the first `kept` >= 1 of its new tokens."""
+        """End a text, which a row must hold, after the first `kept` >= 1 of its new tokens."""
         self._kept[index] = kept
         self.runs.batch.end(self.held.index(index))
 
@@ -156,7 +167,7 @@ def groups(texts: Sequence[Text], slots: int | None) -> list[list[Text]]:
         return [list(texts)]
     waiting, found = sorted(texts, key=lambda text: -text.longest), []
     while waiting:
-        end = _group_end([text.longest for text in waiting], slots)
+        end = _group_end([max(text.longest, _SHORT) for text in waiting], slots)
         found.append(sorted(waiting[:end], key=lambda text: (-text.left, text.index)))
         waiting = waiting[end:]
     return found

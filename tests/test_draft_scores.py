@@ -72,8 +72,8 @@ def test_logits_of_a_draft_that_give_no_law_are_told_with_their_prompts(case, tr
     options = {"sampling": SAMPLINGS[sampling], "max_new_tokens": 12, "stop_tokens": ()}
     with pytest.raises(ValueError, match="the draft model's weights") as told:
         specdec.generate(llama(), PROMPTS, Spoilt(edit, TREES[tree]), **options)
-    assert f"trees for prompt(s) {rows} that" in str(told.value)
-    with pytest.raises(ValueError, match=r"trees for prompt\(s\) \[\d.*the draft model's weights"):
+    assert f"trees for text(s) {rows} that" in str(told.value)
+    with pytest.raises(ValueError, match=r"trees for text\(s\) \[\d.*the draft model's weights"):
         specdec.generate(llama(), PROMPTS, Fallback(NgramDrafter(2), Spoilt(edit, TREES[tree])), **options)
 
 
@@ -91,7 +91,7 @@ def test_a_draft_that_breaks_after_it_was_captured_is_told(tree, sampling):
     assert engine.captured
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"prompt\(s\) \[0, 1, 2, 3\].*the draft model's weights"):
+    with pytest.raises(ValueError, match=r"text\(s\) \[0, 1, 2, 3\].*the draft model's weights"):
         next(steps)
 
 

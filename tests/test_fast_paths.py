@@ -19,7 +19,7 @@ from specdec.drafters import TreeDrafter, TreeDraftRun
 from specdec.rules import LenientRejection, Rule, SiblingRejection
 from specdec.target_law import LogitsLaw
 from specdec.testing import assert_fast_path
-from specdec.testing.coins import ExactCoins
+from specdec.testing.coins import ExactCoins, Script
 from specdec.testing.fast_paths import FastDecisions, emitted_laws
 from specdec.testing.hard_laws import hard_nodes
 from specdec.trees import Chain, Widths, draw
@@ -75,12 +75,13 @@ def test_the_drafts_that_are_certified_are_those_that_trees_draw(law):
     for node, name in enumerate(hard.names):
         found, queue = {}, [[]]
         while queue:
-            coins = ExactCoins([queue.pop()], 1 + width)
+            script = Script(queue.pop())
+            coins = ExactCoins([script], 1 + width)
             drawn = _draw(hard, node, coins)
             tokens = tuple(drawn.tokens[0].tolist())
             tokens = tokens if drawn.exists is None else tuple(drawn.tokens[0, drawn.exists[0]].tolist())
-            found[tokens] = found.get(tokens, 0) + float(coins.probabilities[0])
-            queue += coins.branches
+            found[tokens] = found.get(tokens, 0) + float(script.probability)
+            queue += script.branches
         found = {tokens: chance for tokens, chance in found.items() if chance > 1e-13}
         assert found == pytest.approx(enumerated[node], abs=1e-12), name
 

@@ -307,10 +307,10 @@ def with_token(tree, token, node=2):
 MODEL = ModelDrafter(llama(1), Chain(3))
 TREES = {
     "no laws": (lambda t: DraftTree(t.tokens, t.topology, t.laws), "draft_probs must be there"),
-    "other root": (lambda t: replace(t, tokens=(t.tokens + 1) % VOCAB), r"prompt\(s\) \[0, 1, 2, 3\].*node 0"),
-    "impossible token": (unlikely, r"prompt\(s\) \[0\].*positive at the drawn tokens"),
-    "negative token": (lambda t: with_token(t, -1), r"prompt\(s\) \[0\].*below batch.vocab"),
-    "token past the vocabulary": (lambda t: with_token(t, VOCAB), r"prompt\(s\) \[0\].*below batch.vocab"),
+    "other root": (lambda t: replace(t, tokens=(t.tokens + 1) % VOCAB), r"text\(s\) \[0, 1, 2, 3\].*node 0"),
+    "impossible token": (unlikely, r"text\(s\) \[0\].*positive at the drawn tokens"),
+    "negative token": (lambda t: with_token(t, -1), r"text\(s\) \[0\].*below batch.vocab"),
+    "token past the vocabulary": (lambda t: with_token(t, VOCAB), r"text\(s\) \[0\].*below batch.vocab"),
     "short law": (
         lambda t: replace(t, draft_probs=t.draft_probs[..., :9]),
         r"draft_probs is \[4, 3, 9\], not \[4, 3, 50\]",
@@ -335,7 +335,7 @@ RULES = [SiblingRejection(), BlockVerification(), TraversalVerification(), Level
 def test_drafted_tokens_outside_the_vocabulary_are_told_before_they_are_looked_up(token, rule, temperature):
     points = Edited(ModelDrafter(llama(1), Static([-1, 0, 1])), lambda tree: with_token(tree, token, 1))
     for target in (llama(), TabularTarget(VOCAB)):
-        with pytest.raises(ValueError, match=r"prompt\(s\) \[0\].*below batch.vocab"):
+        with pytest.raises(ValueError, match=r"text\(s\) \[0\].*below batch.vocab"):
             sampling, prompt = Sampling(temperature), PROMPTS[0]
             specdec.generate(target, prompt, points, rule=rule, sampling=sampling, max_new_tokens=8, trace="laws")
 

@@ -8,7 +8,7 @@ import torch
 
 from specdec import Law, Sampling
 from specdec.laws import SAMPLED, as_law, drafts, excludes_elders, is_random, is_struck
-from specdec.testing.coins import ExactCoins
+from specdec.testing.coins import ExactCoins, Script
 from specdec.trees.draw import draw
 
 LAWS = (Law.POINT, *SAMPLED)
@@ -19,12 +19,13 @@ def drawn(law, count):
     """{tokens in order: probability}: every outcome of the coins with which a node's children are drawn."""
     todo, found = [[]], defaultdict(float)
     while todo:
-        coins = ExactCoins([todo.pop()], 1 + count)
+        script = Script(todo.pop())
+        coins = ExactCoins([script], 1 + count)
         children = draw(torch.tensor(WEIGHTS).log()[None, None], count, law, Sampling(1.0), coins, 1)
         exists = [True] * count if children.exists is None else children.exists[0].tolist()
         tokens = zip(children.tokens[0].tolist(), exists, strict=True)
-        found[tuple(token for token, there in tokens if there)] += float(coins.probabilities[0])
-        todo += coins.branches
+        found[tuple(token for token, there in tokens if there)] += float(script.probability)
+        todo += script.branches
     return found
 
 

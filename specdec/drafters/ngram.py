@@ -41,6 +41,9 @@ class NgramDrafter(Drafter):
 class _NgramRun(DraftRun):
     drafter: NgramDrafter
 
+    def enter(self, rows: list[int]) -> None:
+        """Nothing is to be done, as nothing is kept of a text."""
+
     def propose(self, coins: Coins) -> DraftTree:
         batch, length = self.batch, self.drafter.length
         rows = zip(batch.texts, batch.host_left, strict=True)

@@ -22,5 +22,8 @@ class NoDrafter(Drafter):
 
 
 class _Undrafted(DraftRun):
+    def enter(self, rows: list[int]) -> None:
+        """Nothing is to be done, as nothing is kept of a text."""
+
     def propose(self, coins: Coins) -> DraftTree:
         return self.batch.undrafted()

@@ -8,9 +8,9 @@
 """
 
 from specdec.testing.audit import Audit, audit, model_log_probs
-from specdec.testing.coins import ExactCoins
+from specdec.testing.coins import ExactCoins, Script
 from specdec.testing.drafters import assert_drafter
-from specdec.testing.laws import ExactLaw, exact_law, target_law
+from specdec.testing.laws import ExactLaw, exact_law, exact_law_in_slots, target_law
 from specdec.testing.rules import assert_fast_path, assert_lossless
 from specdec.testing.tables import Table, TabularDrafter, TabularTarget
 from specdec.testing.tape import Tape
@@ -19,6 +19,7 @@ __all__ = [
     "Audit",
     "ExactCoins",
     "ExactLaw",
+    "Script",
     "Table",
     "TabularDrafter",
     "TabularTarget",
@@ -28,6 +29,7 @@ __all__ = [
     "assert_lossless",
     "audit",
     "exact_law",
+    "exact_law_in_slots",
     "model_log_probs",
     "target_law",
 ]

@@ -14,33 +14,27 @@ from torch import Tensor
 from specdec.coins import Coins, Purpose, RowCoins
 
 
-class ExactCoins(Coins):
-    """Coins that follow every outcome. Each row of the batch replays one script of choices and notes the other choices.
+class Script:
+    """One way through all choices of a run. It replays the given choices, and notes the other ones.
 
     A coin is a uniform number in an interval, which narrows with every question that the coin answers. So a coin that is used
     twice gives answers that agree.
+
+    Attributes:
+        probability: that the coins lead this way.
+        branches: the choices that lead other ways, from the first place on that was not given.
     """
 
-    enumerates = True
-
-    def __init__(self, scripts: list[list[int]], nodes: int):
-        super().__init__(0, len(scripts), nodes)
-        self.scripts = scripts
-        self.probabilities = [Fraction(1)] * len(scripts)
-        self.branches: list[list[int]] = []
-        self.ended = [False] * len(scripts)  # rows whose texts have ended: their coins decide nothing
-        self._place = [0] * len(scripts)
+    def __init__(self, choices: Sequence[int] = ()):
+        self.probability, self.branches = Fraction(1), list[list[int]]()
+        self._choices, self._place = list(choices), 0
         self._intervals: dict[tuple, tuple[Fraction, Fraction]] = {}
 
-    def _tabulate(self) -> None:
-        """Nothing is tabulated: every outcome is followed, whatever the seed."""
+    def flip(self, key: tuple, weights: Sequence[Fraction], decides: bool = True) -> int:
+        """The outcome of the coin of this key, by inverse CDF of `weights` in index order.
 
-    def advance(self) -> None:
-        self.steps = [step + 1 for step in self.steps]
-
-    def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
-        """The outcome of one coin, by inverse CDF of `weights` in index order."""
-        key = (row, self.texts[row], self.steps[row], purpose, node)
+        A coin that decides nothing has the first outcome, and is not followed.
+        """
         low, high = self._intervals.get(key, (Fraction(0), Fraction(1)))
         outcomes, edge, total = [], Fraction(0), sum(weights)
         for index, weight in enumerate(weights):
@@ -49,15 +43,57 @@ class ExactCoins(Coins):
             start, edge = edge, edge + (weight if total == 1 else weight / total)
             if start < high and low < edge:
                 outcomes.append((index, max(start, low), min(edge, high)))
-        if self.ended[row]:
+        if not decides:
             return outcomes[0][0]
-        choice = self._choice(row, len(outcomes))
+        choice = self._choice(len(outcomes))
         if choice >= len(outcomes):
             raise AssertionError("The same coins led to other choices: draw with `coins` only, nothing else is random.")
         index, start, edge = outcomes[choice]
         self._intervals[key] = (start, edge)
-        self.probabilities[row] *= (edge - start) / (high - low)
+        self.probability *= (edge - start) / (high - low)
         return index
+
+    def _choice(self, count: int) -> int:
+        if count == 1:
+            return 0
+        if self._place == len(self._choices):
+            self.branches += [[*self._choices, other] for other in range(1, count)]
+            self._choices.append(0)
+        self._place += 1
+        return self._choices[self._place - 1]
+
+
+class ExactCoins(Coins):
+    """Coins that follow every outcome: each row of the batch replays a script.
+
+    Args:
+        scripts: one for each row; the same one for rows of one run.
+        nodes: size of the largest tree, the root included.
+
+    Attributes:
+        ended: rows whose texts have ended: their coins decide nothing.
+    """
+
+    enumerates = True
+
+    def __init__(self, scripts: Sequence[Script], nodes: int):
+        self.scripts, self.ended = list(scripts), [False] * len(scripts)
+        super().__init__(0, len(scripts), nodes)
+
+    def _tabulate(self) -> None:
+        """Nothing is tabulated: every outcome is followed, whatever the seed."""
+
+    def enter(self, rows: Sequence[int], texts: Sequence[int], steps: Sequence[int]) -> None:
+        super().enter(rows, texts, steps)
+        self.ended = [ended and row not in rows for row, ended in enumerate(self.ended)]
+
+    def advance(self) -> None:
+        self.steps = [step + 1 for step in self.steps]
+
+    def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
+        """The outcome of one coin, by inverse CDF of `weights` in index order."""
+        key = (self.texts[row], self.steps[row], purpose, node)
+        return self.scripts[row].flip(key, weights, not self.ended[row])
 
     def picks(self, nodes: range, weights: Tensor) -> Tensor:
         rows = weights.double().numpy(force=True)
@@ -72,16 +108,6 @@ class ExactCoins(Coins):
 
     def row(self, row: int) -> RowCoins:
         return _ExactRow(self, row)
-
-    def _choice(self, row: int, count: int) -> int:
-        if count == 1:
-            return 0
-        script, place = self.scripts[row], self._place[row]
-        if place == len(script):
-            self.branches += [[*script, other] for other in range(1, count)]
-            self.scripts[row] = script = [*script, 0]
-        self._place[row] += 1
-        return script[place]
 
 
 class _ExactRow(RowCoins):

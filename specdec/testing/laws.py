@@ -19,7 +19,7 @@ from specdec.models.target import Target
 from specdec.processors import Processors
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
-from specdec.testing.coins import ExactCoins, fractions
+from specdec.testing.coins import ExactCoins, Script, fractions
 from specdec.testing.tables import TabularTarget, Text
 
 _WAVE = 512  # rows enumerated in one batch
@@ -96,7 +96,7 @@ def _enumerate(
     # Over several steps, a row's drafts may be deeper because other rows have larger budgets.
     wave = _WAVE if one_step and (drafter is None or drafter.spec(sampling).by_row) else 1
     while queue:
-        scripts, queue = queue[:wave], queue[wave:]
+        scripts, queue = [Script(choices) for choices in queue[:wave]], queue[wave:]
         coins: list[ExactCoins] = []
 
         def build(batch: int, nodes: int, scripts=scripts, coins=coins) -> Coins:
@@ -110,9 +110,52 @@ def _enumerate(
             while not (one_step or run.finished):
                 coins[0].ended = [not going for going in run.running]
                 run.step()
-        for emitted, going, probability in zip(run.emitted, run.running, coins[0].probabilities, strict=True):
-            yield tuple(emitted), not going, probability
-        queue += coins[0].branches
+        for emitted, going, script in zip(run.emitted, run.running, scripts, strict=True):
+            yield tuple(emitted), not going, script.probability
+            queue += script.branches
+
+
+def exact_law_in_slots(
+    target: PreTrainedModel | Target,
+    prompts: Sequence[Sequence[int]],
+    drafter: Drafter | None = None,
+    *,
+    batch_size: int,
+    rule: Rule | None = None,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | Sequence[int] = 2,
+    stop_tokens: Sequence[int] = (),
+) -> dict[tuple[Text, ...], Fraction]:
+    """The exact law of the texts of all prompts together, where texts enter rows that others have left.
+
+    Whole runs are followed, so that all that leaks from text to text is found. Texts do not depend on each other, so it is the
+    product of the laws of `target_law`.
+
+    Args:
+        target, drafter, rule, sampling, max_new_tokens, stop_tokens: as for `exact_law`; budgets may be one per prompt.
+        prompts: token ids.
+        batch_size: how many texts are at work at once.
+    """
+    settings = {"rule": SiblingRejection() if rule is None else rule, "max_new_tokens": max_new_tokens}
+    settings |= {"sampling": Sampling(temperature=1.0) if sampling is None else sampling, "stop_tokens": stop_tokens}
+    texts = [torch.tensor(as_ints(f"prompts[{i}]", prompt)) for i, prompt in enumerate(prompts)]
+    law: dict[tuple[Text, ...], Fraction] = defaultdict(Fraction)
+    queue: list[list[int]] = [[]]
+    while queue:
+        script = Script(queue.pop())
+
+        def build(rows: int, nodes: int, script=script) -> Coins:
+            return ExactCoins([script] * rows, nodes)
+
+        with Decoding(as_request(target, texts, drafter, batch_size=batch_size, **settings, coins=build)) as run:
+            while not run.finished:
+                coins = run.runs.coins
+                assert isinstance(coins, ExactCoins)
+                coins.ended = [not going for going in run.running]
+                run.step()
+        law[tuple(map(tuple, run.emitted))] += script.probability
+        queue += script.branches
+    return dict(law)
 
 
 def target_law(

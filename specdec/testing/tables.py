@@ -43,6 +43,9 @@ class TabularTarget(Table, Target):
 class _TabularRun(TargetRun):
     target: TabularTarget
 
+    def enter(self, rows: list[int], draft: DraftRun) -> None:
+        """Nothing is to be done, as every text is looked up as it is now."""
+
     def score(self, tree: DraftTree) -> Scores:
         texts = _paths(self.batch.texts, tree.tokens, tree.topology.ancestors)
         return Scores(torch.stack([torch.stack([self.target.logits(text) for text in row]) for row in texts]))
@@ -64,6 +67,9 @@ class TabularDraftRun(TreeDraftRun):
     """A table at work."""
 
     drafter: TabularDrafter
+
+    def enter(self, rows: list[int]) -> None:
+        """Nothing is to be done, as every text is looked up as it is now."""
 
     def score(self, frontier: Frontier) -> Tensor:
         count = frontier.tokens.shape[1]
