@@ -11,7 +11,8 @@ from tiny_models import llama, state
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 import specdec
-from specdec import Sampling, slots
+from specdec import Sampling
+from specdec import slots as slots_module
 from specdec.arguments import as_request
 from specdec.coins import Coins
 from specdec.display.text import authors
@@ -163,7 +164,7 @@ def test_a_text_may_be_cut_in_earlier_steps_than_the_last(batch_size):
             pass
         assert run.emitted == [text[:4] if len(text) >= 8 else text for text in whole]
         assert {i: text.tokens.tolist() for i, text in run.slots.written.items()} == dict(enumerate(run.emitted))
-        assert [len(authors(run.trace, index)) for index in range(len(prompts))] == [len(text) for text in run.emitted]
+        assert [len(authors(run.trace)[index]) for index in range(len(prompts))] == [len(text) for text in run.emitted]
 
 
 @pytest.mark.parametrize("name", WITHOUT_NEIGHBOURS)
@@ -272,7 +273,7 @@ def test_samples_that_enter_in_one_step_copy_from_each_other(name):
 @pytest.mark.parametrize("name", ["none", "chain", "heads", "suffixes, then a model", "layers left out"])
 @pytest.mark.parametrize("others_end", [False, True])
 def test_a_long_newcomer_is_read_in_chunks_between_steps(name, others_end, monkeypatch):
-    monkeypatch.setattr(slots, "_CHUNK", 4)
+    monkeypatch.setattr(slots_module, "_CHUNK", 4)
     # the two with the largest budgets come first
     prompts, budgets = [[5, 6] * 15, [1, 2, 3], SHARED, [9]], [12 if others_end else 30, 6, 5, 2]
     request = as_request(TARGET, prompts, DRAFTERS[name](DRAFT), batch_size=2, max_new_tokens=budgets, stop_tokens=())
@@ -317,10 +318,17 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("case", GROUPS)
-def test_a_few_long_texts_do_not_size_the_rows_of_all_others(case):
+def test_a_few_long_texts_do_not_size_the_rows_of_all_others(case, monkeypatch):
+    monkeypatch.setattr(slots_module, "_SHORT", 1)
     lengths, slots, expected = GROUPS[case]
     texts = [Text(i, np.zeros(length - 1, np.int64), length - 1, 1, i) for i, length in enumerate(lengths)]
     assert [[text.index for text in group] for group in groups(texts, slots)] == expected
+
+
+def test_texts_of_a_thousand_tokens_are_decoded_together_with_any_shorter_ones():
+    for longest, expected in (1024, [[1, 0, 2]]), (2048, [[1], [0, 2]]):
+        texts = [Text(i, np.zeros(4, np.int64), 4, left, i) for i, left in enumerate([6, longest - 4, 6])]
+        assert [[text.index for text in group] for group in groups(texts, 2)] == expected
 
 
 def test_the_largest_budgets_come_first():
@@ -328,7 +336,8 @@ def test_the_largest_budgets_come_first():
     assert [text.index for text in groups(texts, 2)[0]] == [3, 1, 2, 0]
 
 
-def test_groups_have_rows_of_their_own_size():
+def test_groups_have_rows_of_their_own_size(monkeypatch):
+    monkeypatch.setattr(slots_module, "_SHORT", 1)
     prompts = [[1] * 100, *MANY[:5]]
     request = as_request(TARGET, prompts, DRAFTERS["chain"](DRAFT), batch_size=4, max_new_tokens=6, stop_tokens=())
     capacities = []
@@ -381,7 +390,7 @@ class OwnRun(TargetRun):
         NgramDrafter(2),
         Fallback(NgramDrafter(2), TabularDrafter(Table(5, 1), Chain(2))),
     ],
-    ids=str,
+    ids=lambda drafter: type(drafter).__name__,
 )
 def test_a_target_that_knows_nothing_of_slots_is_begun_anew(drafter):
     prompts = [[1], [2, 3], [4, 4, 4], [1, 0], [3, 3]]
@@ -588,7 +597,7 @@ def test_what_lies_in_ended_rows_and_behind_their_texts_is_never_seen():
 
 def test_a_text_is_coloured_by_who_wrote_it_in_whichever_row():
     out = specdec.generate(TARGET, MANY, DRAFTERS["chain"](DRAFT), batch_size=3, max_new_tokens=BUDGETS, **SAMPLED)
-    assert [len(authors(out.trace, index)) for index in range(len(MANY))] == [len(text) for text in out.tokens]
+    assert [len(authors(out.trace)[index]) for index in range(len(MANY))] == [len(text) for text in out.tokens]
     assert f"text 10: {len(out.tokens[10])} tokens" in out._repr_html_()
 
 
@@ -623,8 +632,9 @@ def test_notes_of_ended_texts_are_one_tensor_each():
     with Decoding(request) as run:
         for _ in run.steps():
             pass
-        assert {index: len(parts) for index, parts in run.slots._notes.items()} == dict.fromkeys(range(len(MANY)), 1)
-        assert list(map(len, run.notes)) == list(map(len, run.emitted))
+        written = [run.slots.written[index] for index in range(len(MANY))]
+        assert [len(text.notes) for text in written] == [1] * len(MANY)
+        assert [len(text.noted) for text in written] == list(map(len, run.emitted))
 
 
 def test_a_later_turn_copies_what_was_said_and_answered():

@@ -181,7 +181,7 @@ def test_a_drafter_that_keeps_the_last_text_of_a_row_breaks_its_contract():
     prompts, enter = [(0, 1, 0, 1), (1, 1)], _SuffixRun.enter
 
     def keeps(run, rows):
-        enter(run, [row for row in rows if not run._read[row]])
+        enter(run, [row for row in rows if not run._states[row]])
 
     assert_drafter(SuffixDrafter(), TABLE, prompts)
     with patch.object(_SuffixRun, "enter", keeps), pytest.raises(AssertionError, match="afresh"):

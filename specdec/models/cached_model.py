@@ -171,7 +171,7 @@ class CachedModel:
             self.read(batch.tokens, {row: goals[row] for row in sources}, listen)
             for row, source in sources.items():
                 self._texts[row] = batch.records[row]
-                self.tokens_copied += source.count if (source.cache, source.row) != (self.cache, row) else 0
+                self.tokens_copied += source.count
                 waiting.remove(row)
         self.compiles = batch.stages.compiles
 
