@@ -99,8 +99,10 @@ def enter(request: Request, runs: Runs, texts: Mapping[int, tuple[Text, int]]) -
         target, drafter = runs.target, runs.drafter
         if not target.enters:
             runs.target = request.target.start(runs.batch, request.drafter.states, target)
+            _check_run(runs.target, TargetRun, request.target, runs.batch)
         if not drafter.enters or runs.target is not target:
             runs.drafter = request.drafter.start(runs.target, runs.batch, drafter)
+            _check_run(runs.drafter, DraftRun, request.drafter, runs.batch)
         all_rows = [*range(len(runs.batch))]
         # A drafter that is begun anew knows no states of the other rows either.
         unseen = request.drafter.states and not drafter.enters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec import runs
+from specdec.models.cache import DoesNotFit
 from specdec.models.cached_model import alike
 from specdec.request import Request, Text, Written
 from specdec.runs import Runs
@@ -35,6 +37,7 @@ class Slots:
 
     def __init__(self, request: Request):
         self._request, self._groups = request, deque(groups(request.texts, request.slots))
+        self._moves = True  # whether a smaller batch has found room beside a larger one so far
         self._kept: dict[int, int] = {}  # most new tokens of the texts that were ended by `end`
         self.written = dict(request.written)
         self._begin()
@@ -72,7 +75,7 @@ class Slots:
         elif not going:
             self.close()
             self._begin()
-        elif 2 * len(going) <= len(self.held):
+        elif 2 * len(going) <= len(self.held) and self._moves:
             self._move(going)
 
     def _enter(self, going: Sequence[int]) -> None:
@@ -114,7 +117,13 @@ class Slots:
             )
             for row in stay
         ]
-        held, smaller = [self.held[row] for row in stay], runs.moved(self._request, self.runs, texts)
+        held = [self.held[row] for row in stay]
+        try:
+            smaller = runs.moved(self._request, self.runs, texts)
+        except (DoesNotFit, torch.OutOfMemoryError) as error:
+            self._moves = False
+            warnings.warn(f"The last texts are decoded in a batch of {len(self.held)}: {error}", stacklevel=2)
+            return
         self.held, self._texts, self.runs = held, texts, smaller
         if not self._request.engine.captures:
             self._whole = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere

@@ -300,6 +300,26 @@ def test_the_last_texts_move_to_fewer_rows(name):
     assert sum(sum(step.emitted) for step in out.trace.steps) == sum(budgets)
 
 
+def test_a_smaller_batch_that_finds_no_room_is_done_without(monkeypatch):
+    prompts, budgets = [prompt[:12] for prompt in MANY], [2, 20, 3, 2, 3, 9, 2, 2, 3, 3, 2]
+    options = {**SAMPLED, "max_new_tokens": budgets, "stop_tokens": ()}
+    expected, rooms = texts(prompts, **options), iter([1 << 40])
+    monkeypatch.setattr("specdec.models.cache.free_memory", lambda device: next(rooms, 1))
+    with pytest.warns(UserWarning, match="The last texts are decoded in a batch of 8: Keys and values of 4 texts"):
+        out = specdec.generate(TARGET, prompts, batch_size=8, **options)
+    assert [text.tolist() for text in out.tokens] == expected
+    assert {len(step.held) for step in out.trace.steps} == {8}
+
+
+def test_what_a_step_gained_is_the_mean_of_all_while_texts_wait_and_then_that_of_the_longest():
+    options = {"max_new_tokens": [3, 6, 5], "stop_tokens": (), "batch_size": 2}
+    request = as_request(TARGET, [[1], [2], [3]], ModelDrafter(TARGET, Chain(1)), **options)
+    with Decoding(request) as run:
+        gained = [(run.batch.waiting, run.batch.gained, *map(len, outcome.emitted)) for outcome in run.steps()]
+    # the draft is the target itself, so every step gives two tokens, but for the last of an uneven budget
+    assert gained == [(True, 2, 2, 2), (True, 2, 2, 2), (True, 1.5, 2, 1), (False, 2, 2, 0), (False, 1, 1)]
+
+
 def test_processors_keep_their_state_in_fewer_rows():
     options = {"sampling": PROCESSED["state"], "stop_tokens": (), "max_new_tokens": [2, 20, 3, 2, 3, 9, 2, 2, 3, 3, 2]}
     prompts, drafter = [prompt[:12] for prompt in MANY], DRAFTERS["chain"](DRAFT)

@@ -254,14 +254,18 @@ class TreeCache(Cache):
         self.lengths += count
 
 
+class DoesNotFit(ValueError):
+    """So many rows do not fit into the memory of a device."""
+
+
 def _check_memory(slabs: Sequence[Slab], batch: int, capacity: int) -> None:
-    """Raise ValueError if so many rows cannot fit into the memory of a device."""
+    """Raise DoesNotFit if so many rows cannot fit into the memory of a device."""
     for device in {slab.device for slab in slabs}:
         row = capacity * sum(slab.heads * slab.dim * slab.dtype.itemsize for slab in slabs if slab.device == device)
         free = free_memory(device)
         if free is not None and row * batch > free:
             cure = f"pass batch_size={free // row}" if free >= row else "shorten the prompts or lower max_new_tokens"
-            raise ValueError(
+            raise DoesNotFit(
                 f"Keys and values of {batch} texts of up to {capacity} tokens take {row * batch / 1e9:.1f} GB on {device}, "
                 f"where {free / 1e9:.1f} GB can be had; {cure}."
             )
