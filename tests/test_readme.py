@@ -10,7 +10,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.strip().splitlines()[0])
-def test_readme_code_runs(block):
+def test_readme_code_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
     exec(block, scope)
     drafters = [scope[name]() for name in ("RepeatLast", "Stutter") if name in scope]
