@@ -106,7 +106,8 @@ def generate(
             target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, sample, the text's own
-            step). So equal prompts in two calls get equal samples unless the seeds differ.
+            step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or the
+            epochs of a training, share coins: give each a seed of its own.
         first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
             begins: then no two prompts share their coins, and the texts are those of one call.
         num_samples: how many texts to write for each prompt. They follow each other in `Generation.tokens`. More samples do not
