@@ -28,7 +28,19 @@ from experiments.benchmark import with_models
 from specdec import Generation
 
 # May differ between shards: they change no text, but for rounding. Of the prompts, what the file holds must be the same.
-FREE = {"prompts", "folder", "shard", "shards", "join", "batch_size", "engine", "device", "threads", "progress"}
+FREE = {
+    "prompts",
+    "folder",
+    "shard",
+    "shards",
+    "join",
+    "batch_size",
+    "on_error",
+    "engine",
+    "device",
+    "threads",
+    "progress",
+}
 
 
 class Shard(NamedTuple):
@@ -36,7 +48,7 @@ class Shard(NamedTuple):
 
     folder: Path
     name: str
-    start: int  # of its prompts in the file
+    start: int  # place in the file of its first prompt
     end: int
 
     @property
@@ -113,7 +125,7 @@ def write(part: Shard, prompts: list[Any], config: DictConfig, source: dict[str,
     counts = {
         "first": part.start, "prompts": len(prompts), "tokens": sum(map(len, out.tokens)), "skipped": len(out.skipped)
     }  # fmt: skip
-    Json(str(part.source)).write({**source, **counts, "figures": out.summary()})
+    Json(str(part.source)).write({**source, **counts, "figures_of_the_last_call": out.summary()})
     with whole(part.texts) as path, open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows(out, part.start, config.num_samples))
     part.journal.unlink(missing_ok=True)

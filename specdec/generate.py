@@ -32,7 +32,7 @@ class Generation:
     Args:
         tokens: one 1-D int64 CPU tensor per text: the new tokens only. In the prompts' order, samples of one prompt together.
         text: the new tokens as text, if a tokenizer was given.
-        trace: what happened, step by step.
+        trace: what happened in this call, step by step; what a journal had is not in it.
         tokenizer: the tokenizer that was given.
         runs: with keep=True, what a later turn may go on in (resume=...): it holds the caches and their memory.
         logprobs: with logprobs=True, one 1-D float32 CPU tensor per text: the log-probability of each new token under the
@@ -106,8 +106,8 @@ def generate(
             target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, sample, the text's own
-            step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or the
-            epochs of a training, share coins: give each a seed of its own.
+            step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or
+            the epochs of a training, share coins: give each a seed of its own.
         first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
             begins: then no two prompts share their coins, and the texts are those of one call.
         num_samples: how many texts to write for each prompt. They follow each other in `Generation.tokens`. More samples do not
@@ -115,10 +115,12 @@ def generate(
         batch_size: how many texts are at work at once: when one has ended, the next prompt gets its row while the others go on.
             Beginnings that prompts share are read once, and memory is needed for so many texts. None: all at once. Which texts
             are in the batch changes a text by rounding only.
-        on_error: what to do about prompts that cannot be decoded, such as an empty one or one beyond the target's context:
+        on_error: what to do about prompts that cannot be decoded, such as an empty one, one beyond the target's context, or a
+            text without a tokenizer:
             "raise" an error, or "skip" them, so that their texts are empty and `Generation.skipped` says why.
         journal: a file that keeps every finished text, and on an interrupt what there is of the others: the same call goes on
-            from there, to the same texts. A journal of other arguments is refused.
+            from there, to the same texts. A journal of other arguments is refused. `specdec.journal.read(path)` gives what is
+            in it at any time: token ids, by place in `Generation.tokens`.
         progress: whether to show a bar.
         logprobs: whether to give `Generation.logprobs` and `raw_logprobs`, from logits that are there anyway.
         trace: what to record. "summary": counts and times of every step. "ceiling": also each visited node with the best that

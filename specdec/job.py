@@ -10,6 +10,7 @@ from os import PathLike
 import numpy as np
 import torch
 
+from specdec.checks import check_kind
 from specdec.journal import Journal, Kept, settings_of
 from specdec.loop import Decoding
 from specdec.progress import Progress
@@ -31,6 +32,9 @@ class Job:
     """
 
     def __init__(self, request: Request, journal: str | PathLike[str] | None, progress: bool):
+        check_kind("progress", progress, bool, "pass True or False")
+        if journal is not None:
+            check_kind("journal", journal, (str, PathLike), "pass the path of a file, or None")
         self.request, self._path, self._shown = request, journal, progress
         self._journal: Journal | None = None
         self._run: Decoding | None = None

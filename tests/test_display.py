@@ -115,7 +115,7 @@ def test_text_has_the_colour_of_its_author():
 
 def test_what_an_earlier_call_wrote_has_no_colour():
     spans = display.text(shown([[4, 4, 0, 1, 2, 3, 4, 0], [0, 0, 1, 0], [0]])).spans
-    start = [span.text for span in spans].index("\ntext 0: 8 tokens in 3 steps\n") + 1
+    start = [span.text for span in spans].index("\ntext 0: 8 tokens, 2 of them by an earlier call in 3 steps\n") + 1
     assert [(span.text, span.style) for span in spans[start : start + 4]] == [
         ("\n", PLAIN), ("\n", PLAIN), ("a ", DRAFTED[0]), ("<b>&", RECOVERED)
     ]  # fmt: skip

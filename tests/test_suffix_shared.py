@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from math import prod
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from specdec.arguments import as_request
 from specdec.drafters import Drafter, Fallback, NgramDrafter, SuffixDrafter
 from specdec.loop import Decoding
 from specdec.testing import TabularTarget, exact_law, target_law
-from specdec.testing.coins import ExactCoins
+from specdec.testing.coins import ExactCoins, Script
 from specdec.testing.drafters import Noting
 from specdec.testing.tape import Tape
 
@@ -84,29 +85,16 @@ def test_the_law_of_a_text_is_the_targets_whatever_is_remembered(name, merge):
     assert noting.drafts[0].kept == [0, *FIRST[name]]
 
 
-class Script:
-    """Choices that the coins of several rows and calls make in turn; the others are noted in `branches`."""
+class OfOneCall(ExactCoins):
+    """Exact coins of rows and calls that know of each other: one script for all, in which each call has coins of its own."""
 
-    def __init__(self, choices):
-        self.choices, self.place, self.branches = choices, 0, []
+    def __init__(self, call, script, rows, nodes):
+        super().__init__([script] * rows, nodes)
+        self.call = call
 
-    def next(self, count):
-        if self.place == len(self.choices):
-            self.branches += [[*self.choices, other] for other in range(1, count)]
-            self.choices = [*self.choices, 0]
-        self.place += 1
-        return self.choices[self.place - 1]
-
-
-class Scripted(ExactCoins):
-    """Exact coins of rows that know of each other: one script for all."""
-
-    def __init__(self, script, rows, nodes):
-        super().__init__([[]] * rows, nodes)
-        self.script = script
-
-    def _choice(self, row, count):
-        return 0 if count == 1 else self.script.next(count)
+    def flip(self, row, purpose, node, weights):
+        key = (self.call, self.texts[row], self.steps[row], purpose, node)
+        return self.scripts[row].flip(key, weights, not self.ended[row])
 
 
 def call(drafter, seed, rows, coins, budget):
@@ -123,16 +111,11 @@ def joint_law(calls, budget, same_coins=False):
     """The exact law of the texts of several calls, of so many rows each, that share a drafter."""
     law, queue = defaultdict(Fraction), [[]]
     while queue:
-        script, made, drafter = Script(queue.pop()), [], shared()
-
-        def build(rows, nodes, script=script, made=made):
-            made.append(made[0] if made and same_coins else Scripted(script, rows, nodes))
-            return made[-1]
-
-        texts = []
+        script, drafter, texts = Script(queue.pop()), shared(), []
         for seed, rows in enumerate(calls):
+            build = partial(OfOneCall, 0 if same_coins else seed, script)
             texts += call(drafter, seed, rows, build, budget)
-        law[tuple(texts)] += prod(p for coins in {*made} for p in coins.probabilities)
+        law[tuple(texts)] += script.probability
         queue += script.branches
     return law
 
@@ -161,7 +144,7 @@ def test_drafts_drawn_by_the_coins_that_decide_about_them_would_change_the_law_a
     for index in (0, 1):  # other coins
         specdec.generate(TARGET, prompt, drafter, seed=-1, first_index=index, **OPTIONS)
     with pytest.raises(
-        ValueError, match=r"seed=18446744073709551615: a text of prompt 1 .*seed=epoch.*memory\.clear\(\)"
+        ValueError, match=r"seed=18446744073709551615: a text that this seed drew .*seed=epoch.*memory\.clear\(\)"
     ):
         specdec.generate(TARGET, [prompt], drafter, seed=2**64 - 1, first_index=1, **OPTIONS)
     specdec.generate(TARGET, prompt.flip(0)[1:], drafter, seed=-1, **OPTIONS)  # another prompt

@@ -57,7 +57,7 @@ def _run(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted; the same command goes on where a sweep stopped.") from None
+        raise SystemExit("Interrupted; the same command goes on from what it has written.") from None
     except (HydraException, OmegaConfBaseException) as error:
         cause: Any = error.__cause__
         node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)

@@ -78,13 +78,14 @@ class Json:
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write down what a folder is made with; exit if there are results in it that were made otherwise."""
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
+    if not path.exists() or [*folder.iterdir()] == [path]:  # a run that failed at once has left nothing else
         Json(str(path)).write(settings)
     there = json.loads(path.read_text("utf-8"))
     differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
     if differing:
         raise SystemExit(
-            f"{path} is of a run with other settings ({', '.join(differing)}): choose another folder, or delete this one."
+            f"{path} is of a run with other settings ({', '.join(differing)}): choose another folder, or delete this file "
+            "and the results beside it."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from specdec.checks import check_kind
 from specdec.display.plots import new_axes
 from specdec.trace.serving import timed
 from specdec.trace.trace import Trace
@@ -13,9 +14,9 @@ _LABELLED = 0.03  # share of the longest trace's time that a bar must take to ha
 _COLOURS = 10  # that matplotlib has by name
 
 
-def rows_running(traces: Mapping[str, Trace], axes: Any = None) -> Any:
+def rows_running(traces: Trace | Mapping[str, Trace], axes: Any = None) -> Any:
     """How many rows got tokens in each step, over time. A step begins with the reading of the prompts that enter."""
-    axes = new_axes(axes)
+    axes, traces = new_axes(axes), _named(traces)
     for i, (name, trace) in enumerate(traces.items()):
         steps = list(timed(trace))
         running = [sum(n > 0 for n in step.emitted) for step, _, _ in steps]
@@ -30,16 +31,18 @@ def rows_running(traces: Mapping[str, Trace], axes: Any = None) -> Any:
     return axes
 
 
-def rows(traces: Mapping[str, Trace], axes: Any = None) -> Any:
+def rows(traces: Trace | Mapping[str, Trace], axes: Any = None) -> Any:
     """Which text each row held, from the step of its first tokens to that of its last; white is idle.
 
     Args:
-        traces: drawn one below the other, over one time axis. A bar has the number of its text if there is room.
+        traces: one, or several by name, drawn one below the other, over one time axis. A bar has the number of its text if
+            there is room.
         axes: [trace]: matplotlib axes, one for each trace; None makes new ones.
 
     Returns:
         The axes.
     """
+    traces = _named(traces)
     axes = new_axes(axes, len(traces))
     most = max((end for trace in traces.values() for _, _, end in timed(trace)), default=0.0)
     for own, (name, trace) in zip(axes, traces.items(), strict=True):
@@ -53,6 +56,13 @@ def rows(traces: Mapping[str, Trace], axes: Any = None) -> Any:
         own.yaxis.get_major_locator().set_params(integer=True)
     axes[-1].set(xlabel="time (s)")
     return axes
+
+
+def _named(traces: Any) -> Mapping[str, Trace]:
+    if isinstance(traces, Trace):
+        return {"run": traces}
+    check_kind("traces", traces, Mapping, "pass a trace, such as generation.trace, or traces by name")
+    return traces
 
 
 def stretches(trace: Trace) -> dict[tuple[int, int], tuple[float, float]]:

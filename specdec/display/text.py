@@ -51,10 +51,10 @@ def text(generation: Generation) -> Picture:
     spans, wrote = [*_legend(), Span("\n")], authors(generation.trace)
     for index, tokens in enumerate(generation.tokens):
         mine = wrote.get(index, [])
-        steps = len({author.step for author in mine})
-        spans.append(Span(f"\ntext {index}: {len(tokens)} tokens in {steps} steps\n"))
+        steps, earlier = len({author.step for author in mine}), len(tokens) - len(mine)
+        before = f", {earlier} of them by an earlier call" if earlier else ""
+        spans.append(Span(f"\ntext {index}: {len(tokens)} tokens{before} in {steps} steps\n"))
         shown = pieces(tokens.tolist(), generation.tokenizer)
-        earlier = len(shown) - len(mine)
         spans += [Span(piece, PLAIN, "written by an earlier call") for piece in shown[:earlier]]
         written = zip(shown[earlier:], mine, strict=True)
         spans += [Span(piece, _style(author), _title(author)) for piece, author in written]

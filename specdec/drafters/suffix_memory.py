@@ -63,11 +63,12 @@ class Memory:
         texts = self._texts.pop(name, None) or Texts(prompt.tolist())
         self._texts[name] = texts
         if batch.sampling.temperature:  # greedy texts are drawn with no coins
-            seed, index = key = batch.keys[row]
+            key = batch.keys[row]
             if key in texts.keys:
                 raise ValueError(
-                    f"seed={seed}: a text of prompt {index} that this seed drew is remembered, and may not be drafted from by "
-                    "the same coins. Pass another seed in every call (seed=epoch), or forget all: drafter.memory.clear()."
+                    f"seed={key[0]}: a text that this seed drew for the same prompt and sample is remembered, and may not be "
+                    "drafted from by the same coins. Pass another seed in every call (seed=epoch); to go on with a journal, "
+                    "or to repeat a call, forget all before: drafter.memory.clear()."
                 )
             texts.keys.add(key)
         return texts

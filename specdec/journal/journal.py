@@ -40,15 +40,16 @@ class Journal:
     The lock is the file system's own (flock). Where there is none (Windows, some network file systems), a warning says so.
 
     Args:
-        path: the file; a new one is made, an existing one is gone on with.
+        path: the file; it is made if it is not there, else the job goes on from it.
         settings: all that decides the texts: names, each with a value that JSON can hold. See `settings_of`.
 
     Attributes:
         finished, skipped, in_hand: what the file held when it was opened, by the place of each text in the job: see `Entries`.
 
     Raises:
-        ValueError: another process writes to it, it is of a job with other settings, it is no journal, or it is damaged.
-        OSError: it cannot be opened or written.
+        ValueError: it cannot be opened, another process writes to it, it is of a job with other settings, it is no journal, or
+            it is damaged.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):
@@ -56,7 +57,13 @@ class Journal:
         self._synced = time.monotonic()
         # Unbuffered: what was written is in the file, and of a write that failed nothing is left to be written later.
         # "a" makes the file if there is none, and changes nothing before it is known to be a journal of this job.
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - `close` closes it
+        try:
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - `close` closes it
+        except OSError as error:
+            raise ValueError(
+                f"journal={self.path!r} cannot be opened ({error.strerror}); pass a file in a folder that is there and may be "
+                "written to."
+            ) from error
         try:
             _lock(self._file, self.path)
             with open(self.path, "rb") as file:

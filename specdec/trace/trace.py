@@ -124,7 +124,7 @@ class Trace:
         save_file(tensors, path, metadata={_FORMAT: json.dumps(about)})
 
     def summary(self, price_per_hour: float | None = None) -> dict[str, Any]:
-        """The metrics of the run.
+        """The metrics of the run; of a job that went on from a journal, those of its last call.
 
         Rows without a text, rows whose text has ended and rows whose prompt is being read count nowhere but in `rows_running`.
 
