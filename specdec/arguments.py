@@ -149,7 +149,9 @@ def as_last(resume: Any) -> Runs | None:
     if isinstance(runs, Runs):
         return runs
     if hasattr(resume, "runs"):
-        raise ValueError("resume is a generation that has kept nothing; generate it with keep=True.")
+        raise ValueError(
+            "resume is a generation that has kept nothing (or was read from a finished journal); generate it with keep=True."
+        )
     raise wrong_kind("resume", resume, "pass the generation to go on from, which was made with keep=True")
 
 
@@ -240,8 +242,6 @@ def as_prompts(
             if on_error == "raise":
                 raise
             skipped[i] = str(error)
-    if not prompts:
-        raise ValueError(f"every prompt would be skipped, {len(skipped)} in all; the first one because {skipped[0]}")
     return prompts, skipped
 
 

@@ -40,6 +40,7 @@ class Batch:
         gained: tokens by which it brought the run nearer to its end: of the row with most to come; while texts wait, the mean
             of all rows that were running.
         keys: (seed, index) of each row's coins: where both are equal, so are the coins.
+        prompts: how many of each row's tokens are its prompt; the others were written.
         longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
         max_depth: longest path that a drafter may propose now.
 
@@ -65,7 +66,7 @@ class Batch:
         # -1, which is no token, where none is noted: a run that fails in a step has read more than it notes.
         self._host = [np.full(capacity, -1, np.int64)] * rows
         self.host_lengths, self.host_left = [0] * rows, [0] * rows
-        self.keys = [(0, 0)] * rows
+        self.keys, self.prompts = [(0, 0)] * rows, [0] * rows
         self.waiting, self.seconds, self.gained = False, 0.0, 0.0
 
     def begin(
@@ -91,7 +92,7 @@ class Batch:
         self.processors[row] = text.processors if whole else Processors()
         left = text.left if whole else 0
         self.lengths[row], self.host_lengths[row] = len(tokens), len(tokens)
-        self.left[row], self.keys[row] = left, (self._seed, text.key)
+        self.left[row], self.keys[row], self.prompts[row] = left, (self._seed, text.key), text.prompt
         self._note_left([left if b == row else n for b, n in enumerate(self.host_left)])
 
     def __len__(self) -> int:

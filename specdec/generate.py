@@ -187,6 +187,12 @@ class Stream(Iterator[Any]):
             self._news = iter(next(self._steps))
         return found[0], _tensor(found[1])
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the run with the text so far, and release what it owns."""
         self._steps.close()

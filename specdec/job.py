@@ -53,7 +53,7 @@ class Job:
 
     def _decoded(self, stack: ExitStack) -> Iterator[list[tuple[int, np.ndarray]]]:
         request, ended = self.request, sum(text.ended for text in self.request.written.values())
-        rows = request.slots or len(request.texts)
+        rows = min(request.slots or len(request.texts), len(request.texts))
         bar = stack.enter_context(Progress(request.count - len(request.skipped), rows, self._shown, ended))
         run = self._run = stack.enter_context(Decoding(request))
         self.trace, self.runs = run.trace, run.runs if request.keep else None
@@ -103,11 +103,12 @@ def _opened(path: str | PathLike[str], request: Request) -> Journal:
 def gone_on(request: Request, journal: Journal) -> Request:
     """What remains to be written of a request: not the texts that the journal has, and of those in hand the rest.
 
-    Logits processors follow a text from its prompt on, so a text in hand that has some begins anew, with the same coins.
+    Logits processors that keep state follow a text from its prompt on, so a text in hand that has some begins anew, with the
+    same coins.
     """
     names = [note.__name__ for note in request.notes]
     finished = {index: _written(kept, names, ended=True) for index, kept in journal.finished.items()}
-    processed = {text.index for text in request.texts if text.processors}
+    processed = {text.index for text in request.texts if text.processors.keep_state}
     in_hand = {
         index: _written(kept, names, ended=False) for index, kept in journal.in_hand.items() if index not in processed
     }

@@ -48,12 +48,9 @@ class Decoding:
         return self.slots.runs.batch
 
     def steps(self) -> Iterator[Outcome]:
-        """Step by step to the end. Raise ValueError if the target reads something else in place of a whole text."""
+        """Step by step to the end. Raise ValueError as soon as the target reads something else in place of a whole text."""
         while not self.finished:
-            outcome = self.step()
-            for text in self.slots.whole():
-                self.request.target.check_text(text)
-            yield outcome
+            yield self.step()
 
     def step(self) -> Outcome:
         """One round for every row: propose, score, decide, commit. Before it, free rows are given to the texts that wait."""
@@ -132,6 +129,8 @@ class Decoding:
         self.recorder.step(tree.tokens.shape[1], list(self.slots.held), outcome, seconds)
         if self.request.stopping is not None:
             self.request.stopping.ask(self)
+        for text in self.slots.whole():
+            self.request.target.check_text(text)
         self.slots.settle(outcome.notes)
 
     def end(self, index: int, kept: int) -> None:

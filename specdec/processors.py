@@ -52,6 +52,11 @@ class Processors:
     def __bool__(self) -> bool:
         return bool(self.processors)
 
+    @property
+    def keep_state(self) -> bool:
+        """Whether what they say of a text may depend on calls for its beginnings."""
+        return not all(map(_without_state, self.processors))
+
     def __call__(self, text: Tensor, scores: Tensor, last: bool = False) -> tuple[Tensor, Processors]:
         """Process the scores that follow a text.
 
@@ -130,7 +135,7 @@ def copied(processors: Sequence[Any]) -> tuple[Any, ...]:
             memo[id(part)] = part
         elif own_way is not None:
             memo[id(part)] = own_way(part)
-        elif isinstance(part, FunctionType) and (memory := _memory(part)):
+        elif isinstance(part, FunctionType) and (memory := memory_of(part)):
             functions.append(part)
             queue += memory
         else:
@@ -175,7 +180,7 @@ def _parts(part: Any) -> Iterable[Any]:
     return [] if isinstance(made, str) else made[1:3]
 
 
-def _memory(function: FunctionType) -> list[Any]:
+def memory_of(function: FunctionType) -> list[Any]:
     """What a function remembers: variables of the functions around it, defaults and attributes."""
     variables = [cell.cell_contents if _is_full(cell) else None for cell in function.__closure__ or ()]
     defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()

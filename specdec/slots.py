@@ -152,10 +152,12 @@ class Slots:
         return self.written[index].tokens if index in self.written else np.empty(0, np.int64)
 
     def whole(self) -> Iterator[list[int]]:
-        """The whole texts, prompts included, that have ended in the last step."""
-        for index in self.ended:
-            text = self._texts[self.held.index(index)]
-            yield [*text.tokens[: text.prompt].tolist(), *self.tokens(index).tolist()]
+        """The whole texts, prompts included, that end in this step."""
+        for row, index in enumerate(self.held):
+            before = self.written.get(index)
+            if index >= 0 and not self.runs.batch.host_left[row] and not (before and before.ended):
+                text = self._texts[row]
+                yield [*text.tokens[: text.prompt].tolist(), *self._tokens(row).tolist()]
 
     def _tokens(self, row: int) -> np.ndarray:
         return self.runs.batch.texts[row][self._texts[row].prompt :][: self._kept.get(self.held[row])]
@@ -169,8 +171,8 @@ class Slots:
 def groups(texts: Sequence[Text], slots: int | None) -> list[list[Text]]:
     """The texts in groups that are decoded one after another, each in rows as long as its longest text.
 
-    A few long texts must not size the rows of all others. Those that may get most tokens come first, as the run's last texts
-    are decoded in few rows.
+    A few long texts must not size the rows of all others. The group that takes most memory comes first, so that what does not
+    fit is refused at once, and in a group the texts that may get most tokens, as the last ones are decoded in few rows.
     """
     if slots is None:
         return [list(texts)]
@@ -179,18 +181,20 @@ def groups(texts: Sequence[Text], slots: int | None) -> list[list[Text]]:
         end = _group_end([max(text.longest, _SHORT) for text in waiting], slots)
         found.append(sorted(waiting[:end], key=lambda text: (-text.left, text.index)))
         waiting = waiting[end:]
-    return found
+    return sorted(found, key=lambda group: -_memory([text.longest for text in group], slots))
 
 
 def _group_end(lengths: Sequence[int], slots: int) -> int:
     """How many of these lengths, the longest first, to decode together."""
 
-    def memory(part: Sequence[int]) -> int:
-        return min(slots, len(part)) * part[0]
-
     for end in range(1, len(lengths)):
         if lengths[end] * _SAVED <= lengths[0] and lengths[end] < lengths[end - 1]:
-            apart = max(memory(lengths[:end]), memory(lengths[end:]))
-            if apart * _SAVED <= memory(lengths):
+            apart = max(_memory(lengths[:end], slots), _memory(lengths[end:], slots))
+            if apart * _SAVED <= _memory(lengths, slots):
                 return end
     return len(lengths)
+
+
+def _memory(lengths: Sequence[int], slots: int) -> int:
+    """What rows for texts of these lengths take, in tokens."""
+    return min(slots, len(lengths)) * max(lengths)

@@ -205,8 +205,8 @@ def test_prompts_that_cannot_be_decoded_are_skipped_with_the_reason(tmp_path):
             assert torch.equal(out.tokens[place], WHOLE["chain"][place])
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         specdec.generate(TARGET, prompts, **{**OPTIONS, "batch_size": 2})
-    with pytest.raises(ValueError, match="every prompt would be skipped, 2 in all"):
-        specdec.generate(TARGET, [[], [51]], on_error="skip")
+    none = specdec.generate(TARGET, [[], [51]], on_error="skip", journal=tmp_path / "none.jsonl")
+    assert [*none.skipped] == [0, 1] and [len(tokens) for tokens in none.tokens] == [0, 0]
 
 
 def test_rows_that_cannot_fit_into_memory_are_refused_before_the_run(monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 from lm_eval.api.model import LM  # type: ignore[import-not-found] - only those who have it import this module
 from transformers import GenerationConfig
 
+from specdec.arguments import as_target
 from specdec.drafters import Drafter
 from specdec.generate import generate
 from specdec.sampling import Sampling
@@ -48,6 +49,10 @@ class SpecdecLM(LM):
         **options: Any,
     ):
         super().__init__()
+        if refused := {"num_samples", "journal", "keep", "resume"} & {*options}:
+            raise ValueError(
+                f"{sorted(refused)}: the harness wants one text for each request, and keeps them; leave this out."
+            )
         self.target, self.drafter, self.tokenizer, self.max_gen_toks = target, drafter, tokenizer, max_gen_toks
         self.options = {"tokenizer": tokenizer, "batch_size": batch_size, **options}
 
@@ -58,7 +63,7 @@ class SpecdecLM(LM):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         for places in groups.values():
             until, budget, sampling = self._settings(requests[places[0]].args[1])
-            prompts = [self._ids(requests[place].args[0]) for place in places]
+            prompts = [self._ids(requests[place].args[0], budget) for place in places]
             out = generate(
                 self.target, prompts, self.drafter, sampling=sampling, max_new_tokens=budget, first_index=written,
                 **self.options,
@@ -75,15 +80,20 @@ class SpecdecLM(LM):
         left.pop("until", None)
         until = [until] if isinstance(until, str) else [end for end in until if end]
         budget = next((left.pop(name) for name in _BUDGETS if name in left), self.max_gen_toks)
-        left["do_sample"] = left.get("do_sample", left.get("temperature", 0) > 0)
+        left = {name: value for name, value in left.items() if value is not None}
+        warm = left.get("temperature", 1.0 if left.get("do_sample") else 0.0) > 0
+        left["do_sample"] = left.get("do_sample", True) and warm
         if not left["do_sample"]:
             left = {name: value for name, value in left.items() if name not in _OF_SAMPLING}
         ends = {"stop_strings": until} if until else {}
         return until, int(budget), Sampling.from_generation_config(GenerationConfig(), **left, **ends)
 
-    def _ids(self, context: str) -> list[int]:
-        bos = self.tokenizer.bos_token
-        return self.tokenizer(context, add_special_tokens=not (bos and context.startswith(bos)))["input_ids"]
+    def _ids(self, context: str, budget: int) -> list[int]:
+        """The end of a context, as long as the target can read with so many new tokens; of an empty one its BOS or EOS."""
+        bos, longest = self.tokenizer.bos_token, as_target(self.target).context_length
+        ids = self.tokenizer(context, add_special_tokens=not (bos and context.startswith(bos)))["input_ids"]
+        first = self.tokenizer.bos_token_id if bos else self.tokenizer.eos_token_id
+        return (ids or [first])[-max(longest - budget, 1) if longest is not None else None :]
 
     @property
     def tokenizer_name(self) -> str:

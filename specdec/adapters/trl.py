@@ -30,10 +30,13 @@ def rollouts(
         options: more for it, such as `rule` or `engine`.
     """
 
+    if refused := {"num_samples", "journal", "on_error", "keep", "resume"} & {*options}:
+        raise ValueError(f"{sorted(refused)}: the trainer wants one new completion for each prompt; leave this out.")
+
     def rollout_func(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
         read = [_ids(prompt, trainer) for prompt in prompts]
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         try:
             out = generate(
                 model.eval(), read, drafter, batch_size=batch_size, logprobs=True, seed=int(torch.randint(2**62, ())),
@@ -41,7 +44,8 @@ def rollouts(
                 max_new_tokens=trainer.max_completion_length, tokenizer=tokenizer, **options,
             )  # fmt: skip
         finally:
-            model.train(training)
+            for module, mode in modes:
+                module.training = mode
         completions, logprobs = ([row.tolist() for row in rows or []] for rows in (out.tokens, out.logprobs))
         return {"prompt_ids": read, "completion_ids": completions, "logprobs": logprobs}
 

@@ -50,7 +50,7 @@ def text(generation: Generation) -> Picture:
     """
     spans, wrote = [*_legend(), Span("\n")], authors(generation.trace)
     for index, tokens in enumerate(generation.tokens):
-        mine = wrote.get(index, [])
+        mine = wrote.get(index, [])[: len(tokens)]  # an interrupt may come between a step and its text
         steps, earlier = len({author.step for author in mine}), len(tokens) - len(mine)
         before = f", {earlier} of them by an earlier call" if earlier else ""
         spans.append(Span(f"\ntext {index}: {len(tokens)} tokens{before} in {steps} steps\n"))

@@ -71,7 +71,8 @@ class SuffixDrafter(Drafter):
 
     def __repr__(self) -> str:
         sizes = f"nodes={self.nodes}, depth={self.depth}, width={self.width}, threshold={self.threshold}"
-        return f"SuffixDrafter({sizes}{', shared=True' if self.shared else ''})"
+        corpus = f", corpus=<{self.corpus.tokens} tokens>" if self.corpus.tokens else ""
+        return f"SuffixDrafter({sizes}{corpus}{', shared=True' if self.shared else ''})"
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         laws = frozenset({Law.POINT})
@@ -95,10 +96,11 @@ class _SuffixRun(DraftRun):
         memory, texts = self.drafter.memory, self.batch.texts
         with self._lock:
             for b in rows:
-                prompt, writes = texts[b].tolist(), self.batch.host_left[b] > 0
+                text, writes = texts[b].tolist(), self.batch.host_left[b] > 0
+                prompt, written = text[: self.batch.prompts[b]], text[self.batch.prompts[b] :]
                 self._texts[b] = memory.begin(self.batch, b) if self.drafter.shared and writes else Texts(prompt)
-                self._states[b], self._places[b] = self._texts[b].prompt, (0, 0)
-                self._find(b, prompt)
+                self._states[b], self._places[b] = self._texts[b].go_on(written), (0, 0)
+                self._find(b, text)
             memory.forget()
 
     def propose(self, coins: Coins) -> DraftTree:
@@ -113,6 +115,8 @@ class _SuffixRun(DraftRun):
             return
         with self._lock:
             for b, tokens in enumerate(outcome.emitted):
+                if tokens and self.batch.sampling.temperature:  # greedy texts are drawn with no coins
+                    self._texts[b].keys.add(self.batch.keys[b])
                 self._states[b] = self._texts[b].automaton.write(self._states[b], tokens)
                 self._find(b, tokens)
 

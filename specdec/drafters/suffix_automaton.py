@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LINKS = 32  # most suffixes counted per token: a text that repeats one token has as many suffixes as tokens
 
@@ -31,6 +31,14 @@ class SuffixAutomaton:
         for token in tokens:
             state = self._extend(state, token)
         return state
+
+    def follow(self, state: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """How far the text of this state was continued so before: the state there, and the number of tokens."""
+        for known, token in enumerate(tokens):
+            if token not in self.next[state]:
+                return state, known
+            state = self._longest(state, token)
+        return state, len(tokens)
 
     def read(self, state: int, length: int, token: int) -> tuple[int, int]:
         """Follow another text by one token.

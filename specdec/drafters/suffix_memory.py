@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from specdec.batch import Batch
 from specdec.drafters.suffix_automaton import SuffixAutomaton
@@ -14,20 +14,24 @@ class Texts:
 
     Attributes:
         automaton: of all of them. Each row keeps the state of its own text.
-        prompt: the state of the prompt, which was read once.
-        keys: of the coins that drew them: see `Batch.keys`.
+        keys: of the coins that drew them, of those that were sampled: see `Batch.keys`.
     """
 
     def __init__(self, prompt: Iterable[int]):
         self.automaton, self.keys = SuffixAutomaton(), set[tuple[int, int]]()
-        self.prompt = self.automaton.write(0, prompt)
+        self._prompt = self.automaton.write(0, prompt)
+
+    def go_on(self, written: Sequence[int]) -> int:
+        """The state of the text that continues the prompt so; what is new of it is written."""
+        state, known = self.automaton.follow(self._prompt, written)
+        return self.automaton.write(state, written[known:])
 
 
 class Memory:
     """The texts of every prompt, over all runs of one drafter. It is the one thing that a drafter keeps over runs.
 
-    A prompt is what a row's text is when its run begins: all turns so far in a conversation, and in a job that goes on after an
-    interrupt also what the text had by then. Texts are remembered token by token, so those of a run that failed too.
+    A prompt is what a text begins with: in a conversation, all turns so far. Texts are remembered token by token, so those of a
+    run that failed too.
 
     Args:
         most: tokens that are kept, prompts included; a token takes about 0.5 KB. Prompts that were begun with longest ago are
@@ -58,19 +62,17 @@ class Memory:
             ValueError: one of them was drawn with the coins of this row. A draft and what decides about it would then be drawn
                 by the same coins, and the text would not have the target's law.
         """
-        prompt = batch.texts[row]
+        prompt = batch.texts[row][: batch.prompts[row]]
         name = batch.vocab, prompt.tobytes()
         texts = self._texts.pop(name, None) or Texts(prompt.tolist())
         self._texts[name] = texts
-        if batch.sampling.temperature:  # greedy texts are drawn with no coins
-            key = batch.keys[row]
-            if key in texts.keys:
-                raise ValueError(
-                    f"seed={key[0]}: a text that this seed drew for the same prompt and sample is remembered, and may not be "
-                    "drafted from by the same coins. Pass another seed in every call (seed=epoch); to go on with a journal, "
-                    "or to repeat a call, forget all before: drafter.memory.clear()."
-                )
-            texts.keys.add(key)
+        begins = len(prompt) == batch.host_lengths[row]  # else a text goes on that had these coins before
+        if begins and batch.keys[row] in texts.keys:
+            raise ValueError(
+                f"seed={batch.keys[row][0]}: a text that this seed drew for the same prompt and sample is remembered, and may "
+                "not be drafted from by the same coins. Pass another seed in every call (seed=epoch); to go on with a journal, "
+                "or to repeat a call, forget all before: drafter.memory.clear()."
+            )
         return texts
 
     def forget(self) -> None:

@@ -151,15 +151,15 @@ class Journal:
 
 
 def _lock(file: BinaryIO | Any, path: str) -> None:
-    """Keep others from writing; the lock ends with the process, however it ends."""
+    """Keep others from writing; the lock ends with the process and those that it has forked, however they end."""
     try:
         if fcntl is None:
             raise OSError("this system has no flock")
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"another process, or another call in this one, writes to the journal {path}; wait for its end, or give each part "
-            "of the job a journal of its own."
+            f"another process, or another call in this one, writes to the journal {path}; wait for its end (close a stream that was not read to its "
+            "end), or give each part of the job a journal of its own."
         ) from None
     except OSError as error:
         warnings.warn(f"{path} cannot be locked ({error}): let no other process write to it.", stacklevel=3)

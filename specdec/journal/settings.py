@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +9,12 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
+from specdec.journal.described import described
 from specdec.models.digest import config_digest, digest, plain_json, weights_digest
 from specdec.sampling import Sampling
 
 if TYPE_CHECKING:
     from specdec.request import Request, Text
-
-_PLAIN = (bool, int, float, str, type(None))
-_OBJECT = re.compile(r"<(?:[\w<>]+\.)*(\w+) object at 0x[0-9a-fA-F]+>")  # what `object.__repr__` says
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_LONG = 300  # characters of a description; of a longer one its hash is kept
 
 
 def settings_of(request: Request) -> dict[str, Any]:
@@ -31,11 +26,11 @@ def settings_of(request: Request) -> dict[str, Any]:
     """
     target, drafter, first = request.target, request.drafter, request.texts[0].key
     return {
-        "target": described(target),
+        "target": described(target, public=True),
         **_of_models("target", [] if target.model is None else [target.model]),
-        "drafter": described(drafter),
+        "drafter": described(drafter, public=True),
         **_of_models("drafter", drafter.models),
-        "rule": described(request.rule),
+        "rule": described(request.rule, public=True),
         **_of_sampling(request.sampling),
         "stop tokens": sorted({*request.stop_tokens}),
         "stopping": None if request.stopping is None else described(request.stopping),
@@ -47,25 +42,6 @@ def settings_of(request: Request) -> dict[str, Any]:
         "max_new_tokens": _of_budgets([text.left for text in request.texts]),
         "notes": [note.__name__ for note in request.notes],
     }
-
-
-def described(part: Any) -> str:
-    """What `repr` says of it, without addresses in memory.
-
-    Of an object of a class without a `__repr__` of its own: the class, and the public attributes that are numbers, text or
-    lists of such. Give a class a `__repr__` if these change from run to run, or do not say what decides the texts.
-    """
-    if type(part).__repr__ is object.__repr__:
-        public = {name: value for name, value in vars(part).items() if not name.startswith("_")}
-        values = (f"{name}={value!r}" for name, value in sorted(public.items()) if _is_plain(value))
-        text = f"{type(part).__name__}({', '.join(values)})"
-    else:
-        text = _ADDRESS.sub("", _OBJECT.sub(r"\1()", repr(part)))
-    return text if len(text) <= _LONG else f"{text[:_LONG]}... {digest(text.encode())}"
-
-
-def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, _PLAIN)
 
 
 def _of_models(whose: str, found: Sequence[nn.Module]) -> dict[str, str]:
@@ -95,7 +71,7 @@ def _of_sampling(sampling: Sampling) -> dict[str, Any]:
 def _of_prompts(texts: Sequence[Text], first: int) -> str:
     """A hash of token ids, and of what tells the texts' coins apart; `first` is the first one's key."""
     ids = (np.ascontiguousarray(text.tokens, "<i8").tobytes() for text in texts)
-    return digest(np.array([text.key - first for text in texts], "<i8").tobytes(), *ids)
+    return digest(np.array([(text.index, text.key - first) for text in texts], "<i8").tobytes(), *ids)
 
 
 def _of_budgets(budgets: Sequence[int]) -> int | str:
