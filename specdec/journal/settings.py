@@ -21,10 +21,10 @@ def settings_of(request: Request) -> dict[str, Any]:
     """Readable names, each with a number, a text or a short hash. Another process gives the same for the same job.
 
     Of a request whose texts have not been begun. Left out is what changes no text but for rounding: the size of batches, the
-    engine, the device. Models are told apart by their class, their config and some of their weights (see
-    `specdec.models.digest`), other objects by `described`.
+    engine, the device. Models are told apart by their class, their config and their weights, other objects by `described`.
     """
-    target, drafter, first = request.target, request.drafter, request.texts[0].key
+    target, drafter = request.target, request.drafter
+    first = min((text.key for text in request.texts), default=0)
     return {
         "target": described(target, public=True),
         **_of_models("target", [] if target.model is None else [target.model]),
