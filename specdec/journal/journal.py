@@ -158,8 +158,8 @@ def _lock(file: BinaryIO | Any, path: str) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"another process, or another call in this one, writes to the journal {path}; wait for its end, close the stream if "
-            "it is one, or give each part of the job a journal of its own."
+            f"another process, or another call in this one, writes to the journal {path}; wait for its end, close the "
+            "stream if it is one, or give each part of the job a journal of its own."
         ) from None
     except OSError as error:
         warnings.warn(f"{path} cannot be locked ({error}): let no other process write to it.", stacklevel=3)
