@@ -14,6 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import llama
+from transformers import (
+    GenerationConfig,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 import specdec
 from specdec import Sampling, journal
@@ -222,3 +228,85 @@ def test_a_bar_shows_texts_rows_and_acceptance_length(capsys):
     specdec.generate(TARGET, PROMPTS, DRAFTERS["chain"](), batch_size=3, progress=True, **OPTIONS)
     shown = capsys.readouterr().err
     assert "12/12" in shown and "tokens/s" in shown and "acceptance length" in shown
+
+
+class Refusing(specdec.ModelTarget):
+    """Reads texts that begin with token 9 otherwise than they are."""
+
+    def check_text(self, text):
+        if text[0] == 9:
+            raise ValueError("this text was read as another one")
+
+
+def test_a_text_that_the_target_refuses_when_it_has_ended_is_never_handed_out(tmp_path):
+    path, options = tmp_path / "run.jsonl", {"max_new_tokens": 4, "stop_tokens": (), "batch_size": 1}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="read as another one"):
+            specdec.generate(Refusing(TARGET), [[3, 4], [9]], journal=path, **options)
+        assert [*journal.read(path)[1].finished] == [0]
+
+
+def forbids(tokens):
+    return lambda texts, scores: scores.index_fill(1, torch.tensor(tokens), -torch.inf)
+
+
+OTHERS = {
+    "lists": [SuppressTokensLogitsProcessor([*range(first)], device="cpu") for first in (20, 21)],
+    "tables": [SequenceBiasLogitsProcessor({(token,): 9.0}) for token in (41, 42)],
+    "functions": [forbids([1]), forbids([2])],
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_journal_of_other_processors_is_refused(kind, tmp_path):
+    options = {"journal": tmp_path / "run.jsonl", "max_new_tokens": 4}
+    first, second = (Sampling(processors=[processor]) for processor in OTHERS[kind])
+    made = specdec.generate(TARGET, PROMPTS, sampling=first, **options)
+    assert specdec.generate(TARGET, PROMPTS, sampling=first, **options).trace.steps == [] and made.trace.steps
+    with pytest.raises(ValueError, match="processors is "):
+        specdec.generate(TARGET, PROMPTS, sampling=second, **options)
+
+
+def test_a_journal_of_a_model_that_was_trained_in_few_places_is_refused(tmp_path):
+    model, options = llama(dtype=torch.float64), {"journal": tmp_path / "run.jsonl", "max_new_tokens": 4}
+    specdec.generate(model, PROMPTS, **options)
+    model.get_input_embeddings().weight.data[17, 3] += 1e-3
+    with pytest.raises(ValueError, match="target's weights is "):
+        specdec.generate(model, PROMPTS, **options)
+
+
+def test_a_journal_knows_which_prompts_were_skipped(tmp_path):
+    options = {"journal": tmp_path / "run.jsonl", "on_error": "skip", "max_new_tokens": 4}
+    specdec.generate(TARGET, [[], PROMPTS[0]], **options)
+    with pytest.raises(ValueError, match="other settings"):
+        specdec.generate(TARGET, PROMPTS[:1], first_index=1, **options)
+
+
+def test_texts_in_hand_go_on_under_processors_that_keep_no_state(tmp_path):
+    sampling, path = Sampling(0.8, processors=[RepetitionPenaltyLogitsProcessor(1.3)]), tmp_path / "run.jsonl"
+    whole = job(tmp_path / "whole.jsonl", sampling=sampling)
+    with specdec.stream(
+        TARGET, PROMPTS, DRAFTERS["chain"](), **{**OPTIONS, "sampling": sampling}, journal=path
+    ) as stream:
+        for _ in zip(range(3), stream, strict=False):
+            pass
+    kept = {index: len(text.tokens) for index, text in journal.read(path)[1].in_hand.items()}
+    out = job(path, sampling=sampling)
+    assert all(map(torch.equal, out.tokens, whole.tokens)) and sum(kept.values()) > 10
+    emitted = sum(sum(step.emitted) for step in out.trace.steps)
+    finished = sum(map(len, out.tokens)) - emitted
+    assert finished >= sum(kept.values())  # nothing of these was written again
+
+
+def test_a_journal_of_stop_strings_that_another_tokenizer_finds_is_refused(tmp_path):
+    pair, config = specdec.demo.load(), GenerationConfig(stop_strings=["\n"], max_new_tokens=8)
+    options = {
+        "sampling": Sampling.from_generation_config(config),
+        "journal": tmp_path / "run.jsonl",
+        "max_new_tokens": 8,
+    }
+    specdec.generate(pair.target, [[5, 6, 7]], tokenizer=pair.tokenizer, **options)
+    other = specdec.demo.load().tokenizer
+    other.add_tokens(["another"])
+    with pytest.raises(ValueError, match="stopping is "):
+        specdec.generate(pair.target, [[5, 6, 7]], tokenizer=other, **options)

@@ -225,7 +225,8 @@ def test_two_may_not_write_to_a_journal_at_once(tmp_path):
     path = tmp_path / "run.jsonl"
     with Journal(path, SETTINGS) as journal:
         with pytest.raises(
-            ValueError, match=r"another process, or another call.*run\.jsonl; wait for its end, or give"
+            ValueError,
+            match=r"another process, or another call.*run\.jsonl; wait for its end, close the stream",
         ):
             Journal(path, SETTINGS)
         journal.end(0, [5])

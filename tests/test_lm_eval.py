@@ -114,7 +114,7 @@ def test_a_bos_token_that_the_template_wrote_is_not_doubled(model_class):
             return {"input_ids": [1]}
 
     lm = model_class(PAIR.target, tokenizer=Reader())
-    assert [lm._ids(text) for text in ("<s>user: hi", "hi <s>")] == [[1], [1]]
+    assert [lm._ids(text, 1) for text in ("<s>user: hi", "hi <s>")] == [[1], [1]]
     assert read == [("<s>user: hi", False), ("hi <s>", True)]
 
 
@@ -151,3 +151,25 @@ def test_the_harness_itself_scores_a_task_with_it(tmp_path):
     lm = SpecdecLM(PAIR.target, NgramDrafter(), tokenizer=PAIR.tokenizer, batch_size=4)
     found = lm_eval.simple_evaluate(lm, tasks=[ConfigurableTask(config=config)], bootstrap_iters=0)
     assert found["results"]["own_words"]["exact_match,none"] == pytest.approx(6 / 7)
+
+
+def test_contexts_that_are_too_long_keep_their_end_and_empty_ones_begin_with_a_token(model_class):
+    lm = model_class(PAIR.target, tokenizer=PAIR.tokenizer)
+    longest, ids = PAIR.target.config.max_position_embeddings, PAIR.tokenizer(TEXTS[0] * 40)["input_ids"]
+    assert len(ids) > longest
+    assert lm._ids(TEXTS[0] * 40, 16) == ids[-(longest - 16) :]
+    assert lm._ids("", 16) == [PAIR.tokenizer.bos_token_id or PAIR.tokenizer.eos_token_id]
+    assert len(lm.generate_until(asked(("", {"max_gen_toks": 4}), (TEXTS[0] * 40, {"max_gen_toks": 4})))) == 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": None}, {"do_sample": True, "temperature": 0.0}, {"temperature": 0}]
+)
+def test_settings_without_a_temperature_are_greedy(model_class, settings):
+    lm = model_class(PAIR.target, tokenizer=PAIR.tokenizer)
+    assert lm.generate_until(asked((TEXTS[0], {**settings, "max_gen_toks": 8}))) == [alone(TEXTS[0], 8)]
+
+
+def test_options_that_change_what_is_asked_for_are_refused(model_class):
+    with pytest.raises(ValueError, match=r"\['num_samples'\]: the harness wants one text for each request"):
+        model_class(PAIR.target, tokenizer=PAIR.tokenizer, num_samples=2)

@@ -195,6 +195,7 @@ def test_a_row_that_is_filled_again_begins_a_text_of_its_own_while_others_go_on(
 
         vocab, sampling, host_left, root = 50, Sampling(1.0), [9, 9], torch.tensor([3, 3])
         texts = property(lambda self: [np.array(text) for text in self])
+        prompts = host_lengths = property(lambda self: [len(text) for text in self])
 
     def drafts():
         tree = run.propose(None)
@@ -295,3 +296,25 @@ def test_it_is_off_unless_asked_for_and_says_that_texts_depend_on_other_rows():
     assert drafter.memory.tokens == 0
     assert SuffixDrafter().spec(Sampling()).by_row and not shared().spec(Sampling()).by_row
     assert repr(shared()).endswith("shared=True)") and "shared" not in repr(SuffixDrafter())
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_text_that_moves_to_a_smaller_batch_is_drafted_for_from_the_same_memory(batch_size):
+    """The second epoch repeats the first, so that a draft is right wherever it is made."""
+    model, drafter = llama(), SuffixDrafter(shared=True)
+    options = {"max_new_tokens": [48, 8], "stop_tokens": (), "batch_size": batch_size}
+    first, second = (specdec.generate(model, [[3, 4, 5]] * 2, drafter, **options) for _ in range(2))
+    assert all(map(torch.equal, first.tokens, second.tokens))
+    assert len(second.trace.steps) <= 6 and len(drafter.memory._texts) == 1
+
+
+def test_a_job_in_hand_goes_on_with_the_texts_that_are_remembered(tmp_path):
+    drafter, options = SuffixDrafter(shared=True), {"sampling": Sampling(0.8), "max_new_tokens": 12, "stop_tokens": ()}
+    options |= {"num_samples": 3, "batch_size": 2}
+    with specdec.stream(TARGET, [list(PROMPT)], drafter, journal=tmp_path / "run.jsonl", **options) as stream:
+        begun = [next(stream) for _ in range(3)]
+    assert {index for index, _ in begun} == {0, 1}
+    found = specdec.generate(TARGET, [list(PROMPT)], drafter, journal=tmp_path / "run.jsonl", **options).tokens
+    expected = specdec.generate(TARGET, [list(PROMPT)], SuffixDrafter(shared=True), **options).tokens
+    assert [len(text) for text in found] == [12] * 3 and len(expected) == 3
+    assert len(drafter.memory._texts) == 1

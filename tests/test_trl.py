@@ -108,3 +108,12 @@ def test_trl_itself_trains_on_rollouts(tmp_path):
     assert [len(prompts) for _, prompts in seen] == [4, 4]
     assert all(len({*prompts}) == 1 and len(set(map(str, out["completion_ids"]))) > 1 for out, prompts in seen)
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_every_module_is_left_in_its_mode_and_what_changes_the_texts_asked_for_is_refused():
+    model = copy.deepcopy(PAIR.target).train()
+    model.model.layers[0].eval()
+    rollouts()(TEXTS, trainer(model, temperature=1.0))
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    with pytest.raises(ValueError, match=r"\['journal', 'num_samples'\]: the trainer wants one new completion"):
+        rollouts(num_samples=2, journal="run.jsonl")

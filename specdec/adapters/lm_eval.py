@@ -92,8 +92,9 @@ class SpecdecLM(LM):
         """The end of a context, as long as the target can read with so many new tokens; of an empty one its BOS or EOS."""
         bos, longest = self.tokenizer.bos_token, as_target(self.target).context_length
         ids = self.tokenizer(context, add_special_tokens=not (bos and context.startswith(bos)))["input_ids"]
-        first = self.tokenizer.bos_token_id if bos else self.tokenizer.eos_token_id
-        return (ids or [first])[-max(longest - budget, 1) if longest is not None else None :]
+        if not ids:
+            ids = [self.tokenizer.bos_token_id if bos else self.tokenizer.eos_token_id]
+        return ids if longest is None else ids[-max(longest - budget, 1) :]
 
     @property
     def tokenizer_name(self) -> str:

@@ -28,6 +28,7 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer: Any, strings: Any):
+        self.tokenizer = tokenizer
         self._complete: Any = StopStringCriteria(tokenizer, strings)
 
     def ask(self, run: Decoding) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Set
+from inspect import signature
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -38,8 +39,9 @@ def described(part: Any, public: bool = False) -> str:
 def _shown(part: Any, public: bool) -> str:
     if type(part).__repr__ is not object.__repr__:
         return _said(part, frozenset())
-    kept = {name: value for name, value in vars(part).items() if not name.startswith("_") and _is_plain(value)}
-    values = kept if public else vars(part)
+    values = _decisive(part)
+    if public:
+        values = {name: value for name, value in values.items() if not name.startswith("_") and _is_plain(value)}
     inside = frozenset([id(part)])
     return f"{type(part).__name__}({', '.join(f'{name}={_said(values[name], inside)}' for name in sorted(values))})"
 
@@ -76,8 +78,16 @@ def _said(part: Any, inside: frozenset[int]) -> str:
     if isinstance(part, PreTrainedTokenizerBase):
         return f"{type(part).__name__}({digest(repr(sorted(part.get_vocab().items())).encode())})"
     if type(part).__repr__ is object.__repr__ and hasattr(part, "__dict__"):
-        return f"{type(part).__name__}({_said(vars(part), inside)})"
+        return f"{type(part).__name__}({_said(_decisive(part), inside)})"
     return _ADDRESS.sub("", _OBJECT.sub(r"\1()", repr(part)))
+
+
+def _decisive(part: Any) -> dict[str, Any]:
+    """Attributes; of transformers' own classes only those that are arguments, as others are worked out at the first call."""
+    if not type(part).__module__.startswith("transformers."):
+        return vars(part)
+    made_of = {name for cls in type(part).__mro__ for name in signature(cls.__init__).parameters}
+    return {name: value for name, value in vars(part).items() if name.lstrip("_") in made_of}
 
 
 def _is_plain(value: Any) -> bool:
