@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
+from inspect import signature
 from numbers import Integral
 from typing import Any
 
@@ -17,14 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.checks import as_int, as_ints, as_seed, brief, check_kind, wrong_kind
-from specdec.coins import Coins
 from specdec.drafters import Drafter, NoDrafter
 from specdec.engines.base import Engine
 from specdec.engines.graphs import Graphs
-from specdec.huggingface.stopping import Stopping, StopStrings
+from specdec.huggingface.stopping import StopStrings
 from specdec.models.probe import cure_for
 from specdec.models.target import ModelTarget, Target
-from specdec.notes import Note, logprob, raw_logprob
+from specdec.notes import logprob, raw_logprob
 from specdec.request import Request, Text
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
@@ -84,9 +84,7 @@ def as_request(
     engine: Engine | str = "eager",
     resume: Any = None,
     keep: bool = False,
-    stopping: Stopping | None = None,
-    notes: tuple[Note, ...] = (),
-    coins: Callable[[int, int], Coins] | None = None,
+    **unknown: Any,
 ) -> Request:
     """Check the arguments of `specdec.generate`, also against each other, before anything is run.
 
@@ -94,6 +92,7 @@ def as_request(
         ValueError: as `generate` does.
     """
     began = time.perf_counter()
+    refuse_unknown(unknown)
     if trace not in LEVELS:
         raise ValueError(f"trace={trace!r}: must be one of {', '.join(map(repr, LEVELS))}.")
     made_engine, drafter = as_engine(engine), _UNDRAFTED if drafter is None else drafter
@@ -122,8 +121,7 @@ def as_request(
     config = bound.generation_config
     eos, strings = (found.stop_tokens, None) if config is None else (config.eos_token_id, config.stop_strings)
     stop = as_stop_tokens(stop_tokens, eos, found.vocab)
-    if strings:
-        stopping = StopStrings(tokenizer, strings)
+    stopping = StopStrings(tokenizer, strings) if strings else None
     texts = [
         Text(i, tokens.numpy(), len(tokens), left, keys[i], processors=own)
         for i, tokens, left, own in zip(places, rows, lefts, processors, strict=True)
@@ -131,7 +129,7 @@ def as_request(
     skipped = {i * samples + j: reason for i, reason in unread.items() for j in range(samples)}
     return Request(
         found, drafter, rule, made_engine, bound, spec, texts, {}, skipped, slots, stop, stopping, tokenizer, seed, trace,
-        (logprob, raw_logprob) if logprobs else notes, last, keep, coins, began,
+        (logprob, raw_logprob) if logprobs else (), last, keep, None, began,
     )  # fmt: skip
 
 
@@ -153,25 +151,25 @@ def as_last(resume: Any) -> Runs | None:
     raise wrong_kind("resume", resume, "pass the generation to go on from, which was made with keep=True")
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
+def refuse_unknown(given: Mapping[str, Any]) -> None:
     """Raise ValueError if there are arguments that `generate` does not know, and say where each of them belongs."""
     if given:
-        cures = "; ".join(f"{name}={brief(value)}: {_home(name, value, list(known))}" for name, value in given.items())
+        cures = "; ".join(f"{name}={brief(value)}: {_home(name, value)}" for name, value in given.items())
         raise ValueError(f"generate and stream have no such argument: {cures}.")
 
 
-def _home(name: str, value: Any, known: Sequence[str]) -> str:
+def _home(name: str, value: Any) -> str:
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if name in {field.name for field in fields(Sampling)}:
         sampled = "" if name in ("temperature", "processors") else "temperature=1.0, "
         return f"pass sampling=specdec.Sampling({sampled}{name}={brief(value)})"
-    if close := get_close_matches(name, known, n=1):
+    if close := get_close_matches(name, _KNOWN, n=1):
         return f"did you mean {close[0]!r}?"
     if hasattr(GenerationConfig(), name):
         config = f"GenerationConfig({name}={brief(value)})"
         return f"pass sampling=specdec.Sampling.from_generation_config({config})"
-    return f"there are {', '.join(known)}"
+    return f"there are {', '.join(_KNOWN)}"
 
 
 def as_target(target: PreTrainedModel | Target) -> Target:
@@ -359,3 +357,6 @@ def _check_row(row: Tensor, index: int, target: Target, max_new_tokens: int) -> 
             f"prompt {index} has {len(row)} tokens, and {max_new_tokens} new ones would exceed the target's context of "
             f"{limit}{target.context_reason}; {cure}."
         )
+
+
+_KNOWN = [*(name for name in signature(as_request).parameters if name != "unknown"), "journal", "progress"]

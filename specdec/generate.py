@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.arguments import Prompts, as_request, refuse_unknown
+from specdec.arguments import Prompts, as_request
 from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
 from specdec.job import Job
@@ -106,8 +105,8 @@ def generate(
             target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, sample, the text's own
-            step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or the
-            epochs of a training, share coins: give each a seed of its own.
+            step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or
+            the epochs of a training, share coins: give each a seed of its own.
         first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
             begins: then no two prompts share their coins, and the texts are those of one call.
         num_samples: how many texts to write for each prompt. They follow each other in `Generation.tokens`. More samples do not
@@ -138,11 +137,10 @@ def generate(
         ValueError: bad input, an argument that belongs elsewhere (such as `temperature`), an unsupported model, a rule that
             is not lossless for the drafter's trees, or logits that give no law; the message names the cure.
     """
-    refuse_unknown(unknown, OPTIONS)
     request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
         tokenizer=tokenizer, seed=seed, first_index=first_index, num_samples=num_samples, batch_size=batch_size,
-        on_error=on_error, logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep,
+        on_error=on_error, logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep, **unknown,
     )  # fmt: skip
     job = Job(request, journal, progress)
     for _ in job.steps():
@@ -151,7 +149,13 @@ def generate(
 
 
 def stream(
-    target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any
+    target: PreTrainedModel | Target,
+    prompts: Prompts,
+    drafter: Drafter | None = None,
+    *,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = False,
+    **options: Any,
 ) -> Stream:
     """As `generate`, with the same arguments, but yielding the tokens of every step as they are committed.
 
@@ -164,9 +168,7 @@ def stream(
     yields (index, new tokens) of one text after another instead, as they come. All of them together give what `generate`
     returns. Between the yields the model is as it was found.
     """
-    refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
-    about = {name: options.pop(name, default) for name, default in (("journal", None), ("progress", False))}
-    return Stream(Job(as_request(target, prompts, drafter, **options), **about))
+    return Stream(Job(as_request(target, prompts, drafter, **options), journal, progress))
 
 
 class Stream(Iterator[Any]):
@@ -213,6 +215,3 @@ def _generation(job: Job) -> Generation:
 
 def _column(text: Written, note: int) -> Tensor:
     return text.noted[:, note] if text.notes else torch.empty(0)
-
-
-OPTIONS = [name for name in inspect.signature(generate).parameters if name != "unknown"]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import prod
@@ -112,7 +113,7 @@ class Scripted(ExactCoins):
 def call(drafter, seed, rows, coins, budget):
     """Texts of so many samples of the prompt."""
     prompts, options = [torch.tensor(PROMPT)] * rows, {**OPTIONS, "max_new_tokens": budget, "seed": seed}
-    with Decoding(as_request(TARGET, prompts, drafter, coins=coins, **options)) as run:
+    with Decoding(replace(as_request(TARGET, prompts, drafter, **options), coins=coins)) as run:
         while not run.finished:
             run.runs.coins.ended = [not going for going in run.running]
             run.step()

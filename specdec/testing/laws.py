@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -105,7 +105,7 @@ def _enumerate(
 
         prompts = [torch.tensor(prompt)] * len(scripts)
         settings = {"rule": rule, "sampling": sampling, "max_new_tokens": budget, "stop_tokens": stop_tokens}
-        with Decoding(as_request(target, prompts, drafter, **settings, coins=build)) as run:
+        with Decoding(replace(as_request(target, prompts, drafter, **settings), coins=build)) as run:
             run.step()
             while not (one_step or run.finished):
                 coins[0].ended = [not going for going in run.running]
@@ -147,7 +147,9 @@ def exact_law_in_slots(
         def build(rows: int, nodes: int, script=script) -> Coins:
             return ExactCoins([script] * rows, nodes)
 
-        with Decoding(as_request(target, texts, drafter, batch_size=batch_size, **settings, coins=build)) as run:
+        with Decoding(
+            replace(as_request(target, texts, drafter, batch_size=batch_size, **settings), coins=build)
+        ) as run:
             while not run.finished:
                 coins = run.runs.coins
                 assert isinstance(coins, ExactCoins)
