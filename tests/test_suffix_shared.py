@@ -20,7 +20,7 @@ from specdec.arguments import as_request
 from specdec.drafters import Drafter, Fallback, NgramDrafter, SuffixDrafter
 from specdec.loop import Decoding
 from specdec.testing import TabularTarget, exact_law, target_law
-from specdec.testing.coins import ExactCoins
+from specdec.testing.coins import ExactCoins, Script
 from specdec.testing.drafters import Noting
 from specdec.testing.tape import Tape
 
@@ -85,29 +85,14 @@ def test_the_law_of_a_text_is_the_targets_whatever_is_remembered(name, merge):
     assert noting.drafts[0].kept == [0, *FIRST[name]]
 
 
-class Script:
-    """Choices that the coins of several rows and calls make in turn; the others are noted in `branches`."""
+class Part:
+    """The coins of one call, in a script of several calls."""
 
-    def __init__(self, choices):
-        self.choices, self.place, self.branches = choices, 0, []
+    def __init__(self, script, call):
+        self.script, self.call = script, call
 
-    def next(self, count):
-        if self.place == len(self.choices):
-            self.branches += [[*self.choices, other] for other in range(1, count)]
-            self.choices = [*self.choices, 0]
-        self.place += 1
-        return self.choices[self.place - 1]
-
-
-class Scripted(ExactCoins):
-    """Exact coins of rows that know of each other: one script for all."""
-
-    def __init__(self, script, rows, nodes):
-        super().__init__([[]] * rows, nodes)
-        self.script = script
-
-    def _choice(self, row, count):
-        return 0 if count == 1 else self.script.next(count)
+    def flip(self, key, weights, decides=True):
+        return self.script.flip((self.call, *key), weights, decides)
 
 
 def call(drafter, seed, rows, coins, budget):
@@ -124,16 +109,11 @@ def joint_law(calls, budget, same_coins=False):
     """The exact law of the texts of several calls, of so many rows each, that share a drafter."""
     law, queue = defaultdict(Fraction), [[]]
     while queue:
-        script, made, drafter = Script(queue.pop()), [], shared()
-
-        def build(rows, nodes, script=script, made=made):
-            made.append(made[0] if made and same_coins else Scripted(script, rows, nodes))
-            return made[-1]
-
-        texts = []
+        script, drafter, texts = Script(queue.pop()), shared(), []
         for seed, rows in enumerate(calls):
-            texts += call(drafter, seed, rows, build, budget)
-        law[tuple(texts)] += prod(p for coins in {*made} for p in coins.probabilities)
+            part = Part(script, 0 if same_coins else seed)
+            texts += call(drafter, seed, rows, lambda rows, nodes, part=part: ExactCoins([part] * rows, nodes), budget)
+        law[tuple(texts)] += script.probability
         queue += script.branches
     return law
 
