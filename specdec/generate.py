@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.arguments import Prompts, as_request
+from specdec.arguments import as_request
 from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
 from specdec.job import Job
 from specdec.models.target import Target
+from specdec.prompts import Prompts
 from specdec.request import Written
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
@@ -100,20 +101,20 @@ def generate(
         drafter: proposes tokens; None decodes autoregressively in the same loop.
         rule: decides which of them are kept.
         sampling: how tokens are chosen; greedy by default.
-        max_new_tokens: most new tokens: one number, or one per prompt.
+        max_new_tokens: most new tokens: one number, or one per prompt, for all of its samples.
         stop_tokens: ids that end a text, as its last token. None: the EOS ids of `sampling`'s generation config, or else the
             target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, sample, the text's own
             step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or
             the epochs of a training, share coins: give each a seed of its own.
-        first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
-            begins: then no two prompts share their coins, and the texts are those of one call.
+        first_index: index of the first prompt; errors name prompts by it. A job that is cut into several calls gives each the
+            index at which its part begins: then no two prompts share their coins, and the texts are those of one call.
         num_samples: how many texts to write for each prompt. They follow each other in `Generation.tokens`. More samples do not
             change those that fewer gave.
         batch_size: how many texts are at work at once: when one has ended, the next prompt gets its row while the others go on.
-            Beginnings that prompts share are read once, and memory is needed for so many texts. None: all at once. Which texts
-            are in the batch changes a text by rounding only.
+            Beginnings that prompts share are read once, and memory is needed for that many texts only. None: all at once. Which
+            texts are in the batch changes a text by rounding only. Not together with `keep` or `resume`.
         on_error: what to do about prompts that cannot be decoded, such as an empty one or one beyond the target's context:
             "raise" an error, or "skip" them, so that their texts are empty and `Generation.skipped` says why.
         journal: a file that keeps every finished text, and on an interrupt what there is of the others: the same call goes on
@@ -131,7 +132,8 @@ def generate(
             If a model was changed in between by training, loading or a switch of adapters, this is noticed. Not noticed are
             writes into `weight.data`, which torch does not count (`weight.data = ...` is noticed), and changes inside of hooks
             and other objects that are no modules.
-        keep: whether a later call may resume this one: `Generation.runs` then holds its caches, and their memory.
+        keep: whether a later call may resume this one: `Generation.runs` then holds its caches, and their memory. Not together
+            with `batch_size`.
 
     Raises:
         ValueError: bad input, an argument that belongs elsewhere (such as `temperature`), an unsupported model, a rule that

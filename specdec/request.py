@@ -77,6 +77,9 @@ class Request:
         target, drafter, rule, engine: the parts.
         sampling: with every field filled in.
         spec: the trees that may be proposed.
+        first_index: index of the first prompt; errors name prompts by it.
+        num_samples: how many texts each prompt gets.
+        count: how many texts were asked for, those that cannot be decoded included.
         texts: all that are to be written; their indices may leave places out.
         written: texts of earlier calls, by index: some have ended, and of the others `texts` holds what is there.
         skipped: why prompts cannot be decoded, by the indices of their texts.
@@ -99,6 +102,9 @@ class Request:
     engine: Engine
     sampling: Sampling
     spec: TreeSpec
+    first_index: int
+    num_samples: int
+    count: int
     texts: Sequence[Text]
     written: Mapping[int, Written]
     skipped: Mapping[int, str]
@@ -113,11 +119,6 @@ class Request:
     keep: bool
     coins: Callable[[int, int], Coins] | None
     began: float
-
-    @property
-    def count(self) -> int:
-        """How many texts were asked for."""
-        return len({text.index for text in self.texts} | {*self.written} | {*self.skipped})
 
     @property
     def largest_tree(self) -> int:

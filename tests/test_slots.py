@@ -211,7 +211,9 @@ def test_a_sample_does_not_depend_on_how_many_are_asked_for():
 
 
 def test_no_two_texts_share_their_coins():
-    request = as_request(TARGET, MANY, num_samples=3, batch_size=4, max_new_tokens=2, first_index=5, stop_tokens=())
+    request = as_request(
+        TARGET, MANY, num_samples=3, batch_size=4, max_new_tokens=2, first_index=5, **{**SAMPLED, "stop_tokens": ()}
+    )
     assert len({text.key for text in request.texts}) == 3 * len(MANY)
     with Decoding(request) as run:
         seen = set()
@@ -247,7 +249,7 @@ def test_a_beginning_is_read_once_and_copied(batch_size):
 
 @pytest.mark.parametrize("name", ["none", "chain", "heads", "layers left out"])
 def test_samples_that_enter_in_one_step_copy_from_each_other(name):
-    options = {"num_samples": 4, "max_new_tokens": 4, "stop_tokens": ()}
+    options = {**SAMPLED, "num_samples": 4, "max_new_tokens": 4, "stop_tokens": ()}
     prompts = [SHARED[:1], [*SHARED, 2], SHARED]
     request = as_request(TARGET, prompts, DRAFTERS[name](DRAFT), batch_size=4, **options)
     with Decoding(request) as run:
@@ -259,7 +261,7 @@ def test_samples_that_enter_in_one_step_copy_from_each_other(name):
         assert cached.tokens_read + cached.tokens_copied == every
         # A state is noted of the last token before the root, which is therefore read in each row.
         assert cached.tokens_read <= len(SHARED) + (7 if name == "heads" else 0)
-        assert run.emitted == texts(prompts, sampling=Sampling(), **options)
+        assert run.emitted == texts(prompts, DRAFTERS[name](DRAFT), **options)
 
 
 # Long prompts

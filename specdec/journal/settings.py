@@ -29,7 +29,7 @@ def settings_of(request: Request) -> dict[str, Any]:
     engine, the device. Models are told apart by their class, their config and some of their weights (see
     `specdec.models.digest`), other objects by `described`.
     """
-    target, drafter, first = request.target, request.drafter, request.texts[0].key
+    target, drafter = request.target, request.drafter
     return {
         "target": described(target),
         **_of_models("target", [] if target.model is None else [target.model]),
@@ -40,12 +40,12 @@ def settings_of(request: Request) -> dict[str, Any]:
         "stop tokens": sorted({*request.stop_tokens}),
         "stopping": None if request.stopping is None else described(request.stopping),
         "seed": request.seed,
-        "first index": first,
+        "first index": request.first_index,
         "texts": len(request.texts),
-        "num_samples": sum((text.key - first) % 2**32 == 0 for text in request.texts),
-        "prompts' hash": _of_prompts(request.texts, first),
+        "num_samples": request.num_samples,
+        "prompts' hash": _of_prompts(request.texts, request.first_index),
         "max_new_tokens": _of_budgets([text.left for text in request.texts]),
-        "notes": [note.__name__ for note in request.notes],
+        "logprobs": bool(request.notes),
     }
 
 
@@ -93,7 +93,7 @@ def _of_sampling(sampling: Sampling) -> dict[str, Any]:
 
 
 def _of_prompts(texts: Sequence[Text], first: int) -> str:
-    """A hash of token ids, and of what tells the texts' coins apart; `first` is the first one's key."""
+    """A hash of token ids, and of what tells the texts' coins apart; `first` is the index of the first prompt."""
     ids = (np.ascontiguousarray(text.tokens, "<i8").tobytes() for text in texts)
     return digest(np.array([text.key - first for text in texts], "<i8").tobytes(), *ids)
 

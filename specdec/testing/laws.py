@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.arguments import as_request, as_stop_tokens
-from specdec.checks import as_int, as_ints, check_kind
+from specdec.checks import as_int, as_ints, check_flag, check_kind
 from specdec.coins import Coins
 from specdec.drafters import Drafter
 from specdec.loop import Decoding
@@ -72,7 +72,7 @@ def exact_law(
     for name, part, kind in (("drafter", drafter, (Drafter, type(None))), ("sampling", sampling, Sampling)):
         check_kind(name, part, kind)
     prompt, max_new_tokens = as_ints("prompt", prompt), as_int("max_new_tokens", max_new_tokens, 1)
-    check_kind("merge", merge, bool, "pass True or False")
+    check_flag("merge", merge)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
     open_texts: dict[Text, Fraction] = {(): Fraction(1)}
     paths, expected = 0, Fraction(0)
