@@ -206,8 +206,8 @@ def _tensor(tokens: Sequence[int] | np.ndarray) -> Tensor:
 
 
 def _generation(job: Job) -> Generation:
-    request, nothing = job.request, Written(np.empty(0, np.int64), 0, False, [])
-    texts = [job.written.get(index, nothing) for index in range(request.count)]
+    request = job.request
+    texts = [job.written.get(index, Written()) for index in range(request.count)]
     tokens = [_tensor(text.tokens) for text in texts]
     decode = None if request.tokenizer is None else request.tokenizer.decode
     decoded = None if decode is None else [decode(row.tolist(), skip_special_tokens=True) for row in tokens]

@@ -51,7 +51,7 @@ class Decoding:
         """Step by step to the end. Raise ValueError if the target reads something else in place of a whole text."""
         while not self.finished:
             outcome = self.step()
-            for text in self.slots.whole():
+            for text in self.slots.ended_texts():
                 self.request.target.check_text(text)
             yield outcome
 
@@ -132,7 +132,7 @@ class Decoding:
         self.recorder.step(tree.tokens.shape[1], list(self.slots.held), outcome, seconds)
         if self.request.stopping is not None:
             self.request.stopping.ask(self)
-        self.slots.settle(outcome.notes)
+        self.slots.note_step(outcome.notes)
 
     def end(self, index: int, kept: int) -> None:
         """End a text after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
@@ -152,7 +152,7 @@ class Decoding:
 
     @property
     def running(self) -> list[bool]:
-        """Whether the text in each row has tokens left to emit."""
+        """Whether the text in each row has tokens left to emit: not while its prompt is being read."""
         return [left > 0 for left in self.batch.host_left]
 
     def tokens(self, index: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,15 +53,22 @@ class Text:
         return len(self.tokens) + self.left
 
 
-class Written(NamedTuple):
-    """What has been written of a text."""
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What has been written of a text; by default nothing.
 
-    tokens: np.ndarray  # [n] int64: the new tokens
-    steps: int  # how many steps it took
-    ended: bool
-    notes: list[
-        Tensor
-    ]  # [tokens of a step, note, ...] each: see `Request.notes`; perhaps of one step more than `tokens`
+    Args:
+        tokens: [n] int64: the new tokens.
+        steps: how many steps it took.
+        ended: whether it has ended.
+        notes: [tokens of a step, note, ...] of each step, see `Request.notes`; after an interrupt perhaps of one step more
+            than `tokens`.
+    """
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    steps: int = 0
+    ended: bool = False
+    notes: list[Tensor] = field(default_factory=list)
 
     @property
     def noted(self) -> Tensor:

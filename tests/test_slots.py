@@ -221,7 +221,7 @@ def test_no_two_texts_share_their_coins():
             run.step()
             coins = run.runs.coins
             # steps have gone on by one
-            used = [(coins.texts[row], coins.steps[row]) for row, n in enumerate(run.trace.steps[-1].emitted) if n]
+            used = [(coins.keys[row], coins.steps[row]) for row, n in enumerate(run.trace.steps[-1].emitted) if n]
             assert not seen & {*used} and len({*used}) == len(used)
             seen.update(used)
     assert len(seen) == 2 * 3 * len(MANY)
