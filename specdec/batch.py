@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """The texts so far, as drafters, tree policies and targets read them. Only the loop writes to it.
+    """The texts so far, as drafters, tree policies and targets read them. Only the loop, and what fills rows
+    (`slots`, `runs`), write to it.
 
     A row holds one text until that has ended, and then perhaps another.
 
     Device:
         tokens: [batch, capacity] int64: prompts and committed tokens; anything from `lengths` on.
         lengths: [batch] int64: committed tokens of each row. The last of them is the root, which no model has read yet.
-        left: [batch] int64: tokens that each row may still emit; 0 when it has ended. A node at depth d is of use to
-            rows with left > d, as the target's own token follows the last drafted one.
+        left: [batch] int64: tokens that each row may still emit; 0 when it has ended, or while its prompt is being read. A node
+            at depth d is of use to rows with left > d, as the target's own token follows the last drafted one.
 
     Host, as of the last step:
         texts: the committed tokens of each row, a 1-D int64 array each.
@@ -39,7 +40,7 @@ class Batch:
         seconds: how long the step took.
         gained: tokens by which it brought the run nearer to its end: of the row with most to come; while texts wait, the mean
             of all rows that were running.
-        keys: (seed, index) of each row's coins: where both are equal, so are the coins.
+        keys: (seed, `Text.key`) of each row's coins: where both are equal, so are the coins.
         prompts: how many of each row's tokens are its prompt; the others were written.
         longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
         max_depth: longest path that a drafter may propose now.
@@ -51,8 +52,8 @@ class Batch:
         max_length: tokens that the longest text may grow to, the prompt included.
         static: whether steps are captured, so that drafters use no host values but `longest`.
         stages: what runs the stages of a step; a drafter may have its scores captured by it.
-        keep: whether a later turn may go on from this run, so that models note what they have read.
-        resume: whether to go on from what an earlier turn has read.
+        keep: whether a later turn, or a smaller batch, may go on from this run, so that models note what they have read.
+        resume: whether to go on from what an earlier turn, or a larger batch, has read; off once a text has entered.
     """
 
     def __init__(self, rows: int, capacity: int, vocab: int, device: torch.device):
@@ -177,3 +178,10 @@ class Batch:
         """End a row: it emits nothing more."""
         self.left[row] = 0
         self._note_left([0 if b == row else n for b, n in enumerate(self.host_left)])
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two texts, [length] int64 each, have in common from their beginnings on."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

@@ -90,6 +90,12 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], cure: str =
     raise wrong_kind(name, value, cure or next(cures, f"pass a specdec {wanted.__name__}"))
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={brief(value)}: must be True or False.")
+
+
 def wrong_kind(name: str, value: Any, cure: str) -> ValueError:
     """The error for a value of the wrong kind."""
     return ValueError(f"{name} is a {type(value).__name__}; {cure}. Got {brief(value)}.")

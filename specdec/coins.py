@@ -41,7 +41,7 @@ class Coins:
         device: where the tensors of the batched face are.
 
     Attributes:
-        texts: the key of the text in each row: row b begins with text b.
+        keys: what each row's coins are drawn by, besides the seed; row b begins with key b.
         steps: each text's own step.
     """
 
@@ -51,18 +51,18 @@ class Coins:
         self.batch, self.nodes = as_int("batch", batch, 1), as_int("nodes", nodes, 1)
         self.device = torch.device(device)
         self._current = torch.empty(len(Purpose), self.batch, self.nodes, dtype=torch.float64, device=self.device)
-        self.reseed(seed)
+        self.begin(seed, range(self.batch), [0] * self.batch)
 
-    def reseed(self, seed: int) -> None:
-        """Begin again with another seed."""
+    def begin(self, seed: int, keys: Sequence[int], steps: Sequence[int]) -> None:
+        """Begin again with another seed, and give all rows to texts with these keys, at these steps of theirs."""
         self._seed = (as_seed(seed) + 2**63) % 2**64 - 2**63  # with a sign, as torch's integers have
-        self.enter([*range(self.batch)], [*range(self.batch)], [0] * self.batch)
+        self.enter(range(self.batch), keys, steps)
 
-    def enter(self, rows: Sequence[int], texts: Sequence[int], steps: Sequence[int]) -> None:
+    def enter(self, rows: Sequence[int], keys: Sequence[int], steps: Sequence[int]) -> None:
         """Give rows to texts with these keys, at these steps of theirs."""
-        given = dict(zip(rows, zip(texts, steps, strict=True), strict=True))
-        now = [given.get(row) or (self.texts[row], self.steps[row]) for row in range(self.batch)]
-        self.texts, self.steps = [text for text, _ in now], [step for _, step in now]
+        given = dict(zip(rows, zip(keys, steps, strict=True), strict=True))
+        now = [given.get(row) or (self.keys[row], self.steps[row]) for row in range(self.batch)]
+        self.keys, self.steps = [key for key, _ in now], [step for _, step in now]
         self._tabulate()
 
     def advance(self) -> None:
@@ -76,7 +76,7 @@ class Coins:
 
     def _tabulate(self) -> None:
         """Compute the coins of the next steps, and write those of this one where captured graphs read them."""
-        self._table = _table(self._seed, self.texts, self.steps, self.nodes, self.device)
+        self._table = _table(self._seed, self.keys, self.steps, self.nodes, self.device)
         self._offset = 0
         self._current.copy_(self._table[0])
 
@@ -127,7 +127,7 @@ class RowCoins:
         return normalised(weights)
 
 
-def _table(seed: int, texts: Sequence[int], steps: Sequence[int], nodes: int, device: torch.device) -> Tensor:
+def _table(seed: int, keys: Sequence[int], steps: Sequence[int], nodes: int, device: torch.device) -> Tensor:
     """[_BLOCK, purpose, batch, node] float64 uniforms: for each text, those of its step and the ones after it."""
 
     def axis(values: Iterable[int], dim: int) -> Tensor:
@@ -137,7 +137,7 @@ def _table(seed: int, texts: Sequence[int], steps: Sequence[int], nodes: int, de
 
     state = _mix(torch.tensor(seed, device=device))
     step = axis(range(_BLOCK), 0) + axis(steps, 2)
-    for field in (axis(texts, 2), step, axis(range(len(Purpose)), 1), axis(range(nodes), 3)):
+    for field in (axis(keys, 2), step, axis(range(len(Purpose)), 1), axis(range(nodes), 3)):
         state = _mix(state + (field + 1) * _GOLDEN)
     return _shift(state, 11).double() * 2.0**-53
 

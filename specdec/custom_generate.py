@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Never
 
 import torch
@@ -113,9 +113,9 @@ def custom_generate(
                 target, rows, drafter, rule=rule, sampling=_Prepared(**fields, processors=processors, **shown),
                 max_new_tokens=max(limit - input_ids.shape[1], 1), tokenizer=tokenizer or given, seed=drawn, engine=engine,
                 stop_tokens=[token for token in stop_tokens if 0 <= token < target.vocab],  # others, as -1, end no text there
-                stopping=Criteria(others, input_ids, filler, pads) if others else None,
-                notes=tuple(_OUTPUTS[name] for name in outputs),
             )  # fmt: skip
+            stopping = Criteria(others, input_ids, filler, pads) if others else None
+            request = replace(request, stopping=stopping, notes=tuple(_OUTPUTS[name] for name in outputs))
             with Decoding(request) as run:
                 _finish(run, streamer)
                 emitted = run.emitted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.arguments import Prompts, as_request, refuse_unknown
+from specdec.arguments import as_request
 from specdec.drafters.base import Drafter
 from specdec.engines.base import Engine
 from specdec.job import Job
 from specdec.models.target import Target
+from specdec.prompts import Prompts
 from specdec.request import Written
 from specdec.rules import Rule, SiblingRejection
 from specdec.runs import Runs
@@ -101,20 +101,20 @@ def generate(
         drafter: proposes tokens; None decodes autoregressively in the same loop.
         rule: decides which of them are kept.
         sampling: how tokens are chosen; greedy by default.
-        max_new_tokens: most new tokens: one number, or one per prompt.
+        max_new_tokens: most new tokens: one number, or one per prompt, for all of its samples.
         stop_tokens: ids that end a text, as its last token. None: the EOS ids of `sampling`'s generation config, or else the
             target's. (): none. Stop strings are set in the generation config.
         tokenizer: needed for text prompts and stop strings; gives `Generation.text`.
         seed: an integer of 64 bits. Every random decision is a function of (seed, index of the prompt, sample, the text's own
             step). So equal prompts in two calls get equal samples unless the seeds differ, and the turns of a conversation, or
             the epochs of a training, share coins: give each a seed of its own.
-        first_index: index of the first prompt. A job that is cut into several calls gives each the index at which its part
-            begins: then no two prompts share their coins, and the texts are those of one call.
+        first_index: index of the first prompt; errors name prompts by it. A job that is cut into several calls gives each the
+            index at which its part begins: then no two prompts share their coins, and the texts are those of one call.
         num_samples: how many texts to write for each prompt. They follow each other in `Generation.tokens`. More samples do not
             change those that fewer gave.
         batch_size: how many texts are at work at once: when one has ended, the next prompt gets its row while the others go on.
-            Beginnings that prompts share are read once, and memory is needed for so many texts. None: all at once. Which texts
-            are in the batch changes a text by rounding only.
+            Beginnings that prompts share are read once, and memory is needed for that many texts only. None: all at once. Which
+            texts are in the batch changes a text by rounding only. Not together with `keep` or `resume`.
         on_error: what to do about prompts that cannot be decoded, such as an empty one, one beyond the target's context, or a
             text without a tokenizer:
             "raise" an error, or "skip" them, so that their texts are empty and `Generation.skipped` says why.
@@ -134,17 +134,17 @@ def generate(
             If a model was changed in between by training, loading or a switch of adapters, this is noticed. Not noticed are
             writes into `weight.data`, which torch does not count (`weight.data = ...` is noticed), and changes inside of hooks
             and other objects that are no modules.
-        keep: whether a later call may resume this one: `Generation.runs` then holds its caches, and their memory.
+        keep: whether a later call may resume this one: `Generation.runs` then holds its caches, and their memory. Not together
+            with `batch_size`.
 
     Raises:
         ValueError: bad input, an argument that belongs elsewhere (such as `temperature`), an unsupported model, a rule that
             is not lossless for the drafter's trees, or logits that give no law; the message names the cure.
     """
-    refuse_unknown(unknown, OPTIONS)
     request = as_request(
         target, prompts, drafter, rule=rule, sampling=sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
         tokenizer=tokenizer, seed=seed, first_index=first_index, num_samples=num_samples, batch_size=batch_size,
-        on_error=on_error, logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep,
+        on_error=on_error, logprobs=logprobs, trace=trace, engine=engine, resume=resume, keep=keep, **unknown,
     )  # fmt: skip
     job = Job(request, journal, progress)
     for _ in job.steps():
@@ -153,7 +153,13 @@ def generate(
 
 
 def stream(
-    target: PreTrainedModel | Target, prompts: Prompts, drafter: Drafter | None = None, **options: Any
+    target: PreTrainedModel | Target,
+    prompts: Prompts,
+    drafter: Drafter | None = None,
+    *,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = False,
+    **options: Any,
 ) -> Stream:
     """As `generate`, with the same arguments, but yielding the tokens of every step as they are committed.
 
@@ -166,9 +172,7 @@ def stream(
     yields (index, new tokens) of one text after another instead, as they come. All of them together give what `generate`
     returns. Between the yields the model is as it was found.
     """
-    refuse_unknown({name: value for name, value in options.items() if name not in OPTIONS}, OPTIONS)
-    about = {name: options.pop(name, default) for name, default in (("journal", None), ("progress", False))}
-    return Stream(Job(as_request(target, prompts, drafter, **options), **about))
+    return Stream(Job(as_request(target, prompts, drafter, **options), journal, progress))
 
 
 class Stream(Iterator[Any]):
@@ -210,8 +214,8 @@ def _tensor(tokens: Sequence[int] | np.ndarray) -> Tensor:
 
 
 def _generation(job: Job) -> Generation:
-    request, nothing = job.request, Written(np.empty(0, np.int64), 0, False, [])
-    texts = [job.written.get(index, nothing) for index in range(request.count)]
+    request = job.request
+    texts = [job.written.get(index, Written()) for index in range(request.count)]
     tokens = [_tensor(text.tokens) for text in texts]
     decode = None if request.tokenizer is None else request.tokenizer.decode
     decoded = None if decode is None else [decode(row.tolist(), skip_special_tokens=True) for row in tokens]
@@ -221,6 +225,3 @@ def _generation(job: Job) -> Generation:
 
 def _column(text: Written, note: int) -> Tensor:
     return text.noted[:, note] if text.notes else torch.empty(0)
-
-
-OPTIONS = [name for name in inspect.signature(generate).parameters if name != "unknown"]

@@ -45,7 +45,7 @@ class Job:
         with ExitStack() as stack:
             if self._path is not None:
                 self._journal = stack.enter_context(_opened(self._path, self.request))
-                self.request = gone_on(self.request, self._journal)
+                self.request = remaining(self.request, self._journal)
             if self.request.written:
                 yield [(index, text.tokens) for index, text in self.request.written.items()]
             if self.request.texts:
@@ -100,7 +100,7 @@ def _opened(path: str | PathLike[str], request: Request) -> Journal:
     return journal
 
 
-def gone_on(request: Request, journal: Journal) -> Request:
+def remaining(request: Request, journal: Journal) -> Request:
     """What remains to be written of a request: not the texts that the journal has, and of those in hand the rest.
 
     Logits processors that keep state follow a text from its prompt on, so a text in hand that has some begins anew, with the
@@ -112,8 +112,8 @@ def gone_on(request: Request, journal: Journal) -> Request:
     in_hand = {
         index: _written(kept, names, ended=False) for index, kept in journal.in_hand.items() if index not in processed
     }
-    remaining = [text for text in request.texts if text.index not in finished]
-    texts = [_grown(text, in_hand[text.index]) if text.index in in_hand else text for text in remaining]
+    rest = [text for text in request.texts if text.index not in finished]
+    texts = [_grown(text, in_hand[text.index]) if text.index in in_hand else text for text in rest]
     return replace(request, texts=texts, written={**finished, **in_hand})
 
 

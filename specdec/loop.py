@@ -129,9 +129,9 @@ class Decoding:
         self.recorder.step(tree.tokens.shape[1], list(self.slots.held), outcome, seconds)
         if self.request.stopping is not None:
             self.request.stopping.ask(self)
-        for text in self.slots.whole():
+        for text in self.slots.ending_texts():
             self.request.target.check_text(text)
-        self.slots.settle(outcome.notes)
+        self.slots.note_step(outcome.notes)
 
     def end(self, index: int, kept: int) -> None:
         """End a text after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
@@ -151,7 +151,7 @@ class Decoding:
 
     @property
     def running(self) -> list[bool]:
-        """Whether the text in each row has tokens left to emit."""
+        """Whether the text in each row has tokens left to emit: not while its prompt is being read."""
         return [left > 0 for left in self.batch.host_left]
 
     def tokens(self, index: int) -> list[int]:

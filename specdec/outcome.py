@@ -24,7 +24,8 @@ class Outcome:
     Args:
         path: [batch, <= depth + 1] int64: accepted nodes, the root first; entries from `keep` on are unused.
         keep: [batch] int64: how many nodes of `path` the text contains, the root included. As many tokens are new: the
-            drafted ones below the root, and one that the target emits. 0 for rows that had ended.
+            drafted ones below the root, and one that the target emits. 0 for rows that had ended, or whose prompts are being
+            read.
         columns: [batch, depth + 6] int64: the new tokens, then one column for each count. Read it by the properties.
         noted: [batch, <= depth + 1, note, ...] float32: what the run notes of each new token; None if it notes nothing.
     """
@@ -67,7 +68,7 @@ class Outcome:
 
     @property
     def left_after(self) -> Tensor:
-        """[batch] int64: tokens that each row may still emit."""
+        """[batch] int64: tokens that each row may still emit; 0 as in `left`."""
         return self.columns[:, _COUNTS.index("left") - len(_COUNTS)]
 
     @cached_property
@@ -103,7 +104,7 @@ class Outcome:
 
     @property
     def left(self) -> list[int]:
-        """Tokens that each row may still emit: 0 when it has ended."""
+        """Tokens that each row may still emit: 0 when it has ended, or while its prompt is being read."""
         return self._count("left")
 
     @property

@@ -42,7 +42,7 @@ class Progress:
         """Note a step.
 
         Args:
-            ended: how many texts ended in it, or were found to be none that can be decoded.
+            ended: how many texts ended in it.
             running: rows that were at work on a text in it.
             tokens: how many they got, all together.
         """

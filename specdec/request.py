@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,15 +53,22 @@ class Text:
         return len(self.tokens) + self.left
 
 
-class Written(NamedTuple):
-    """What has been written of a text."""
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What has been written of a text; by default nothing.
 
-    tokens: np.ndarray  # [n] int64: the new tokens
-    steps: int  # how many steps it took
-    ended: bool
-    notes: list[
-        Tensor
-    ]  # [tokens of a step, note, ...] each: see `Request.notes`; perhaps of one step more than `tokens`
+    Args:
+        tokens: [n] int64: the new tokens.
+        steps: how many steps it took.
+        ended: whether it has ended.
+        notes: [tokens of a step, note, ...] of each step, see `Request.notes`; after an interrupt perhaps of one step more
+            than `tokens`.
+    """
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    steps: int = 0
+    ended: bool = False
+    notes: list[Tensor] = field(default_factory=list)
 
     @property
     def noted(self) -> Tensor:
@@ -77,6 +84,9 @@ class Request:
         target, drafter, rule, engine: the parts.
         sampling: with every field filled in.
         spec: the trees that may be proposed.
+        first_index: index of the first prompt; errors name prompts by it.
+        num_samples: how many texts each prompt gets.
+        count: how many texts were asked for, those that cannot be decoded included.
         texts: all that are to be written; their indices may leave places out.
         written: texts of earlier calls, by index: some have ended, and of the others `texts` holds what is there.
         skipped: why prompts cannot be decoded, by the indices of their texts.
@@ -99,6 +109,9 @@ class Request:
     engine: Engine
     sampling: Sampling
     spec: TreeSpec
+    first_index: int
+    num_samples: int
+    count: int
     texts: Sequence[Text]
     written: Mapping[int, Written]
     skipped: Mapping[int, str]
@@ -113,11 +126,6 @@ class Request:
     keep: bool
     coins: Callable[[int, int], Coins] | None
     began: float
-
-    @property
-    def count(self) -> int:
-        """How many texts were asked for."""
-        return len({text.index for text in self.texts} | {*self.written} | {*self.skipped})
 
     @property
     def largest_tree(self) -> int:

@@ -137,8 +137,7 @@ def _begun(
     )
     stages = same.stages if same else new
     batch.begin(request, texts, longest, stages, resume)
-    coins.reseed(request.seed)
-    coins.enter(rows, [text.key for text in texts], [text.step for text in texts])
+    coins.begin(request.seed, [text.key for text in texts], [text.step for text in texts])
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
         _check_run(scoring, TargetRun, target, batch)

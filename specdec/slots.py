@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from specdec import runs
+from specdec.batch import common_length
 from specdec.models.cache import DoesNotFit
-from specdec.models.cached_model import alike
 from specdec.request import Request, Text, Written
 from specdec.runs import Runs
 
 # While other rows decode, so many tokens of a new prompt are read between two steps: nobody waits for all of a long one.
 _CHUNK = 512
-# Texts of unequal lengths are decoded in groups, one after another, where that takes less than 1 / _SAVED of the memory. Rows
-# of up to _SHORT tokens take little in any case.
-_SAVED, _SHORT = 2, 1024
+# Texts of unequal lengths are decoded in groups, one after another, where that takes less than 1 / _FACTOR of the memory.
+# Rows of up to _SHORT tokens take little in any case.
+_FACTOR, _SHORT = 2, 1024
 
 
 class Slots:
@@ -31,14 +31,15 @@ class Slots:
         runs: what the run owns: another one after a move to a smaller batch, or to the next group of texts.
         held: for each row the index of the text in it, which may have ended; -1 while a prompt is being read.
         written: what has been written of each text that has taken a step, now or in an earlier call. An interrupt may come at
-            any time: every entry is replaced as a whole, after all that ends texts has been asked.
+            any time: every entry is replaced as a whole, after all that ends texts has been asked; only its notes may be one
+            step ahead.
         ended: indices of the texts that have ended in the last step.
     """
 
     def __init__(self, request: Request):
         self._request, self._groups = request, deque(groups(request.texts, request.slots))
         self._moves = True  # whether a smaller batch has found room beside a larger one so far
-        self._kept: dict[int, int] = {}  # most new tokens of the texts that were ended by `end`
+        self._cut_at: dict[int, int] = {}  # most new tokens of the texts that were ended by `end`
         self.written = dict(request.written)
         self._begin()
 
@@ -48,17 +49,17 @@ class Slots:
         rows = self._request.slots or len(group)
         self._texts, self._waiting = group[:rows], deque(group[rows:])
         self._partial: dict[int, Text] = {}  # texts whose prompts are being read, by row
-        self._whole: Runs | None = None
-        self.runs = self._whole = runs.start(self._request, self._texts, max(text.longest for text in group))
+        self._largest: Runs | None = None
+        self.runs = self._largest = runs.start(self._request, self._texts, max(text.longest for text in group))
         self.held, self.ended = [text.index for text in self._texts], []
         self.runs.batch.waiting = bool(self._waiting)
 
     def close(self) -> None:
         """Hand back what the run owns; it cannot go on after that."""
         self.held = []
-        if self._whole is not None:
-            runs.end(self._request, self._whole)
-            self._whole = None
+        if self._largest is not None:
+            runs.end(self._request, self._largest)
+            self._largest = None
 
     @property
     def finished(self) -> bool:
@@ -97,7 +98,7 @@ class Slots:
 
     def _readable(self, text: Text) -> int:
         """How much of a text can be begun now: what some row has read already, and a chunk more."""
-        shared = max(alike(other, text.tokens) for other in self.runs.batch.texts)
+        shared = max(common_length(other, text.tokens) for other in self.runs.batch.texts)
         return min(shared + _CHUNK, len(text.tokens))
 
     def _move(self, going: Sequence[int]) -> None:
@@ -126,9 +127,9 @@ class Slots:
             return
         self.held, self._texts, self.runs = held, texts, smaller
         if not self._request.engine.captures:
-            self._whole = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere
+            self._largest = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere
 
-    def settle(self, notes: Sequence[Tensor]) -> None:
+    def note_step(self, notes: Sequence[Tensor]) -> None:
         """After a step: note what has been written, and what has ended. `notes`: what the step noted, by row; may be empty."""
         self.ended = []
         for row, index in enumerate(self.held):
@@ -151,7 +152,7 @@ class Slots:
             return self._tokens(self.held.index(index))
         return self.written[index].tokens if index in self.written else np.empty(0, np.int64)
 
-    def whole(self) -> Iterator[list[int]]:
+    def ending_texts(self) -> Iterator[list[int]]:
         """The whole texts, prompts included, that end in this step."""
         for row, index in enumerate(self.held):
             before = self.written.get(index)
@@ -160,11 +161,11 @@ class Slots:
                 yield [*text.tokens[: text.prompt].tolist(), *self._tokens(row).tolist()]
 
     def _tokens(self, row: int) -> np.ndarray:
-        return self.runs.batch.texts[row][self._texts[row].prompt :][: self._kept.get(self.held[row])]
+        return self.runs.batch.texts[row][self._texts[row].prompt :][: self._cut_at.get(self.held[row])]
 
     def end(self, index: int, kept: int) -> None:
         """End a text, which a row must hold, after the first `kept` >= 1 of its new tokens."""
-        self._kept[index] = kept
+        self._cut_at[index] = kept
         self.runs.batch.end(self.held.index(index))
 
 
@@ -188,9 +189,9 @@ def _group_end(lengths: Sequence[int], slots: int) -> int:
     """How many of these lengths, the longest first, to decode together."""
 
     for end in range(1, len(lengths)):
-        if lengths[end] * _SAVED <= lengths[0] and lengths[end] < lengths[end - 1]:
+        if lengths[end] * _FACTOR <= lengths[0] and lengths[end] < lengths[end - 1]:
             apart = max(_memory(lengths[:end], slots), _memory(lengths[end:], slots))
-            if apart * _SAVED <= _memory(lengths, slots):
+            if apart * _FACTOR <= _memory(lengths, slots):
                 return end
     return len(lengths)
 

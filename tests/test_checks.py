@@ -258,7 +258,7 @@ def test_parents_that_are_no_tree_are_refused(name, parents):
 
 # (call with the value in its place, part of the cure)
 KINDS = {
-    "shared": (lambda v: SuffixDrafter(shared=v), "pass True or False"),
+    "shared": (lambda v: SuffixDrafter(shared=v), "must be True or False"),
     "drafter": (generate, "specdec Drafter"),
     "rule": (lambda v: generate(rule=v), "specdec Rule"),
     "sampling": (lambda v: generate(sampling=v), "specdec Sampling"),

@@ -101,6 +101,11 @@ ARGUMENTS = {
     "model as drafter": (PROMPTS, {"drafter": llama(1)}, r"ModelDrafter\(model\)"),
     "drafter class": (PROMPTS, {"drafter": NgramDrafter}, r"an instance, NgramDrafter\(...\)"),
     "rule class": (PROMPTS, {"rule": SiblingRejection}, r"an instance, SiblingRejection\(...\)"),
+    "equal samples": (PROMPTS, {"num_samples": 2}, r"equal texts; pass sampling=specdec.Sampling\(temperature=1.0\)"),
+    "no samples": (PROMPTS, {"num_samples": 0}, "must be >= 1; it is how many texts to write for each prompt"),
+    "index below 0": (PROMPTS, {"first_index": -1}, "must be >= 0; it is how many prompts come before these"),
+    "a prompt of a part": ([[1], []], {"first_index": 7}, "prompt 8 is empty"),
+    "number as flag": (PROMPTS, {"logprobs": 2}, "logprobs=2: must be True or False"),
     "config as sampling": (PROMPTS, {"sampling": GenerationConfig()}, "from_generation_config"),
     "number as sampling": (PROMPTS, {"sampling": 0.8}, "pass a specdec Sampling"),
 }
@@ -158,7 +163,10 @@ ELSEWHERE = {
     "attention_mask": (None, "without padding"),
     "assistant_model": (None, r"ModelDrafter\(assistant_model\)"),
     "streamer": (None, "specdec.stream"),
-    "sed": (3, "did you mean 'seed'?"),
+    "sed": (3, r"did you mean 'seed'\?$"),
+    "n": (3, "n=3: pass num_samples"),
+    "output_scores": (True, "pass logprobs=True, or call model.generate"),
+    "price_per_hour": (2.5, "pass it to Generation.summary"),
     "coins": (1, "coins=1: there are target, prompts, drafter, rule, sampling, max_new_tokens"),  # of the loop alone
     "nonsense": (3, "nonsense=3: there are target, prompts, drafter, rule, sampling, max_new_tokens"),
 }

@@ -60,7 +60,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
-def interrupted(stage, after, path, name):
+def interrupted(stage, after, path, name, **more):
     """A call that an interrupt ends inside of a stage, unless it is done before."""
     counts, whole = iter(range(after)), getattr(*stage)
 
@@ -72,7 +72,7 @@ def interrupted(stage, after, path, name):
 
     with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(*stage, failing)
-        job(path, name)
+        job(path, name, **more)
 
 
 STAGES = [
@@ -133,16 +133,7 @@ def test_a_finished_job_is_read_from_its_journal(tmp_path):
 
 def test_log_probabilities_of_an_interrupted_job_are_those_of_a_whole_one(tmp_path):
     path, whole = tmp_path / "run.jsonl", job(tmp_path / "whole.jsonl", logprobs=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counts, score = iter(range(6)), Decoding._score
-
-        def failing(self, tree):
-            if next(counts, None) is None:
-                raise KeyboardInterrupt
-            return score(self, tree)
-
-        patch.setattr(Decoding, "_score", failing)
-        job(path, logprobs=True)
+    interrupted((Decoding, "_score"), 6, path, "chain", logprobs=True)
     assert journal.read(path)[1].in_hand
     out = job(path, logprobs=True)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(out.logprobs, whole.logprobs, strict=True))

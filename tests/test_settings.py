@@ -77,7 +77,7 @@ SAME = {
 OTHER = {
     "seed": {"seed": 1},
     "first index": {"first_index": 3},
-    "notes": {"logprobs": True},
+    "logprobs": {"logprobs": True},
     "temperature": {"sampling": Sampling(0.7, top_p=0.9, processors=PROCESSORS)},
     "top_p": {"sampling": Sampling(0.8, processors=PROCESSORS)},
     "processors": {

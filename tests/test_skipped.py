@@ -6,8 +6,8 @@ from test_prompts_apart import WORDS, chat_words
 from tiny_models import VOCAB, llama
 
 import specdec
-from specdec.arguments import as_list, as_prompts
 from specdec.models.target import ModelTarget
+from specdec.prompts import as_list, as_prompts
 
 torch.set_num_threads(1)
 TARGET = ModelTarget(llama())

@@ -1,6 +1,7 @@
 """Rows of a batch are slots: whichever row a text is in, after whichever other text, it is the text of a call of its own."""
 
 import weakref
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,6 @@ import specdec
 from specdec import Sampling
 from specdec import slots as slots_module
 from specdec.arguments import as_request
-from specdec.coins import Coins
 from specdec.display.text import authors
 from specdec.drafters import Drafter, DraftRun, Fallback, ModelDrafter, NgramDrafter, Paused
 from specdec.loop import Decoding
@@ -156,10 +156,11 @@ class FourBack:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, None])
 def test_a_text_may_be_cut_in_earlier_steps_than_the_last(batch_size):
-    options = {**SAMPLED, "max_new_tokens": [20, 3, 19, 18, 2, 17, 2], "stopping": FourBack()}
+    options = {**SAMPLED, "max_new_tokens": [20, 3, 19, 18, 2, 17, 2]}
     prompts = [prompt[:12] for prompt in MANY[:7]]
     whole = texts(prompts, max_new_tokens=options["max_new_tokens"])
-    with Decoding(as_request(TARGET, prompts, batch_size=batch_size, **options)) as run:
+    request = as_request(TARGET, prompts, batch_size=batch_size, **options)
+    with Decoding(replace(request, stopping=FourBack())) as run:
         for _ in run.steps():
             pass
         assert run.emitted == [text[:4] if len(text) >= 8 else text for text in whole]
@@ -209,14 +210,10 @@ def test_a_sample_does_not_depend_on_how_many_are_asked_for():
     assert texts(MANY[2:4], drafter, num_samples=5, first_index=2, max_new_tokens=8) == many[10:]
 
 
-def test_no_two_texts_share_their_coins(monkeypatch):
-    keys, enter = [], Coins.enter
-
-    def noting(self, rows, texts, steps):
-        keys.extend(zip(texts, steps, strict=True))
-        enter(self, rows, texts, steps)
-
-    request = as_request(TARGET, MANY, num_samples=3, batch_size=4, max_new_tokens=2, first_index=5, stop_tokens=())
+def test_no_two_texts_share_their_coins():
+    request = as_request(
+        TARGET, MANY, num_samples=3, batch_size=4, max_new_tokens=2, first_index=5, **{**SAMPLED, "stop_tokens": ()}
+    )
     assert len({text.key for text in request.texts}) == 3 * len(MANY)
     with Decoding(request) as run:
         seen = set()
@@ -224,7 +221,7 @@ def test_no_two_texts_share_their_coins(monkeypatch):
             run.step()
             coins = run.runs.coins
             # steps have gone on by one
-            used = [(coins.texts[row], coins.steps[row]) for row, n in enumerate(run.trace.steps[-1].emitted) if n]
+            used = [(coins.keys[row], coins.steps[row]) for row, n in enumerate(run.trace.steps[-1].emitted) if n]
             assert not seen & {*used} and len({*used}) == len(used)
             seen.update(used)
     assert len(seen) == 2 * 3 * len(MANY)
@@ -252,7 +249,7 @@ def test_a_beginning_is_read_once_and_copied(batch_size):
 
 @pytest.mark.parametrize("name", ["none", "chain", "heads", "layers left out"])
 def test_samples_that_enter_in_one_step_copy_from_each_other(name):
-    options = {"num_samples": 4, "max_new_tokens": 4, "stop_tokens": ()}
+    options = {**SAMPLED, "num_samples": 4, "max_new_tokens": 4, "stop_tokens": ()}
     prompts = [SHARED[:1], [*SHARED, 2], SHARED]
     request = as_request(TARGET, prompts, DRAFTERS[name](DRAFT), batch_size=4, **options)
     with Decoding(request) as run:
@@ -264,7 +261,7 @@ def test_samples_that_enter_in_one_step_copy_from_each_other(name):
         assert cached.tokens_read + cached.tokens_copied == every
         # A state is noted of the last token before the root, which is therefore read in each row.
         assert cached.tokens_read <= len(SHARED) + (7 if name == "heads" else 0)
-        assert run.emitted == texts(prompts, sampling=Sampling(), **options)
+        assert run.emitted == texts(prompts, DRAFTERS[name](DRAFT), **options)
 
 
 # Long prompts

@@ -70,8 +70,8 @@ def going_on(text, written):
     """The rest of a text."""
     if text.index not in written:
         return text
-    tokens, steps, *_ = written[text.index]
-    return replace(text, tokens=np.concatenate([text.tokens, tokens]), left=text.left - len(tokens), step=steps)
+    tokens, step = written[text.index].tokens, written[text.index].steps
+    return replace(text, tokens=np.concatenate([text.tokens, tokens]), left=text.left - len(tokens), step=step)
 
 
 SIZES = integers(1, 4)
@@ -101,11 +101,10 @@ def test_going_on_after_an_interrupt_gives_the_very_same_texts(name, place, at, 
             if text.index not in written or not written[text.index].ended
         ]
         if rest:
-            texts = [replace(text, index=i) for i, text in enumerate(rest)]
-            with Decoding(replace(request, slots=later_slots, texts=texts)) as run:
+            with Decoding(replace(request, slots=later_slots, texts=rest)) as run:
                 for _ in run.steps():
                     pass
-                found |= {text.index: tokens for text, tokens in zip(rest, run.emitted, strict=True)}
+                found |= {text.index: run.tokens(text.index) for text in rest}
     assert [found[index] for index in range(len(PROMPTS))] == WHOLE[name]
 
 

@@ -100,8 +100,8 @@ def test_a_second_tenant_of_a_cache_has_the_targets_law(case, batch_size):
 _coins_enter, _batch_enter = Coins.enter, Batch.enter
 
 
-def coins_of_the_last_text(self, rows, texts, steps):
-    known = getattr(self, "texts", texts)
+def coins_of_the_last_text(self, rows, keys, steps):
+    known = getattr(self, "keys", keys)
     _coins_enter(self, rows, [known[row] for row in rows], steps)
 
 
@@ -161,7 +161,7 @@ PROCESSED = {"sampling": Sampling(1.0, processors=(Counting(),))}
 LEAKS = {
     "coins": (TABLE, TabularDrafter(DRAFT, Chain(1)), {}, (Coins, "enter", coins_of_the_last_text)),
     "coins, without a draft": (TABLE, None, {}, (Coins, "enter", coins_of_the_last_text)),
-    "the target's cache": (TARGET, None, {"sampling": TWO}, (cached_model, "alike", slots_not_taken_over)),
+    "the target's cache": (TARGET, None, {"sampling": TWO}, (cached_model, "common_length", slots_not_taken_over)),
     "budget": (TABLE, None, {"budgets": [3, 2, 1]}, (Batch, "enter", budget_of_the_last_text)),
     "processors": (TABLE, None, PROCESSED, (Batch, "enter", processors_of_the_last_text)),
     "laws of drafts": (TABLE, LawsOfTheLastText(DRAFT, Chain(1)), {}, (LawsOfTheLastText, "leaks", True)),

@@ -2,8 +2,8 @@
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from itertools import product
 from math import prod
 from types import SimpleNamespace
@@ -85,22 +85,20 @@ def test_the_law_of_a_text_is_the_targets_whatever_is_remembered(name, merge):
     assert noting.drafts[0].kept == [0, *FIRST[name]]
 
 
-class OfOneCall(ExactCoins):
-    """Exact coins of rows and calls that know of each other: one script for all, in which each call has coins of its own."""
+class Part:
+    """The coins of one call, in a script of several calls."""
 
-    def __init__(self, call, script, rows, nodes):
-        super().__init__([script] * rows, nodes)
-        self.call = call
+    def __init__(self, script, call):
+        self.script, self.call = script, call
 
-    def flip(self, row, purpose, node, weights):
-        key = (self.call, self.texts[row], self.steps[row], purpose, node)
-        return self.scripts[row].flip(key, weights, not self.ended[row])
+    def flip(self, key, weights, decides=True):
+        return self.script.flip((self.call, *key), weights, decides)
 
 
 def call(drafter, seed, rows, coins, budget):
     """Texts of so many samples of the prompt."""
     prompts, options = [torch.tensor(PROMPT)] * rows, {**OPTIONS, "max_new_tokens": budget, "seed": seed}
-    with Decoding(as_request(TARGET, prompts, drafter, coins=coins, **options)) as run:
+    with Decoding(replace(as_request(TARGET, prompts, drafter, **options), coins=coins)) as run:
         while not run.finished:
             run.runs.coins.ended = [not going for going in run.running]
             run.step()
@@ -113,8 +111,8 @@ def joint_law(calls, budget, same_coins=False):
     while queue:
         script, drafter, texts = Script(queue.pop()), shared(), []
         for seed, rows in enumerate(calls):
-            build = partial(OfOneCall, 0 if same_coins else seed, script)
-            texts += call(drafter, seed, rows, build, budget)
+            part = Part(script, 0 if same_coins else seed)
+            texts += call(drafter, seed, rows, lambda rows, nodes, part=part: ExactCoins([part] * rows, nodes), budget)
         law[tuple(texts)] += script.probability
         queue += script.branches
     return law

@@ -11,9 +11,9 @@ from tiny_models import PROMPTS, llama
 from transformers import GenerationConfig
 
 from specdec import Law, Sampling, generate, rules, trace
-from specdec.arguments import as_prompts
 from specdec.batch import Batch
 from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.prompts import as_prompts
 from specdec.testing import Table, TabularDrafter, TabularTarget
 from specdec.trace.laws import Packed
 from specdec.trees import Chain, Dynamic, Widths

@@ -88,7 +88,10 @@ class DraftRun(ABC):
         return type(self).enter is not DraftRun.enter
 
     def enter(self, rows: list[int]) -> None:  # noqa: B027 - optional
-        """Begin new texts in these rows, whose prompts the target has read."""
+        """Follow what these rows hold, which the target has read.
+
+        A row holds a new text, or a longer part of one whose prompt is still being read (`left` is 0 until it is whole).
+        """
 
     @abstractmethod
     def propose(self, coins: Coins) -> DraftTree:
@@ -101,6 +104,6 @@ class DraftRun(ABC):
     def commit(self, outcome: Outcome) -> None:  # noqa: B027 - optional
         """Follow what was kept of the last proposal. Called after every step.
 
-        `keep` is 0 for rows that had ended, for rows drafted by another drafter (`Fallback`), and for all in a pause
-        (`Paused`). In such a step `propose` may not have been called at all.
+        `keep` is 0 for rows that had ended or whose prompts are being read, for rows drafted by another drafter (`Fallback`),
+        and for all in a pause (`Paused`). In such a step `propose` may not have been called at all.
         """

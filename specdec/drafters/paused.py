@@ -36,17 +36,18 @@ class Paused(Drafter):
     drafts while the balance is positive; a step without a draft adds `share`, so every pause ends with a new attempt. The
     balance begins at `patience` and never exceeds 4 times that, so that what was gained long ago does not count for ever.
 
-    Bounded: whatever the drafter does, all rows have their `max_new_tokens` after at most `patience` + `share` x steps + the
-    loss of one step more than without a draft, as far as the times of steps are known. One step in 1 / `share` has no draft in
-    any case, to time it: where drafts pay, that costs less than `share` of the tokens.
+    Bounded: whatever the drafter does, in each size of batch all rows have their `max_new_tokens` after at most `patience` +
+    `share` x steps + the loss of one step more than without a draft, as far as the times of steps are known. One step in
+    1 / `share` has no draft in any case, to time it: where drafts pay, that costs less than `share` of the tokens.
 
     Lossless with a lossless rule. Whether a step has a draft is decided by tokens and times of the steps before, so before any
     coin of this step is drawn. Given those, the trees are the drafter's own, drawn as they say, or roots alone, and either way
     the rule gives the step's tokens the target's law. As that holds whatever happened before, the whole text has it.
 
     One decision holds for all rows, so a row's text depends on the rows beside it; without `seconds` it depends on the clock
-    too, and a seed does not repeat a run. Nothing is carried over from run to run. With captured stages the proposal as a whole
-    runs on the host; a `TreeDrafter`'s scores are captured one by one.
+    too, and a seed does not repeat a run. Nothing is carried over from run to run, nor into a smaller batch; what
+    enters a row changes nothing, unless the drafter is begun anew for it. With captured stages the proposal as a whole runs on
+    the host; a `TreeDrafter`'s scores are captured one by one.
 
     Args:
         drafter: any; in steps in which it is paused it is told that nothing was kept.

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind, put_size
+from specdec.checks import as_float, as_int, as_ints, as_tuple, check_flag, put_size
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.suffix_automaton import SuffixAutomaton
@@ -63,7 +63,7 @@ class SuffixDrafter(Drafter):
         self.nodes, self.depth, self.width = nodes, depth, width
         put_size(self)
         self.threshold = as_float("threshold", threshold, "(0, 1]")
-        check_kind("shared", shared, bool, "pass True or False")
+        check_flag("shared", shared)
         self.shared, self.memory = shared, Memory(as_int("remembered", remembered, 1))
         self.corpus = SuffixAutomaton()
         for i, text in enumerate(as_tuple("corpus", corpus, "texts, each a sequence of token ids")):

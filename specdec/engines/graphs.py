@@ -28,7 +28,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from specdec.checks import check_callable, check_kind, put
+from specdec.checks import check_callable, check_flag, put
 from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
@@ -73,7 +73,7 @@ class Graphs(Engine):
     captures = True
 
     def __init__(self, *, compile: bool = False, capture: _Capture | None = None):
-        check_kind("compile", compile, bool, "pass True or False")
+        check_flag("compile", compile)
         if capture is not None:
             check_callable("capture", capture, "pass a function that captures a stage, or None")
         self._compile, self._capture = compile, capture

@@ -24,7 +24,6 @@ def settings_of(request: Request) -> dict[str, Any]:
     engine, the device. Models are told apart by their class, their config and their weights, other objects by `described`.
     """
     target, drafter = request.target, request.drafter
-    first = min((text.key for text in request.texts), default=0)
     return {
         "target": described(target, public=True),
         **_of_models("target", [] if target.model is None else [target.model]),
@@ -35,12 +34,12 @@ def settings_of(request: Request) -> dict[str, Any]:
         "stop tokens": sorted({*request.stop_tokens}),
         "stopping": None if request.stopping is None else described(request.stopping),
         "seed": request.seed,
-        "first index": first,
+        "first index": request.first_index,
         "texts": len(request.texts),
-        "num_samples": sum((text.key - first) % 2**32 == 0 for text in request.texts),
-        "prompts' hash": _of_prompts(request.texts, first),
+        "num_samples": request.num_samples,
+        "prompts' hash": _of_prompts(request.texts, request.first_index),
         "max_new_tokens": _of_budgets([text.left for text in request.texts]),
-        "notes": [note.__name__ for note in request.notes],
+        "logprobs": bool(request.notes),
     }
 
 
@@ -69,7 +68,7 @@ def _of_sampling(sampling: Sampling) -> dict[str, Any]:
 
 
 def _of_prompts(texts: Sequence[Text], first: int) -> str:
-    """A hash of token ids, and of what tells the texts' coins apart; `first` is the first one's key."""
+    """A hash of token ids, and of what tells the texts' coins apart; `first` is the index of the first prompt."""
     ids = (np.ascontiguousarray(text.tokens, "<i8").tobytes() for text in texts)
     return digest(np.array([(text.index, text.key - first) for text in texts], "<i8").tobytes(), *ids)
 

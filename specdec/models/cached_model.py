@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch import Batch
+from specdec.batch import Batch, common_length
 from specdec.models.attention import NAME, View
 from specdec.models.cache import Source, TreeCache, cache_argument
 from specdec.models.compilation import Compiled
@@ -196,12 +196,14 @@ class CachedModel:
         known = [held for run in (self, earlier) if run is not None for held in run._held()]
         for row in rows:
             text, own = batch.texts[row], Source(self.cache, row, 0)
-            found = (Source(cache, place, min(alike(tokens, text), most[row])) for cache, place, tokens in known)
+            found = (
+                Source(cache, place, min(common_length(tokens, text), most[row])) for cache, place, tokens in known
+            )
             best = max(
                 (own, *found), key=lambda source: (source.count, (source.cache, source.row) == (self.cache, row))
             )
             same = beginnings.setdefault(text[:_WORTH_WAITING].tobytes(), [])
-            soon = max((min(alike(batch.texts[other], text), most[row]) for other in same), default=0)
+            soon = max((min(common_length(batch.texts[other], text), most[row]) for other in same), default=0)
             if soon < best.count + _WORTH_WAITING:
                 sources[row] = best
                 same.append(row)
@@ -280,13 +282,6 @@ class CachedModel:
         handed = tokens.shape[1] if -1 in self.capture.which else keep
         named: dict[str, Any] = {lm.cache_argument: cache, **({"logits_to_keep": handed} if lm.keeps_logits else {})}
         return lm.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
-
-
-def alike(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens the beginnings of two texts have in common."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
 
 
 def _home(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:

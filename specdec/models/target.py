@@ -86,7 +86,11 @@ class TargetRun(ABC):
         return type(self).enter is not TargetRun.enter
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:  # noqa: B027 - optional
-        """Begin new texts in these rows: read all but their roots, and pass the states to `draft.read` if the drafter asks."""
+        """Read what these rows hold, but for their roots, and pass the states to `draft.read` if the drafter asks.
+
+        Called when a text begins in a row, again for each further part of a long prompt (`left` is 0 until it is whole), and
+        for all rows when a drafter is begun anew.
+        """
 
     @abstractmethod
     def score(self, tree: DraftTree) -> Scores:

@@ -83,8 +83,8 @@ class ExactCoins(Coins):
     def _tabulate(self) -> None:
         """Nothing is tabulated: every outcome is followed, whatever the seed."""
 
-    def enter(self, rows: Sequence[int], texts: Sequence[int], steps: Sequence[int]) -> None:
-        super().enter(rows, texts, steps)
+    def enter(self, rows: Sequence[int], keys: Sequence[int], steps: Sequence[int]) -> None:
+        super().enter(rows, keys, steps)
         self.ended = [ended and row not in rows for row, ended in enumerate(self.ended)]
 
     def advance(self) -> None:
@@ -92,7 +92,7 @@ class ExactCoins(Coins):
 
     def flip(self, row: int, purpose: Purpose, node: int, weights: Sequence[Fraction]) -> int:
         """The outcome of one coin, by inverse CDF of `weights` in index order."""
-        key = (self.texts[row], self.steps[row], purpose, node)
+        key = (self.keys[row], self.steps[row], purpose, node)
         return self.scripts[row].flip(key, weights, not self.ended[row])
 
     def picks(self, nodes: range, weights: Tensor) -> Tensor:

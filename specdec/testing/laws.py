@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from transformers import PreTrainedModel
 
 from specdec.arguments import as_request, as_stop_tokens
-from specdec.checks import as_int, as_ints, check_kind
+from specdec.checks import as_int, as_ints, check_flag, check_kind
 from specdec.coins import Coins
 from specdec.drafters import Drafter
 from specdec.loop import Decoding
@@ -72,7 +72,7 @@ def exact_law(
     for name, part, kind in (("drafter", drafter, (Drafter, type(None))), ("sampling", sampling, Sampling)):
         check_kind(name, part, kind)
     prompt, max_new_tokens = as_ints("prompt", prompt), as_int("max_new_tokens", max_new_tokens, 1)
-    check_kind("merge", merge, bool, "pass True or False")
+    check_flag("merge", merge)
     ended: dict[Text, Fraction] = defaultdict(Fraction)
     open_texts: dict[Text, Fraction] = {(): Fraction(1)}
     paths, expected = 0, Fraction(0)
@@ -105,7 +105,7 @@ def _enumerate(
 
         prompts = [torch.tensor(prompt)] * len(scripts)
         settings = {"rule": rule, "sampling": sampling, "max_new_tokens": budget, "stop_tokens": stop_tokens}
-        with Decoding(as_request(target, prompts, drafter, **settings, coins=build)) as run:
+        with Decoding(replace(as_request(target, prompts, drafter, **settings), coins=build)) as run:
             run.step()
             while not (one_step or run.finished):
                 coins[0].ended = [not going for going in run.running]
@@ -147,7 +147,9 @@ def exact_law_in_slots(
         def build(rows: int, nodes: int, script=script) -> Coins:
             return ExactCoins([script] * rows, nodes)
 
-        with Decoding(as_request(target, texts, drafter, batch_size=batch_size, **settings, coins=build)) as run:
+        with Decoding(
+            replace(as_request(target, texts, drafter, batch_size=batch_size, **settings), coins=build)
+        ) as run:
             while not run.finished:
                 coins = run.runs.coins
                 assert isinstance(coins, ExactCoins)

@@ -47,7 +47,7 @@ class Recorder:
             request = self._request
             run = {
                 "seed": request.seed,
-                "keys": list(coins.texts),
+                "keys": list(coins.keys),
                 "steps": list(coins.steps),
                 "spec": request.spec,
                 "budget": left,

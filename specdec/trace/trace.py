@@ -46,7 +46,7 @@ class Step:
     Args:
         nodes: size of the draft trees, the root included.
         held: index of the text in the row; -1 while a prompt is being read. Without slots, row i holds text i.
-        emitted: tokens emitted; 0 if the text had ended before.
+        emitted: tokens emitted; 0 if the text had ended before, or while its prompt is being read.
         accepted: how many of those were drafted.
         tried: the deepest depth at which drafted tokens were tested: accepted, or accepted + 1.
         enter_seconds: time of reading new prompts before the step.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.checks import as_int, check_kind
+from specdec.checks import as_int, check_flag
 
 
 def cross_entropy(target_law: Tensor | None, draft_law: Tensor, tokens: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def acceptance_by_depth(
     target's law. A target that reads its own text finds such tokens by rounding, where its laws have zeros.
     """
     depth = as_int("depth", depth, 1)
-    check_kind("block", block, bool, "pass True or False")
+    check_flag("block", block)
     starts = tokens.shape[1] - depth + 1
     if starts < 1:
         raise ValueError(f"Texts of {tokens.shape[1]} places have no room for a chain of {depth}; use longer ones.")

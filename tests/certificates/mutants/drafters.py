@@ -61,9 +61,9 @@ class OneNoiseForAllSteps(TabularDrafter):
 
         def in_first_step(coins):
             steps = coins.steps
-            coins.enter(range(coins.batch), coins.texts, [0] * coins.batch)
+            coins.enter(range(coins.batch), coins.keys, [0] * coins.batch)
             tree = propose(coins)
-            coins.enter(range(coins.batch), coins.texts, steps)
+            coins.enter(range(coins.batch), coins.keys, steps)
             return tree
 
         run.propose = in_first_step
