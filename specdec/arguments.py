@@ -93,21 +93,15 @@ def as_request(
     made_engine, drafter = as_engine(engine), _UNDRAFTED if drafter is None else drafter
     for name, part, kind in (("drafter", drafter, Drafter), ("rule", rule, Rule), ("sampling", sampling, Sampling)):
         check_kind(name, part, kind)
-    for name, flag in (("keep", keep), ("logprobs", logprobs)):
-        check_flag(name, flag)
+    check_flag("keep", keep)
+    check_flag("logprobs", logprobs)
     check_tokenizer(tokenizer)
     seed, last, found = as_seed(seed), as_last(resume), as_target(target)
-    slots = None if batch_size is None else as_int("batch_size", batch_size, 1, cure="None decodes all at once")
-    if slots is not None and (keep or last is not None):
-        raise ValueError(
-            f"batch_size={batch_size} with {'keep' if keep else 'resume'}: rows pass from text to text, so there are no caches "
-            "to go on in; leave batch_size out for conversations."
-        )
+    slots = as_slots(batch_size, keep, last)
     samples = as_int("num_samples", num_samples, 1, _SAMPLES, cure="it is how many texts to write for each prompt")
     given = as_list(prompts)
-    first = as_int(
-        "first_index", first_index, 0, _SAMPLE_KEYS - len(given), cure="it is how many prompts come before these"
-    )
+    most = _SAMPLE_KEYS - len(given)
+    first = as_int("first_index", first_index, 0, most, cure="it is how many prompts come before these")
     budgets = as_budgets(max_new_tokens, len(given))
     read, unread = as_prompts(given, budgets, found, tokenizer, on_error, first)
     places = [(i, j) for i in read for j in range(samples)]
@@ -152,6 +146,19 @@ def as_request(
         coins=None,
         began=began,
     )
+
+
+def as_slots(batch_size: Any, keep: bool, last: Runs | None) -> int | None:
+    """Rows that pass from text to text; None if each text has a row of its own."""
+    if batch_size is None:
+        return None
+    slots = as_int("batch_size", batch_size, 1, cure="None decodes all at once")
+    if keep or last is not None:
+        raise ValueError(
+            f"batch_size={slots} with {'keep' if keep else 'resume'}: rows pass from text to text, so there are no caches "
+            "to go on in; leave batch_size out for conversations."
+        )
+    return slots
 
 
 def as_last(resume: Any) -> Runs | None:

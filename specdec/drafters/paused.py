@@ -45,9 +45,9 @@ class Paused(Drafter):
     the rule gives the step's tokens the target's law. As that holds whatever happened before, the whole text has it.
 
     One decision holds for all rows, so a row's text depends on the rows beside it; without `seconds` it depends on the clock
-    too, and a seed does not repeat a run. Nothing is carried over from run to run, nor into a smaller batch; what
-    enters a row changes nothing, unless the drafter is begun anew for it. With captured stages the proposal as a whole runs on
-    the host; a `TreeDrafter`'s scores are captured one by one.
+    too, and a seed does not repeat a run. Nothing is carried over from run to run, nor into a smaller batch; what enters a row
+    changes nothing, unless the drafter is begun anew for it. With captured stages the proposal as a whole runs on the host; a
+    `TreeDrafter`'s scores are captured one by one.
 
     Args:
         drafter: any; in steps in which it is paused it is told that nothing was kept.
