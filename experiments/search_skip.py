@@ -141,8 +141,8 @@ def why_not(trial: Trial, layers: int, tried: int) -> str:
     if trial.speed_up > 1:
         return ""
     return (
-        f"The best of {tried} sets leaves out {len(trial.skip)} of {layers} layers, and is predicted at {trial.speed_up:.2f} of "
-        f"the speed without a draft (acceptance length {trial.acceptance_length:.2f}), so no drafter is written. Draft with "
+        f"The best of {tried} sets leaves out {len(trial.skip)} of {layers} layers, and is predicted at {trial.speed_up:.2f} "
+        f"of the speed without a draft (acceptance length {trial.acceptance_length:.2f}), so no drafter is written. Draft with "
         "text (drafter=suffix) or with trained heads or a small model, try more sets (evaluations), or another dtype: a pass "
         "over several tokens may cost less there."
     )
