@@ -55,7 +55,7 @@ def results(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("preset", SWEEPS)
 def test_sweep_preset_runs(run, preset):
     params = yaml.safe_load((CONF / "sweep" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
-    one = ",".join(f"{key}:{str(values).split(',')[-1]}" for key, values in params.items())
+    one = ",".join(f"{key}:'{str(values).split(',')[-1]}'" for key, values in params.items())
     demo = ["target=demo", "task=demo"]  # some are of a model that is downloaded
     out, ended = run(f"sweep={preset}", f"hydra.sweeper.params={{{one}}}", *demo, *TINY)
     assert ended is None
