@@ -129,7 +129,7 @@ def _ratios(result: dict[str, Any]) -> dict[str, np.ndarray]:
 def _over_all(rows: list[dict[str, Any]], ratios: list[dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """The median over the prompts of all tasks, and the mean of the tasks' acceptance lengths."""
     whole = [name for name in rows[0] if all(name in of for of in rows)]
-    rounds = min(of[name].shape[0] for of in ratios for name in whole)
+    rounds = min((of[name].shape[0] for of in ratios for name in whole), default=0)
     speed = {name: median(np.hstack([of[name][:rounds] for of in ratios])) for name in whole}
     told = {
         name: {**speed[name], "resolved": resolved(speed[name], speed[AGAIN])} for name in whole[1:] if name != AGAIN
