@@ -1,20 +1,23 @@
 """A folder of results as one page that needs nothing else, and as one markdown table.
 
     python experiments/page.py experiments/results outputs/results.html outputs/results.md
+    python experiments/page.py outputs/sweep/smollm2 outputs/smollm2.html outputs/smollm2.md --pictures outputs/pictures
 
 Every JSON file with `figures` by method is shown with its table, its speed-ups and where it comes from; other files are
-listed. The page has no scripts and asks for nothing from elsewhere.
+listed, with the reason if they are refusals. Before them, jobs of a sweep over tasks are shown together: a table and a picture
+with a row for every task. The page has no scripts and asks for nothing from elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import report
+from experiments.bench import by_task, report
 from experiments.bench.report import COLUMNS, cells
 
 STYLE = """
@@ -42,16 +45,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the JSON files are, in any depth")
     parser.add_argument("page", type=Path, help="the HTML file to write")
     parser.add_argument("table", type=Path, help="the markdown file to write")
+    parser.add_argument("--pictures", type=Path, help="a folder for the pictures of sweeps over tasks, as SVG files")
     options = parser.parse_args()
     results, others = read(options.folder)
-    for path, text in ((options.page, page(results, others)), (options.table, markdown(results))):
+    files = {options.page: page(results, others), options.table: markdown(results, others)}
+    if options.pictures:
+        sweeps = by_task.by_setting(list(results.values()))
+        drawn = {re.sub(r"\W+", "_", setting): by_task.picture(setting, rows) for setting, rows in sweeps.items()}
+        files |= {options.pictures / f"{name}.svg": text for name, text in drawn.items()}
+    for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         print(path)
 
 
-def read(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Results with figures of methods by file, in order of their dates, and the names of the other JSON files."""
+def read(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Results with figures of methods by file, in order of their dates; the other JSON files, with why they have none if they
+    say so.
+    """
     names = (path.relative_to(folder) for path in sorted(folder.rglob("*.json")))
     # hidden: what is being written, see `experiments.bench.results.whole`
     seen = [name for name in names if not any(part.startswith(".") for part in name.parts)]
@@ -60,7 +71,11 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         raise SystemExit(f"{folder}: there is no JSON file in it.")
     results = {name: {**content, "figures": _rows(content)} for name, content in files.items() if _by_method(content)}
     ordered = sorted(results, key=lambda name: (results[name].get("date", ""), name))
-    return {name: results[name] for name in ordered}, [name for name in files if name not in results]
+    return {name: results[name] for name in ordered}, {name: _why(files[name]) for name in files if name not in results}
+
+
+def _why(content: Any) -> str:
+    return content.get("refused", "") if isinstance(content, dict) else ""
 
 
 class _Row(dict):
@@ -74,14 +89,18 @@ def _rows(content: dict[str, Any]) -> dict[str, Any]:
     return {name: _Row(row) for name, row in content["figures"].items()}
 
 
-def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """All figures in one table."""
+def markdown(results: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
+    """Sweeps by task, what was refused, then all figures in one table."""
     if not results:
         return "No file has figures of methods.\n"
+    parts = []
+    for setting, rows in by_task.by_setting(list(results.values())).items():
+        parts += [f"## {setting}", *map(report.markdown, by_task.tables(rows)), by_task.lowest(rows)]
+    parts += [f"{name}: {why}" for name, why in others.items() if why]
     lines = [
         [name.removesuffix(".json"), *row] for name, content in results.items() for row in _table(content["figures"])
     ]
-    return report.markdown([["result", "method", *COLUMNS.values()], *lines]) + "\n"
+    return "\n\n".join([*parts, report.markdown([["result", "method", *COLUMNS.values()], *lines])]) + "\n"
 
 
 def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -89,12 +108,14 @@ def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [[name, *cells(row, *COLUMNS)] for name, row in figures.items()]
 
 
-def page(results: dict[str, dict[str, Any]], others: list[str]) -> str:
+def page(results: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
     """The HTML page."""
-    listed = "".join(f"<li>{escape(name)}</li>" for name in others)
+    listed = "".join(f"<li>{escape(f'{name}: {why}' if why else name)}</li>" for name, why in others.items())
     rest = f"<h2>Without figures of methods</h2><ul>{listed}</ul>" if others else ""
     links = "".join(f'<li><a href="#{escape(name)}">{escape(name)}</a></li>' for name in results)
-    body = f"<h1>Results</h1><ul>{links}</ul>{''.join(_section(*item) for item in results.items())}{rest}"
+    sweeps = "".join(_sweep(*item) for item in by_task.by_setting(list(results.values())).items())
+    sections = "".join(_section(*item) for item in results.items())
+    body = f"<h1>Results</h1>{sweeps}<ul>{links}</ul>{sections}{rest}"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n'
 
@@ -104,6 +125,11 @@ def _by_method(content: Any) -> bool:
     figures = content.get("figures") if isinstance(content, dict) else None
     rows = list(figures.values()) if isinstance(figures, dict) else []
     return bool(rows) and all(isinstance(row, dict) and set(row) >= NEEDED for row in rows)
+
+
+def _sweep(setting: str, rows: by_task.Rows) -> str:
+    shown = "".join(map(_html, by_task.tables(rows)))
+    return f"<h2>{escape(setting)}</h2>{by_task.picture(setting, rows)}{shown}<p>{escape(by_task.lowest(rows))}</p>"
 
 
 def _section(name: str, content: dict[str, Any]) -> str:
@@ -118,8 +144,13 @@ def _section(name: str, content: dict[str, Any]) -> str:
 
 
 def _html_table(figures: dict[str, dict[str, Any]]) -> str:
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in _table(figures))
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in ("method", *COLUMNS.values()))
+    return _html([["method", *COLUMNS.values()], *_table(figures)])
+
+
+def _html(rows: list[list[str]]) -> str:
+    """A table; the first row is its header."""
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
     return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 

@@ -4,8 +4,9 @@
     python experiments/search_skip.py target=hub target.target=NAME task=file task.path=FILE budget=0.5
     python experiments/benchmark.py --config-dir outputs/skip drafter=found
 
-Every second prompt is for the search; the others are decoded with what was found and with the best early exit. Settings are
-in `conf/search_skip.yaml`.
+Every second prompt is for the search; the others are decoded with what was found and with the best early exit that was tried.
+If nothing is predicted above the speed without a draft, no drafter is written, and the search ends with that error. Settings
+are in `conf/search_skip.yaml`.
 """
 
 from __future__ import annotations
@@ -66,18 +67,21 @@ def main(config: DictConfig) -> None:
 
     attempts = islice(search(trial, free, least, most), config.evaluations)
     tried = [t for t in tqdm(attempts, total=config.evaluations, desc="sets of layers") if len(t.skip) >= least]
-    exits = [t for t in tried if t.skip == frozenset(range(layers - len(t.skip), layers))]
-    found = {"found": best(tried, config), "early exit": best(exits, config)}
+    found = {"found": best(tried, config)}
+    if exits := [t for t in tried if t.skip == frozenset(range(layers - len(t.skip), layers))]:
+        found["early exit"] = best(exits, config)
+    rows = {name: {**row(t), "layers": layers} for name, t in found.items()}
+    result = {**setting.source, "sets_tried": len(tried), "costs": known.saved["costs"], "predicted": rows}
+    if refusal := why_not(found["found"], layers, len(tried)):
+        raise SystemExit(f"{refusal} {setting.log.write({**result, 'refused': refusal})}")
     option = folder / "drafter" / f"{config.name}.yaml"
     write_option(option, found["found"], setting.source)
-    rows = {name: {**row(t), "layers": layers} for name, t in found.items()}
-    result = {"sets_tried": len(tried), "costs": known.saved["costs"], "predicted": rows}
     if config.repeats:
         result["figures"] = decode(setting, config, found)
         print(table(result["figures"]))
     for name, values in rows.items():
         print(f"{name}: {values}")
-    print(option, setting.log.write({**setting.source, **result}))
+    print(option, setting.log.write(result))
 
 
 class Known:
@@ -130,6 +134,18 @@ def best(tried: list[Trial], config: DictConfig) -> Trial:
     if not tried:
         raise SystemExit(f"evaluations={config.evaluations}: no set within the budget was tried; allow more.")
     return max(tried, key=lambda t: t.speed_up)
+
+
+def why_not(trial: Trial, layers: int, tried: int) -> str:
+    """Why the best set is of no use, if no speed-up is predicted for it; otherwise nothing."""
+    if trial.speed_up > 1:
+        return ""
+    return (
+        f"The best of {tried} sets leaves out {len(trial.skip)} of {layers} layers, and is predicted at {trial.speed_up:.2f} "
+        f"of the speed without a draft (acceptance length {trial.acceptance_length:.2f}), so no drafter is written. Draft with "
+        "text (drafter=suffix) or with trained heads or a small model, try more sets (evaluations), or another dtype: a pass "
+        "over several tokens may cost less there."
+    )
 
 
 def row(trial: Trial) -> dict[str, Any]:

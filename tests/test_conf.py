@@ -24,6 +24,7 @@ MANDATORY = {
     "task/corpus": ["task.count=1", "task.one_in=1"],
     "task/file": [f"task.path={DEMO / 'prompts.jsonl'}"],
     "task/dataset": ["task.name=made/up"],
+    "task/real": ["task.folder=made_up"],
 }
 PAIR = specdec.demo.load()
 
@@ -53,7 +54,7 @@ def test_option_is_a_constructor_call_that_works(option):
     assert "_target_" in (config.methods[name] if group == "methods" else config[group])
     assert list(with_models(config, PAIR)) == ([name] if group == "methods" else ["autoregressive", "chosen"])
     # made with models, just now; see test_prompts.py, test_smollm2.py
-    if group not in ("methods", "drafter") and option not in ("task/dataset", "target/smollm2"):
+    if group not in ("methods", "drafter") and option not in ("task/dataset", "task/real", "target/smollm2"):
         assert instantiate(config[group]) is not None
 
 

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom as they stand, and are committed without their outputs."""
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -17,10 +18,10 @@ def test_notebook_has_no_outputs(path):
 
 
 @pytest.fixture(scope="module")
-def client():
-    """One kernel for all: most of the time of each would go into importing torch."""
+def client(tmp_path_factory):
+    """One kernel for all: most of the time of each would go into importing torch. No model was downloaded for it."""
     client = NotebookClient(nbformat.v4.new_notebook(), timeout=120)
-    with client.setup_kernel():
+    with client.setup_kernel(env={**os.environ, "SPECDEC_CACHE": str(tmp_path_factory.mktemp("cache"))}):
         yield client
 
 

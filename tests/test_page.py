@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench.by_task import ALL, by_setting, lowest, picture, tables
+from experiments.bench.measure import AGAIN
 from experiments.bench.report import COLUMNS, cells
 from experiments.page import chart, markdown, page, read
 
@@ -39,7 +41,7 @@ def folder(tmp_path):
 
 def test_results_come_by_date_and_other_files_are_listed(folder):
     results, others = read(folder)
-    assert list(results) == ["sweep/a.json", "b.json"] and others == ["list.json", "other.json"]
+    assert list(results) == ["sweep/a.json", "b.json"] and list(others) == ["list.json", "other.json"]
     text = page(results, others)
     assert text.index('id="sweep/a.json"') < text.index('id="b.json"') < text.index("<li>list.json</li>")
 
@@ -89,6 +91,49 @@ def test_a_single_run_has_no_interval():
 
 
 def test_markdown_has_every_method_of_every_result(folder):
-    lines = markdown(read(folder)[0]).splitlines()
+    lines = markdown(*read(folder)).splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [["| sweep/a", "none"], ["| b", "none"], ["| b", "<i>&"]]
     assert len({line.count(" | ") for line in lines}) == 1
+
+
+def job(task, speeds, **more):
+    """A job of a sweep over tasks: tokens per second by method, [round, prompt]."""
+    figures = {name: {**figure(speeds[name][0][0] / speeds["plain"][0][0]), "identical": 3} for name in speeds}
+    task = {"tasks": [task], "per_task": 2}
+    options = {"task": task, "sampling": {"temperature": 0.0}, "dtype": "float32", "batch": 1}
+    settings = {"target": "small", **more}
+    return {"settings": settings, "options": options, "figures": figures, "tokens_per_second": speeds}
+
+
+JOBS = [
+    job("qa", {"plain": [[10.0, 10.0]], "text": [[20.0, 20.0]], AGAIN: [[10.0, 10.0]]}),
+    job("code", {"plain": [[10.0, 10.0]], "text": [[40.0, 5.0]], AGAIN: [[10.0, 10.0]]}),
+    job("qa", {"plain": [[5.0, 5.0]], "chosen": [[4.0, 4.0]], AGAIN: [[5.0, 5.0]]}, drafter="skip"),
+]
+
+
+def test_jobs_of_one_task_each_are_one_table_and_one_of_further_methods_adds_a_column():
+    [(setting, rows)] = by_setting(JOBS).items()
+    assert setting == "small, float32, batch 1, greedy"
+    speed_ups, lengths, identical = tables(rows)
+    assert speed_ups[0] == ["speed-up (95 % CI)", "plain", "text", AGAIN, "skip"]
+    assert [row[0] for row in speed_ups[1:]] == ["qa", "code", ALL]
+    assert speed_ups[1][4] == "0.80 (0.55-1.05)" and speed_ups[2][4] == "-" and speed_ups[3][4] == "-"
+    assert speed_ups[3][2].startswith("~ 2.00 (")  # the median of 2, 2, 4 and 0.5
+    assert lengths[1][2] == "2.50; 0.75" and identical[3][2] == "6/6"
+    assert lowest(rows).startswith("Lowest: skip, qa: 0.80 ")
+
+
+def test_picture_of_tasks_has_a_bar_for_every_method_and_task():
+    [(setting, rows)] = by_setting(JOBS).items()
+    drawn = ET.fromstring(picture(setting, rows))
+    bars = [rect for rect in drawn.iter("{http://www.w3.org/2000/svg}rect") if rect.get("height") != "10"]
+    widths = [float(bar.get("width")) for bar in bars]
+    assert [round(width / widths[1], 2) for width in widths] == [2.5, 1.0, 5.0, 2.5]  # 2, 0.8, 4, 2
+
+
+def test_reason_of_a_refusal_is_on_the_page_and_in_the_table(folder):
+    (folder / "skip.json").write_text(json.dumps({"refused": "nothing < 1 pays"}))
+    results, others = read(folder)
+    assert "skip.json: nothing &lt; 1 pays" in page(results, others)
+    assert "skip.json: nothing < 1 pays" in markdown(results, others)

@@ -12,6 +12,7 @@ import specdec
 from experiments.bench.inputs import Turn, in_batches, in_turns
 from experiments.bench.measure import AGAIN, rounds
 from experiments.bench.prompts import Prompt, dataset, demo, read
+from experiments.bench.real_prompts import real
 from specdec import Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.models.cached_model import CachedModel
@@ -48,6 +49,25 @@ def test_jsonl_has_turns_or_a_prompt_and_tasks_in_their_order(file):
         Prompt("math", ["1 + 1", "And why?"]),
         Prompt("qa", ["What?"]),
     ]
+
+
+def test_published_files_are_tasks_of_which_fewer_prompts_are_a_part_of_more(tmp_path):
+    spec = [{"category": kind, "turns": [f"{kind} {i}"]} for kind in ("writing", "stem", "qa") for i in range(9)]
+    rows = {
+        "spec_bench.jsonl": spec,
+        "humaneval.jsonl": [{"task_id": "HumanEval/0", "prompt": "def f():\n"}],
+        "gsm8k_test.jsonl": [{"question": f"1 + {i}?", "answer": f"{1 + i}"} for i in range(9)],
+    }
+    for name, of in rows.items():
+        (tmp_path / name).write_text("\n".join(map(json.dumps, of)), "utf-8")
+    found = real(str(tmp_path), per_task=6)
+    assert {prompt.task for prompt in found} == {"mt_bench", "qa", "humaneval", "gsm8k"}
+    assert {prompt.turns[0].split()[0] for prompt in found if prompt.task == "mt_bench"} == {"writing", "stem"}
+    assert Prompt("humaneval", ["def f():\n"], chat=True) in found
+    assert set(map(str, real(str(tmp_path), ["gsm8k"], 2))) < set(map(str, found))
+    (tmp_path / "humaneval.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"humaneval\.jsonl is not there.*openai/human-eval"):
+        real(str(tmp_path))
 
 
 def test_plain_file_has_a_prompt_a_line(tmp_path):

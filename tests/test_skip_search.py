@@ -8,7 +8,7 @@ import torch
 from tiny_models import MATRIX, llama
 
 import specdec
-from experiments.search_skip import Known
+from experiments.search_skip import Known, why_not
 from specdec import Sampling
 from specdec.drafters import LayerSkipDrafter
 from specdec.drafters.layer_skip import decoder_layers, skippable
@@ -16,7 +16,7 @@ from specdec.testing import exact_law, target_law
 from specdec.testing.drafters import Noting
 from specdec.theory import CostCurve
 from specdec.training.self_distillation import continuations
-from specdec.training.skip_search import LayerCosts, Rehearsal, measure_layer_costs, predict, search
+from specdec.training.skip_search import LayerCosts, Rehearsal, Trial, measure_layer_costs, predict, search
 from specdec.trees import Chain
 
 torch.set_num_threads(1)
@@ -99,6 +99,21 @@ def test_budgets_that_no_set_meets_are_refused():
         COSTS.least_skipped(0.1, LAYERS, most=5)
     with pytest.raises(ValueError, match="has 4 tokens: chains of 3 need 5"):
         Rehearsal(llama(), [torch.arange(4)], DEPTH, Sampling())
+
+
+def test_a_set_predicted_below_the_speed_without_a_draft_is_refused_with_the_prediction_and_the_cure():
+    costs = LayerCosts(CostCurve([1, 8], [6.5, 26]), outside=0.5, layer=1.0)  # as of a CPU that multiplies slowly
+    refused = predict(frozenset({1, 2}), [0.5, 0.25], costs.keeping(4))
+    assert refused.speed_up < 1
+    message = why_not(refused, LAYERS, 7)
+    assert f"best of 7 sets leaves out 2 of 6 layers, and is predicted at {refused.speed_up:.2f} of" in message
+    assert "no drafter is written" in message and "drafter=suffix" in message
+    assert why_not(Trial(frozenset({1}), [0.9], 1, speed_up=1.01), LAYERS, 7) == ""
+
+
+def test_layers_are_left_out_one_by_one_before_early_exits():
+    first = [t.skip for t in islice(trials(with_identities(), Sampling()), LAYERS)]
+    assert sorted(map(sorted, first)) == [[layer] for layer in range(LAYERS)]
 
 
 def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from tempfile import TemporaryDirectory
 
+import nbformat
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -110,3 +111,15 @@ def test_experiments_load_it_in_one_word_and_it_knows_the_capital_of_france(dtyp
 def test_text_beyond_its_context_is_refused_with_the_limit(model):
     with pytest.raises(ValueError, match=r"8192; set max_new_tokens to at most 12|at most 12"):
         specdec.generate(model.target, torch.ones(8180, dtype=torch.int64), max_new_tokens=13)
+
+
+def test_quickstart_shows_this_model_and_a_tree_of_which_a_path_was_accepted():
+    cells = nbformat.read(CONF.parent / "notebooks" / "1_quickstart.ipynb", as_version=4).cells
+    sources = [cell.source for cell in cells if cell.cell_type == "code"]
+    shown = next(i for i, source in enumerate(sources) if "smollm2" in source)
+    scope: dict = {}
+    for source in (sources[0], *sources[shown : shown + 2]):
+        exec(source, scope)
+    assert scope["chat"].target.config.vocab_size == 49152
+    assert "class Stack" in scope["answer"].text[0]
+    assert scope["longest"].emitted[0] >= 5

@@ -29,8 +29,8 @@ def read(
     """The prompts of a file.
 
     Args:
-        path: `.jsonl` has objects with "turns" or a "prompt", and perhaps a "task" or "category" (Spec-Bench has "turns" and
-            "category"); any other file has one prompt a line, all of one task.
+        path: `.jsonl` has objects with "turns", a "prompt" or a "question", and perhaps a "task" or "category" (Spec-Bench has
+            "turns" and "category"); any other file has one prompt a line, all of one task.
         tasks: those wanted, in this order; None for all.
         per_task: the first so many of each; None for all.
         chat: whether turns are messages of the tokenizer's chat template.
@@ -39,7 +39,7 @@ def read(
     rows: Iterable[dict[str, Any]] = (
         map(json.loads, lines) if path.endswith(".jsonl") else ({"prompt": line} for line in lines)
     )
-    return _chosen((_prompt(row, Path(path).stem, chat) for row in rows), tasks, per_task)
+    return chosen((_prompt(row, Path(path).stem, chat) for row in rows), tasks, per_task)
 
 
 def dataset(
@@ -54,15 +54,16 @@ def dataset(
     if column not in rows.column_names:
         raise SystemExit(f"task.column={column}: {name} has the columns {', '.join(rows.column_names)}.")
     said = ([turns] if isinstance(turns, str) else list(turns) for turns in rows[column])
-    return _chosen((Prompt(name, turns, chat) for turns in said), None, per_task)
+    return chosen((Prompt(name, turns, chat) for turns in said), None, per_task)
 
 
 def _prompt(row: dict[str, Any], name: str, chat: bool) -> Prompt:
     task = row.get("task", row.get("category", name))
-    return Prompt(task, row["turns"] if "turns" in row else [row["prompt"]], chat)
+    said = row["turns"] if "turns" in row else [row["question"] if "question" in row else row["prompt"]]
+    return Prompt(task, said, chat)
 
 
-def _chosen(prompts: Iterable[Prompt], tasks: Sequence[str] | None, per_task: int | None) -> list[Prompt]:
+def chosen(prompts: Iterable[Prompt], tasks: Sequence[str] | None, per_task: int | None) -> list[Prompt]:
     """The first `per_task` prompts of each of these tasks."""
     by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:

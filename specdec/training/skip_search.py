@@ -150,9 +150,9 @@ def search(
 
     Three phases:
 
-    - Every early exit is tried.
     - Layers are left out one by one, always the one that costs the least acceptance, up to `most`. A layer costs more once
       others are gone, so it is measured again only when it comes up for removal (the lazy greedy of Minoux, 1978).
+    - Every early exit is tried.
     - Single layers of the fastest set are exchanged, added and removed in random order.
 
     Args:
@@ -173,9 +173,9 @@ def search(
             yield tried[skip]
         return tried[skip]
 
+    yield from _eliminate(attempt, layers, most)
     for count in range(least, most + 1):
         yield from attempt(frozenset(layers[len(layers) - count :]))
-    yield from _eliminate(attempt, layers, most)
     best, rng = max((t for t in tried.values() if len(t.skip) >= least), key=lambda t: t.speed_up), random.Random(seed)
     while best is not None:
         neighbours, best_so_far, best = _neighbours(best.skip, layers, least, most), best, None
