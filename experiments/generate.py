@@ -75,7 +75,8 @@ def main(config: DictConfig) -> None:
         raise SystemExit(f"shard={config.shard}: must be 0 to {config.shards - 1}, as shards={config.shards}.")
     options: Any = OmegaConf.to_container(config)
     content = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    keep_settings(Path(config.folder), {"prompts": content, **{k: v for k, v in options.items() if k not in FREE}})
+    settings = {"prompts": content, **{k: v for k, v in options.items() if k not in FREE}}
+    keep_settings(Path(config.folder), settings, begun=any(Path(config.folder).glob("shard_*")))
     part = parts[config.shard]
     if not config.join and not part.texts.exists():
         write(part, prompts[part.start : part.end], config, source)

@@ -67,13 +67,14 @@ def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
         longest: tokens that any text may grow to, those that enter later included.
     """
     stages = request.engine.stages(request.target.device)
-    last = request.last or request.engine.take(_key(request, len(texts), longest, stages))
+    key = _key(request, len(texts), longest, stages)
+    last = request.last or request.engine.take(key)
     if last is not None and not last.busy.acquire(blocking=False):
         last = None  # in use elsewhere: begin anew, which gives the same text
     # Caches may be those of `last`, so the new run holds the same lock.
     busy = last.busy if last is not None else _taken()
     try:
-        return _begun(request, texts, longest, stages, busy, last, resume=request.last is not None)
+        return _begun(request, texts, longest, key, stages, busy, last, resume=request.last is not None)
     except BaseException:
         busy.release()
         raise
@@ -82,9 +83,10 @@ def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
 def moved(request: Request, runs: Runs, texts: Sequence[Text]) -> Runs:
     """Go on in a smaller batch, with one row for each of these texts, which must be in `runs`. What was read is copied."""
     stages, longest, last = request.engine.stages(request.target.device), runs.batch.max_length, runs
-    if runs.smaller is not None and runs.smaller.key == _key(request, len(texts), longest, stages):
+    key = _key(request, len(texts), longest, stages)
+    if runs.smaller is not None and runs.smaller.key == key:
         last = runs.smaller  # captured already, which saves more than copying
-    runs.smaller = _begun(request, texts, longest, stages, runs.busy, last, resume=True)
+    runs.smaller = _begun(request, texts, longest, key, stages, runs.busy, last, resume=True)
     return runs.smaller
 
 
@@ -123,6 +125,7 @@ def _begun(
     request: Request,
     texts: Sequence[Text],
     longest: int,
+    key: Any,
     new: Stages,
     busy: threading.Lock,
     last: Runs | None,
@@ -130,7 +133,6 @@ def _begun(
 ) -> Runs:
     """A run at its first step, in the parts of `last` where they fit; if it resumes, from what was read there."""
     target, drafter, rows = request.target, request.drafter, [*range(len(texts))]
-    key = _key(request, len(texts), longest, new)
     same = last if last is not None and last.key == key else None
     batch, coins, stop = (
         (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), longest, new)

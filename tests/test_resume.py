@@ -362,7 +362,7 @@ REFUSED = {
     "tokens": (lambda: begin(small()).tokens, "resume is a list; pass the generation to go on from"),
     "nothing kept": (
         lambda: specdec.generate(small(), PROMPTS, max_new_tokens=2),
-        "resume is a generation that has kept nothing; generate it with keep=True",
+        r"a generation that has kept nothing \(or was read from a finished journal\); generate it with keep=True",
     ),
 }
 

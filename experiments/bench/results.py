@@ -75,10 +75,10 @@ class Json:
         return self.path
 
 
-def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down what a folder is made with; exit if there are results in it that were made otherwise."""
+def keep_settings(folder: Path, settings: dict[str, Any], begun: bool = True) -> None:
+    """Write down what a folder is made with; exit if it was `begun` otherwise."""
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists() or [*folder.iterdir()] == [path]:  # a run that failed at once has left nothing else
+    if not path.exists() or not begun:
         Json(str(path)).write(settings)
     there = json.loads(path.read_text("utf-8"))
     differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
