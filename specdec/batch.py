@@ -108,9 +108,13 @@ class Batch:
         """Tokens that a row has room for."""
         return self.tokens.shape[1]
 
+    def text(self, row: int) -> np.ndarray:
+        """[length] int64: the committed tokens of one row, which is `texts[row]`."""
+        return self._host[row][: self.host_lengths[row]]
+
     @property
     def texts(self) -> list[np.ndarray]:
-        return [tokens[:n] for tokens, n in zip(self._host, self.host_lengths, strict=True)]
+        return [self.text(row) for row in range(len(self))]
 
     @property
     def records(self) -> list[np.ndarray]:

@@ -111,7 +111,7 @@ class Slots:
         texts = [
             replace(
                 self._texts[row],
-                tokens=batch.texts[row],
+                tokens=batch.text(row),
                 left=batch.host_left[row],
                 step=steps[row],
                 processors=batch.processors[row],
@@ -161,7 +161,7 @@ class Slots:
                 yield [*text.tokens[: text.prompt].tolist(), *self._tokens(row).tolist()]
 
     def _tokens(self, row: int) -> np.ndarray:
-        return self.runs.batch.texts[row][self._texts[row].prompt :][: self._cut_at.get(self.held[row])]
+        return self.runs.batch.text(row)[self._texts[row].prompt :][: self._cut_at.get(self.held[row])]
 
     def end(self, index: int, kept: int) -> None:
         """End a text, which a row must hold, after the first `kept` >= 1 of its new tokens."""

@@ -1,13 +1,10 @@
 """Texts for a file of prompts: those of shards are those of one run, what is missing is named, and mistakes are told."""
 
 import json
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from transformers.utils import logging
 
 import specdec
 from experiments.generate import cut, read
@@ -29,24 +26,10 @@ TINY = [
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Runs the script as a user does; returns what it printed, and the message it ended with if there is one."""
-    monkeypatch.chdir(tmp_path)
+def run(run):
+    """Runs the script in a folder with the prompts."""
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS), "utf-8")
-
-    def run(*overrides: str) -> tuple[str, str | None]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr(sys, "argv", ["generate.py", *overrides])
-        ended = None
-        try:
-            runpy.run_path(str(ROOT / "experiments" / "generate.py"), run_name="__main__")
-        except SystemExit as error:
-            ended = str(error)
-        GlobalHydra.instance().clear()
-        return capsys.readouterr().out, ended
-
-    yield run
-    logging.enable_progress_bar()
+    return partial(run, script="generate.py")
 
 
 def written(path: str) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import weakref
 from functools import partial
 
 import pytest
@@ -388,19 +387,6 @@ def collecting_nothing():
         yield
     finally:
         gc.enable()
-
-
-@pytest.fixture
-def caches(monkeypatch):
-    """Weak references to all caches that are made."""
-    found, made = [], TreeCache.__init__
-
-    def noting(self, *args):
-        made(self, *args)
-        found.append(weakref.ref(self))
-
-    monkeypatch.setattr(TreeCache, "__init__", noting)
-    return found
 
 
 def test_an_engine_does_not_collect_what_turns_leave_that_go_on_from_one_generation(caches, monkeypatch):

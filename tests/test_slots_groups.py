@@ -1,7 +1,5 @@
 """The last texts move to fewer rows, and a few long texts do not size the rows of all others."""
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from specdec import slots as slots_module
 from specdec.arguments import as_request
 from specdec.drafters import ModelDrafter
 from specdec.loop import Decoding
-from specdec.models.cache import TreeCache
 from specdec.request import Text
 from specdec.slots import groups
 from specdec.trees import Chain
@@ -104,14 +101,7 @@ def test_groups_have_rows_of_their_own_size(monkeypatch):
     assert capacities[0] == (1, 110) and max(capacities[-8:]) == (4, 22)
 
 
-def test_the_memory_of_a_larger_batch_is_free_once_its_last_texts_have_moved(monkeypatch):
-    caches, made = [], TreeCache.__init__
-
-    def noting(self, *args):
-        made(self, *args)
-        caches.append(weakref.ref(self))
-
-    monkeypatch.setattr(TreeCache, "__init__", noting)
+def test_the_memory_of_a_larger_batch_is_free_once_its_last_texts_have_moved(caches):
     options = {**SAMPLED, "max_new_tokens": [12, 3, 3, 2, 2, 2], "stop_tokens": ()}
     request = as_request(TARGET, [[i] for i in range(6)], DRAFTERS["chain"](DRAFT), batch_size=4, **options)
     with Decoding(request) as run:

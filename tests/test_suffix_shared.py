@@ -193,6 +193,7 @@ def test_a_row_that_is_filled_again_begins_a_text_of_its_own_while_others_go_on(
 
         vocab, sampling, host_left, root = 50, Sampling(1.0), [9, 9], torch.tensor([3, 3])
         texts = property(lambda self: [np.array(text) for text in self])
+        text = lambda self, row: np.array(self[row])  # noqa: E731
         prompts = host_lengths = property(lambda self: [len(text) for text in self])
 
     def drafts():

@@ -2,18 +2,14 @@
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from transformers.utils import logging
 
 from experiments.bench.measure import AGAIN, Refused
 from experiments.bench.sweep import identity, job, shown, table, unused
@@ -26,26 +22,6 @@ CONF, RESULTS = ROOT / "conf", ROOT / "experiments" / "results"
 TINY = ["task.per_task=1", "task.tasks=[functions]", "repeats=1", "new_tokens=4", "ceilings=false"]
 SWEEPS = sorted(file.stem for file in CONF.glob("sweep/*.yaml"))
 EXPERIMENTS = sorted(CONF.glob("experiment/*.yaml"))
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Runs a script as a user does; returns what it printed, and the message it ended with if there is one."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*overrides: str, script: str = "benchmark.py") -> tuple[str, str | None]:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr(sys, "argv", [script, *overrides])
-        ended = None
-        try:
-            runpy.run_path(str(ROOT / "experiments" / script), run_name="__main__")
-        except SystemExit as error:
-            ended = str(error)
-        GlobalHydra.instance().clear()
-        return capsys.readouterr().out, ended
-
-    yield run
-    logging.enable_progress_bar()
 
 
 def results(folder: Path) -> list[dict]:

@@ -62,7 +62,7 @@ class Memory:
             ValueError: one of them was drawn with the coins of this row. A draft and what decides about it would then be drawn
                 by the same coins, and the text would not have the target's law.
         """
-        prompt = batch.texts[row][: batch.prompts[row]]
+        prompt = batch.text(row)[: batch.prompts[row]]
         name = batch.vocab, prompt.tobytes()
         texts = self._texts.pop(name, None) or Texts(prompt.tolist())
         self._texts[name] = texts

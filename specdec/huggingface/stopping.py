@@ -33,7 +33,7 @@ class StopStrings:
 
     def ask(self, run: Decoding) -> None:
         for row, count in enumerate(run.trace.steps[-1].emitted):
-            text = torch.from_numpy(run.batch.texts[row])[None]
+            text = torch.from_numpy(run.batch.text(row))[None]
             for beyond in reversed(range(count)):
                 if self._complete(text[:, : text.shape[1] - beyond], None):
                     index = run.held[row]

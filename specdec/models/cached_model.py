@@ -195,7 +195,7 @@ class CachedModel:
         beginnings: dict[bytes, list[int]] = {}  # rows of `sources` by their first tokens
         known = [held for run in (self, earlier) if run is not None for held in run._held()]
         for row in rows:
-            text, own = batch.texts[row], Source(self.cache, row, 0)
+            text, own = batch.text(row), Source(self.cache, row, 0)
             found = (
                 Source(cache, place, min(common_length(tokens, text), most[row])) for cache, place, tokens in known
             )
@@ -203,7 +203,7 @@ class CachedModel:
                 (own, *found), key=lambda source: (source.count, (source.cache, source.row) == (self.cache, row))
             )
             same = beginnings.setdefault(text[:_WORTH_WAITING].tobytes(), [])
-            soon = max((min(common_length(batch.texts[other], text), most[row]) for other in same), default=0)
+            soon = max((min(common_length(batch.text(other), text), most[row]) for other in same), default=0)
             if soon < best.count + _WORTH_WAITING:
                 sources[row] = best
                 same.append(row)

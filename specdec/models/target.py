@@ -153,7 +153,7 @@ class ModelTargetRun(TargetRun):
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:
         for row in rows:
-            check_text(self.cached.lm.model, self.batch.texts[row].tolist())
+            check_text(self.cached.lm.model, self.batch.text(row).tolist())
         self.cached.enter(self.batch, rows, draft)
 
     def score(self, tree: DraftTree) -> Scores:
