@@ -8,16 +8,20 @@ one batch, as only acceptance is looked at. Intervals are bootstraps over prompt
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("acceptance", "benchmark")
+
 from itertools import product
 from typing import Any
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import begin
 from experiments.bench.report import interval, markdown, mean, per_prompt
 from specdec import Law, rules
@@ -30,7 +34,6 @@ RULES = [getattr(rules, name)() for name in rules.__all__ if hasattr(getattr(rul
 HEADER = ["tree", "law", "rule", "lossless", "tokens per forward (95 % CI)", "over token-level, same size (95 % CI)"]
 
 
-@hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting = begin("experiments/acceptance.py", config)
     prompts, sampling, draft = setting.prompts, setting.sampling, setting.draft
@@ -69,7 +72,3 @@ def row(key: tuple[str, str, str], lengths: np.ndarray, found: dict[tuple[str, s
     base = found[shape, "IID", "SiblingRejection"]
     lossless = "yes" if getattr(rules, rule).lossless else "no"
     return [*key, lossless, mean(lengths), mean(lengths - base)]
-
-
-if __name__ == "__main__":
-    calls.run(main)

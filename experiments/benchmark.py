@@ -10,25 +10,30 @@ first method. Ctrl-C ends early with the table of the rounds that are complete. 
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("benchmark", "benchmark")
+
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
-from experiments.bench import calls, sweep
+from experiments.bench import sweep
 from experiments.bench.inputs import begin, in_batches
 from experiments.bench.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
+from experiments.bench.progress import settings
 from experiments.bench.report import figures, speed, table
 from experiments.bench.results import Wandb
 
 
-@hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> str | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.job(config, compare)
@@ -86,7 +91,7 @@ def notes(config: DictConfig) -> list[str]:
     return [
         f"{key}={value} changes nothing: no method takes a {key.partition('.')[0]} (drafter={drafter}, methods="
         f"[{','.join(config.methods)}])."
-        for key, value in sweep.settings(HydraConfig.get().overrides.task)
+        for key, value in settings(HydraConfig.get().overrides.task)
         if key.partition(".")[0] in without
     ]
 
@@ -100,7 +105,3 @@ def title(config: DictConfig) -> str:
     parts = ", ".join(f"{part} {choices[part]}" for part in sweep.PARTS if part not in sweep.unused(config))
     model = config.target.get("target", choices["target"])
     return f"{model}, {where}, batch {config.batch}, {law}; {parts}"
-
-
-if __name__ == "__main__":
-    calls.run(main)

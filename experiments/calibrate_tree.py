@@ -9,16 +9,20 @@ finds the shape: Sequoia's program (arXiv:2402.12374) with measured times. Setti
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("calibrate_tree", "calibrate_tree")
+
 from typing import Any
 
-import hydra
 import torch
 import yaml
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import begin
 from experiments.bench.results import whole
 from specdec import Law
@@ -36,7 +40,6 @@ from specdec.trees import Widths
 LAWS = ("POINT", "IID", "WITHOUT_REPLACEMENT")  # of which a child's acceptance does not depend on later siblings
 
 
-@hydra.main(config_path="../conf", config_name="calibrate_tree", version_base="1.3")
 def main(config: DictConfig) -> None:
     if config.law not in LAWS:
         raise SystemExit(f"law={config.law}: shapes can be compared under {', '.join(LAWS)}.")
@@ -86,7 +89,3 @@ def option(parents: list[int], law: str, source: dict[str, Any], found: dict[str
     choice = {"_target_": "hydra.utils.get_object", "path": f"specdec.Law.{law}"}
     call = {"_target_": "specdec.trees.Static", "parents": parents, "law": choice}
     return comments + yaml.safe_dump(call, sort_keys=False, default_flow_style=None, width=1000)
-
-
-if __name__ == "__main__":
-    calls.run(main)

@@ -10,6 +10,12 @@ texts, the newest checkpoint of every run and the drafts are kept in `folder`. S
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("distill_draft", "distill_draft")
+
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from hydra.utils import instantiate
@@ -27,10 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import Setting, begin
 from experiments.bench.report import interval, markdown, mean, per_prompt
-from experiments.bench.results import leads
 from experiments.bench.training import fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
@@ -48,7 +51,6 @@ MEASURED = {
 }
 
 
-@hydra.main(config_path="../conf", config_name="distill_draft", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/distill_draft.py", config), Path(config.folder)
     if setting.sampling != Sampling(1.0):
@@ -71,7 +73,7 @@ def main(config: DictConfig) -> None:
             loss, evaluate = partial(step, draft), partial(by_depth, target, draft, held_out[:16], config)
             path, steps = folder / f"{run}.pt", cost["steps"]
             history[run] = fit(draft, loss, training, evaluate, config, path, steps=steps, seed=seed)
-            draft.save_pretrained(folder / run, is_main_process=leads())
+            draft.save_pretrained(folder / run, is_main_process=calls.leads())
             found[name]["tau"].append(measured(draft))
     print(table(found), end="\n\n")
     figures = {name: {**row, "tau": summary(row, found)} for name, row in found.items()}
@@ -188,7 +190,3 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             [name, *costs, *(interval(pair[which], digits=3, to=" to ") for pair in summary(row, found).values())]
         )
     return markdown(rows)
-
-
-if __name__ == "__main__":
-    calls.run(main)

@@ -11,18 +11,22 @@ must see the same `folder`. What is stopped goes on from its journals when the s
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("generate", "generate")
+
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.bench import calls
-from experiments.bench.inputs import checked, loaded
+from experiments.bench.inputs import loaded, settled
 from experiments.bench.results import Json, keep_settings, whole
 from experiments.benchmark import with_models
 from specdec import Generation
@@ -67,9 +71,8 @@ class Shard(NamedTuple):
         return self.folder / f"{self.name}.json"
 
 
-@hydra.main(config_path="../conf", config_name="generate", version_base="1.3")
 def main(config: DictConfig) -> None:
-    source, prompts = checked("experiments/generate.py", config), read(config.prompts)
+    source, prompts = settled("experiments/generate.py", config), read(config.prompts)
     parts = cut(Path(config.folder), config.shards, len(prompts))
     if not 0 <= config.shard < config.shards:
         raise SystemExit(f"shard={config.shard}: must be 0 to {config.shards - 1}, as shards={config.shards}.")
@@ -157,7 +160,3 @@ def join(parts: list[Shard], samples: int) -> Path:
             f"{joined} has {counts[0]} of {counts[1]} texts. Missing: {named}. Write them: -m shard={numbers}, then join."
         )
     return joined
-
-
-if __name__ == "__main__":
-    calls.run(main)

@@ -11,6 +11,12 @@ are in `conf/search_skip.yaml`.
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("search_skip", "search_skip")
+
 import json
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +24,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import Setting, begin
 from experiments.bench.measure import rounds, uninterrupted
 from experiments.bench.report import figures, table
@@ -50,7 +54,6 @@ MEASURED = [
 ]  # what it depends on
 
 
-@hydra.main(config_path="../conf", config_name="search_skip", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting = begin("experiments/search_skip.py", config)
     target = setting.models.target
@@ -177,7 +180,3 @@ def write_option(path: Path, trial: Trial, source: dict[str, Any]) -> None:
     head += f"{trial.acceptance_length:.2f}, speed-up {trial.speed_up:.2f}\n"
     with whole(path) as file:
         file.write_text(head + yaml.safe_dump(option, sort_keys=False, default_flow_style=None), "utf-8")
-
-
-if __name__ == "__main__":
-    calls.run(main)

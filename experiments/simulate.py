@@ -9,20 +9,24 @@ other trees. All settings are simulated from these, and then decoded and timed o
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("simulate", "benchmark")
+
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import begin
 from experiments.bench.measure import Round, rounds, uninterrupted
 from experiments.bench.report import figures, floor, interval, markdown, median
@@ -40,7 +44,6 @@ HEADER = ["tree", "rule", "nodes", "acceptance length: simulated", "measured", "
           "speed-up: simulated", "measured (95 % CI)", "error"]  # fmt: skip
 
 
-@hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting = begin("experiments/simulate.py", config)
     models, ids = setting.models, setting.prompts
@@ -188,7 +191,3 @@ def table(runs: dict[str, Any], simulated: dict[str, dict], measured: dict[str, 
         cells += [f"{error['acceptance_length']:+.1%}{chance}", f"{guess['speed_up']['median']:.2f}"]
         rows.append([*cells, interval(found["speed_up"], digits=2), f"{error['speed_up']:+.1%}"])
     return markdown(rows)
-
-
-if __name__ == "__main__":
-    calls.run(main)

@@ -9,28 +9,30 @@ published checkpoints. Settings are in `conf/train_medusa.yaml`.
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("train_medusa", "train_medusa")
+
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import begin
-from experiments.bench.results import leads
 from experiments.bench.training import fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.training.medusa import States, acceptance_by_head, medusa_loss
 
 
-@hydra.main(config_path="../conf", config_name="train_medusa", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/train_medusa.py", config), Path(config.folder)
     target = setting.models.target
@@ -49,7 +51,7 @@ def main(config: DictConfig) -> None:
     few = partial(history, windows=64, tokens=24)
     steps = fit(heads, loss, seen.starts, few, config, path, steps=config.steps, seed=config.seed)
     heads.eval().to(torch.bfloat16)
-    if leads():
+    if calls.leads():
         heads.save(folder / "heads")
     heads.to(target.dtype)  # rounded, as they will be loaded
     found = history(windows=len(unseen.starts) // config.window, tokens=64)
@@ -71,7 +73,3 @@ def evaluate(
         out = specdec.generate(target, prompts, MedusaDrafter(heads), sampling=sampling, max_new_tokens=tokens)
         found[name] = out.summary()["acceptance_length"]
     return found
-
-
-if __name__ == "__main__":
-    calls.run(main)

@@ -26,7 +26,7 @@ def run(monkeypatch, tmp_path, capsys):
         try:
             runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
         except SystemExit as error:
-            ended = str(error)
+            ended = str(error) if error.code else None
         GlobalHydra.instance().clear()
         return capsys.readouterr().out, ended
 

@@ -1,5 +1,8 @@
 """Every file of conf/ is a constructor call that works, and a misspelt one is answered with the cure."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from experiments.bench import calls
 from experiments.bench.inputs import Setting
 from experiments.benchmark import with_models
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
 PRESETS = ("sweep", "experiment")  # they set other options: see test_sweep.py
 FILES = [file for file in CONF.glob("*/*.yaml") if file.parent.name not in PRESETS]
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in FILES)
@@ -115,3 +119,37 @@ def test_method_without_its_draft_model_is_told_what_to_set():
         with_models(config, PAIR._replace(draft=None))
     config = composed("target=hub", *MANDATORY["target/hub"], "methods=[autoregressive,ngram,transformers]")
     assert list(with_models(config, PAIR._replace(draft=None))) == ["autoregressive", "ngram", "transformers"]
+
+
+def without(module: str, folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A script as a user calls it, where importing that module fails."""
+    (folder / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "experiments" / script), *arguments]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "mistake, meant",
+    [("sampling=temperatur", "temperature"), ("+sampling.temprature=1", "'temperature'"), ("thread=2", "'threads'")],
+)
+@pytest.mark.parametrize("script", ["benchmark.py", "generate.py", "acceptance.py"])
+def test_mistake_in_a_command_is_told_before_torch_is_imported_which_takes_seconds(script, mistake, meant, tmp_path):
+    done = without("torch", tmp_path, script, mistake)
+    assert done.returncode == 1 and meant in done.stderr and "Traceback" not in done.stderr
+
+
+def test_folder_of_options_may_lie_outside_of_the_repository(tmp_path):
+    (tmp_path / "drafter").mkdir()
+    (tmp_path / "drafter" / "mine.yaml").write_text("_target_: specdec.drafters.NgramDrafter\nlength: 7\n")
+    done = without("torch", tmp_path, "benchmark.py", f"--config-dir={tmp_path}", "drafter=mine", "--cfg=job")
+    assert "drafter:\n  _target_: specdec.drafters.NgramDrafter\n  length: 7\n" in done.stdout
+    assert "--config-dir" in without("torch", tmp_path, "benchmark.py", "--help").stdout
+
+
+def test_experiment_without_its_extra_is_told_what_to_install(tmp_path):
+    done = without("hydra", tmp_path, "benchmark.py")
+    assert done.returncode == 1 and done.stderr.startswith("hydra is not installed")
+    assert "make install" in done.stderr and "[experiments]" in done.stderr and "Traceback" not in done.stderr

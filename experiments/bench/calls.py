@@ -1,20 +1,53 @@
-"""A misspelt key in a configuration ends in one message that names the constructor and the argument that was meant."""
+"""How a script begins: a mistake in its command ends in one message, before anything that takes seconds is imported.
+
+A misspelt key is told with its constructor and the argument that was meant.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from difflib import get_close_matches
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
-from hydra.errors import HydraException
-from hydra.utils import get_object
-from omegaconf.errors import OmegaConfBaseException
+from experiments.bench.signatures import arguments
 
-from experiments.bench.results import leads
+try:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"{missing.name} is not installed, which experiments need beside specdec: `make install` in the checkout sets up all, "
+        "`pip install -e '.[experiments]'` adds it to an environment of your own."
+    ) from None
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def script(name: str, config_name: str) -> NoReturn:
+    """Run the script experiments/`name`.py: its `main`, with a configuration of conf/`config_name`.yaml that is checked.
+
+    Only then the script is imported, by this name, and with it torch and the models, which takes seconds.
+    """
+
+    def main(config: DictConfig) -> Any:
+        check(OmegaConf.to_container(config))
+        return import_module(f"experiments.{name}").main(config)
+
+    main.__module__ = f"experiments.{name}"  # by which hydra names the job
+    run(hydra.main(str(CONF), config_name, version_base="1.3")(main))
+    sys.exit()
+
+
+def leads() -> bool:
+    """Whether this process speaks for the run: of those that torchrun started, which all compute the same, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check(node: Any, path: str = "") -> None:
@@ -45,9 +78,10 @@ def close_processes() -> None:
 
     Threads of a group that is still open when Python ends may abort the process.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody leaves while another is still being answered
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")  # None where a mistake was told before torch was imported
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()  # nobody leaves while another is still being answered
+        distributed.destroy_process_group()
 
 
 def _run(main: Callable[[], Any]) -> None:
@@ -68,7 +102,7 @@ def _run(main: Callable[[], Any]) -> None:
 def _unknown(node: Any, key: str, path: str) -> str | None:
     """What is wrong with this key, and the cure; None if it is fine."""
     if "_target_" in node:
-        owner, known = node["_target_"], _arguments(node["_target_"])
+        owner, known = node["_target_"], arguments(node["_target_"])
     else:
         owner, known = "the configuration", list(node)
     if known is None or key in known:
@@ -76,10 +110,3 @@ def _unknown(node: Any, key: str, path: str) -> str | None:
     close = get_close_matches(key, known, n=1)
     cure = f"did you mean {close[0]!r}?" if close else "remove it."
     return f"{path}: {owner} has no argument {key!r}; {cure} It takes: {', '.join(known) or 'nothing'}."
-
-
-def _arguments(target: str) -> Iterable[str] | None:
-    """The arguments of a constructor; None if it takes any. `**unknown: Never` takes none: it is there to tell the cure."""
-    parameters = inspect.signature(get_object(target)).parameters
-    known = {name: p for name, p in parameters.items() if p.annotation != "Never"}
-    return None if any(p.kind is p.VAR_KEYWORD for p in known.values()) else list(known)

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.prompts import Prompt
 from experiments.bench.results import provenance
 from specdec import Sampling
@@ -48,18 +47,17 @@ class Setting:
 
 
 def begin(script: str, config: DictConfig) -> Setting:
-    """Check a configuration, then make everything in it that is made once."""
-    source = checked(script, config)
+    """Make everything in a configuration that is made once."""
+    source = settled(script, config)
     log, sampling, prompts = (instantiate(config[group]) for group in ("log", "sampling", "task"))
     models = loaded(config)
     ids, turns = map(list, zip(*in_turns(prompts, models, sampling, config.new_tokens), strict=True))
     return Setting(models, ids, turns, sampling, log, source)
 
 
-def checked(script: str, config: DictConfig) -> dict[str, Any]:
-    """Check a configuration and set what holds for the whole process. Returns where results come from."""
+def settled(script: str, config: DictConfig) -> dict[str, Any]:
+    """Set what holds for the whole process. Returns where results come from."""
     options = OmegaConf.to_container(config)
-    calls.check(options)
     torch.set_num_threads(config.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

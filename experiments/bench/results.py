@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import re
 import shlex
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from experiments.bench.calls import leads
 from specdec import Generation, display
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,11 +41,6 @@ def provenance(script: str, overrides: list[str], options: Any, device: str) -> 
         "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def leads() -> bool:
-    """Whether this process speaks for the run: of those that torchrun started, which all compute the same, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

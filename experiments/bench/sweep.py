@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.bench.measure import AGAIN, Refused
+from experiments.bench.progress import settings
 from experiments.bench.report import MARKED, cells, interval, markdown
 from experiments.bench.results import Json, without_folders
 
@@ -74,44 +71,12 @@ def unused(config: DictConfig) -> list[str]:
     return [part for part in PARTS if f"${{{part}}}" not in used(config)]
 
 
-def settings(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Keys and values of the command line."""
-    return [(key.lstrip("+"), value) for key, _, value in (text.partition("=") for text in overrides)]
-
-
 def shown(config: DictConfig) -> dict[str, str]:
     """What tells jobs apart: the choice of every group, and what else the command line says."""
     hydra = HydraConfig.get()
     found = {group: hydra.runtime.choices[group] for group in SHOWN} | dict(settings(hydra.overrides.task))
     without = {"sweep", "log", *unused(config)}
     return {key: without_folders(value) for key, value in found.items() if key.split(".")[0] not in without}
-
-
-class Progress(Callback):
-    """Counts the jobs of a sweep, and shows what they came to."""
-
-    keys: Sequence[str] = ()  # what varies; nothing in a single run
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        parsed = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
-        swept = [override for override in parsed if override.is_sweep_override()]
-        self.keys = [override.get_key_element() for override in swept]
-        self.jobs = math.prod(len(list(override.sweep_iterator())) for override in swept)
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if self.keys:
-            called = " ".join(
-                f"{key}={value}" for key, value in settings(config.hydra.overrides.task) if key in self.keys
-            )
-            print(f"[{config.hydra.job.num + 1}/{self.jobs}] {called}: {job_return.return_value}", flush=True)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-        print(f"\n{table(results)}\n\n{folder}")
-        if failed := sum("failed" in result for result in results):
-            raise SystemExit(f"{failed} of {len(results)} jobs failed: the same command tries them again.")
 
 
 def table(results: list[dict[str, Any]]) -> str:
