@@ -12,12 +12,14 @@ import torch
 from specdec.batch import Batch
 from specdec.checks import check_kind, check_logits
 from specdec.clock import Clock, finish
+from specdec.drafters.paused import Paused
 from specdec.models.target import Scores
 from specdec.outcome import Outcome
 from specdec.request import Request
 from specdec.runs import Runs
 from specdec.slots import Slots
 from specdec.target_law import LogitsLaw
+from specdec.trace.bill import Bill
 from specdec.trace.recorder import Recorder
 from specdec.trace.trace import Trace
 from specdec.tree import DraftTree
@@ -36,6 +38,9 @@ class Decoding:
         self.slots = Slots(request)
         finish(request.target.device)
         self.recorder = Recorder(request, time.perf_counter() - request.began)
+        # Drafts that pause while they do not pay need no warning.
+        paused = request.spec.by_clock or isinstance(request.drafter, Paused)
+        self._bill = None if paused else Bill()
 
     @property
     def runs(self) -> Runs:
@@ -120,18 +125,21 @@ class Decoding:
         for rows, message in zip(outcome.invalid, (_NO_LAW, _NO_DRAFT), strict=True):
             if rows:
                 raise ValueError(message.format(texts=[self.held[row] for row in rows]))
+        nodes = tree.tokens.shape[1]
         self.batch.note(outcome)
         self.runs.coins.advance()
         clock.mark()
         enter, draft, verify, decide, commit, end = clock.seconds()
         self.batch.seconds = draft + verify + decide + commit + end
         seconds = (enter, draft + commit, verify, decide + end)
-        self.recorder.step(tree.tokens.shape[1], list(self.slots.held), outcome, seconds)
+        self.recorder.step(nodes, list(self.slots.held), outcome, seconds)
         if self.request.stopping is not None:
             self.request.stopping.ask(self)
         for text in self.slots.ending_texts():
             self.request.target.check_text(text)
         self.slots.note_step(outcome.notes)
+        if self._bill is not None:
+            self._bill.note(nodes, self.batch.gained, seconds[1], seconds[2] + seconds[3])
 
     def end(self, index: int, kept: int) -> None:
         """End a text after the first `kept` >= 1 of its new tokens, whichever steps they came from."""
