@@ -22,6 +22,7 @@ def run(monkeypatch, tmp_path, capsys):
     def run(*overrides: str, script: str = "benchmark.py") -> tuple[str, str | None]:
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", [script, *overrides])
+        monkeypatch.delitem(sys.modules, f"experiments.{script.removesuffix('.py')}", raising=False)  # imported anew
         ended = None
         try:
             runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
