@@ -32,16 +32,16 @@ from experiments.bench.measure import Refused, Round, against_ceilings, recorded
 from experiments.bench.progress import settings
 from experiments.bench.report import figures, speed, table
 from experiments.bench.results import Wandb
+from experiments.bench.terminal import fitted
 
 
 def main(config: DictConfig) -> str | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.job(config, compare)
     log, result = compare(config, uninterrupted)
-    print(f"{title(config)}: {result['prompts']} prompts x {config.new_tokens} tokens x {result['rounds']} rounds\n")
-    print(table(result["figures"]), end="\n\n")
-    for note in result["notes"]:
-        print(note, end="\n\n")
+    counts = f"{result['prompts']} prompts x {config.new_tokens} tokens x {result['rounds']} rounds"
+    text = [f"{title(config)}: {counts}", table(result["figures"]), *result["notes"]]
+    print(fitted("\n\n".join(text)), end="\n\n")
     print(log.write(result))
 
 

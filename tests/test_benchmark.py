@@ -17,6 +17,7 @@ import specdec
 from experiments.bench.measure import AGAIN, Run, recorded, uninterrupted
 from experiments.bench.report import figures, median, resolved, table
 from experiments.bench.results import Csv, Nothing, Wandb, acceptance_by_depth, provenance
+from experiments.bench.terminal import fitted
 from experiments.peer_methods import baseline
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
@@ -64,7 +65,7 @@ def test_every_method_writes_what_transformers_writes(done):
     found = result(done)[1]["figures"]
     assert list(found) == [*METHODS, AGAIN]
     assert {name: row["identical"] for name, row in found.items()} == dict.fromkeys(found, 2)
-    assert table(found) in process.stdout
+    assert fitted(table(found)) in process.stdout
 
 
 def test_assisted_generation_drafts_as_the_chain_of_the_same_length_does(done):
@@ -236,6 +237,17 @@ def test_table_marks_what_is_not_resolved_and_states_the_noise_floor():
     text = table(by_task())
     assert "| fast | 2.00 (2.00-2.00), 2.00 | ~ 1.00 (1.00-1.00), 1.00 |" in text
     assert "Noise floor: slow against itself, 1.00 (1.00-1.00). ~: " in text
+
+
+def test_tables_and_sentences_are_fitted_to_the_width_of_a_terminal_with_every_cell_kept():
+    text = table(by_task()) + "\n\n" + "word " * 50
+    shown = fitted(text, 60)
+    assert max(map(len, shown.splitlines())) <= 60
+    cells = [cell.strip() for line in text.splitlines() if "---" not in line for cell in line.strip("|").split(" | ")]
+    assert {word for cell in cells for word in cell.split()} <= {*shown.split()}
+    assert fitted("| method | a long header |\n| --- | --- |\n| x | 1.5 |") == (
+        "        a long\nmethod  header\n------  ------\nx       1.5"
+    )
 
 
 def test_csv_has_a_row_for_every_method(tmp_path):
