@@ -6,13 +6,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/ready
 OLDEST := $(VENV)/oldest
 PINS := $(VENV)/constraints.txt
+PACKAGE := $(VENV)/package
 # whole files to a process: their tests share models
 CORES := -n logical --maxprocesses 4 --dist loadfile
 # what depends on transformers: attention, masks, caches, its `generate` and its processors
 VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume gguf smollm2_download)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test test-versions test-smollm2 lint gpu-smoke gpu engine install clean
+.PHONY: help demo test test-versions test-smollm2 test-package lint gpu-smoke gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -33,6 +34,16 @@ test-versions: $(OLDEST)/ready ## run the tests that depend on transformers, wit
 test-smollm2: $(READY) ## run the tests on a real model, SmolLM2-135M-Instruct: downloads 93 MB, once
 	@$(VENV)/bin/python -c 'import specdec; specdec.demo.smollm2.folder()'
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m smollm2 tests/test_smollm2.py
+
+# Of $(VENV) only the dependencies are found: a folder that a .pth file names is searched, but not for .pth files of its own.
+test-package: $(READY) ## build the sdist and from it the wheel, and run the first example with nothing but that wheel
+	@rm -rf $(PACKAGE) && $(VENV)/bin/python -m venv $(PACKAGE)
+	@$(PACKAGE)/bin/python -m pip --quiet install build
+	@$(PACKAGE)/bin/python -m build --outdir $(PACKAGE)/dist . >$(PACKAGE)/build.log 2>&1 || { cat $(PACKAGE)/build.log; exit 1; }
+	@$(PACKAGE)/bin/python -m pip --quiet install --no-deps $(PACKAGE)/dist/*.whl
+	@where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(VENV)/bin/python -c "$$where" > "$$($(PACKAGE)/bin/python -c "$$where")/dependencies.pth"
+	@$(PACKAGE)/bin/python -I tests/installed.py
 
 lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff check

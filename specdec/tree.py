@@ -200,6 +200,14 @@ class DraftTree:
 def tree_of_points(root: Tensor, drafts: Sequence[Sequence[tuple[int, int]]]) -> DraftTree:
     """Trees of POINT children, made from lists; rows may have different trees.
 
+    >>> tree = tree_of_points(torch.tensor([7, 5]), [[(8, 0), (9, 0), (6, 1)], []])
+    >>> tree.tokens  # in the first row 8 and 9 follow the root, and 6 follows 8; nothing is drafted for the second
+    tensor([[7, 8, 9, 6],
+            [5, 0, 0, 0]])
+    >>> tree.topology.depths
+    tensor([[0, 1, 1, 2],
+            [0, 1, 1, 1]])
+
     Args:
         root: [batch] int64, the last committed tokens.
         drafts: for each row the (token, parent) of nodes 1, 2, ...; parents come first, and siblings differ.

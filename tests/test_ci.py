@@ -20,7 +20,7 @@ def jobs():
 
 
 def test_ci_lints_and_tests():
-    assert CALLS == ["make lint", "make test", "make test-versions", "make test-smollm2"]
+    assert CALLS == ["make lint", "make test", "make test-versions", "make test-smollm2", "make test-package"]
 
 
 def test_hosted_ci_calls_what_ci_calls():

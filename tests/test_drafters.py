@@ -1,5 +1,6 @@
 """Every drafter keeps the contract, and broken ones are told so."""
 
+import doctest
 import re
 from dataclasses import replace
 from functools import partial
@@ -257,3 +258,8 @@ def test_sampled_texts_of_a_row_do_not_depend_on_its_batch(name):
         together = specdec.generate(target, rows, TABULAR[name](), **options).tokens[0]
         alone = specdec.generate(target, rows[0], TABULAR[name](), **options).tokens[0]
         assert torch.equal(together, alone)
+
+
+def test_example_of_tree_of_points_gives_what_it_says():
+    [example] = doctest.DocTestFinder().find(tree_of_points, globs={"torch": torch, "tree_of_points": tree_of_points})
+    assert doctest.DocTestRunner().run(example) == doctest.TestResults(failed=0, attempted=3)

@@ -1,6 +1,7 @@
 """Drafting from the text itself: the automaton counts right, trees hold what followed, and the text is the target's."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -130,3 +131,16 @@ def test_trees_of_points_are_padded_to_one_shape():
     assert tree.topology.children[0].tolist() == [[1, 2], [3, -1], [-1, -1], [-1, -1]]
     assert tree.laws.tolist() == [[Law.POINT] * 4, [Law.POINT, *[Law.PADDING] * 3]]
     assert tree.topology.depth == 2 and tree.tokens[:, 0].tolist() == [4, 5]
+
+
+def test_corpus_of_the_docstring_is_drafted_from():
+    """A corpus of the target's own text, on which it is right from the first token on."""
+    pair = specdec.demo.load()
+    prompt = pair.prompts[0].text
+    text = specdec.generate(pair.target, prompt, tokenizer=pair.tokenizer, max_new_tokens=24).text
+    assert text is not None
+    known = {"tokenizer": pair.tokenizer, "documents": [prompt + text[0]], "SuffixDrafter": SuffixDrafter}
+    (code,) = re.findall(r">>> (drafter = SuffixDrafter\(corpus.*)", SuffixDrafter.__doc__ or "")
+    exec(code, known)
+    out = specdec.generate(pair.target, prompt, known["drafter"], tokenizer=pair.tokenizer, max_new_tokens=24)
+    assert out.text == text and out.trace.steps[0].accepted[0] > 4

@@ -33,6 +33,10 @@ class SuffixDrafter(Drafter):
     >>> for epoch in range(3):
     ...     specdec.generate(target, prompts, drafter, sampling=Sampling(1.0), seed=epoch)
 
+    What texts like those to come have said can be drafted from the first token on:
+
+    >>> drafter = SuffixDrafter(corpus=[tokenizer(text)["input_ids"] for text in documents])
+
     Lossless also with `shared`: a draft is made of tokens that were committed before any coin of this step was drawn, and by
     other coins. Given the drafts of a step, its tokens therefore have the target's law, and so has the text; texts of several
     rows, or calls, are as independent as without a draft. This needs coins that no remembered text was drawn by: a call that
