@@ -16,8 +16,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import charts, sweep_table
-from experiments.bench.drawing import STYLE as CHARTS
+from experiments.bench import sweep_table
+from experiments.bench.charts import picture
+from experiments.bench.charts.drawing import STYLE as CHARTS
 from experiments.bench.report import COLUMNS, MARKED, cells, exceeding
 from experiments.bench.report import markdown as as_markdown
 from experiments.bench.swept import Sweep, sweep
@@ -76,7 +77,7 @@ def main() -> None:
     if options.pictures:
         for folder, jobs in sweeps(results, others).items():
             name = f"{options.folder.resolve().name}/{folder}".removesuffix("/.").replace("/", "_")
-            files[options.pictures / f"{name}.svg"] = charts.picture(jobs).svg()
+            files[options.pictures / f"{name}.svg"] = picture.picture(jobs).svg()
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
@@ -138,7 +139,7 @@ def page(results: Files, others: Files) -> str:
 
 def chart(figures: dict[str, dict[str, Any]]) -> str:
     """SVG: the speed-ups of one result as bars with their intervals, and a line at 1."""
-    return charts.bars(figures).svg()
+    return picture.of_methods(figures).svg()
 
 
 def _sweep(folder: str, jobs: Sweep) -> str:
@@ -148,7 +149,7 @@ def _sweep(folder: str, jobs: Sweep) -> str:
     notes = "".join(f"<p>{escape(said)}</p>" for said in sweep_table.notes(jobs))
     commands = "".join(f"<li><code>{escape(job['command'])}</code></li>" for job in jobs.jobs)
     source = f"<details><summary>where it comes from</summary><ul>{commands}</ul></details>"
-    shown = f"{charts.picture(jobs).html()}{_html(sweep_table.table(jobs))}{notes}{refused}{source}"
+    shown = f"{picture.picture(jobs).html()}{_html(sweep_table.table(jobs))}{notes}{refused}{source}"
     return f"<h2>{escape(title)}</h2><p><code>{escape(sweep_table.shared(jobs))}</code></p>{shown}"
 
 
@@ -161,7 +162,7 @@ def _section(name: str, content: dict[str, Any]) -> str:
     details = f'<details><summary>where it comes from</summary><table class="about">{facts}</table></details>'
     figures = content["figures"]
     notes = "".join(f"<p>{escape(said)}</p>" for said in (MARKED, *exceeding(figures.values())))
-    shown = f"{charts.bars(figures).html()}{_html(_table(figures))}{notes}"
+    shown = f"{picture.of_methods(figures).html()}{_html(_table(figures))}{notes}"
     return f'<h2 id="{escape(name)}">{escape(name)}</h2>{command}{shown}{details}'
 
 

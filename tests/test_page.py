@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import charts, sweep_table
+from experiments.bench import sweep_table
+from experiments.bench.charts.picture import picture
 from experiments.bench.measure import AGAIN
 from experiments.bench.report import COLUMNS, EXCEEDING, MARKED, cells, table
 from experiments.bench.swept import ALL, sweep
@@ -151,12 +152,21 @@ def test_what_a_job_does_not_say_is_its_default():
 
 
 def test_bars_of_all_settings_have_one_scale_and_a_panel_each():
-    hot = [of_task(task, {"plain": [[10.0]], "text": [[40.0]]}, **{"sampling.temperature": "0.7"}) for task in "ab"]
-    cold = [of_task(task, {"plain": [[10.0]], "text": [[20.0]]}, **{"sampling.temperature": "0"}) for task in "ab"]
-    sheet = charts.picture(sweep([*hot, *cold]))
+    hot = [
+        of_task(task, {"plain": [[10.0]], "text": [[40.0]], "skip": [[20.0]]}, **{"sampling.temperature": "0.7"})
+        for task in "ab"
+    ]
+    cold = [
+        of_task(task, {"plain": [[10.0]], "text": [[20.0]], "skip": [[10.0]]}, **{"sampling.temperature": "0"})
+        for task in "ab"
+    ]
+    sheet = picture(sweep([*hot, *cold]))
     assert [re.search(r"greedy|T = 0.7", panel.body)[0] for panel in sheet.panels] == ["greedy", "T = 0.7"]
     widths = [width for _, width in bars(sheet.svg())]
-    assert [round(width / widths[0], 1) for width in widths] == [1.0] * 3 + [2.0] * 3  # two tasks, and over all of them
+    assert [round(width / widths[0], 1) for width in widths] == [1.0, 0.5] * 3 + [
+        2.0,
+        1.0,
+    ] * 3  # two tasks, and over all of them
 
 
 def test_numbers_are_drawn_as_lines_in_their_order():
@@ -165,7 +175,7 @@ def test_numbers_are_drawn_as_lines_in_their_order():
         job({"plain": [[1.0]], "chosen": [[speed]], AGAIN: [[1.0]]}, {"drafter": "model", "tree.length": length})
         for length, speed in lengths.items()
     ]
-    [panel] = charts.picture(sweep(jobs)).panels
+    [panel] = picture(sweep(jobs)).panels
     places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', panel.body)
     xs, ys = [float(x) for x, _ in places], [float(y) for _, y in places]
     assert xs == sorted(xs) and xs[2] - xs[1] == pytest.approx(xs[1] - xs[0], abs=0.2)
@@ -177,7 +187,7 @@ def test_other_combinations_are_a_map_without_the_refused_one():
         job({"plain": [[1.0]], "chosen": [[speed]], AGAIN: [[1.0]]}, {"drafter": "model", "rule": rule, "dtype": dtype})
         for rule, dtype, speed in (("block", "half", 2.0), ("sibling", "half", 0.5), ("sibling", "full", 1.0))
     ]
-    [panel] = charts.picture(sweep(jobs)).panels
+    [panel] = picture(sweep(jobs)).panels
     fills = re.findall(r'fill="(.*?)" opacity="(.*?)"', panel.body)
     assert fills == [(BLUE, "0.80"), (ORANGE, "0.80"), (BLUE, "0.00")]
     assert panel.body.count(">-<") == 1

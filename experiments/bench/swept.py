@@ -45,6 +45,9 @@ class Sweep:
         by = ["method"] * (len({point.method for point in self.points}) > 1)
         return f"{self.shared.get('target', 'Sweep')} by {', '.join([*by, *map(titled, self.axes)])}"
 
+    def values(self, axis: int) -> list[str]:
+        return list(dict.fromkeys(point.at[axis] for point in self.points))
+
 
 def sweep(results: list[Job]) -> Sweep:
     """All jobs of a sweep. Jobs at one point add their methods to it; where every task measured a method, `ALL` is a task more.

@@ -62,8 +62,9 @@ def time_per_step(traces: Mapping[str, Trace], axes: Any = None) -> Any:
         times = [1e3 * found[part] / max(found["target_forwards"], 1) for found in summaries]
         axes.bar(names, times, bottom=below, color=colour, label=part.removesuffix("_seconds"))
         below = [a + b for a, b in zip(below, times, strict=True)]
-    axes.set(title="Where the time of a step goes", ylabel="time per step (ms)")
-    axes.legend()
+    # with room for the legend above
+    axes.set(title="Where the time of a step goes", ylabel="time per step (ms)", ylim=(0, 1.2 * max(below, default=1)))
+    axes.legend(loc="upper center", ncols=len(PARTS))
     return axes
 
 
@@ -80,6 +81,8 @@ def ceiling_shares(traces: Mapping[str, Trace], axes: Any = None) -> Any:
     axes.bar(list(shares), list(shares.values()), color=BLUE)
     axes.axhline(1, color="gray", linewidth=0.8)
     axes.set(title="Accepted, of what one node at a time allows", ylabel="share of the one-step ceiling")
+    if any(share > 1 for share in shares.values() if share is not None):
+        axes.set(xlabel="above 1: a rule that looks below a node, a lossy rule, or chance")
     return axes
 
 

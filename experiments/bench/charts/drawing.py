@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from textwrap import wrap
+from typing import Any
 
 from specdec.display.picture import PALETTE
 
@@ -21,6 +22,21 @@ STYLE = """
 .chart .range { stroke: currentColor; fill: none; stroke-width: 1.2; }
 @media (prefers-color-scheme: dark) { .chart { color: #e6edf3; --paper: #0d1117; } }
 """
+
+
+Series = dict[str, dict[str, Any]]  # figures by name and value on the axis
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a panel shows."""
+
+    title: str
+    key: str  # of the setting on the axis
+    values: list[str]  # of that setting
+    series: Series
+    names: list[str]  # of the series of all panels, in the order of their colours
+    most: float  # the end of the scale
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ class Sheet:
         """A file of its own with two panels in a row, readable on any background."""
         columns = min(2, len(self.panels))
         width = max(sum(panel.width + SPACE for panel in self.panels[:columns]), WIDTH + SPACE)
-        parts = _paragraph(self.title, 22, 20, (width - SPACE) / 9, 'class="strong title"')
+        parts = _paragraph(self.title, 22, 20, (width - SPACE) / 9, "strong title")
         x, y = SPACE / 2, 24.0 + 20 * len(parts)
         for name, colour in self.legend.items():
             if x + 24 + 7 * len(name) > width:
@@ -71,7 +87,7 @@ class Sheet:
                 parts.append(panel.svg(f'x="{x}" y="{y}"'))
                 x += panel.width + SPACE
             y += max(panel.height for panel in row) + SPACE
-        note = _paragraph(self.note, y - 4, 16, (width - SPACE) / 5.6, 'class="small"')
+        note = _paragraph(self.note, y - 4, 16, (width - SPACE) / 5.6, "small")
         parts += note
         paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
         body = Panel(f"<style>{STYLE}</style>{paper}{''.join(parts)}", y - 8 + 16 * len(note), width)
@@ -97,18 +113,18 @@ class Scale:
         return self.start + (self.end - self.start) * value / self.most
 
 
-def text(x: float, y: float, said: str, attributes: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(said)}</text>'
+def text(x: float, y: float, said: str, anchor: str = "start", kind: str = "") -> str:
+    """A line of text; of the kinds of `STYLE`."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(said)}</text>'
 
 
 def short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _paragraph(said: str, y: float, line: float, wide: float, attributes: str) -> list[str]:
-    lines = wrap(said, int(wide))
-    return [text(SPACE / 2, y + line * i, each, attributes) for i, each in enumerate(lines)]
-
-
 def colour(names: Sequence[str], name: str) -> str:
     return PALETTE[list(names).index(name) % len(PALETTE)]
+
+
+def _paragraph(said: str, y: float, line: float, wide: float, kind: str) -> list[str]:
+    return [text(SPACE / 2, y + line * i, each, kind=kind) for i, each in enumerate(wrap(said, int(wide)))]
