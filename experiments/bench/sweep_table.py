@@ -5,7 +5,8 @@ from __future__ import annotations
 from experiments.bench.report import COLUMNS, MARKED, cells, exceeding, interval, markdown
 from experiments.bench.swept import Point, Sweep, titled, words
 
-FIGURES = tuple(column for column in COLUMNS if column not in ("speed_up", "predicted"))
+FIGURES = tuple(column for column in COLUMNS if column not in ("speed_up", "predicted", "acceptance_rate"))
+FIGURES += ("acceptance_rate",)  # last, as it is long
 
 
 def text(sweep: Sweep) -> str:

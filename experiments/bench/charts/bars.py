@@ -15,13 +15,13 @@ FIRST, SECOND = WIDTH - 74, WIDTH  # right edges of the columns of numbers
 
 def bars(plot: Plot) -> Panel:
     """A group of bars for every value: speed-ups from 0, with a line at 1; beside each its number and the acceptance length."""
-    labels = {
-        value: short(words(plot.key, value)) for value in plot.values if any(value in of for of in plot.series.values())
-    }
-    scale = Scale(plot.most, 12 + 6.4 * max(map(len, labels.values())), WIDTH - 126)
+    labels = {value: short(words(plot.key, value)) for value in plot.values}
+    scale = Scale(plot.most, 12 + 7 * max(map(len, labels.values())), WIDTH - 126)
     parts, y = [], float(TOP)
     for value, label in labels.items():
         drawn = [name for name, of in plot.series.items() if value in of]
+        if not drawn:
+            continue
         for i, name in enumerate(drawn):
             said = f"{name}, {label}".removeprefix(", ")
             at, row = y + GAP / 2 + i * BAR, plot.series[name][value]

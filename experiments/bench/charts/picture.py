@@ -19,7 +19,7 @@ BARS = f"{INTERVALS} {UNRESOLVED} tokens/step: tokens emitted per forward pass o
 def picture(sweep: Sweep) -> Sheet:
     """Bars by task or by the only thing that varies, lines over a number of at least three values, or else a map."""
     base = next(iter(sweep.jobs[0]["figures"])).replace("_", " ")
-    title = f"{sweep.shared.get('target', 'Sweep')}: speed-up over {base} decoding (1: as fast)"
+    title = f"{sweep.shared.get('target', 'Sweep')}: speed-up over {base} decoding in the same setting (1: as fast)"
     values = {axis: sweep.values(axis) for axis in range(len(sweep.axes))}
     numeric = [
         axis for axis, own in values.items() if len(own) > 2 and all(map(number, own)) and TASK not in sweep.axes
