@@ -151,6 +151,13 @@ def test_what_a_job_does_not_say_is_its_default():
     assert shown(jobs, "batch", "method") == [("1", "text"), ("8", "text")]
 
 
+def test_a_single_job_is_a_sweep_of_methods():
+    alone = job({"plain": [[1.0]], "text": [[2.0]], "chosen": [[4.0]], AGAIN: [[1.0]]}, {"drafter": "model"})
+    assert str(sweep([alone])) == "small by method"
+    (_, two), (_, four) = bars(picture(sweep([alone])).svg())
+    assert four == pytest.approx(2 * two, abs=0.2)
+
+
 def test_bars_of_all_settings_have_one_scale_and_a_panel_each():
     hot = [
         of_task(task, {"plain": [[10.0]], "text": [[40.0]], "skip": [[20.0]]}, **{"sampling.temperature": "0.7"})

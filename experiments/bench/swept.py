@@ -128,8 +128,8 @@ def _ranks(values: Iterable[str | None]) -> dict[str | None, int]:
 
 def _over_all(points: list[Point], axes: list[str]) -> list[Point]:
     """The median over the prompts of all tasks, and the mean of the tasks' acceptance lengths."""
-    tasks = {point.at[-1] for point in points}
-    if TASK not in axes or any("," in task for task in tasks):
+    tasks = {point.at[-1] for point in points} if TASK in axes else set()
+    if not tasks or any("," in task for task in tasks):
         return []
     groups: dict[Any, list[Point]] = {}
     for point in points:
