@@ -1,43 +1,68 @@
-"""A folder of results as one page that needs nothing else, and as one markdown table.
+"""A folder of results as one page that needs nothing else, and as markdown.
 
     python experiments/page.py experiments/results outputs/results.html outputs/results.md
     python experiments/page.py outputs/sweep/smollm2 outputs/smollm2.html outputs/smollm2.md --pictures outputs/pictures
 
-Every JSON file with `figures` by method is shown with its table, its speed-ups and where it comes from; other files are
-listed, with the reason if they are refusals. Before them, jobs of a sweep over tasks are shown together: a table and a picture
-with a row for every task. The page has no scripts and asks for nothing from elsewhere.
+The jobs of a sweep, which are the files of one folder, are one picture and one table, which a click on a heading sorts; what
+was refused is listed with the reasons. Every other JSON file with `figures` by method is shown with its speed-ups, its table
+and where it comes from. The page asks for nothing from elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import by_task, report
-from experiments.bench.report import COLUMNS, cells
+from experiments.bench import sweep_table
+from experiments.bench.charts import picture
+from experiments.bench.charts.drawing import STYLE as CHARTS
+from experiments.bench.report import COLUMNS, MARKED, cells, exceeding
+from experiments.bench.report import markdown as as_markdown
+from experiments.bench.swept import Sweep, sweep
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --bar: #2f7de1; --faint: #8889; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.15rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-table.about td { text-align: left; white-space: normal; }
-code { overflow-wrap: anywhere; }
-details, .faint { opacity: .75; }
-svg { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-svg text { fill: currentColor; font: 13px system-ui, sans-serif; }
+.wide { overflow: auto; max-height: 40rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; overflow-wrap: normal; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { font-weight: 600; white-space: normal; vertical-align: bottom; position: sticky; top: 0; background: Canvas; }
+th:first-child, td:first-child, .words { text-align: left; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid; }
+th[aria-sort=ascending] button::after { content: " ▲"; }
+th[aria-sort=descending] button::after { content: " ▼"; }
+table.about td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; }
+.panels { display: flex; flex-wrap: wrap; gap: 1.5rem; overflow-x: auto; }
+.legend b { font-weight: 400; white-space: nowrap; margin-right: 1rem; }
+.legend span { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
+svg { max-width: 100%; height: auto; }
+"""
+SORT = """
+for (const table of document.querySelectorAll("table.sort")) {
+  const heads = [...table.querySelectorAll("th")], body = table.tBodies[0];
+  heads.forEach((head, i) => head.firstChild.onclick = () => {
+    const sign = head.ariaSort === "descending" ? 1 : -1;
+    const value = row => row.cells[i].textContent.replace(/^~ /, "");
+    const order = (a, b) => {
+      const [x, y] = [parseFloat(a), parseFloat(b)];
+      if (isNaN(x) || isNaN(y)) return isNaN(x) && isNaN(y) ? sign * a.localeCompare(b) : isNaN(x) - isNaN(y);
+      return sign * (x - y);
+    };
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.ariaSort = sign < 0 ? "descending" : "ascending";
+    body.append(...[...body.rows].sort((a, b) => order(value(a), value(b))));
+  });
+}
 """
 ABOUT = ("command", "commit", "dirty", "date", "cpu", "gpu", "versions", "prompts", "rounds", "options")
 NEEDED = {"speed_up", "acceptance_length", "identical"}  # they tell figures of methods from others
-LABEL, WIDTH, ROW = 210, 420, 26  # of the chart, in pixels
+Files = dict[str, Any]  # contents by name
 
 
 def main() -> None:
@@ -45,91 +70,87 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the JSON files are, in any depth")
     parser.add_argument("page", type=Path, help="the HTML file to write")
     parser.add_argument("table", type=Path, help="the markdown file to write")
-    parser.add_argument("--pictures", type=Path, help="a folder for the pictures of sweeps over tasks, as SVG files")
+    parser.add_argument("--pictures", type=Path, help="a folder for the pictures of the sweeps, as SVG files")
     options = parser.parse_args()
     results, others = read(options.folder)
     files = {options.page: page(results, others), options.table: markdown(results, others)}
     if options.pictures:
-        sweeps = by_task.by_setting(list(results.values()))
-        drawn = {re.sub(r"\W+", "_", setting): by_task.picture(setting, rows) for setting, rows in sweeps.items()}
-        files |= {options.pictures / f"{name}.svg": text for name, text in drawn.items()}
+        for folder, jobs in sweeps(results, others).items():
+            name = f"{options.folder.resolve().name}/{folder}".removesuffix("/.").replace("/", "_")
+            files[options.pictures / f"{name}.svg"] = picture.picture(jobs).svg()
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         print(path)
 
 
-def read(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Results with figures of methods by file, in order of their dates; the other JSON files, with why they have none if they
-    say so.
-    """
+def read(folder: Path) -> tuple[Files, Files]:
+    """Results with figures of methods by file, in order of their dates; the other JSON files."""
     names = (path.relative_to(folder) for path in sorted(folder.rglob("*.json")))
     # hidden: what is being written, see `experiments.bench.results.whole`
     seen = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     files = {str(name): json.loads((folder / name).read_text("utf-8")) for name in seen}
     if not files:
         raise SystemExit(f"{folder}: there is no JSON file in it.")
-    results = {name: {**content, "figures": _rows(content)} for name, content in files.items() if _by_method(content)}
-    ordered = sorted(results, key=lambda name: (results[name].get("date", ""), name))
-    return {name: results[name] for name in ordered}, {name: _why(files[name]) for name in files if name not in results}
+    results = [name for name, content in files.items() if _by_method(content)]
+    ordered = sorted(results, key=lambda name: (files[name].get("date", ""), name))
+    return {name: files[name] for name in ordered}, {name: files[name] for name in files if name not in results}
 
 
-def _why(content: Any) -> str:
-    return content.get("refused", "") if isinstance(content, dict) else ""
+def sweeps(results: Files, others: Files) -> dict[str, Sweep]:
+    """By folder, the jobs there, if any of them was measured."""
+    found: dict[str, list[Any]] = {}
+    for name, content in (results | others).items():
+        if _is_job(content):
+            found.setdefault(str(Path(name).parent), []).append(content)
+    return {folder: sweep(jobs) for folder, jobs in found.items() if any("figures" in job for job in jobs)}
 
 
-class _Row(dict):
-    """Figures of a method; None where a file is older than a figure."""
-
-    def __missing__(self, key: str) -> None:
-        return None
-
-
-def _rows(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: _Row(row) for name, row in content["figures"].items()}
-
-
-def markdown(results: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
-    """Sweeps by task, what was refused, then all figures in one table."""
+def markdown(results: Files, others: Files) -> str:
+    """Every sweep, then all figures of other results in one table."""
     if not results:
         return "No file has figures of methods.\n"
-    parts = []
-    for setting, rows in by_task.by_setting(list(results.values())).items():
-        parts += [f"## {setting}", *map(report.markdown, by_task.tables(rows)), by_task.lowest(rows)]
-    parts += [f"{name}: {why}" for name, why in others.items() if why]
-    lines = [
-        [name.removesuffix(".json"), *row] for name, content in results.items() for row in _table(content["figures"])
+    found = sweeps(results, others).values()
+    parts = [part for jobs in found for part in (f"## {jobs}", sweep_table.text(jobs))]
+    rows = [
+        [name.removesuffix(".json"), *row]
+        for name, content in results.items()
+        if not _is_job(content)
+        for row in _table(content["figures"])[1:]
     ]
-    return "\n\n".join([*parts, report.markdown([["result", "method", *COLUMNS.values()], *lines])]) + "\n"
+    single = [as_markdown([["result", "method", *COLUMNS.values()], *rows]), MARKED] if rows else []
+    refused = [said for said in _unread(others) if ": " in said]
+    return "\n\n".join([*parts, *single, *refused]) + "\n"
 
 
-def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The cells of the report, method by method."""
-    return [[name, *cells(row, *COLUMNS)] for name, row in figures.items()]
-
-
-def page(results: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
+def page(results: Files, others: Files) -> str:
     """The HTML page."""
-    listed = "".join(f"<li>{escape(f'{name}: {why}' if why else name)}</li>" for name, why in others.items())
-    rest = f"<h2>Without figures of methods</h2><ul>{listed}</ul>" if others else ""
-    links = "".join(f'<li><a href="#{escape(name)}">{escape(name)}</a></li>' for name in results)
-    sweeps = "".join(_sweep(*item) for item in by_task.by_setting(list(results.values())).items())
-    sections = "".join(_section(*item) for item in results.items())
-    body = f"<h1>Results</h1>{sweeps}<ul>{links}</ul>{sections}{rest}"
+    alone = {name: content for name, content in results.items() if not _is_job(content)}
+    links = "".join(f'<li><a href="#{escape(name)}">{escape(name)}</a></li>' for name in alone)
+    found = "".join(_sweep(*item) for item in sweeps(results, others).items())
+    sections = "".join(_section(*item) for item in alone.items())
+    rest = "".join(f"<li>{escape(said)}</li>" for said in _unread(others))
+    unread = f"<h2>Without figures of methods</h2><ul>{rest}</ul>" if rest else ""
+    body = f"<h1>Results</h1>{found}{f'<ul>{links}</ul>' * bool(links)}{sections}{unread}<script>{SORT}</script>"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n'
+    style = f"<style>{CHARTS}{STYLE}.chart {{ color: inherit; --paper: Canvas; }}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}{style}</head><body>{body}</body></html>\n'
 
 
-def _by_method(content: Any) -> bool:
-    """Whether its figures are those of `experiments.bench.report.figures`."""
-    figures = content.get("figures") if isinstance(content, dict) else None
-    rows = list(figures.values()) if isinstance(figures, dict) else []
-    return bool(rows) and all(isinstance(row, dict) and set(row) >= NEEDED for row in rows)
+def chart(figures: dict[str, dict[str, Any]]) -> str:
+    """SVG: the speed-ups of one result as bars with their intervals, and a line at 1."""
+    return picture.of_methods(figures).svg()
 
 
-def _sweep(setting: str, rows: by_task.Rows) -> str:
-    shown = "".join(map(_html, by_task.tables(rows)))
-    return f"<h2>{escape(setting)}</h2>{by_task.picture(setting, rows)}{shown}<p>{escape(by_task.lowest(rows))}</p>"
+def _sweep(folder: str, jobs: Sweep) -> str:
+    title = str(jobs) if folder == "." else f"{folder}: {jobs}"
+    reasons = "".join(f"<li>{escape(said)}</li>" for said in sweep_table.refusals(jobs))
+    refused = f"<h3>Refused or failed</h3><ul>{reasons}</ul>" if reasons else ""
+    notes = "".join(f"<p>{escape(said)}</p>" for said in sweep_table.notes(jobs))
+    commands = "".join(f"<li><code>{escape(job['command'])}</code></li>" for job in jobs.jobs)
+    source = f"<details><summary>where it comes from</summary><ul>{commands}</ul></details>"
+    shown = f"{picture.picture(jobs).html()}{_html(sweep_table.table(jobs))}{notes}{refused}{source}"
+    return f"<h2>{escape(title)}</h2><p><code>{escape(sweep_table.shared(jobs))}</code></p>{shown}"
 
 
 def _section(name: str, content: dict[str, Any]) -> str:
@@ -140,46 +161,49 @@ def _section(name: str, content: dict[str, Any]) -> str:
     )
     details = f'<details><summary>where it comes from</summary><table class="about">{facts}</table></details>'
     figures = content["figures"]
-    return f'<h2 id="{escape(name)}">{escape(name)}</h2>{command}{chart(figures)}{_html_table(figures)}{details}'
+    notes = "".join(f"<p>{escape(said)}</p>" for said in (MARKED, *exceeding(figures.values())))
+    shown = f"{picture.of_methods(figures).html()}{_html(_table(figures))}{notes}"
+    return f'<h2 id="{escape(name)}">{escape(name)}</h2>{command}{shown}{details}'
 
 
-def _html_table(figures: dict[str, dict[str, Any]]) -> str:
-    return _html([["method", *COLUMNS.values()], *_table(figures)])
+def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The cells of the report, method by method; the first row is the header."""
+    return [["method", *COLUMNS.values()], *([name, *cells(row, *COLUMNS)] for name, row in figures.items())]
 
 
 def _html(rows: list[list[str]]) -> str:
     """A table; the first row is its header."""
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
-    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def chart(figures: dict[str, dict[str, Any]]) -> str:
-    """Speed-ups as bars with their intervals, and a line at 1."""
-    speeds = {name: row["speed_up"] for name, row in figures.items()}
-    scale = WIDTH / max(1.0, *(speed["high"] or speed["median"] for speed in speeds.values()))
-    bars = "".join(_bar(i, name, speed, scale) for i, (name, speed) in enumerate(speeds.items()))
-    one, height = LABEL + scale, ROW * len(speeds) + 4
-    path = f'd="M{one:.1f} 0v{height}" stroke="currentColor" stroke-dasharray="3 3" opacity=".6"'
-    size = f'viewBox="0 0 {LABEL + WIDTH + 60} {height}" width="{LABEL + WIDTH + 60}"'
-    return (
-        f'<svg {size} role="img" aria-label="speed-up of every method, with 95 % intervals">{bars}<path {path}/></svg>'
+    kinds = [' class="words"' * cell[:1].isalpha() for cell in rows[1]]
+    titles = "".join(
+        f"<th{kind}><button>{escape(cell)}</button></th>" for kind, cell in zip(kinds, rows[0], strict=True)
     )
+    lines = "".join(f"<tr>{''.join(map(_cell, kinds, row))}</tr>" for row in rows[1:])
+    table = f'<table class="sort"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>'
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
-def _bar(i: int, name: str, speed: dict[str, Any], scale: float) -> str:
-    y, end = i * ROW + 4, LABEL + scale * speed["median"]
-    shown = name if len(name) <= 30 else f"{name[:29]}…"
-    parts = [
-        f'<text x="{LABEL - 8}" y="{y + 14}" text-anchor="end">{escape(shown)}<title>{escape(name)}</title></text>',
-        f'<rect x="{LABEL}" y="{y}" width="{scale * speed["median"]:.1f}" height="18" fill="var(--bar)" opacity=".75"/>',
+def _cell(kind: str, cell: str) -> str:
+    return f"<td{kind}>{escape(cell)}</td>"
+
+
+def _unread(others: Files) -> list[str]:
+    """Names of files that are no jobs, with the reason if they are refusals."""
+    alone = {name: content for name, content in others.items() if not _is_job(content)}
+    return [
+        f"{name}: {content['refused']}" if isinstance(content, dict) and "refused" in content else name
+        for name, content in alone.items()
     ]
-    if speed["low"] is not None:
-        low, high, middle = LABEL + scale * speed["low"], LABEL + scale * speed["high"], y + 9
-        parts.append(f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {y + 4}v10M{high:.1f} {y + 4}v10" '
-                     'stroke="currentColor" fill="none" stroke-width="1.5"/>')  # fmt: skip
-        end = max(end, high)
-    return "".join([*parts, f'<text x="{end + 6:.1f}" y="{y + 14}">{speed["median"]:.2f}</text>'])
+
+
+def _is_job(content: Any) -> bool:
+    return isinstance(content, dict) and "settings" in content and bool({"figures", "refused", "failed"} & set(content))
+
+
+def _by_method(content: Any) -> bool:
+    """Whether its figures are those of `experiments.bench.report.figures`."""
+    figures = content.get("figures") if isinstance(content, dict) else None
+    rows = list(figures.values()) if isinstance(figures, dict) else []
+    return bool(rows) and all(isinstance(row, dict) and set(row) >= NEEDED for row in rows)
 
 
 def _said(value: Any) -> str:

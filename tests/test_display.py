@@ -9,7 +9,7 @@ import torch
 
 import specdec
 from specdec import Law, Sampling, display, rules
-from specdec.display.picture import BONUS, DRAFTED, PLAIN, RECOVERED, Picture, Span
+from specdec.display.picture import BLUE, BONUS, DRAFTED, GREEN, PLAIN, RECOVERED, Picture, Span
 from specdec.display.text import Author, authors, pieces
 from specdec.drafters import ModelDrafter
 from specdec.generate import Generation
@@ -209,6 +209,24 @@ def test_plots_draw_the_figures_of_the_trace():
     assert bar.get_height() == traced.summary()["ceiling_share"] == 1
     with pytest.raises(ValueError, match=r"\['chain'\]: ceilings are not known"):
         display.ceiling_shares({"chain": HISTORY})
+    matplotlib.pyplot.close("all")
+
+
+def test_plots_say_what_they_show_and_in_which_unit():
+    costs, traces = Costs(CostCurve((1, 9), (1.0, 1.0)), CostCurve((1, 9), (0.1, 0.1))), {"chain": HISTORY}
+    by_depth, time = display.acceptance_by_depth(traces), display.time_per_step(traces)
+    by_length = display.speed_up_by_length([0.5], costs)
+    assert all(axes.get_title() for axes in (by_depth, time, by_length))
+    assert "(tokens)" in by_depth.get_xlabel() and "(share)" in by_depth.get_ylabel()
+    assert "(ms)" in time.get_ylabel() and "1 is decoding without drafts" in by_length.get_ylabel()
+    matplotlib.pyplot.close("all")
+
+
+def test_plots_have_the_colours_of_the_text():
+    _, drafting, target, _ = (bar.get_facecolor() for bar in display.time_per_step({"chain": HISTORY}).patches)
+    assert matplotlib.colors.to_hex(drafting) == BLUE and matplotlib.colors.to_hex(target) == GREEN
+    assert "rgba({},{},{},".format(*bytes.fromhex(BLUE[1:])) in DRAFTED[0].css
+    assert "rgba({},{},{},".format(*bytes.fromhex(GREEN[1:])) in BONUS.css
     matplotlib.pyplot.close("all")
 
 

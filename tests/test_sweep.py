@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from experiments.bench.measure import AGAIN, Refused
-from experiments.bench.sweep import identity, job, shown, table, unused
+from experiments.bench.sweep import identity, job, shown, unused
 from specdec.theory import CostCurve
 from specdec.training import skip_search
 from specdec.training.skip_search import LayerCosts
@@ -165,20 +165,6 @@ def test_interrupted_job_leaves_no_file_and_ends_the_sweep(tmp_path, monkeypatch
     assert job(composed(), raising(OSError("no space"))) == "failed: OSError: no space"
     assert job(composed(), raising(Refused("chosen: no"))) == "refused: chosen: no"
     assert job(composed(), raising(AssertionError("is not called"))) == "known, refused: chosen: no"
-
-
-def test_table_shows_what_differs_once_and_why_there_is_no_figure():
-    ratio = {"median": 1.5, "low": 1.4, "high": 1.6, "n": 4}
-    row = {"speed_up": {**ratio, "resolved": True}, "tokens_per_second": ratio, "acceptance_length": 2.0}
-    row |= {"acceptance_rate": [], "ceiling_share": None, "divergence": 0.1, "loop_share": 0.0, "identical": None}
-    noise = {"speed_up": {"median": 1.0, "low": 0.9, "high": 1.1, "n": 4}}
-    shared = {"target": "demo", "rule": "sibling"}
-    source = {"commit": "0123", "cpu": "a CPU", "gpu": None}
-    done = {"settings": {**shared, "tree": "b"}, **source, "figures": {"first": row, "mine": row, AGAIN: noise}}
-    text = table([done, {"settings": {**shared, "tree": "a"}, "refused": "no | why"}])
-    assert text.startswith("target=demo rule=sibling; commit 0123 on a CPU\n\n| tree | method |")
-    assert "| b | mine | 1.50 (1.40-1.60) | 1.00 (0.90-1.10) | 0.1 | 2.00 | - |" in text
-    assert "| a | - | refused: no \\| why |" in text
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])

@@ -42,7 +42,8 @@ class Progress(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-        table = import_module("experiments.bench.sweep").table  # here, as it takes seconds, which the jobs have spent
-        print(f"\n{table(results)}\n\n{folder}")
+        # here, as they take seconds to import, which the jobs have spent
+        swept, sweep_table = (import_module(f"experiments.bench.{name}") for name in ("swept", "sweep_table"))
+        print(f"\n{sweep_table.text(swept.sweep(results))}\n\n{folder}")
         if failed := sum("failed" in result for result in results):
             raise SystemExit(f"{failed} of {len(results)} jobs failed: the same command tries them again.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +25,11 @@ COLUMNS = {
 }
 MARKED = (
     "~: these runs cannot tell it from no difference, as its interval meets the noise floor's or 1, or it has none."
+)
+EXCEEDING = (
+    "Share of ceiling: accepted tokens, of the most that a rule deciding node by node accepts on average. Block and traversal "
+    "verification look further down the tree before they decide, and lossy rules accept what the target would not say: these "
+    "may exceed 100 %. So may any rule by chance, in few tokens."
 )
 
 
@@ -57,6 +62,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     tables = [
         markdown([["method", *COLUMNS.values()], *([name, *cells(row, *COLUMNS)] for name, row in figures.items())]),
         floor(figures),
+        *exceeding(figures.values()),
     ]
     tasks = list(next(iter(figures.values())).get("tasks", {}))
     if len(tasks) > 1:
@@ -108,18 +114,14 @@ def per_prompt(runs: list[Generation]) -> np.ndarray:
 
 def cells(row: dict[str, Any], *columns: str) -> list[str]:
     """These figures of a method as text; a dash where a figure is not known."""
-    texts = {
-        "tokens_per_second": interval(row["tokens_per_second"], digits=0),
-        "speed_up": interval(row["speed_up"], digits=2),
-        "predicted": f"{row['predicted']:.2f}" if row["loop_share"] and "predicted" in row else "-",
-        "acceptance_length": f"{row['acceptance_length']:.2f}",
-        "acceptance_rate": " ".join(f"{rate:.2f}" for rate in row["acceptance_rate"]) or "-",
-        "ceiling_share": "-" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}",
-        "divergence": "-" if row["divergence"] is None else f"{row['divergence']:.3g}",
-        "loop_share": f"{row['loop_share']:.0%}" if row["loop_share"] else "-",  # transformers does not say
-        "identical": "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
-    }
-    return [texts[column] for column in columns]
+    untold = () if row.get("loop_share") else ("predicted", "loop_share")  # transformers does not say
+    unknown = [column for column in columns if column in untold or row.get(column) in (None, [])]
+    return ["-" if column in unknown else _cell(row, column) for column in columns]
+
+
+def exceeding(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What a share of the ceiling above 1 means, if there is one."""
+    return [EXCEEDING] * any((row.get("ceiling_share") or 0) > 1 for row in rows)
 
 
 def interval(found: dict[str, Any], digits: int, to: str = "-") -> str:
@@ -127,6 +129,23 @@ def interval(found: dict[str, Any], digits: int, to: str = "-") -> str:
     mark = "" if found.get("resolved", True) else "~ "
     middle = f"{mark}{found['median' if 'median' in found else 'mean']:.{digits}f}"
     return middle if found["n"] == 1 else f"{middle} ({found['low']:.{digits}f}{to}{found['high']:.{digits}f})"
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    value = row[column]
+    match column:
+        case "tokens_per_second" | "speed_up":
+            return interval(value, digits=0 if column == "tokens_per_second" else 2)
+        case "predicted" | "acceptance_length":
+            return f"{value:.2f}"
+        case "acceptance_rate":
+            return " ".join(f"{rate:.2f}" for rate in value)
+        case "ceiling_share" | "loop_share":
+            return f"{value:.0%}"
+        case "divergence":
+            return f"{value:.3g}"
+        case _:
+            return f"{value}/{row['prompts']}"
 
 
 def _bootstrap(figure: Callable[..., Any], values: np.ndarray) -> dict[str, float | None]:

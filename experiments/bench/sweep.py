@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.bench.measure import AGAIN, Refused
 from experiments.bench.progress import settings
-from experiments.bench.report import MARKED, cells, interval, markdown
+from experiments.bench.report import interval
 from experiments.bench.results import Json, without_folders
 
 PARTS = ("drafter", "tree", "rule")  # groups that are measured only as parts of methods
@@ -79,31 +79,6 @@ def shown(config: DictConfig) -> dict[str, str]:
     return {key: without_folders(value) for key, value in found.items() if key.split(".")[0] not in without}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """What all jobs share, and every method of every job over its first, as markdown."""
-    keys = list(dict.fromkeys(key for result in results for key in result["settings"]))
-    values = {key: [result["settings"].get(key, "-") for result in results] for key in keys}
-    varied = [key for key in keys if len(set(values[key])) > 1]
-    shared = [f"{key}={values[key][0]}" for key in keys if key not in varied]
-    measured = [result for result in results if "figures" in result]
-    made = sorted({f"commit {result['commit']} on {result['gpu'] or result['cpu']}" for result in measured})
-    rows = [
-        [*(result["settings"].get(key, "-") for key in varied), *row]
-        for result in sorted(results, key=lambda result: [result["settings"].get(key, "") for key in varied])
-        for row in _rows(result)
-    ]
-    head = [*varied, "method", "speed-up (95 % CI)", "noise floor", "divergence", "acceptance length", "= transformers"]
-    return f"{'; '.join([' '.join(shared), *made])}\n\n{markdown([head, *rows])}\n\n{MARKED}"
-
-
-def _rows(result: dict[str, Any]) -> list[list[str]]:
-    if "figures" not in result:
-        return [["-", _outcome(result).replace("\n", " ").replace("|", "\\|"), "-", "-", "-", "-"]]
-    noise = interval(result["figures"][AGAIN]["speed_up"], digits=2)
-    return [
-        [name, interval(row["speed_up"], digits=2), noise, *cells(row, "divergence", "acceptance_length", "identical")]
-        for name, row in _methods(result).items()
-    ]
 
 
 def _methods(result: dict[str, Any]) -> dict[str, Any]:

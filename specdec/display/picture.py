@@ -8,6 +8,9 @@ from html import escape
 from typing import NamedTuple
 
 DEPTHS = 6  # drafted tokens that are deeper have the last shade
+BLUE, ORANGE, GREEN = "#1e6ef0", "#e67800", "#00a03c"  # accepted drafts, recovered and bonus tokens
+GREY = "#8a8f98"
+PALETTE = (BLUE, ORANGE, GREEN, "#9b59d0", "#c94f6d", GREY)  # of charts
 
 
 class Style(NamedTuple):
@@ -17,13 +20,18 @@ class Style(NamedTuple):
     css: str  # backgrounds are translucent, so that text is readable on light and dark pages
 
 
+def _tint(colour: str, alpha: float) -> str:
+    red, green, blue = bytes.fromhex(colour[1:])
+    return f"background:rgba({red},{green},{blue},{alpha:.2f})"
+
+
 PLAIN = Style("", "")
-RECOVERED = Style("30;48;5;215", "background:rgba(230,120,0,.45);border-bottom:2px dotted")
-BONUS = Style("30;48;5;120", "background:rgba(0,160,60,.40);border-bottom:2px solid")
-PATH = Style("1;32", "font-weight:bold;background:rgba(0,160,60,.25)")
+RECOVERED = Style("30;48;5;215", f"{_tint(ORANGE, 0.45)};border-bottom:2px dotted")
+BONUS = Style("30;48;5;120", f"{_tint(GREEN, 0.40)};border-bottom:2px solid")
+PATH = Style("1;32", f"font-weight:bold;{_tint(GREEN, 0.25)}")
 FAINT = Style("2", "opacity:.65")
 DRAFTED = [
-    Style(f"30;48;5;{colour}", f"background:rgba(30,110,240,{0.15 + 0.09 * depth:.2f})")
+    Style(f"30;48;5;{colour}", _tint(BLUE, 0.15 + 0.09 * depth))
     for depth, colour in zip(range(1, DEPTHS + 1), (195, 159, 153, 117, 111, 75), strict=True)
 ]
 
