@@ -2,6 +2,7 @@
 
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.block import BlockDrafter, BlockNet
+from specdec.drafters.check import check
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net
 from specdec.drafters.fallback import Fallback
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
@@ -34,4 +35,5 @@ __all__ = [
     "SuffixDrafter",
     "TreeDraftRun",
     "TreeDrafter",
+    "check",
 ]

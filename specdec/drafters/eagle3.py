@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import MLP, Attention, Norm, Rotary, head_size
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_drafter import StatesNet, TargetParts
 from specdec.models.level import Level
 
 
@@ -99,6 +99,12 @@ class Eagle3Net(FeatureNet):
         self.input_norm = Norm(len(states) * state_size, eps) if norms == "input_norm" else None
         self.embed_tokens = None if embedding is None else nn.Embedding(embedding, hidden)
         self.lm_head = None if vocab is None else nn.Linear(hidden, vocab, bias=False)
+
+    def readings(self, layers: int) -> Iterator[tuple[str, StatesNet]]:
+        yield from super().readings(layers)
+        for name in ("norm_before_residual", "norm_output"):
+            flipped = not getattr(self.reading, name)
+            yield f"{name}={flipped}", self.changed(reading=replace(self.reading, **{name: flipped}))
 
     def project(self, states: Tensor) -> Tensor:
         if self.fc_norm is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from copy import deepcopy
+from collections.abc import Hashable, Iterator, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,6 +85,26 @@ class StatesNet(nn.Module, ABC):
         Returns:
             [batch, n, kept]: what is kept of each position while it is the last.
         """
+
+    def readings(self, layers: int) -> Iterator[tuple[str, StatesNet]]:
+        """Other ways in which its file may have been meant, for a target of so many layers: (what differs, the network so)."""
+        for shift in (-1, 1):
+            states = tuple(i + shift if i >= 0 else i for i in self.states)
+            if (
+                states != self.states
+                and all(-1 <= i < layers for i in states)
+                and states.count(-1) == self.states.count(-1)
+            ):
+                yield f"states {states}, one layer {'earlier' if shift < 0 else 'later'}", self.changed(states=states)
+        if len(self.states) > 1:
+            yield f"states {self.states[::-1]}, in reverse order", self.changed(states=self.states[::-1])
+
+    def changed(self, **attributes: Any) -> Any:
+        """The same network, with the same weights, but for these attributes."""
+        made = copy(self)
+        for name, value in attributes.items():
+            setattr(made, name, value)
+        return made
 
     def over_target(self, logits: Tensor, vocab: int) -> Tensor:
         """[..., vocab]: logits over all of the target's tokens, for [..., vocab of the network]: -inf for those it lacks."""

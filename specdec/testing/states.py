@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from specdec.drafters.block import BlockNet
 from specdec.drafters.feature import FeatureNet
 from specdec.drafters.states_drafter import StatesDrafter, StatesNet, TargetParts
+from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
 from specdec.generate import generate
 from specdec.laws import Law
 from specdec.sampling import Sampling
 from specdec.testing.noting import Noting
-from specdec.training.teacher_forcing import blocks, states_of, unroll
 
 
 def assert_served_as_trained(
@@ -53,7 +53,7 @@ def drafted_logits(net: StatesNet, model: PreTrainedModel, text: Sequence[int], 
     The text is read in one plain pass of the target and one of the network, without caches, trees or batches.
     """
     tokens, root = torch.tensor([[*text, *path]], device=model.device), len(text) - 1
-    states, parts = states_of(model, tokens, tuple(net.states)), TargetParts.of(model)
+    states, parts = read_texts(model, tokens, net.states)[0], TargetParts.of(model)
     if isinstance(net, FeatureNet):
         *_, logits = unroll(net, tokens, states, parts, len(path) + 1)
         return logits[0, root - 1]

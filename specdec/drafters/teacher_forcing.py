@@ -6,7 +6,7 @@ in which drafts see what they would see when served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,13 +117,16 @@ def blocks(net: BlockNet, tokens: Tensor, states: Tensor, target: TargetParts, a
 
 
 @torch.no_grad()
-def states_of(model: PreTrainedModel, tokens: Tensor, which: tuple[int, ...]) -> Tensor:
-    """[batch, t, state, hidden]: the target's states over texts [batch, t] int64 of one length, by a plain forward pass."""
+def read_texts(model: PreTrainedModel, tokens: Tensor, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The target's states [batch, t, state, hidden] and logits [batch, t, vocab] over texts [batch, t] int64 of one length.
+
+    In a plain forward pass, by transformers' own `output_hidden_states`.
+    """
     head: list[Tensor] = []
     lm_head: Any = model.get_output_embeddings()
     hook = lm_head.register_forward_pre_hook(lambda _, args: head.append(args[0]))
     try:
-        found = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+        out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
     finally:
         hook.remove()
-    return torch.stack([head[0] if index == -1 else found[index] for index in which], 2)
+    return torch.stack([head[0] if index == -1 else out.hidden_states[index] for index in which], 2), out.logits
