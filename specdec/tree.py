@@ -120,6 +120,22 @@ def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topolog
     return _Chain(parents, nodes - 1, min(nodes - 1, 1))
 
 
+class _Block(Topology):
+    @cached_property
+    def ancestors(self) -> Tensor:
+        batch, nodes = self.parents.shape
+        return torch.ones(batch, nodes, nodes, dtype=torch.bool, device=self.parents.device)
+
+    @cached_property
+    def depths(self) -> Tensor:
+        return self.parents + 1
+
+
+def block(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
+    """What block drafters score: the nodes of a chain, each of which sees all of them."""
+    return _Block(torch.arange(-1, nodes - 1, device=device).expand(batch, -1), nodes - 1, min(nodes - 1, 1))
+
+
 @dataclass(frozen=True, eq=False)
 class DraftTree:
     """A batch of draft trees of one shape.

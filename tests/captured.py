@@ -1,6 +1,7 @@
 """Drafters whose steps are captured, and what a run by captured stages is compared with."""
 
 import warnings
+from copy import copy
 
 import torch
 from tiny_models import PROMPTS, llama
@@ -8,6 +9,8 @@ from tiny_models import PROMPTS, llama
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import (
+    Eagle3Drafter,
+    Eagle3Net,
     Fallback,
     LayerSkipDrafter,
     MedusaDrafter,
@@ -32,6 +35,13 @@ def heads():
     return made.eval()
 
 
+def eagle():
+    torch.manual_seed(6)
+    config = copy(TARGET.config)
+    config.num_hidden_layers = 1
+    return Eagle3Net(config, (0, 1, -1), 32).eval()
+
+
 TARGET, DRAFT = llama(), llama(1, num_hidden_layers=1)
 DRAFTERS = {
     "none": lambda draft: None,
@@ -42,6 +52,7 @@ DRAFTERS = {
     "dynamic": lambda draft: ModelDrafter(draft, Dynamic(8, 3, 2)),
     "layers left out": lambda draft: LayerSkipDrafter(skip=[1], tree=Widths((2, 1))),
     "heads": lambda draft: MedusaDrafter(heads().to(draft.device), Widths((2, 2, 1))),
+    "features": lambda draft: Eagle3Drafter(eagle().to(draft.device), Widths((2, 2))),
     "n-grams": lambda draft: NgramDrafter(4),
     "suffixes": lambda draft: SuffixDrafter(),
     "suffixes, then a model": lambda draft: Fallback(SuffixDrafter(), ModelDrafter(draft, Chain(3))),

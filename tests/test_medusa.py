@@ -67,7 +67,7 @@ def published(folder, made, prefix, suffix):
 def test_published_checkpoints_load(tmp_path, prefix, suffix):
     made, hidden = heads(3, blocks=2, vocab=50), torch.randn(4, 32, dtype=torch.float64)
     published(tmp_path / "heads", made, prefix, suffix)
-    logits = MedusaDrafter(tmp_path / "heads").heads(hidden, torch.nn.Identity())
+    logits = MedusaDrafter(tmp_path / "heads").net(hidden, torch.nn.Identity())
     for i in range(3):  # head by head, as in the paper
         x = hidden
         for j in range(2):
@@ -119,12 +119,12 @@ def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 deep, but there are 2 heads"):
+    with pytest.raises(ValueError, match="2 tokens at most"):
         specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2), Chain(3)))
     with pytest.raises(ValueError, match="states of size 16"):
         specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2, hidden=16)))
     for temperature, vocab in ((0, 200), (1, 200), (0, 20)):
-        with pytest.raises(ValueError, match=f"know {vocab} tokens, the target knows 50"):
+        with pytest.raises(ValueError, match=f"knows {vocab} tokens, the target knows 50"):
             drafter = MedusaDrafter(heads(2, vocab=vocab, dtype=torch.float32))
             specdec.generate(llama(), PROMPTS, drafter, sampling=Sampling(temperature), max_new_tokens=4)
     with pytest.raises(FileNotFoundError):

@@ -75,8 +75,8 @@ class ListeningRun(DraftRun):
         self.ends.copy_(torch.tensor(known))
         self.gaps.zero_()
 
-    def states_known(self):
-        return self.known
+    def states_known(self, rows):
+        return {row: self.known[row] for row in rows}
 
     def enter(self, rows):
         self.prompts_read = True

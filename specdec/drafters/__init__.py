@@ -1,7 +1,11 @@
 """Drafters propose draft trees. One drafter per file."""
 
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.drafters.block import BlockDrafter, BlockNet
+from specdec.drafters.check import check
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net
 from specdec.drafters.fallback import Fallback
+from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
 from specdec.drafters.model import ModelDrafter
@@ -12,9 +16,15 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 
 __all__ = [
+    "BlockDrafter",
+    "BlockNet",
     "DraftRun",
     "Drafter",
+    "Eagle3Drafter",
+    "Eagle3Net",
     "Fallback",
+    "FeatureDrafter",
+    "FeatureNet",
     "LayerSkipDrafter",
     "MedusaDrafter",
     "MedusaHeads",
@@ -25,4 +35,5 @@ __all__ = [
     "SuffixDrafter",
     "TreeDraftRun",
     "TreeDrafter",
+    "check",
 ]

@@ -78,9 +78,12 @@ class DraftRun(ABC):
             count: [batch] int64 <= n: how many states each row has; the rest is garbage.
         """
 
-    def states_known(self) -> list[int]:
-        """How many positions of each row need not be passed to `read`, as an earlier turn has kept them: by default 0."""
-        return [0] * len(self.batch)
+    def states_known(self, rows: list[int]) -> dict[int, int]:
+        """For each of these rows, which are entered: how many positions need not be passed to `read`; by default 0.
+
+        The beginning of a text may have been read in an earlier turn, in another row or before a batch was halved.
+        """
+        return dict.fromkeys(rows, 0)
 
     @property
     def enters(self) -> bool:

@@ -56,8 +56,9 @@ class _FallbackRun(DraftRun):
         self._columns = [[drafter.states.index(i) for i in part.states] for part in (drafter.first, drafter.second)]
         self._has = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]: rows for which the first drafted
 
-    def states_known(self) -> list[int]:
-        return list(map(min, self.first.states_known(), self.second.states_known()))
+    def states_known(self, rows: list[int]) -> dict[int, int]:
+        first, second = self.first.states_known(rows), self.second.states_known(rows)
+        return {row: min(first[row], second[row]) for row in rows}
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
         for run, columns in zip((self.first, self.second), self._columns, strict=True):

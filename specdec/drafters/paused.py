@@ -100,8 +100,8 @@ class _PausedRun(DraftRun):
         self._asked = False  # whether it was asked in this step
         return self
 
-    def states_known(self) -> list[int]:
-        return self.drafting.states_known()
+    def states_known(self, rows: list[int]) -> dict[int, int]:
+        return self.drafting.states_known(rows)
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
         self.drafting.read(states, start, count)

@@ -6,11 +6,10 @@ Targets and draft models both run in it. A `CausalLM` is a model and what was fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from specdec.models.cache import Source, TreeCache, cache_argument
 from specdec.models.compilation import Compiled
 from specdec.models.context_limit import context_limit_of
 from specdec.models.fingerprint import fingerprint
+from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.prepared_inputs import takes
 from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
 from specdec.models.routing import Route
@@ -34,7 +34,6 @@ _TOKENS = 4096  # most prompt tokens per forward pass, all rows together: it bou
 
 # A row waits for another that is read before it if it can then copy so many tokens more: fewer are read as fast as copied.
 _WORTH_WAITING = 32
-_NOTHING = np.empty(0, np.int64)
 
 Listen = Callable[[Tensor, Tensor, Tensor], None]  # `DraftRun.read`
 
@@ -129,9 +128,9 @@ class CachedModel:
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes are compiled: those of steps, whose shapes recur
-        self._texts = [_NOTHING] * rows  # the texts that the rows of the cache hold the beginnings of
+        self._held = HeldTexts(self.cache)
         # The fingerprint of the model that wrote the cache; None if no later run will ask.
-        self._computed: Any = None
+        self.computed: Any = None
         self.begin(last)
 
     def begin(self, last: CachedModel | None) -> None:
@@ -159,18 +158,17 @@ class CachedModel:
         """
         earlier = self._earlier(batch)
         listen = draft.read if draft is not None and self.capture.which else None
-        known = draft.states_known() if draft is not None and listen else batch.host_lengths
+        known = draft.states_known([*rows]) if draft is not None and listen else batch.host_lengths
         goals = {row: batch.host_lengths[row] - 1 for row in rows}
         most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
         self.compiles, waiting = False, list(rows)
         while waiting:
             sources = self._sources(batch, waiting, most, earlier)
-            for row in sources:
-                self._texts[row] = _NOTHING  # if this fails half-way, nobody goes on from it
+            self._held.forget(sources)  # if this fails half-way, nobody goes on from it
             self.cache.take(sources)
             self.read(batch.tokens, {row: goals[row] for row in sources}, listen)
             for row, source in sources.items():
-                self._texts[row] = batch.records[row]
+                self._held.note(row, batch.records[row])
                 self.tokens_copied += source.count
                 waiting.remove(row)
         self.compiles = batch.stages.compiles
@@ -181,10 +179,10 @@ class CachedModel:
             return None
         last, self._last, self._begins = self._last, None, False
         computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if batch.keep or batch.resume else None
-        goes_on = batch.resume and last is not None and last._computed == computes
-        self._computed = computes
+        goes_on = batch.resume and last is not None and last.computed == computes
+        self.computed = computes
         if not (goes_on and last is self):
-            self._texts = [_NOTHING] * len(batch)
+            self._held.forget(range(len(batch)))
         return last if goes_on and last is not self else None
 
     def _sources(
@@ -193,27 +191,16 @@ class CachedModel:
         """For rows that are read next, what each begins with. Rows that can soon copy much of another are left for later."""
         sources: dict[int, Source] = {}
         beginnings: dict[bytes, list[int]] = {}  # rows of `sources` by their first tokens
-        known = [held for run in (self, earlier) if run is not None for held in run._held()]
+        held = [*self._held, *(earlier._held if earlier else ())]
         for row in rows:
-            text, own = batch.text(row), Source(self.cache, row, 0)
-            found = (
-                Source(cache, place, min(common_length(tokens, text), most[row])) for cache, place, tokens in known
-            )
-            best = max(
-                (own, *found), key=lambda source: (source.count, (source.cache, source.row) == (self.cache, row))
-            )
+            text = batch.text(row)
+            best = longest_beginning(held, Source(self.cache, row, 0), text, most[row])
             same = beginnings.setdefault(text[:_WORTH_WAITING].tobytes(), [])
             soon = max((min(common_length(batch.text(other), text), most[row]) for other in same), default=0)
             if soon < best.count + _WORTH_WAITING:
                 sources[row] = best
                 same.append(row)
         return sources
-
-    def _held(self) -> Iterator[tuple[TreeCache, int, np.ndarray]]:
-        """(cache, row, tokens) of rows that hold something: the tokens whose keys and values they hold."""
-        for row, (text, length) in enumerate(zip(self._texts, self.cache.lengths.tolist(), strict=True)):
-            if length and len(text):
-                yield self.cache, row, text[:length]
 
     def read(self, tokens: Tensor, goals: Mapping[int, int], listen: Listen | None = None) -> None:
         """Read and commit the tokens of each row b of `goals` up to goals[b]. tokens: [batch, capacity] int64."""

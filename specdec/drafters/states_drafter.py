@@ -1,0 +1,277 @@
+"""The base of drafters with a network that reads the target's states, into a cache of its own, as the text grows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.batch import Batch
+from specdec.checks import check_kind
+from specdec.drafters.base import DraftRun
+from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
+from specdec.models.attention import View
+from specdec.models.cache import Slab, Source, TreeCache
+from specdec.models.fingerprint import fingerprint
+from specdec.models.held_texts import HeldTexts, longest_beginning
+from specdec.models.level import CachedLevel, Level
+from specdec.models.probe import autocast_dtype
+from specdec.models.target import ModelTargetRun, TargetRun
+from specdec.tree import Topology, chain
+from specdec.trees.base import Frontier, TreePolicy
+
+
+@dataclass(frozen=True, eq=False)
+class TargetParts:
+    """What a network may use of the target, on the target's device and in its dtype."""
+
+    embedding: nn.Module
+    lm_head: Any
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TargetParts:
+        return cls(model.get_input_embeddings(), model.get_output_embeddings())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[..., hidden], for tokens [...] int64."""
+        return self.embedding(tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., vocab], for what the LM head reads, [..., hidden]."""
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype)).to(hidden.device)  # `device_map` may put it elsewhere
+
+
+class StatesNet(nn.Module, ABC):
+    """A network that drafts from the target's states. It keeps nothing of a text: its passes are given a `Level`.
+
+    Attributes:
+        states: which of the target's states it reads: see `Drafter.states`.
+        state_size: size of each of these.
+        kept: size of what is kept of a position.
+        vocab: how many tokens it can draft; None: all of the target's.
+        target_ids: [vocab] int64: the target's ids of these tokens; None if they are the target's first.
+        attention: (heads of keys and values, size of a head) of each of its layers with a cache.
+        slots: nodes of a pass that are no nodes of the tree.
+
+    Class attributes:
+        ahead: how many places after a position the token is that it is read with.
+    """
+
+    states: tuple[int, ...]
+    state_size: int
+    kept: int
+    vocab: int | None = None
+    target_ids: Tensor | None = None
+    attention: Sequence[tuple[int, int]] = ()
+    slots: int = 0
+    ahead: ClassVar[int] = 0
+
+    @abstractmethod
+    def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:
+        """Read positions of the text.
+
+        Args:
+            tokens: [batch, n] int64: the tokens `ahead` places after them.
+            states: [batch, n, state, state_size]: the target's states there.
+            level: the positions, as attention sees them.
+            target: parts of the target.
+
+        Returns:
+            [batch, n, kept]: what is kept of each position while it is the last.
+        """
+
+    def readings(self, layers: int) -> Iterator[tuple[str, StatesNet]]:
+        """Other ways in which its file may have been meant, for a target of so many layers: (what differs, the network so)."""
+        for shift in (-1, 1):
+            states = tuple(i + shift if i >= 0 else i for i in self.states)
+            if (
+                states != self.states
+                and all(-1 <= i < layers for i in states)
+                and states.count(-1) == self.states.count(-1)
+            ):
+                yield f"states {states}, one layer {'earlier' if shift < 0 else 'later'}", self.changed(states=states)
+        if len(self.states) > 1:
+            yield f"states {self.states[::-1]}, in reverse order", self.changed(states=self.states[::-1])
+
+    def changed(self, **attributes: Any) -> Any:
+        """The same network, with the same weights, but for these attributes."""
+        made = copy(self)
+        for name, value in attributes.items():
+            setattr(made, name, value)
+        return made
+
+    def over_target(self, logits: Tensor, vocab: int) -> Tensor:
+        """[..., vocab]: logits over all of the target's tokens, for [..., vocab of the network]: -inf for those it lacks."""
+        if self.target_ids is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], vocab), -torch.inf).index_copy_(-1, self.target_ids, logits)
+
+
+class StatesDrafter(TreeDrafter):
+    """Drafts with a network that reads the target's states.
+
+    Args:
+        net: the network, in eval mode. It is not moved: a target on another device is drafted for by a copy.
+        tree: the tree policy; a chain of 4 by default.
+    """
+
+    capturable_scores = True
+
+    def __init__(self, net: StatesNet, tree: TreePolicy | None = None):
+        check_kind("net", net, StatesNet, f"pass the network of a {type(self).__name__}")
+        super().__init__(tree)
+        self.net, self.states, self.models = net, tuple(net.states), (net,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.net).__name__}, {self.tree})"
+
+    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
+        if not isinstance(target, ModelTargetRun):
+            raise ValueError(
+                f"{self} reads states of transformers models; the target is a {type(target.target).__name__}."
+            )
+        self._check(target.cached.lm.model, batch.vocab)
+        known = last if isinstance(last, StatesRun) else None
+        run = self._run(self._net_on(batch.device, known), target, batch, known).begun(last)
+        assert isinstance(run, StatesRun)
+        return run.resumed(known)
+
+    @abstractmethod
+    def _run(self, net: Any, target: ModelTargetRun, batch: Batch, last: StatesRun | None) -> StatesRun:
+        """A run, perhaps in the cache of `last`."""
+
+    def _net_on(self, device: torch.device, last: StatesRun | None) -> StatesNet:
+        """The network on this device; a copy has the weights that the network has now."""
+        if _place(self.net) == device:
+            return self.net
+        net = last.net if last is not None and _place(last.net) == device else deepcopy(self.net).to(device)
+        net.load_state_dict(self.net.state_dict())
+        return net
+
+    def _check(self, model: PreTrainedModel, vocab: int) -> None:
+        """Raise ValueError unless the network is one for this target."""
+        net, size = self.net, model.config.get_text_config().hidden_size
+        if net.state_size != size:
+            raise ValueError(
+                f"{self} reads states of size {net.state_size}, the target's have {size}; use another draft."
+            )
+        known, ids = net.vocab, net.target_ids
+        if ids is None and known not in (None, vocab):
+            raise ValueError(f"{self} knows {known} tokens, the target knows {vocab}; use another draft.")
+        if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise ValueError(
+                f"{self} drafts tokens {int(ids.min())} to {int(ids.max())}, the target knows {vocab}; use another draft."
+            )
+
+
+class StatesRun(TreeDraftRun):
+    """A network at work. Its cache holds the text and, behind that, what it computes of a tree."""
+
+    drafter: StatesDrafter
+
+    def __init__(
+        self, drafter: StatesDrafter, net: StatesNet, target: ModelTargetRun, batch: Batch, last: StatesRun | None
+    ):
+        self.cache = _cache(net, batch, last)
+        super().__init__(drafter, batch, last, net, self.cache, target)
+        self.net, self.parts, self._target = net, TargetParts.of(target.cached.lm.model), target
+        self._held = HeldTexts(self.cache, net.ahead)
+        self._earlier: StatesRun | None = None
+        self._computed: Any = None  # by which weights the cache was written; None if no later run will ask
+        # [batch, kept]: of the last position that was read, or zeros; captured graphs write to it in place
+        self.last = torch.zeros(len(batch), net.kept, dtype=_dtype(net, batch.device), device=batch.device)
+
+    def resumed(self, last: StatesRun | None) -> StatesRun:
+        """This run at its first step, which may go on from `last`: a run that has ended, perhaps this one."""
+        self._earlier, self._begins = last, True
+        return self
+
+    def states_known(self, rows: list[int]) -> dict[int, int]:
+        if not self.net.attention:
+            return {
+                row: self.batch.host_lengths[row] for row in rows
+            }  # the last is passed in any case, and it is enough
+        held = [*self._earlier_texts(), *self._held]
+        sources = {}
+        for row in rows:
+            text = self.batch.text(row)
+            sources[row] = longest_beginning(held, Source(self.cache, row, 0), text, len(text) - 2)
+        self.cache.take(sources)
+        self._held.forget(rows)  # if this fails half-way, nobody goes on from it
+        return {row: source.count for row, source in sources.items()}
+
+    def _earlier_texts(self) -> HeldTexts | tuple[()]:
+        """When a run begins: what another one holds. Forgets what this one does, if that cannot be used."""
+        if not self._begins:
+            return ()
+        last, self._earlier, self._begins = self._earlier, None, False
+        batch, target = self.batch, self._target.cached.computed
+        computes = (target, fingerprint(self.net, numbers=True)) if target is not None else None
+        goes_on = batch.resume and last is not None and computes is not None and last._computed == computes
+        self._computed = computes
+        if not (goes_on and last is self):
+            self._held.forget(range(len(batch)))
+        return last._held if goes_on and last is not None and last is not self else ()
+
+    def enter(self, rows: list[int]) -> None:
+        for row in rows:
+            self._held.note(row, self.batch.records[row])
+            if self.batch.host_lengths[row] == 1:  # nothing was read
+                self.last[row] = 0
+
+    def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
+        n, rows = states.shape[1], range(len(self.batch))
+        if n > self._nodes:  # behind the texts of other rows there is room for a tree, but not for a prompt
+            rows = count.nonzero()[:, 0].tolist()
+        with self.cache.only(rows):
+            part = self.cache.rows
+            tensors = (self.batch.tokens, states, start, count, self.last)
+            tokens, states, start, count, last = tensors if part is None else (t[part] for t in tensors)
+            last = torch.where(count[:, None] > 0, self._follow(tokens, states, start, count), last)
+            self.last[slice(None) if part is None else part] = last
+
+    def _follow(self, tokens: Tensor, states: Tensor, start: Tensor, count: Tensor) -> Tensor:
+        """[rows, kept]: read the target's states at these positions; what is kept of each row's last."""
+        (rows, n), ahead, here = states.shape[:2], self.net.ahead, self.cache.committed.clone()
+        some = count > 0
+        start = torch.where(some, start, here + ahead)  # rows without any read garbage, where it harms nothing
+        self.cache.rewind(start)
+        index = start[:, None] + ahead + torch.arange(n, device=start.device)
+        tokens = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+        topology = self.batch.chain(n) if rows == len(self.batch) else chain(rows, n, start.device)
+        kept = self.net.follow(tokens, states.to(self.last.dtype), self.level(topology, n), self.parts)
+        self.cache.rewind(torch.where(some, start + count - ahead, here))
+        return kept.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, kept.shape[2]))[:, 0]
+
+    def level(self, topology: Topology, count: int) -> CachedLevel:
+        """The last `count` nodes of a topology, whose first is behind the committed slots."""
+        nodes = topology.parents.shape[1]
+        view = View(self.cache.committed, topology, count, min(self.batch.longest + nodes, self.cache.capacity))
+        self.cache.open(view)
+        return CachedLevel(self.cache, view)
+
+    def prepare(self, frontier: Frontier) -> Hashable:
+        return self.batch.longest
+
+
+def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:
+    """A cache for the network's layers: that of `last` if it is one for the same texts."""
+    if last is not None and last.batch is batch and last.net is net and last.last.dtype == _dtype(net, batch.device):
+        return last.cache
+    slabs = [Slab(heads, size, _dtype(net, batch.device), batch.device) for heads, size in net.attention]
+    return TreeCache([(slab, slab) for slab in slabs], len(batch), batch.capacity + net.slots, batch.device)
+
+
+def _place(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device
+
+
+def _dtype(net: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype that the network computes in."""
+    return autocast_dtype(device) or next(net.parameters()).dtype

@@ -1,0 +1,84 @@
+"""One forward pass of a network that is not a transformers model: where its nodes stand, and what they attend to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from specdec.models.attention import View, attend, mask
+from specdec.models.cache import TreeCache
+
+
+class Level(ABC):
+    """The nodes that a pass is over, as its attention layers see them.
+
+    Args:
+        positions: [batch, count] int64: the position of each node, for position embeddings.
+    """
+
+    def __init__(self, positions: Tensor):
+        self.positions = positions
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Add the nodes' keys and values to a layer's, and attend to all that they see.
+
+        Args:
+            layer: which layer of the network.
+            query: [batch, head, count, head_dim].
+            key, value: [batch, kv_head, count, head_dim].
+            scale: of the scores; by default head_dim ** -0.5.
+            window: how many positions a node sees, its own included; by default all before it.
+
+        Returns:
+            [batch, count, head, head_dim].
+        """
+
+    @abstractmethod
+    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Add the nodes' keys and values to a layer's, which later nodes attend to."""
+
+
+class CachedLevel(Level):
+    """Nodes of a tree behind the committed ones of a cache."""
+
+    def __init__(self, cache: TreeCache, view: View):
+        super().__init__(view.positions)
+        self.cache, self.view = cache, view
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        keys, values = self.cache.layers[layer].update(key, value)
+        return attend(self, query, keys, values, self.mask(query.dtype, window), scaling=scale)[0]
+
+    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.cache.layers[layer].update(key, value)
+
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
+        """The mask of all layers with this window, as transformers' layers take it."""
+        if window not in self._masks:
+            pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+            device = self.positions.device
+            self._masks[window] = mask(
+                mask_function=pattern, q_offset=self.view, device=device, dtype=dtype, local_size=window
+            )
+        return self._masks[window]

@@ -1,0 +1,81 @@
+"""Networks on the target's states are trained as they are served, and a file that is read wrongly is found out."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import specdec
+from specdec import Sampling
+from specdec.drafters import Eagle3Drafter, Eagle3Net, check
+from specdec.drafters.eagle3 import Eagle3Reading
+from specdec.training.distillation import kl
+from specdec.training.states import acceptance, drafted, states_loss
+from specdec.trees import Chain
+
+torch.set_num_threads(1)
+PAIR = specdec.demo.load()
+TEXTS = [PAIR.tokenizer(prompt.text, return_tensors="pt").input_ids[0][:60] for prompt in PAIR.prompts]
+TEXTS = torch.stack([text for text in TEXTS if len(text) == 60][:4])
+READINGS = {
+    "plain": Eagle3Reading(),
+    "norm_output": Eagle3Reading(norm_output=True),
+    "norm_before_residual": Eagle3Reading(norm_before_residual=True),
+}
+
+
+@pytest.fixture(scope="module", params=READINGS)
+def trained(request):
+    """A network that has been trained for seconds, under one reading."""
+    config = copy.deepcopy(PAIR.target.config)
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    net = Eagle3Net(config, (1, 2, 4), config.hidden_size, config.vocab_size, READINGS[request.param])
+    net.lm_head.weight.data.copy_(PAIR.target.get_output_embeddings().weight)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        states_loss(kl, drafted(net, PAIR.target, TEXTS, 3)).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def found(net, name, **wrong):
+    """Whether a network that is read wrongly is found to do better in the way of this name."""
+    readings = check(PAIR.target, Eagle3Drafter(net.changed(**wrong)), list(TEXTS))
+    (right,) = (reading for reading in readings.others if reading.name == name)
+    return right.accepted > readings.taken.accepted
+
+
+def test_layers_that_are_one_off_are_found(trained):
+    assert found(trained, "states (1, 2, 4), one layer earlier", states=(2, 3, 5))
+    assert found(trained, "states (1, 2, 4), one layer later", states=(0, 1, 3))
+    assert found(trained, "states (1, 2, 4), in reverse order", states=(4, 2, 1))
+
+
+def test_flags_that_are_the_other_way_are_found(trained, request):
+    name = request.node.callspec.params["trained"]
+    if name == "plain":
+        assert found(trained, "norm_output=False", reading=Eagle3Reading(norm_output=True))
+        assert found(trained, "norm_before_residual=False", reading=Eagle3Reading(norm_before_residual=True))
+    else:
+        assert found(trained, f"{name}=True", reading=Eagle3Reading())
+
+
+def test_a_draft_that_is_read_as_it_was_trained_is_the_best(trained, request):
+    if request.node.callspec.params["trained"] == "plain":
+        readings = check(PAIR.target, Eagle3Drafter(trained), list(TEXTS))
+        assert readings.best is readings.taken
+        assert str(readings).splitlines()[1].endswith("<- best")
+
+
+def test_the_promised_length_is_the_served_one(trained):
+    """On texts that the target has written: the chance at every place, and what chains have when served."""
+    prompts, options = list(TEXTS[:, :30]), {"sampling": Sampling(1.0), "max_new_tokens": 64, "stop_tokens": ()}
+    written = specdec.generate(PAIR.target, prompts, num_samples=4, **options).tokens
+    texts = torch.stack([torch.cat([prompts[i // 4], new]) for i, new in enumerate(written)])
+    with torch.no_grad():
+        promised = 1 + sum(acceptance(drafted(trained, PAIR.target, texts, 2, prompt_length=30)))
+    out = specdec.generate(PAIR.target, prompts, Eagle3Drafter(trained, Chain(2)), num_samples=4, seed=1, **options)
+    assert promised == pytest.approx(out.summary()["acceptance_length"], abs=0.08)
