@@ -18,8 +18,8 @@ from specdec.models.cache import RecordingCache
 from specdec.models.level import CachedLevel, Level
 from specdec.models.probe import device_of
 from specdec.models.routing import Route
-from specdec.trees.base import TreePolicy
 from specdec.tree import chain
+from specdec.trees.base import TreePolicy
 
 _SHOWN = 4  # names of tensors in a message
 
@@ -90,7 +90,12 @@ class MtpNet(FeatureNet):
         zeros = weight.new_zeros(1, 1, self.kept)
         view = View(zeros.new_zeros(1, dtype=torch.int64), chain(1, 1, weight.device), count=1, slots=1)
         cache = RecordingCache(1, view)
-        self._layer(zeros, zeros, view.positions, cache)
+        try:
+            self._layer(zeros, zeros, view.positions, cache)
+        except ValueError as error:  # sparse attention has an index of its own
+            raise ValueError(
+                f"This MTP layer keeps more than keys and values ({error}); use another drafter."
+            ) from error
         return cache.records[0].slabs
 
 
@@ -117,7 +122,9 @@ class MtpDrafter(FeatureDrafter):
         Raises:
             ValueError: there are no MTP weights, or they do not fit, or this transformers cannot run them.
         """
-        check_kind("target", target, PreTrainedModel, "pass the target, as from AutoModelForCausalLM.from_pretrained(name)")
+        check_kind(
+            "target", target, PreTrainedModel, "pass the target, as from AutoModelForCausalLM.from_pretrained(name)"
+        )
         if not hasattr(MtpModel, "forward_layer"):
             raise ValueError(
                 f"transformers {transformers.__version__} has no MtpModel.forward_layer; install transformers>=5.20."
