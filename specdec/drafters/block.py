@@ -85,4 +85,5 @@ class BlockRun(StatesRun):
             self._base[:, : self._deepest] = base
         assert self._base is not None
         depths = frontier.topology.depths[:, -frontier.tokens.shape[1] :, None].expand(-1, -1, self._base.shape[2])
-        return self.in_target_ids(self.net.logits(self._base.gather(1, depths), frontier.tokens))
+        logits = self.net.logits(self._base.gather(1, depths), frontier.tokens)
+        return self.net.over_target(logits, self.batch.vocab)

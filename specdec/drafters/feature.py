@@ -73,4 +73,4 @@ class FeatureRun(StatesRun):
             features, level = self._outputs.gather(1, parents), self.level(frontier.topology, count)
             outputs = self.net.step(frontier.tokens, features, level, self.parts)
         self._outputs[:, asked - count : asked] = outputs
-        return self.in_target_ids(self.net.logits(outputs, self.parts))
+        return self.net.over_target(self.net.logits(outputs, self.parts), self.batch.vocab)

@@ -88,6 +88,12 @@ class StatesNet(nn.Module, ABC):
             [batch, n, kept]: what is kept of each position while it is the last.
         """
 
+    def over_target(self, logits: Tensor, vocab: int) -> Tensor:
+        """[..., vocab]: logits over all of the target's tokens, for [..., vocab of the network]: -inf for those it lacks."""
+        if self.target_ids is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], vocab), -torch.inf).index_copy_(-1, self.target_ids, logits)
+
 
 class StatesDrafter(TreeDrafter):
     """Drafts with a network that reads the target's states.
@@ -214,7 +220,7 @@ class StatesRun(TreeDraftRun):
 
     def _follow(self, tokens: Tensor, states: Tensor, start: Tensor, count: Tensor) -> Tensor:
         """[rows, kept]: read the target's states at these positions; what is kept of each row's last."""
-        (rows, n), ahead, here = states.shape[:2], self.net.ahead, self.cache.committed
+        (rows, n), ahead, here = states.shape[:2], self.net.ahead, self.cache.committed.clone()
         some = count > 0
         start = torch.where(some, start, here + ahead)  # rows without any read garbage, where it harms nothing
         self.cache.rewind(start)
@@ -234,12 +240,6 @@ class StatesRun(TreeDraftRun):
 
     def prepare(self, frontier: Frontier) -> Hashable:
         return self.batch.longest
-
-    def in_target_ids(self, logits: Tensor) -> Tensor:
-        """[..., vocab of the target], for logits [..., vocab of the network]: -inf for tokens that it does not know."""
-        if (ids := self.net.target_ids) is None:
-            return logits
-        return logits.new_full((*logits.shape[:-1], self.batch.vocab), -torch.inf).index_copy_(-1, ids, logits)
 
 
 def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:

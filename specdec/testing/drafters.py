@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch import Batch
 from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind
-from specdec.coins import Coins
-from specdec.drafters import Drafter, DraftRun
+from specdec.drafters import Drafter
+from specdec.drafters.states_drafter import StatesDrafter
 from specdec.generate import generate
-from specdec.laws import Law
-from specdec.models.target import Target, TargetRun
+from specdec.models.target import Target
 from specdec.sampling import Sampling
 from specdec.testing.laws import exact_law, target_law
+from specdec.testing.noting import Draft, Noting
+from specdec.testing.states import assert_served_as_trained
 from specdec.testing.tables import TabularTarget
-from specdec.tree import DraftTree, TreeSpec
 
 _MOST = 4  # largest vocabulary
 
@@ -42,6 +40,7 @@ def assert_drafter(
     - The text's law is the target's, with every coin followed: laws are recorded truthfully, and growth does not anticipate.
     - `TreeSpec.by_depth` is kept where it is promised.
     - The greedy text is the target's, and a row's text does not depend on the other rows.
+    - A network on the target's states (`StatesDrafter`) drafts by the laws that it is trained by, at every node of every tree.
     - After any acceptance, and in a row that held another text before, drafts are those of a fresh start from the same text.
 
     Args:
@@ -83,6 +82,8 @@ def assert_drafter(
             assert torch.equal(among_its_like, together[row]), (
                 f"{drafter}: the text of a row depends on the other rows, under {sampling}."
             )
+    if isinstance(drafter, StatesDrafter) and isinstance(target, PreTrainedModel):
+        assert_served_as_trained(drafter, target, texts, samplings[0], horizon, tolerance)
     _assert_greedy(drafter, target, texts, horizon)
 
 
@@ -98,7 +99,7 @@ def _check_target(target: PreTrainedModel | TabularTarget) -> None:
         raise ValueError(f"target is a model in {target.dtype}: laws are compared to 1e-12; call model.double().")
 
 
-def assert_by_depth(drafter: Drafter, drafts: list[_Draft]) -> None:
+def assert_by_depth(drafter: Drafter, drafts: list[Draft]) -> None:
     """Raise AssertionError unless trees after one text that agree above a depth have the same nodes at that depth."""
     known: dict[tuple, list] = {}
     for draft in drafts:
@@ -128,52 +129,3 @@ def _assert_greedy(drafter: Drafter, target: PreTrainedModel | Target, texts: li
             assert fresh.drafts[0].kept == draft.kept, (
                 f"{drafter} drafts {draft.kept} after {list(draft.text)}, and {fresh.drafts[0].kept} afresh."
             )
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """What was drafted for one row, node by node."""
-
-    text: tuple[int, ...]  # the text before the draft
-    tokens: list[int]
-    parents: list[int]
-    laws: list[int]
-
-    @property
-    def kept(self) -> list[int]:
-        """The tokens of the nodes that exist."""
-        return [token for token, law in zip(self.tokens, self.laws, strict=True) if law != Law.PADDING]
-
-    @property
-    def depths(self) -> list[int]:
-        """The depth of each node; -1 for nodes that do not exist."""
-        depths: list[int] = []
-        for parent, law in zip(self.parents, self.laws, strict=True):
-            above = depths[parent] if depths else -1
-            depths.append(-1 if law == Law.PADDING else above + 1)
-        return depths
-
-
-class Noting(Drafter):
-    """Wraps a drafter and notes in `drafts` what its runs draft for every row."""
-
-    def __init__(self, drafter: Drafter):
-        self.drafter, self.states, self.models = drafter, drafter.states, drafter.models
-        self.drafts: list[_Draft] = []
-
-    def spec(self, sampling: Sampling) -> TreeSpec:
-        return self.drafter.spec(sampling)
-
-    def start(self, target: TargetRun, batch: Batch, last: DraftRun | None = None) -> DraftRun:
-        run = self.drafter.start(target, batch)
-        propose = run.propose
-
-        def noted(coins: Coins) -> DraftTree:
-            tree = propose(coins)
-            columns = (tree.tokens.tolist(), tree.topology.parents.tolist(), tree.laws.tolist())
-            rows = zip(batch.texts, *columns, strict=True)
-            self.drafts += [_Draft(tuple(text.tolist()), *row) for text, *row in rows]
-            return tree
-
-        run.propose = noted
-        return run

@@ -1,0 +1,129 @@
+"""Networks that draft from the target's states, run over whole texts at once: what training and checks compute with.
+
+Training-time test (EAGLE-3, Li et al., arXiv:2503.01840) and random anchors (DFlash, DSpark) are both a pass over a given text
+in which drafts see what they would see when served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from specdec.drafters.block import BlockNet
+from specdec.drafters.feature import FeatureNet
+from specdec.drafters.states_drafter import TargetParts
+from specdec.models.level import Level
+
+
+class TextLevel(Level):
+    """Nodes that see what a mask says, of their own and of an earlier level.
+
+    Args:
+        positions: [batch, n] int64.
+        seen: [1 or batch, n, earlier + n] bool: what each node sees of the nodes of `before` and of this level.
+        before: the earlier level, whose keys and values are added to.
+    """
+
+    def __init__(self, positions: Tensor, seen: Tensor, before: TextLevel | None = None):
+        super().__init__(positions)
+        self._seen, self._kept = seen, before._kept if before else {}
+        self.all_positions = torch.cat([before.all_positions, positions], 1) if before else positions
+
+    def repeated(self, times: int) -> TextLevel:
+        """A level like this one with each row so many times, after one another."""
+        made = TextLevel(self.positions.repeat_interleave(times, 0), self._seen)
+        made._kept = {layer: tuple(t.repeat_interleave(times, 0) for t in pair) for layer, pair in self._kept.items()}
+        return made
+
+    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer in self._kept:
+            keys, values = self._kept[layer]
+            key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        self._kept[layer] = key, value
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        self.add(layer, key, value)
+        seen = self._seen
+        if window is not None:
+            seen = seen & (self.positions[:, :, None] - self.all_positions[:, None] < window)
+        keys, values = self._kept[layer]
+        mask = seen[:, None].expand(len(query), -1, -1, -1)
+        return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts, steps: int) -> Iterator[Tensor]:
+    """The laws of drafts that follow a text, depth by depth: those of training-time test.
+
+    Args:
+        net: the network; gradients flow through it.
+        tokens: [batch, t] int64.
+        states: [batch, t, state, state_size]: the target's, at all positions.
+        target: parts of the target.
+        steps: how deep.
+
+    Yields:
+        for s = 0, 1, ...: [batch, t - steps, vocab] logits: in row i, of token i + 2 + s, after s drafts that were those of the
+        text. They attend to the text's first i + 1 pairs and to the drafts before them, as in a tree.
+    """
+    batch, n = len(tokens), tokens.shape[1] - steps
+    own = torch.eye(n, dtype=torch.bool, device=tokens.device)[None]
+    seen, level, features = torch.ones_like(own).tril(), None, net.project(states[:, :n])
+    for step in range(steps):
+        positions = torch.arange(step, step + n, device=tokens.device).expand(batch, -1)
+        level = TextLevel(positions, seen, level)
+        features = net.step(tokens[:, 1 + step : 1 + step + n], features, level, target)
+        yield net.logits(features, target)
+        seen = torch.cat([seen, own], 2)
+
+
+def blocks(net: BlockNet, tokens: Tensor, states: Tensor, target: TargetParts, anchors: Tensor) -> Tensor:
+    """The laws of blocks that are drafted at places of a text, whose own tokens follow.
+
+    Args:
+        net: the network; gradients flow through it.
+        tokens: [batch, t] int64.
+        states: [batch, t, state, state_size]: the target's, at all positions.
+        target: parts of the target.
+        anchors: [batch, n] int64: the places of roots, at least 1 and at most t - depth: the text must go on.
+
+    Returns:
+        [batch, n, depth, vocab] logits: at depth d, of the token d + 1 places after the anchor.
+    """
+    (batch, length), n = tokens.shape, anchors.shape[1]
+    rows = torch.arange(batch, device=tokens.device).repeat_interleave(n)
+    flat, every = anchors.flatten(), torch.arange(length, device=tokens.device)
+    causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None]
+    text = TextLevel(every.expand(batch, -1), causal)
+    kept = net.follow(tokens, states, text, target)
+    context = (every < flat[:, None])[:, None].expand(-1, net.slots, -1)
+    seen = torch.cat([context, context.new_ones(batch * n, net.slots, net.slots)], 2)
+    level = TextLevel(flat[:, None] + torch.arange(net.slots, device=tokens.device), seen, text.repeated(n))
+    base = net.block(tokens[rows, flat], kept[rows, flat - 1], level, net.depth, target)
+    places = flat[:, None] + torch.arange(net.depth, device=tokens.device)
+    return net.logits(base, tokens[rows[:, None], places]).unflatten(0, (batch, n))
+
+
+@torch.no_grad()
+def states_of(model: PreTrainedModel, tokens: Tensor, which: tuple[int, ...]) -> Tensor:
+    """[batch, t, state, hidden]: the target's states over texts [batch, t] int64 of one length, by a plain forward pass."""
+    head: list[Tensor] = []
+    lm_head: Any = model.get_output_embeddings()
+    hook = lm_head.register_forward_pre_hook(lambda _, args: head.append(args[0]))
+    try:
+        found = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+    finally:
+        hook.remove()
+    return torch.stack([head[0] if index == -1 else found[index] for index in which], 2)
