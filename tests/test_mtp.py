@@ -167,7 +167,8 @@ def test_greedy_texts_of_a_ragged_batch_are_those_without_drafts_and_the_target_
 def test_a_latent_cache_keeps_the_contract_of_drafters_along_a_tree(tmp_path):
     target, _ = published(tmp_path, "DeepseekV3", FAMILIES["DeepseekV3"])
     drafter = MtpDrafter.from_target(target, Widths((2, 1)))
-    assert_drafter(drafter, target, PROMPTS[:2], samplings=[Sampling(1.0)], max_new_tokens=2, horizon=6)
+    options = {"samplings": [Sampling(1.0)], "max_new_tokens": 2, "horizon": 6}
+    assert_drafter(drafter, target, PROMPTS[:2], **options, tolerance=1e-8)  # the target's router computes in float32
 
 
 def test_the_law_of_the_text_is_the_target_s_along_a_chain(tmp_path):
@@ -192,7 +193,9 @@ def test_the_layer_of_qwen3_next_is_read_and_computed_by_its_own_formula(tmp_pat
     found = net.step(tokens, features, CachedLevel(cache, view), TargetParts.of(target))
 
     def normed(x, weight):
-        return x * (x.square().mean(-1, keepdim=True) + target.config.rms_norm_eps).rsqrt() * (1 + weight)
+        short = x.float()  # as the model's own norms
+        scale = (short.square().mean(-1, keepdim=True) + target.config.rms_norm_eps).rsqrt()
+        return (short * scale * (1 + weight.float())).double()
 
     parts = own_parts()
     both = [normed(target.model.embed_tokens(tokens), parts["enorm"]), normed(features, parts["hnorm"])]
@@ -225,10 +228,10 @@ def without(tensors):
 PROJECTION = "model.layers.2.eh_proj.weight"
 SCALES = "model.layers.2.self_attn.o_proj.weight_scale_inv"
 FAULTS = {
-    "no MTP weights": (without, r"holds no MTP weights, neither .* use another drafter"),
+    "no MTP weights": (without, r"holds no MTP weights, neither .*; use another drafter"),
     "a tensor missing": (lambda tensors: tensors.pop(PROJECTION), r"missing: layers\.0\.eh_proj\.weight\."),
     "another shape": (lambda tensors: tensors.update({PROJECTION: torch.zeros(HIDDEN, HIDDEN)}),
-                      r"of another shape: layers\.0\.eh_proj\.weight \[16, 16\], needed \[16, 32\]"),
+                      r"of another shape: layers\.0\.eh_proj\.weight \[16, 16\] for \[16, 32\]"),
     "quantised": (lambda tensors: tensors.update({SCALES: torch.ones(1, 1)}), r"unexpected: .*weight_scale_inv"),
 }  # fmt: skip
 
@@ -254,7 +257,7 @@ def test_families_and_targets_without_mtp_weights_are_refused(tmp_path):
 def test_a_layer_with_an_index_of_its_own_is_refused(tmp_path):
     index = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8}
     target, _ = published(tmp_path, "DeepseekV32", {**SIZES, **MLA, **MOE, **index})
-    with pytest.raises(ValueError, match=r"keeps more than keys and values \(.*indexer.*use another drafter"):
+    with pytest.raises(ValueError, match="has indexed_attention; full and sliding attention can follow a tree"):
         MtpDrafter.from_target(target)
 
 

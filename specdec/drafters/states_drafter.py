@@ -248,8 +248,8 @@ def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:
         return last.cache
     place = _dtype(net, batch.device), batch.device
     layers = zip(net.attention, net.values or net.attention, strict=True)
-    layout = [(Slab(*keys, *place), Slab(*values, *place)) for keys, values in layers]
-    return TreeCache(layout, len(batch), batch.capacity + net.slots, batch.device)
+    slabs = [(Slab(*keys, *place), Slab(*values, *place)) for keys, values in layers]
+    return TreeCache([*slabs], len(batch), batch.capacity + net.slots, batch.device)
 
 
 def _place(net: nn.Module) -> torch.device:
