@@ -1,7 +1,6 @@
 """Networks on the target's states are trained as they are served, and a file that is read wrongly is found out."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch

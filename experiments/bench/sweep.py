@@ -79,8 +79,6 @@ def shown(config: DictConfig) -> dict[str, str]:
     return {key: without_folders(value) for key, value in found.items() if key.split(".")[0] not in without}
 
 
-
-
 def _methods(result: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(result["figures"]))
     return {name: row for name, row in result["figures"].items() if name not in (first, AGAIN)}

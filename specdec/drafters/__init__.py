@@ -9,6 +9,7 @@ from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
 from specdec.drafters.model import ModelDrafter
+from specdec.drafters.mtp import MtpDrafter, MtpNet
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.no_drafter import NoDrafter
 from specdec.drafters.paused import Paused
@@ -29,6 +30,8 @@ __all__ = [
     "MedusaDrafter",
     "MedusaHeads",
     "ModelDrafter",
+    "MtpDrafter",
+    "MtpNet",
     "NgramDrafter",
     "NoDrafter",
     "Paused",

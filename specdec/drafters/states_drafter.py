@@ -57,6 +57,7 @@ class StatesNet(nn.Module, ABC):
         vocab: how many tokens it can draft; None: all of the target's.
         target_ids: [vocab] int64: the target's ids of these tokens; None if they are the target's first.
         attention: (heads of keys and values, size of a head) of each of its layers with a cache.
+        values: the same of their values, where these are shaped unlike the keys.
         slots: nodes of a pass that are no nodes of the tree.
 
     Class attributes:
@@ -69,6 +70,7 @@ class StatesNet(nn.Module, ABC):
     vocab: int | None = None
     target_ids: Tensor | None = None
     attention: Sequence[tuple[int, int]] = ()
+    values: Sequence[tuple[int, int]] | None = None
     slots: int = 0
     ahead: ClassVar[int] = 0
 
@@ -264,8 +266,10 @@ def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:
     """A cache for the network's layers: that of `last` if it is one for the same texts."""
     if last is not None and last.batch is batch and last.net is net and last.last.dtype == _dtype(net, batch.device):
         return last.cache
-    slabs = [Slab(heads, size, _dtype(net, batch.device), batch.device) for heads, size in net.attention]
-    return TreeCache([(slab, slab) for slab in slabs], len(batch), batch.capacity + net.slots, batch.device)
+    place = _dtype(net, batch.device), batch.device
+    layers = zip(net.attention, net.values or net.attention, strict=True)
+    slabs = [(Slab(*keys, *place), Slab(*values, *place)) for keys, values in layers]
+    return TreeCache([*slabs], len(batch), batch.capacity + net.slots, batch.device)
 
 
 def _place(net: nn.Module) -> torch.device:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from specdec.drafters.block import BlockNet
@@ -40,28 +39,18 @@ class TextLevel(Level):
         made._kept = {layer: tuple(t.repeat_interleave(times, 0) for t in pair) for layer, pair in self._kept.items()}
         return made
 
-    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self._kept:
             keys, values = self._kept[layer]
             key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         self._kept[layer] = key, value
+        return key, value
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> Tensor:
-        self.add(layer, key, value)
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         seen = self._seen
         if window is not None:
             seen = seen & (self.positions[:, :, None] - self.all_positions[:, None] < window)
-        keys, values = self._kept[layer]
-        mask = seen[:, None].expand(len(query), -1, -1, -1)
-        return scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True).transpose(1, 2)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts, steps: int) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ class Level(ABC):
         self.positions = positions
 
     @abstractmethod
+    def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the nodes' keys and values to a layer's; returns all of the layer's.
+
+        Args:
+            layer: which layer of the network.
+            key, value: [batch, kv_head, count, head_dim].
+
+        Returns:
+            keys and values, [batch, kv_head, slot, head_dim].
+        """
+
+    @abstractmethod
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
+        """What the nodes see of the slots, as transformers' layers take it. See `attend`."""
+
     def attend(
         self,
         layer: int,
@@ -44,10 +60,8 @@ class Level(ABC):
         Returns:
             [batch, count, head, head_dim].
         """
-
-    @abstractmethod
-    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Add the nodes' keys and values to a layer's, which later nodes attend to."""
+        keys, values = self.add(layer, key, value)
+        return attend(self, query, keys, values, self.mask(query.dtype, window), scaling=scale)[0]
 
 
 class CachedLevel(Level):
@@ -58,25 +72,13 @@ class CachedLevel(Level):
         self.cache, self.view = cache, view
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> Tensor:
-        keys, values = self.cache.layers[layer].update(key, value)
-        return attend(self, query, keys, values, self.mask(query.dtype, window), scaling=scale)[0]
-
-    def add(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.cache.layers[layer].update(key, value)
+    def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        cached: Any = self.cache.layers[layer]
+        return cached.update(key, value)
 
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
-        """The mask of all layers with this window, as transformers' layers take it."""
         if window not in self._masks:
-            pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+            pattern: Any = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
             device = self.positions.device
             self._masks[window] = mask(
                 mask_function=pattern, q_offset=self.view, device=device, dtype=dtype, local_size=window
