@@ -108,8 +108,8 @@ def acceptance(found: Sequence[Depth]) -> list[float]:
     """By depth: an unbiased estimate of the chance that a drafted chain is accepted so far, by token-level rejection.
 
     As in `distillation.acceptance_by_depth`, but a draft's law may depend on where its chain began. Along a text x of the
-    target the weight is w_d = w_d-1 min(1, q_d(x_d) / p_d(x_d)), and the chance of depth d is w_d-1 sum min(p_d, q_d). One plus the
-    sum of the chances is the expected acceptance length, over all places of the texts.
+    target the weight is w_d = w_d-1 min(1, q_d(x_d) / p_d(x_d)), and the chance of depth d is w_d-1 sum min(p_d, q_d). One
+    plus the sum of the chances is the expected acceptance length, over all places of the texts.
     """
     weight, chances = torch.ones(()), []
     for at in found:
