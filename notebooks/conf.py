@@ -15,7 +15,7 @@ release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))[
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "notebooks/pages"
-include_patterns = ["*.md", "notebooks/*", "experiments/**.md", "kernels/README.md", "specdec/demo/CARD.md"]
+include_patterns = ["*.md", "notebooks/*", "experiments/README.md", "experiments/results/*.md", "kernels/README.md", "specdec/demo/CARD.md"]
 exclude_patterns = ["notebooks/conf.py"]
 
 # of notebooks and markdown
@@ -24,10 +24,11 @@ myst_heading_anchors = 3
 
 # of docstrings, which write code in single backticks
 default_role = "py:obj"
-autodoc_default_options = {"members": True, "imported-members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Class attributes", "params_style"), ("Metrics", "params_style")]
 
 html_theme = "furo"
 html_title = f"specdec {release}"
@@ -36,10 +37,17 @@ html_copy_source = False
 
 
 def setup(app):
+    app.connect("source-read", add_title)
     app.connect("autodoc-process-docstring", show_examples_as_code)
+
+
+def add_title(app, docname, source):
+    """Tables that were written without a title have the name of their file."""
+    folder, _, name = docname.rpartition("/")
+    if folder == "experiments/results" and not source[0].startswith("# "):
+        source[0] = f"# {name}\n\n{source[0]}"
 
 
 def show_examples_as_code(app, what, name, obj, options, lines):
     """Indented lines below a line that ends with a colon are code, as in markdown."""
-    shown = re.sub(r"(?m)^(?!\s*(?:Args|Returns|Raises|Yields):$)(.*[^:\s]):\n\n(?= {4})", r"\1::\n\n", "\n".join(lines))
-    lines[:] = shown.split("\n")
+    lines[:] = re.sub(r"(?m)(?<=[^:\s]):\n\n(?= {4})", "::\n\n", "\n".join(lines)).split("\n")
