@@ -68,7 +68,11 @@ def _placed(spans: list[Span]) -> Iterator[tuple[int, int, int, Span]]:
 def _drawn(line: int, start: int, end: int, span: Span) -> str:
     x, y, width = LEFT + LETTER * start, LEFT + LINE * line, LETTER * (end - start)
     coloured = "background" in span.style.css
-    box = f'<rect x="{x:.1f}" y="{y - 2}" width="{width:.1f}" height="{LINE - 2}" {_fill(span.style.css)}/>' if coloured else ""
+    box = (
+        f'<rect x="{x:.1f}" y="{y - 2}" width="{width:.1f}" height="{LINE - 2}" {_fill(span.style.css)}/>'
+        if coloured
+        else ""
+    )
     words = f'<text x="{x:.1f}" y="{y + SIZE - 1}" textLength="{width:.1f}">{escape(span.text)}</text>'
     return box + (words if span.text.strip() else "")
 

@@ -15,7 +15,14 @@ release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))[
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "notebooks/pages"
-include_patterns = ["*.md", "notebooks/*", "experiments/README.md", "experiments/results/*.md", "kernels/README.md", "specdec/demo/CARD.md"]
+include_patterns = [
+    "*.md",
+    "notebooks/*",
+    "experiments/README.md",
+    "experiments/results/*.md",
+    "kernels/README.md",
+    "specdec/demo/CARD.md",
+]
 exclude_patterns = ["notebooks/conf.py"]
 
 # of notebooks and markdown
@@ -25,6 +32,7 @@ myst_heading_anchors = 3
 # of docstrings, which write code in single backticks
 default_role = "py:obj"
 autodoc_default_options = {"members": True}
+autodoc_mock_imports = ["lm_eval"]  # an adapter is for those who have it
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_numpy_docstring = False

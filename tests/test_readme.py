@@ -22,7 +22,9 @@ LINKING += [*ROOT.glob("notebooks/*.md"), *ROOT.glob("experiments/results/*.md")
 CODE = {
     f"{name} {i}": block
     for name, text in PAGES.items()
-    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```$(?:\n\n^```\n(.*?)^```$)?", text, re.DOTALL | re.MULTILINE), 1)
+    for i, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```$(?:\n\n^```\n(.*?)^```$)?", text, re.DOTALL | re.MULTILINE), 1
+    )
 }
 TARGETS = {*re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
 COMMANDS = [
@@ -97,7 +99,9 @@ def anchors(path):
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_and_headings_that_are_there(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`\(", "", page.read_text("utf-8"), flags=re.DOTALL)):
+    for link in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`\(", "", page.read_text("utf-8"), flags=re.DOTALL)
+    ):
         if re.match(r"https://[\w.-]+\.\w+/", link):
             continue
         path, _, anchor = link.partition("#")
