@@ -30,7 +30,7 @@ text { font: 14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the SVG file to write")
-    parser.add_argument("--tokens", type=int, default=160, help="most new tokens")
+    parser.add_argument("--tokens", type=int, default=143, help="most new tokens")
     options = parser.parse_args()
     chat = specdec.demo.smollm2.load()
     question = [{"role": "user", "content": QUESTION}]

@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}  # bars of loading
+QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}  # no bars in the pages
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -45,10 +45,11 @@ def run(path: Path, client: NotebookClient, folder: Path) -> Any:
 
 
 def main() -> None:
-    with kernel() as client:
+    with TemporaryDirectory() as folder, kernel() as client:
         for path in map(Path, sys.argv[1:] or NOTEBOOKS):
-            with TemporaryDirectory() as folder:
-                nbformat.write(run(path, client, Path(folder)), path)
+            own = Path(folder, path.stem)
+            own.mkdir()
+            nbformat.write(run(path, client, own), path)
             print(path)
 
 

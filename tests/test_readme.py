@@ -27,14 +27,12 @@ CODE = {
     )
 }
 TARGETS = {*re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
+TEXT = "\n".join([*PAGES.values(), (ROOT / "experiments" / "README.md").read_text("utf-8")]).replace("\\\n", " ")
 COMMANDS = [
-    line.partition(" #")[0].strip()
-    for text in PAGES.values()
-    for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    for line in block.replace("\\\n", " ").splitlines()
-    if re.match(r"(make|python) ", line)
+    *re.findall(r"^((?:make|python) .*?)(?: +#.*)?$", TEXT, re.MULTILINE),
+    *re.findall(r"`((?:make|python) [^`]+)`", TEXT),
 ]
-BENCHMARKS = [command for command in COMMANDS if "benchmark.py" in command or "ARGS=" in command]
+SCRIPTS = {f"experiments/{path.stem}.py": path.stem for path in ROOT.glob("conf/*.yaml")}
 
 
 @pytest.fixture
@@ -71,25 +69,33 @@ def test_readme_is_the_first_screen():
 
 
 def test_commands_name_what_there_is():
-    assert len(COMMANDS) > 8
+    assert len(COMMANDS) > 30
     for command in COMMANDS:
-        program, first, *_ = shlex.split(command)
-        assert first in TARGETS if program == "make" else (ROOT / first).is_file(), command
-    for text in PAGES.values():
-        assert {*re.findall(r"`make ([\w-]+)", text)} <= TARGETS
-        assert all((ROOT / name).is_file() for name in re.findall(r"\bexperiments/[\w/]+\.py", text))
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert words[0] in TARGETS, command
+        else:
+            module = f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0]
+            assert (ROOT / module).is_file(), command
+    assert all((ROOT / name).is_file() for name in re.findall(r"\bexperiments/[\w/]+\.py", TEXT))
 
 
-@pytest.mark.parametrize("command", BENCHMARKS)
-def test_settings_of_benchmarks_compose(command):
-    words = shlex.split(command)[2:]
-    words = shlex.split(words[0].removeprefix("ARGS=")) if "ARGS=" in command else words
-    given = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])
+def settings(command):
+    """The name of its configuration, and words for it, where it takes settings. NAME stands for one that there is."""
+    command = command.replace("make demo ARGS=", "python experiments/benchmark.py ").replace("=NAME", "=demo_greedy")
+    _, script, *words = [*shlex.split(command), ""]
+    words = [part for word in words for part in word.split() if not part.startswith(("-", "hydra/"))]
+    return (SCRIPTS[script], words) if script in SCRIPTS and "..." not in words else None
+
+
+@pytest.mark.parametrize("command", [command for command in dict.fromkeys(COMMANDS) if settings(command)])
+def test_settings_of_commands_compose(command):
+    name, words = settings(command)
+    given = OverridesParser.create().parse_overrides(words)
     swept = [f"{each.key_or_group}={next(each.sweep_string_iterator())}" for each in given if each.is_sweep_override()]
     plain = [each.input_line for each in given if not each.is_sweep_override()]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("benchmark", [*plain, *swept])
-    assert "autoregressive" in config.methods
+        assert compose(name, [*plain, *swept])
 
 
 def anchors(path):
