@@ -41,7 +41,7 @@ napoleon_custom_sections = [("Class attributes", "params_style"), ("Metrics", "p
 html_theme = "furo"
 html_title = f"specdec {release}"
 html_extra_path = ["index.html"]
-html_copy_source = False
+html_copy_source = html_show_copyright = False
 
 
 def setup(app):
