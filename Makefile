@@ -13,7 +13,7 @@ CORES := -n logical --maxprocesses 4 --dist loadfile
 VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip compilation resume gguf smollm2_download)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
-.PHONY: help demo test test-versions test-smollm2 test-package lint gpu-smoke gpu engine install clean
+.PHONY: help demo test test-versions test-smollm2 test-package lint docs gpu-smoke gpu engine install clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -50,6 +50,10 @@ lint: $(READY) ## ruff and pyright
 	@$(VENV)/bin/ruff format --check
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 
+docs: $(VENV)/docs ## the pages as a site, in build/site; whatever Sphinx warns of is an error
+	@$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c notebooks . build/site
+	@echo build/site/index.html
+
 gpu-smoke: ## the first of three calls for a GPU: every op launched, checked, captured; under nine minutes, installs nothing
 	@$(PYTHON) experiments/gpu.py smoke
 
@@ -64,6 +68,10 @@ install: $(READY) ## only the set-up: .venv with the tested versions
 clean: ## remove .venv, caches and build products (not outputs/)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find specdec kernels experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/docs: $(READY)
+	@$(PIP) install --constraint $(PINS) --editable '.[docs]'
+	@touch $@
 
 $(OLDEST)/ready: constraints-oldest.txt $(READY)
 	@rm -rf $(OLDEST)

@@ -39,6 +39,13 @@ def test_hosted_ci_fetches_nothing_but_the_sources_and_python():
     assert used == ["actions/checkout", "actions/setup-python"]
 
 
+def test_hosted_site_is_what_make_docs_builds():
+    steps = loaded(".github/workflows/docs.yml")["jobs"]["build"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make docs"]
+    [built] = [step["with"]["path"] for step in steps if "upload-pages-artifact" in step.get("uses", "")]
+    assert f"sphinx --fail-on-warning --keep-going --quiet -c notebooks . {built}\n" in (ROOT / "Makefile").read_text()
+
+
 def test_precommit_calls_the_lint_of_ci_on_the_whole_repository():
     hooks = [hook for repo in loaded(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
     assert [hook["entry"] for hook in hooks] == CALLS[:1]

@@ -124,14 +124,14 @@ class Trace:
         save_file(tensors, path, metadata={_FORMAT: json.dumps(about)})
 
     def summary(self, price_per_hour: float | None = None) -> dict[str, Any]:
-        """The metrics of the run; of a job that went on from a journal, those of its last call.
+        """The metrics of the run, by name; of a job that went on from a journal, those of its last call.
 
         Rows without a text, rows whose text has ended and rows whose prompt is being read count nowhere but in `rows_running`.
 
         Args:
             price_per_hour: of the machine, in any currency, for `cost_per_million_tokens`; ValueError unless positive.
 
-        Returns:
+        Metrics:
             acceptance_length: tokens emitted per target forward and row still running, prefill excluded.
             acceptance_rate: list over depth d = 1, 2, ...: accepted at d / drafted at d among the steps in which depth
                 d - 1 was accepted.
