@@ -66,7 +66,10 @@ def test_sampled_text_is_lossless_while_drafts_are_paused_and_tried_again(sampli
 
 @pytest.mark.parametrize("merge", [True, False], ids=["from_any_text", "whole_runs"])
 def test_sampled_text_is_lossless_with_drafts_from_the_text_itself(merge):
-    target, drafter = TabularTarget(2, seed=2), Watched(NgramDrafter(2), 0.5, 0.6, seconds=DEAR)
+    target, drafter = (
+        TabularTarget(2, seed=2),
+        Watched(NgramDrafter(2), 0.2, 0.1, seconds=CostCurve((1, 3), (1.0, 1.3))),
+    )
     law = exact_law(target, (0, 1, 0), drafter, max_new_tokens=4, merge=merge)
     assert law.total_variation(target_law(target, (0, 1, 0), max_new_tokens=4)) == 0
     assert merge or len({tuple(size > 1 for size in sizes) for sizes in drafter.runs}) > 1
@@ -102,7 +105,7 @@ def test_greedy_text_equals_transformers_generate(name, place, seconds):
 @pytest.mark.filterwarnings("ignore:engine")
 def test_captured_stages_give_the_same_text_and_later_runs_capture_nothing_more(name):
     model = llama(dtype=torch.float32)
-    drafter = Paused(DRAFTERS[name](model), 0.5, 0.3, seconds=DEAR)
+    drafter = Paused(DRAFTERS[name](model), 0.5, 0.3, seconds=CostCurve((1, 17), (1.0, 5.8)))
     engine, options = specdec.Graphs(capture=Tape), {"max_new_tokens": 24, "stop_tokens": ()}
     expected = specdec.generate(model, PROMPTS, drafter, **options)
     runs, counts = [], []
