@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import specdec
-from experiments.bench.inputs import _ids as ids_of
+from experiments.bench.inputs import ids_of
 from experiments.bench.models import smollm2
 from experiments.bench.real_prompts import real
 from experiments.bench.report import markdown
@@ -130,7 +130,8 @@ def main() -> None:
         asked.texts.write_text(json.dumps(record(asked.folder, asked.per_task)))
         return
     read = json.loads(asked.texts.read_text())
-    print(markdown(table({name: [tuple(map(torch.tensor, text)) for text in each] for name, each in read.items()})))
+    texts = {name: [(torch.tensor(p), torch.tensor(new)) for p, new in each] for name, each in read.items()}
+    print(markdown(table(texts)))
 
 
 if __name__ == "__main__":
