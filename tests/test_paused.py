@@ -1,5 +1,6 @@
 """`Paused`: lossless whatever it decides, silent where drafts do not pay, at a bounded loss, and repeatable at given times."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import PROMPTS, llama, reference
@@ -14,16 +15,19 @@ from specdec.drafters import (
     ModelDrafter,
     NgramDrafter,
     Paused,
+    Point,
+    PointRun,
     SuffixDrafter,
 )
-from specdec.drafters.paused import Balance
+from specdec.drafters.balance import Balance
 from specdec.rules import LevelVerification, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, Tape, exact_law, target_law
 from specdec.theory import CostCurve
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)
-CHEAP, DEAR = CostCurve((1, 17), (1.0, 1.2)), CostCurve((1, 17), (1.0, 33.0))
+CHEAP = CostCurve((1, 17), (1.0, 1.2))
+DEAR = CostCurve((1, 2, 17), (1.0, 1.3, 33.0))  # but for a single drafted node
 RULES = [SiblingRejection(), TraversalVerification(), LevelVerification(1)]
 
 
@@ -66,7 +70,10 @@ def test_sampled_text_is_lossless_while_drafts_are_paused_and_tried_again(sampli
 
 @pytest.mark.parametrize("merge", [True, False], ids=["from_any_text", "whole_runs"])
 def test_sampled_text_is_lossless_with_drafts_from_the_text_itself(merge):
-    target, drafter = TabularTarget(2, seed=2), Watched(NgramDrafter(2), 0.5, 0.6, seconds=DEAR)
+    target, drafter = (
+        TabularTarget(2, seed=2),
+        Watched(NgramDrafter(2), 0.2, 0.1, seconds=CostCurve((1, 3), (1.0, 1.3))),
+    )
     law = exact_law(target, (0, 1, 0), drafter, max_new_tokens=4, merge=merge)
     assert law.total_variation(target_law(target, (0, 1, 0), max_new_tokens=4)) == 0
     assert merge or len({tuple(size > 1 for size in sizes) for sizes in drafter.runs}) > 1
@@ -170,6 +177,61 @@ def test_one_interrupted_step_pauses_nothing():
         drafts = balance.drafts
         assert drafts or step % 51 == 0
         balance.see(3 if drafts else 0, 2, (100.0 if step in (1, 30, 77, 120) else 1.2) if drafts else 1.0)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+@pytest.mark.parametrize("slope", [0.01, 0.25, 1.0])
+def test_points_that_always_promise_all_and_are_never_accepted_lose_at_most_3_percent_of_64_steps(rows, slope):
+    balance, promised = Balance(1.0, 0.01, rows=rows), np.arange(1.0, 17.0)
+    lost, drafted, steps = 0.0, [], 64
+    for _ in range(steps):
+        nodes = balance.affords(promised) if balance.drafts else 0
+        drafted += [nodes] if nodes else []
+        lost += slope * nodes
+        balance.see(nodes + 1 if nodes else 0, 1, 1 + slope * nodes)
+    # twice a size is drafted before its time is known; 8 tokens for half a step are what is foreseen
+    unforeseen = max(slope - 0.5 / max(8 // rows, 1), 0.0) * (drafted[0] if drafted else 0)
+    assert lost <= 1.0 + 0.01 * steps + 2 * unforeseen
+    assert unforeseen or lost < 0.03 * steps
+
+
+def test_no_more_is_risked_than_is_left_and_of_that_what_gains_most():
+    balance = Balance(1.0, 0.01, CostCurve((1, 17), (1.0, 9.0)))  # half a step a node
+    assert balance.affords(np.array([0.4, 0.8, 1.2])) == 0
+    assert balance.affords(np.array([0.6, 1.3, 1.4, 3.0])) == 2  # 4 nodes would gain 1, but lose 2 if they fail
+    balance.see(3, 3, 0.0)  # 2 of 2 accepted: 1 step gained
+    assert balance.left == 2.0
+    assert balance.affords(np.array([0.6, 1.3, 1.4, 3.0])) == 4
+
+
+def test_sizes_that_were_not_measured_are_foreseen_from_those_that_were():
+    balance = Balance(1.0, 0.01, rows=4)
+    assert [balance.loss(nodes) for nodes in (2, 3, 5)] == [0.5, 0.5, 1.0]  # 8 further tokens take half a step
+    balance.see(0, 1, 2.0)
+    for _ in range(2):
+        balance.see(5, 1, 2.8)
+    assert [balance.loss(nodes) for nodes in (2, 5, 9)] == pytest.approx([0.4, 0.4, 0.8])
+
+
+class Doubtful(NgramDrafter):
+    """Says of one token of the text that it is likely to come next, and of another that it is not."""
+
+    def start(self, target, batch, last=None):
+        return DoubtfulRun(self, batch)
+
+
+class DoubtfulRun(PointRun):
+    def points(self):
+        return [[Point(2, 0, 0.9), Point(1, 0, 0.3)] for _ in self.batch.texts] if self.batch.max_depth else [[]]
+
+
+def test_only_points_that_are_worth_their_time_are_drafted():
+    sizes = []
+    for node in (0.05, 0.2, 0.9):
+        drafter = Paused(Doubtful(), seconds=CostCurve((1, 3), (1.0, 1.0 + 2 * node)))
+        out = specdec.generate(TabularTarget(4), [torch.tensor([1, 2])], drafter, max_new_tokens=2, stop_tokens=())
+        sizes.append(out.trace.steps[0].nodes)
+    assert sizes == [3, 2, 1]
 
 
 class RightInOneRow(Table):

@@ -7,6 +7,7 @@ from many_texts import alone, texts
 
 from specdec import Sampling
 from specdec.drafters import Drafter, DraftRun, Fallback, ModelDrafter, NgramDrafter, Paused
+from specdec.drafters.balance import Balance
 from specdec.models.target import Scores, Target, TargetRun
 from specdec.testing import Table, TabularDrafter, TabularTarget
 from specdec.trees import Chain
@@ -98,15 +99,19 @@ def test_a_drafter_that_knows_nothing_of_slots_is_shown_the_states_of_all_rows_a
     assert texts(drafter=Stateful(), batch_size=3, sampling=Sampling()) == alone("none", sampling=Sampling())
 
 
-@pytest.mark.parametrize("inner", [NgramDrafter(2), Fallback(NgramDrafter(2), ModelDrafter(DRAFT))], ids=str)
-def test_a_pause_outlives_the_texts_that_enter(inner):
-    seen = []
+# points are drafted only if the balance, half a step, affords them
+@pytest.mark.parametrize(
+    ("inner", "dear"), [(NgramDrafter(2), 1.5), (Fallback(NgramDrafter(2), ModelDrafter(DRAFT)), 100.0)], ids=str
+)
+def test_a_pause_outlives_the_texts_that_enter(inner, dear, monkeypatch):
+    seen, see = [], Balance.see
 
-    def seconds(nodes):
+    def noted(self, nodes, *more):
         seen.append(nodes)
-        return 1.0 if nodes == 1 else 100.0
+        see(self, nodes, *more)
 
+    monkeypatch.setattr(Balance, "see", noted)
     # the first draft is too dear for the rest of the run
-    drafter = Paused(inner, patience=0.5, share=0.01, seconds=seconds)
+    drafter = Paused(inner, patience=0.5, share=0.01, seconds=lambda nodes: 1.0 if nodes == 1 else dear)
     texts([[3, 4] * 6] * 12, drafter, batch_size=1, max_new_tokens=[2, 3, 4] * 4, stop_tokens=())
-    assert len([nodes for nodes in seen if nodes > 1]) == 1
+    assert len([nodes for nodes in seen if nodes]) == 1

@@ -87,10 +87,10 @@ def in_turns(
         last = None
         for number, turn in enumerate(prompt.turns):
             if said:
-                last = specdec.generate(target, _ids(models.tokenizer, said, prompt.chat), resume=last, **options)
+                last = specdec.generate(target, ids_of(models.tokenizer, said, prompt.chat), resume=last, **options)
                 said += last.text or []
             said.append(turn)
-            yield _ids(models.tokenizer, said, prompt.chat), Turn(prompt.task, number)
+            yield ids_of(models.tokenizer, said, prompt.chat), Turn(prompt.task, number)
 
 
 def in_batches(
@@ -105,7 +105,7 @@ def in_batches(
             yield [prompts[i] for i in rows], " and ".join(dict.fromkeys(turns[i].task for i in rows)), number > 0
 
 
-def _ids(tokenizer: Any, said: list[str], chat: bool) -> torch.Tensor:
+def ids_of(tokenizer: Any, said: list[str], chat: bool) -> torch.Tensor:
     """Token ids of a conversation in which the user spoke first and last."""
     if not chat:
         return torch.tensor(tokenizer("\n\n".join(said))["input_ids"])

@@ -45,7 +45,7 @@ def drafters(models: Any) -> dict[str, Drafter | None]:
         "suffix": SuffixDrafter(),
         "untrained, chain 2": ModelDrafter(untrained(models.draft), Chain(2)),
     }
-    paused = {f"{name}, paused": Paused(drafter) for name, drafter in fixed.items()}
+    paused = {f"{name}, paused": Paused(drafter, patience=3.0, share=0.02) for name, drafter in fixed.items()}
     return {"no draft": None, **dict(sorted({**fixed, **paused}.items())), "no draft again": None}
 
 

@@ -13,6 +13,7 @@ from specdec.drafters.mtp import MtpDrafter, MtpNet
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.no_drafter import NoDrafter
 from specdec.drafters.paused import Paused
+from specdec.drafters.points import Point, PointRun
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 
@@ -35,6 +36,8 @@ __all__ = [
     "NgramDrafter",
     "NoDrafter",
     "Paused",
+    "Point",
+    "PointRun",
     "SuffixDrafter",
     "TreeDraftRun",
     "TreeDrafter",

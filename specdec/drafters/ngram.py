@@ -6,12 +6,12 @@ import numpy as np
 
 from specdec.batch import Batch
 from specdec.checks import as_int
-from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.drafters.points import Point, PointRun
 from specdec.laws import Law
 from specdec.models.target import TargetRun
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, TreeSpec, tree_of_points
+from specdec.tree import TreeSpec
 
 
 class NgramDrafter(Drafter):
@@ -38,35 +38,40 @@ class NgramDrafter(Drafter):
         return last if last and last.batch is batch else _NgramRun(self, batch)
 
 
-class _NgramRun(DraftRun):
+class _NgramRun(PointRun):
     drafter: NgramDrafter
 
     def enter(self, rows: list[int]) -> None:
         """Nothing is to be done, as nothing is kept of a text."""
 
-    def propose(self, coins: Coins) -> DraftTree:
-        batch, length = self.batch, self.drafter.length
-        rows = zip(batch.texts, batch.host_left, strict=True)
-        return tree_of_points(batch.root, [self._draft(text, min(length, left - 1)) for text, left in rows])
+    def points(self) -> list[list[Point]]:
+        length, rows = self.drafter.length, zip(self.batch.texts, self.batch.host_left, strict=True)
+        return [self._draft(text, min(length, left - 1)) for text, left in rows]
 
-    def _draft(self, text: np.ndarray, length: int) -> list[tuple[int, int]]:
-        """(token, parent) of each drafted node: the continuations of `text` [length] as one tree, the latest first."""
+    def _draft(self, text: np.ndarray, length: int) -> list[Point]:
+        """The continuations of `text` [length] as one tree, the latest first."""
         if length < 1:
             return []
+        matched, ends = self._matches(text)
+        chosen = ends[: -1 - self.drafter.branches : -1]
         index: dict[tuple[int, int], int] = {}  # from (token, parent) to the node
-        for end in self._matches(text)[: -1 - self.drafter.branches : -1]:
+        chances: list[float] = []
+        for end in chosen:
             parent = 0
-            for token in text[end + 1 : end + 1 + length].tolist():
+            for depth, token in enumerate(text[end + 1 : end + 1 + length].tolist(), 1):
                 parent = index.setdefault((token, parent), len(index) + 1)
-        return list(index)
+                chances += [0.0] * (parent - len(chances))
+                # A text that has gone on alike for n tokens goes on alike for one more in n of n + 1 cases, as in `suffix`.
+                chances[parent - 1] += matched / (matched + depth) / len(chosen)
+        return [Point(*node, chance) for node, chance in zip(index, chances, strict=True)]
 
-    def _matches(self, text: np.ndarray) -> np.ndarray:
-        """The places where earlier occurrences of the longest repeated suffix of `text` end, in order."""
+    def _matches(self, text: np.ndarray) -> tuple[int, np.ndarray]:
+        """The length of the longest repeated suffix of `text`, and the places where it ended before, in order."""
         ends = np.flatnonzero(text[:-1] == text[-1])  # earlier places of the last token; matches grow back from there
         for n in range(1, self.drafter.max_ngram):
             longer = ends[ends >= n]
             longer = longer[text[longer - n] == text[-1 - n]] if n < len(text) else longer[:0]
             if not len(longer):
-                break
+                return n, ends
             ends = longer
-        return ends
+        return self.drafter.max_ngram, ends

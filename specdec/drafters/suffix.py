@@ -15,15 +15,15 @@ from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.checks import as_float, as_int, as_ints, as_tuple, check_flag, put_size
-from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.drafters.points import Point, PointRun
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.drafters.suffix_memory import Memory, Texts
 from specdec.laws import Law
 from specdec.models.target import TargetRun
 from specdec.outcome import Outcome
 from specdec.sampling import Sampling
-from specdec.tree import DraftTree, TreeSpec, tree_of_points
+from specdec.tree import TreeSpec
 
 
 class SuffixDrafter(Drafter):
@@ -86,7 +86,7 @@ class SuffixDrafter(Drafter):
         return last if last and last.batch is batch else _SuffixRun(self, batch)
 
 
-class _SuffixRun(DraftRun):
+class _SuffixRun(PointRun):
     drafter: SuffixDrafter
 
     def __init__(self, drafter: SuffixDrafter, batch: Batch):
@@ -107,11 +107,10 @@ class _SuffixRun(DraftRun):
                 self._find(b, text)
             memory.forget()
 
-    def propose(self, coins: Coins) -> DraftTree:
+    def points(self) -> list[list[Point]]:
         depths = (min(self.drafter.depth, left - 1) for left in self.batch.host_left)
         with self._lock:
-            drafts = [list(self._grow(*self._match(b), deepest)) for b, deepest in enumerate(depths)]
-        return tree_of_points(self.batch.root, drafts)
+            return [list(self._grow(*self._match(b), deepest)) for b, deepest in enumerate(depths)]
 
     def commit(self, outcome: Outcome) -> None:
         # A step that the loop is about to refuse leaves tokens that may be none.
@@ -136,8 +135,8 @@ class _SuffixRun(DraftRun):
         length = own.length[state]
         return (self.drafter.corpus, *self._places[row]) if self._places[row][1] > length else (own, state, length)
 
-    def _grow(self, automaton: SuffixAutomaton, state: int, length: int, deepest: int) -> Iterator[tuple[int, int]]:
-        """(token, parent) of each node after the root, the best path first."""
+    def _grow(self, automaton: SuffixAutomaton, state: int, length: int, deepest: int) -> Iterator[Point]:
+        """The nodes after the root, the best path first."""
         if state <= 0 or deepest < 1:
             return
         made, heap = 0, []
@@ -145,7 +144,7 @@ class _SuffixRun(DraftRun):
         while heap and made < self.drafter.nodes - 1:
             minus_chance, _, parent, depth, token, state = heappop(heap)
             made += 1
-            yield token, parent
+            yield Point(token, parent, -minus_chance)
             if depth < deepest:
                 self._consider(heap, automaton, state, length + depth, -minus_chance, made, depth)
 
