@@ -2,7 +2,7 @@
 
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.eagle import EagleDrafter, EagleNet
-from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net, Eagle3Reading
 from specdec.drafters.fallback import Fallback
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
@@ -18,6 +18,7 @@ __all__ = [
     "Drafter",
     "Eagle3Drafter",
     "Eagle3Net",
+    "Eagle3Reading",
     "EagleDrafter",
     "EagleNet",
     "Fallback",
