@@ -158,6 +158,12 @@ def attention(x, part, theta):
     return linear(found.transpose(0, 1).flatten(1), part["self_attn.o_proj.weight"])
 
 
+def feed_forward(x, part):
+    y = norm(x, part["post_attention_layernorm.weight"])
+    gate, up = linear(y, part["mlp.gate_proj.weight"]), linear(y, part["mlp.up_proj.weight"])
+    return linear(silu(gate) * up, part["mlp.down_proj.weight"])
+
+
 def expected(found, tokens, states, theta=500.0, norm_before_residual=False):
     """The logits [n, known] of the authors' network, written out, for the pairs of a text."""
     part = {name.removeprefix("midlayer."): tensor for name, tensor in found.items()}
@@ -165,7 +171,5 @@ def expected(found, tokens, states, theta=500.0, norm_before_residual=False):
     beside = norm(part["embed_tokens.weight"][tokens], part["input_layernorm.weight"])
     normed = norm(feature, part["hidden_norm.weight"])
     x = (normed if norm_before_residual else feature) + attention(torch.cat([beside, normed], -1), part, theta)
-    y = norm(x, part["post_attention_layernorm.weight"])
-    gate, up = linear(y, part["mlp.gate_proj.weight"]), linear(y, part["mlp.up_proj.weight"])
-    x = x + linear(silu(gate) * up, part["mlp.down_proj.weight"])
+    x = x + feed_forward(x, part)
     return linear(norm(x, part["norm.weight"]), part["lm_head.weight"])

@@ -62,7 +62,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{file} is no file of tensors alone, and it is not run ({reason}). Get the checkpoint as safetensors."
+            f"{file} holds more than tensors, and no code is run ({reason}). Get the checkpoint as safetensors."
         ) from None
 
 

@@ -29,7 +29,7 @@ def exported(
     Args:
         net: the network.
         format: "eagle3" for vLLM, SGLang and TensorRT-LLM; "speculators" for vLLM, and for further training.
-        target: the model that it drafts for, to be named in the files.
+        target: the model that it drafts for; "speculators" names it.
 
     Raises:
         ValueError: the format cannot say what this network does; with the reason.
@@ -41,8 +41,11 @@ def exported(
     for wrong, reason in _unsaid(net, format):
         if wrong:
             raise ValueError(f"format={format!r}: {reason}.")
-    config = _plain(net, target) if format == "eagle3" else _speculators(net, target)
-    return config, _tensors(net, format)
+    if format == "eagle3":
+        return _plain(net, target), _tensors(net, format)
+    if target is None:
+        raise ValueError("format='speculators': its files name the model that is drafted for; pass target=.")
+    return _speculators(net, target), _tensors(net, format)
 
 
 def _unsaid(net: Eagle3Net, format: str) -> list[tuple[bool, str]]:
@@ -135,12 +138,9 @@ def _plain(net: Eagle3Net, target: PreTrainedModel | None) -> dict[str, Any]:
     return {**config, IDS: list(net.states), "eagle_config": after}
 
 
-def _speculators(net: Eagle3Net, target: PreTrainedModel | None) -> dict[str, Any]:
+def _speculators(net: Eagle3Net, target: PreTrainedModel) -> dict[str, Any]:
     proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    verifier = {
-        "name_or_path": None if target is None else target.name_or_path,
-        "architectures": [] if target is None else [type(target).__name__],
-    }
+    verifier = {"name_or_path": target.name_or_path, "architectures": [type(target).__name__]}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
