@@ -8,10 +8,12 @@ from tiny_models import llama
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from specdec.drafters.states_drafter import TargetParts
 from specdec.models.level import Level
 
 HIDDEN, VOCAB, LAYERS, MID, HEADS, KV, SIZE = 16, 12, 7, 24, 4, 2, 4
 KNOWN = [1, 2, 5, 6, 7, 11]  # ids of the target that a draft with a vocabulary of its own knows
+TEXT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 SHAPE = {"hidden_size": HIDDEN, "intermediate_size": MID, "num_hidden_layers": 1, "num_attention_heads": HEADS,
          "num_key_value_heads": KV, "rms_norm_eps": 1e-5, "vocab_size": VOCAB, "rope_theta": 500.0,
          "max_position_embeddings": 8}  # fmt: skip
@@ -173,3 +175,16 @@ def expected(found, tokens, states, theta=500.0, norm_before_residual=False):
     x = (normed if norm_before_residual else feature) + attention(torch.cat([beside, normed], -1), part, theta)
     x = x + feed_forward(x, part)
     return linear(norm(x, part["norm.weight"]), part["lm_head.weight"])
+
+
+@torch.no_grad()
+def logits(net, model, text=TEXT, seed=1):
+    """[n, known]: for the pairs of a page of text with random states."""
+    states = page_states(net, text, seed)
+    parts = TargetParts.of(model)
+    return net.logits(net.follow(text, states, Page(text.shape[1]), parts), parts)[0]
+
+
+def page_states(net, text=TEXT, seed=1):
+    generator, count = torch.Generator().manual_seed(seed), len(net.states)
+    return torch.randn(*text.shape, count, net.state_size, generator=generator, dtype=torch.float64)
