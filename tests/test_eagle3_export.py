@@ -143,6 +143,26 @@ def test_what_a_format_cannot_say_is_refused_with_the_reason(tmp_path, model):
         drafter.save_pretrained(tmp_path / "made")
 
 
+def test_the_script_writes_a_draft_and_the_commands_that_serve_it(tmp_path, model, run):
+    model.save_pretrained(tmp_path / "target")
+    draft = files.specforge(tmp_path / "draft", tensors())
+    out, ended = run(str(tmp_path / "target"), str(draft), str(tmp_path / "made"), script="export.py")
+    assert ended is None
+    made = tmp_path / "made"
+    assert (made / "serve.txt").read_text() in out
+    for part in (
+        f"vllm serve {tmp_path / 'target'} --speculative-config '" + '{"method": "eagle3", "model": "' + f'{made}"',
+        f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {made} --speculative-num-steps 3",
+        f"trtllm-serve {tmp_path / 'target'} --extra_llm_api_options {made / 'trtllm.yaml'}",
+    ):
+        assert part in out
+    settings = json.loads((made / "trtllm.yaml").read_text())["speculative_config"]
+    assert settings["eagle3_layers_to_capture"] == [1, 2, 3]  # of the states before layers 2, 3 and 4
+    assert Eagle3Drafter.from_pretrained(made, model).states == (2, 3, 4)
+    out, _ = run(*map(str, (tmp_path / "target", draft, made, "--format", "speculators")), script="export.py")
+    assert f"vllm serve {made}\n" in out
+
+
 @pytest.mark.filterwarnings("ignore")  # that package's own
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("switched", [False, True])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from specdec.checks import check_kind
 from specdec.drafters.checkpoints import fill, read_checkpoint
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
-from specdec.drafters.layers import Layer, Rotary
+from specdec.drafters.layers import Layer, Rotary, head_size
 from specdec.drafters.shapes import layer_config, leave_copies, own_embedding
 from specdec.drafters.states_drafter import TargetParts
 from specdec.models.level import Level
@@ -33,7 +33,7 @@ class EagleNet(FeatureNet):
         self.states, self.state_size, self.kept = (-1,), config.hidden_size, config.hidden_size
         self.fc, self.rotary = nn.Linear(2 * self.kept, self.kept, bias), Rotary(config)
         self.layers = nn.ModuleList(Layer(config, i, input_norm=i > 0) for i in range(config.num_hidden_layers))
-        self.attention = [(config.num_key_value_heads, layer.self_attn.size) for layer in self.layers]
+        self.attention = [(config.num_key_value_heads, head_size(config))] * len(self.layers)
         self.embed_tokens = None if embedding is None else nn.Embedding(embedding, self.kept)
 
     def project(self, states: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from specdec.drafters.checkpoints import fill, write_checkpoint
 from specdec.drafters.eagle3_export import exported
 from specdec.drafters.eagle3_files import Eagle3Reading, read_eagle3
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
-from specdec.drafters.layers import Layer, Norm, Rotary
+from specdec.drafters.layers import Layer, Norm, Rotary, head_size
 from specdec.drafters.states_drafter import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
@@ -65,7 +65,7 @@ class Eagle3Net(FeatureNet):
         self.kept, self.vocab, self.head_norms, self.norms = hidden, vocab, head_norms, norms
         later = [Layer(config, i, head_norms=head_norms) for i in range(1, config.num_hidden_layers)]
         self.layers = nn.ModuleList([FirstLayer(config, head_norms), *later])
-        self.attention = [(config.num_key_value_heads, layer.self_attn.size) for layer in self.layers]
+        self.attention = [(config.num_key_value_heads, head_size(config))] * len(self.layers)
         self.fc, self.norm, self.rotary = nn.Linear(width, hidden, bias=False), Norm(hidden, eps), Rotary(config)
         self.fc_norm = nn.ModuleList(Norm(state_size, eps) for _ in states) if norms == "fc_norm" else None
         self.input_norm = Norm(width, eps) if norms == "input_norm" else None

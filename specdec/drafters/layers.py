@@ -44,12 +44,8 @@ class Attention(nn.Module):
     def __init__(self, config: Any, layer: int, width: int | None = None, head_norms: bool = False):
         super().__init__()
         hidden, size = config.hidden_size, head_size(config)
-        self.layer, self.size, width, bias = (
-            layer,
-            size,
-            width or hidden,
-            bool(getattr(config, "attention_bias", False)),
-        )
+        self.layer, self.size, width = layer, size, hidden if width is None else width
+        bias = bool(getattr(config, "attention_bias", False))
         self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias)

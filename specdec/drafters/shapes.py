@@ -40,7 +40,7 @@ def layer_config(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], hidden:
         vocab_size=vocab,
         **{key: keys[key] for key in _KEPT if keys.get(key) is not None},
     )
-    rotary = config.rope_parameters
+    rotary: Any = config.rope_parameters
     if rotary["rope_type"] not in _ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"rope_parameters={rotary}: must be of type {', '.join(_ROTARY)}, over the whole of each head."
