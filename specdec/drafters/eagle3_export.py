@@ -45,7 +45,7 @@ def exported(
         return _plain(net, target), _tensors(net, format)
     if target is None:
         raise ValueError("format='speculators': its files name the model that is drafted for; pass target=.")
-    return _speculators(net, target), _tensors(net, format)
+    return _speculators(net, target), _head(net, target) | _tensors(net, format)
 
 
 def _unsaid(net: Eagle3Net, format: str) -> list[tuple[bool, str]]:
@@ -57,10 +57,6 @@ def _unsaid(net: Eagle3Net, format: str) -> list[tuple[bool, str]]:
     if format == "speculators":
         return [
             *always,
-            (
-                net.lm_head is None,
-                'its files hold an LM head of the draft, and this one uses the target\'s; use format="eagle3"',
-            ),
             (net.state_size != net.kept, f"its fc is for states of the draft's size {net.kept}, not {net.state_size}"),
         ]
     return [
@@ -97,6 +93,16 @@ def _tensors(net: Eagle3Net, format: str) -> dict[str, Tensor]:
         marks = torch.zeros(net.config.vocab_size, dtype=torch.bool, device=ids.device)
         tensors |= {"d2t": ids - torch.arange(len(ids), device=ids.device), "t2d": marks.index_fill(0, ids, True)}
     return tensors
+
+
+def _head(net: Eagle3Net, target: PreTrainedModel) -> dict[str, Tensor]:
+    """The target's LM head, if the network uses it: these files hold one in any case."""
+    head: Any = target.get_output_embeddings()
+    if net.lm_head is not None:
+        return {}
+    if getattr(head, "bias", None) is not None:
+        raise ValueError("format='speculators': its LM head has no bias, as the target's has; use format='eagle3'.")
+    return {"lm_head.weight": head.weight}
 
 
 def _layer(net: Eagle3Net) -> dict[str, Any]:

@@ -44,11 +44,12 @@ class Attention(nn.Module):
     def __init__(self, config: Any, layer: int, width: int | None = None, head_norms: bool = False):
         super().__init__()
         hidden, size = config.hidden_size, head_size(config)
-        self.layer, self.size, width = layer, size, hidden if width is None else width
+        self.layer, self.size = layer, size
+        wide: int = hidden if width is None else width
         bias = bool(getattr(config, "attention_bias", False))
-        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias)
+        self.q_proj = nn.Linear(wide, config.num_attention_heads * size, bias)
+        self.k_proj = nn.Linear(wide, config.num_key_value_heads * size, bias)
+        self.v_proj = nn.Linear(wide, config.num_key_value_heads * size, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias)
         self.q_norm, self.k_norm = (Norm(size, config.rms_norm_eps) if head_norms else nn.Identity() for _ in range(2))
 
