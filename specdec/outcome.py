@@ -61,6 +61,12 @@ class Outcome:
         counts = (torch.minimum(decisions.accepted, count), tried, after, *invalid)
         return cls(path, count, torch.cat([tokens, *(part[:, None] for part in (count, *counts))], 1))
 
+    @classmethod
+    def given(cls, tokens: Sequence[int], left: int) -> Outcome:
+        """What another engine has given a batch of one row, none of it taken from the last proposal's tree."""
+        columns = torch.tensor([[*tokens, len(tokens), 0, 0, left, 0, 0]])
+        return cls(torch.zeros(1, len(tokens), dtype=torch.int64), torch.tensor([len(tokens)]), columns)
+
     @property
     def tokens(self) -> Tensor:
         """[batch, <= depth + 1] int64: the new tokens; entries from `keep` on are unused."""

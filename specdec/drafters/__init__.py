@@ -3,7 +3,8 @@
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.block import BlockDrafter, BlockNet
 from specdec.drafters.check import check
-from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net
+from specdec.drafters.eagle import EagleDrafter, EagleNet
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net, Eagle3Reading
 from specdec.drafters.fallback import Fallback
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layer_skip import LayerSkipDrafter
@@ -24,6 +25,9 @@ __all__ = [
     "Drafter",
     "Eagle3Drafter",
     "Eagle3Net",
+    "Eagle3Reading",
+    "EagleDrafter",
+    "EagleNet",
     "Fallback",
     "FeatureDrafter",
     "FeatureNet",
