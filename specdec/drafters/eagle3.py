@@ -3,64 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from specdec.drafters.checkpoints import fill, write_checkpoint
+from specdec.drafters.eagle3_export import exported
+from specdec.drafters.eagle3_files import Eagle3Reading, read_eagle3
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
-from specdec.drafters.layers import MLP, Attention, Norm, Rotary, head_size
+from specdec.drafters.layers import Layer, Norm, Rotary
 from specdec.drafters.states_drafter import TargetParts
 from specdec.models.level import Level
+from specdec.trees.base import TreePolicy
 
 
-@dataclass(frozen=True)
-class Eagle3Reading:
-    """What files of EAGLE-3 drafts differ in and their tensors do not tell.
+class FirstLayer(Layer):
+    """The first layer reads the token beside the feature."""
 
-    Args:
-        norm_before_residual: whether the first layer adds to the normed feature.
-        norm_output: whether the normed output is the next feature (EAGLE-3.1).
-    """
+    def __init__(self, config: Any, head_norms: bool):
+        super().__init__(config, 0, 2 * config.hidden_size, head_norms)
+        self.hidden_norm = Norm(config.hidden_size, config.rms_norm_eps)
 
-    norm_before_residual: bool = False
-    norm_output: bool = False
-
-
-class Layer(nn.Module):
-    """A layer. The first reads the token beside the feature; later ones read the output of the one before."""
-
-    def __init__(self, config: Any, layer: int, head_norms: bool):
-        super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, layer, hidden if layer else 2 * hidden, head_norms)
-        self.mlp, self.input_layernorm, self.post_attention_layernorm = (
-            MLP(config),
-            Norm(hidden, eps),
-            Norm(hidden, eps),
-        )
-        if layer == 0:
-            self.hidden_norm = Norm(hidden, eps)
-
-    def forward(self, x: Tensor, token: Tensor | None, rope: Any, level: Level, norm_before_residual: bool) -> Tensor:
-        if token is None:
-            x = x + self.self_attn(self.input_layernorm(x), rope, level)
-        else:
-            normed = self.hidden_norm(x)
-            both = torch.cat([self.input_layernorm(token), normed], -1)
-            x = (normed if norm_before_residual else x) + self.self_attn(both, rope, level)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, token: Tensor, rope: Any, level: Level, norm_before_residual: bool) -> Tensor:  # type: ignore[override]
+        normed = self.hidden_norm(x)
+        both = torch.cat([self.input_layernorm(token), normed], -1)
+        return self.add(normed if norm_before_residual else x, both, rope, level)
 
 
 class Eagle3Net(FeatureNet):
     """The network. Its modules are named as in published files.
 
     Args:
-        config: a Llama or Qwen3 config of the draft, with its number of layers.
+        config: a Llama or Qwen3 config of the draft, with its number of layers; `vocab_size` is the target's.
         states: which of the target's states it reads.
         state_size: size of these.
-        vocab: tokens that it drafts; None to use the target's LM head.
+        vocab: tokens that it drafts; None to use the target's LM head. Set `target_ids` if these are not the first.
         reading: what files differ in.
         embedding: how many tokens its own embedding has; None to use the target's.
         head_norms: whether queries and keys are normed.
@@ -79,24 +60,15 @@ class Eagle3Net(FeatureNet):
         norms: str = "",
     ):
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.config, self.states, self.state_size, self.vocab, self.reading = (
-            config,
-            tuple(states),
-            state_size,
-            vocab,
-            reading,
-        )
-        self.kept, count = hidden, config.num_hidden_layers
-        self.attention = [(config.num_key_value_heads, head_size(config))] * count
-        self.layers = nn.ModuleList(Layer(config, i, head_norms) for i in range(count))
-        self.fc, self.norm, self.rotary = (
-            nn.Linear(len(states) * state_size, hidden, bias=False),
-            Norm(hidden, eps),
-            Rotary(config),
-        )
+        self.config, self.states, self.state_size, self.reading = config, tuple(states), state_size, reading
+        hidden, eps, width = config.hidden_size, config.rms_norm_eps, len(self.states) * state_size
+        self.kept, self.vocab, self.head_norms, self.norms = hidden, vocab, head_norms, norms
+        later = [Layer(config, i, head_norms=head_norms) for i in range(1, config.num_hidden_layers)]
+        self.layers = nn.ModuleList([FirstLayer(config, head_norms), *later])
+        self.attention = [(config.num_key_value_heads, layer.self_attn.size) for layer in self.layers]
+        self.fc, self.norm, self.rotary = nn.Linear(width, hidden, bias=False), Norm(hidden, eps), Rotary(config)
         self.fc_norm = nn.ModuleList(Norm(state_size, eps) for _ in states) if norms == "fc_norm" else None
-        self.input_norm = Norm(len(states) * state_size, eps) if norms == "input_norm" else None
+        self.input_norm = Norm(width, eps) if norms == "input_norm" else None
         self.embed_tokens = None if embedding is None else nn.Embedding(embedding, hidden)
         self.lm_head = None if vocab is None else nn.Linear(hidden, vocab, bias=False)
 
@@ -108,9 +80,10 @@ class Eagle3Net(FeatureNet):
 
     def step(self, tokens: Tensor, features: Tensor, level: Level, target: TargetParts) -> Tensor:
         token = target.embed(tokens).to(features.dtype) if self.embed_tokens is None else self.embed_tokens(tokens)
-        rope, x = self.rotary(features, level.positions), features
-        for i, layer in enumerate(self.layers):
-            x = layer(x, None if i else token, rope, level, self.reading.norm_before_residual)
+        rope = self.rotary(features, level.positions)
+        x = self.layers[0](features, token, rope, level, self.reading.norm_before_residual)
+        for layer in self.layers[1:]:  # type: ignore[union-attr]
+            x = layer(x, rope, level)
         return self.norm(x) if self.reading.norm_output else x
 
     def logits(self, outputs: Tensor, target: TargetParts) -> Tensor:
@@ -122,3 +95,36 @@ class Eagle3Drafter(FeatureDrafter):
     """Drafts with an EAGLE-3 network, along any tree, sampled with its laws or greedily."""
 
     net: Eagle3Net
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_name: str | Path,
+        target: PreTrainedModel,
+        tree: TreePolicy | None = None,
+        states: Sequence[int] | None = None,
+        **reading: bool,
+    ) -> Self:
+        """A draft as the authors, SpecForge, Model-Optimizer, speculators or DeepSpec write it, in the target's dtype.
+
+        Args:
+            folder_or_name: a folder, or a repository of the Hugging Face hub.
+            target: the model that it was made for.
+            tree: the tree policy; a chain of 4 by default.
+            states: `Drafter.states` to read in place of those that the file names (see `specdec.drafters.eagle3_files`).
+            reading: of `Eagle3Reading`, where the file is wrong.
+
+        Raises:
+            ValueError: files are missing, broken or of another kind, or the draft was made for another target.
+        """
+        file = read_eagle3(folder_or_name, target, states)
+        net = Eagle3Net(**file.arguments, reading=replace(file.reading, **reading))
+        net.target_ids = file.target_ids
+        fill(net, file.tensors, folder_or_name)
+        return cls(net.to(target.device, target.dtype).eval(), tree)
+
+    def save_pretrained(
+        self, folder: str | Path, format: str = "eagle3", target: PreTrainedModel | None = None
+    ) -> None:
+        """Write what `from_pretrained` and engines read: see `specdec.drafters.eagle3_export.exported`."""
+        write_checkpoint(folder, *exported(self.net, format, target))

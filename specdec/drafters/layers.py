@@ -19,7 +19,16 @@ class MLP(LlamaMLP):
 
 
 class Rotary(LlamaRotaryEmbedding):
-    """Rotary position embeddings (cos, sin) of positions [batch, n], by a config's `rope_parameters`."""
+    """Rotary position embeddings (cos, sin) of positions [batch, n], by a config's `rope_parameters`.
+
+    Frequencies stay in float32 when the network is given another dtype: rounded, they would move far positions.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Rotary:
+        frequencies = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = frequencies.to(self.inv_freq.device)
+        return self
 
 
 class Attention(nn.Module):
@@ -68,6 +77,33 @@ class Attention(nn.Module):
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> None:
         """Only add keys and values of [batch, n, width] to the level's."""
         level.add(self.layer, self.keys(x, rope), self.values(x))
+
+
+class Layer(nn.Module):
+    """A layer: attention and an MLP, each of which reads the normed stream and adds to it.
+
+    Args:
+        config, layer, width, head_norms: as for `Attention`. `config.layer_types`, if there, say which layers see a window.
+        input_norm: whether what attention reads is normed.
+    """
+
+    def __init__(
+        self, config: Any, layer: int, width: int | None = None, head_norms: bool = False, input_norm: bool = True
+    ):
+        super().__init__()
+        hidden, eps, types = config.hidden_size, config.rms_norm_eps, getattr(config, "layer_types", None)
+        self.window = config.sliding_window if types and types[layer] == "sliding_attention" else None
+        self.self_attn, self.mlp = Attention(config, layer, width, head_norms), MLP(config)
+        self.input_layernorm = Norm(hidden, eps) if input_norm else nn.Identity()
+        self.post_attention_layernorm = Norm(hidden, eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> Tensor:
+        return self.add(x, self.input_layernorm(x), rope, level)
+
+    def add(self, x: Tensor, read: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> Tensor:
+        """[batch, n, hidden]: the stream after this layer, of the stream [batch, n, hidden] and what attention reads of it."""
+        x = x + self.self_attn(read, rope, level, self.window)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

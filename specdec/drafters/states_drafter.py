@@ -67,10 +67,14 @@ class StatesNet(nn.Module, ABC):
     state_size: int
     kept: int
     vocab: int | None = None
-    target_ids: Tensor | None = None
+    target_ids: Tensor | None
     attention: Sequence[tuple[int, int]] = ()
     slots: int = 0
     ahead: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("target_ids", None)  # moves with the network
 
     @abstractmethod
     def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:

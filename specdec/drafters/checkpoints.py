@@ -1,0 +1,105 @@
+"""Checkpoints of networks that draft: a folder, or a repository of the hub, with `config.json` and weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_CONFIG, _INDEX, _WEIGHTS = "config.json", ".index.json", ("model.safetensors", "pytorch_model.bin")
+
+
+class Checkpoint(NamedTuple):
+    """What a folder holds: its `config.json`, and its tensors by name, on the CPU."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_checkpoint(folder_or_name: str | Path) -> Checkpoint:
+    """Read a folder, or a repository of the Hugging Face hub, which is downloaded once.
+
+    Raises:
+        ValueError: there is no such folder or repository, a file is missing, or a pickle holds more than tensors.
+    """
+    folder = _folder(folder_or_name)
+    if not (folder / _CONFIG).is_file():
+        raise ValueError(f"There is no {_CONFIG} in {folder}; give the folder of a draft's checkpoint.")
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder):
+        tensors |= read_tensors(file)
+    return Checkpoint(json.loads((folder / _CONFIG).read_text("utf-8")), tensors)
+
+
+def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name. Nothing that a pickle holds besides is run."""
+    if not file.is_file():
+        raise ValueError(f"There is no {file.name} in {file.parent}, which names it; download it again.")
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is no file of tensors alone, and it is not run ({reason}). Get the checkpoint as safetensors."
+        ) from None
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Give a network these tensors. Raise ValueError, with their names, unless they are the ones it has."""
+    wanted, named = net.state_dict(), ", ".join
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unexpected:
+        parts = [f"lacks {named(missing)}"] * bool(missing) + [f"has {named(unexpected)} besides"] * bool(unexpected)
+        raise ValueError(f"{source} {' and '.join(parts)}; give the checkpoint of a {type(net).__name__}.")
+    for name, tensor in wanted.items():
+        if (found := tensors[name].shape) != tensor.shape:
+            raise ValueError(
+                f"{source}: {name} is {list(found)}, and {list(tensor.shape)} goes with the other tensors."
+            )
+    net.load_state_dict(tensors)
+
+
+def _folder(folder_or_name: str | Path) -> Path:
+    if Path(folder_or_name).is_dir():
+        return Path(folder_or_name)
+    name, folder = str(folder_or_name), Path()
+    try:
+        for weights in _WEIGHTS:  # pickles only where there is nothing else
+            patterns = ["config.json", f"*{Path(weights).suffix}", f"*{_INDEX}"]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob(f"*{Path(weights).suffix}")):
+                break
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} is neither a folder nor a repository that the hub gives: {reason}") from None
+    return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of weights, which an index names where there are several."""
+    for weights in _WEIGHTS:
+        if (folder / weights).is_file():
+            return [folder / weights]
+        if (index := folder / f"{weights}{_INDEX}").is_file():
+            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+            return [folder / name for name in sorted(set(names))]
+    raise ValueError(f"There is neither {' nor '.join(_WEIGHTS)} in {folder}, nor an index of several such files.")

@@ -1,0 +1,179 @@
+"""Files of EAGLE-3 drafts in all their layouts, as arguments and tensors of one network.
+
+Tools name the layers whose states a draft reads in four ways. Here i is the residual stream before layer i, as in
+`Drafter.states`, so that a file's numbers are read by the key that they stand under:
+
+| key | i in the file |
+|---|---|
+| `eagle_aux_hidden_state_layer_ids`, `aux_hidden_state_layer_ids` (vLLM, speculators) | before layer i |
+| the same under `eagle_config` (SGLang, Model-Optimizer, TensorRT-LLM), `target_layer_ids` (DeepSpec) | after layer i: i + 1 |
+| none of these | before layers 2, n // 2 and n - 3 of n |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.checks import as_ints, check_kind
+from specdec.drafters.checkpoints import read_checkpoint
+from specdec.drafters.shapes import count, layer_config, target_ids
+
+IDS = "eagle_aux_hidden_state_layer_ids"
+_BEFORE, _AFTER = (IDS, "aux_hidden_state_layer_ids"), "target_layer_ids"
+_UNUSED = ("t2d", "d2t")  # told by `target_ids`
+_NEEDED = (
+    "fc.weight",
+    "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.k_proj.weight",
+    "layers.0.mlp.gate_proj.weight",
+)
+
+
+@dataclass(frozen=True)
+class Eagle3Reading:
+    """What files of EAGLE-3 drafts differ in and their tensors do not tell.
+
+    Args:
+        norm_before_residual: whether the first layer adds to the normed feature.
+        norm_output: whether the normed output is the next feature (EAGLE-3.1).
+    """
+
+    norm_before_residual: bool = False
+    norm_output: bool = False
+
+
+class Eagle3File(NamedTuple):
+    """What a file says of a network: its arguments, how it is read, its tokens, and its tensors by the network's names."""
+
+    arguments: dict[str, Any]
+    reading: Eagle3Reading
+    target_ids: Tensor | None
+    tensors: dict[str, Tensor]
+
+
+def read_eagle3(folder_or_name: str | Path, target: PreTrainedModel, states: Sequence[int] | None) -> Eagle3File:
+    """Read a checkpoint; `states` are read in place of those that it names. Raise ValueError if it is not for this target."""
+    check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
+    keys, found = read_checkpoint(folder_or_name)
+    try:
+        return _read(keys, found, target, states)
+    except ValueError as error:
+        raise ValueError(f"{folder_or_name}: {error}") from None
+
+
+def default_states(layers: int) -> tuple[int, ...]:
+    """The states that a draft reads of a target with so many layers if its file names none."""
+    return 2, layers // 2, layers - 3
+
+
+def _read(
+    keys: Mapping[str, Any], found: dict[str, Tensor], target: PreTrainedModel, states: Sequence[int] | None
+) -> Eagle3File:
+    tensors = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in found.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    _check_kind_of(keys, tensors)
+    goal = target.config.get_text_config()
+    hidden, vocab, head = tensors["fc.weight"].shape[0], goal.vocab_size, tensors.get("lm_head.weight")
+    ids = target_ids(tensors, None if head is None else len(head), vocab)
+    _leave_copies(tensors, target)
+    config = layer_config(keys.get("transformer_layer_config", keys), tensors, hidden, vocab)
+    config.max_position_embeddings = max(config.max_position_embeddings, getattr(goal, "max_position_embeddings", 0))
+    taken = _states(keys, goal.num_hidden_layers) if states is None else as_ints("states", states, -1)
+    _check_states(taken, tensors, goal)
+    arguments = {
+        "config": config,
+        "states": taken,
+        "state_size": goal.hidden_size,
+        "vocab": len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else None,
+        "embedding": _embedding(tensors, hidden, goal),
+        "head_norms": "layers.0.self_attn.q_norm.weight" in tensors,
+        "norms": _norms(keys, tensors),
+    }
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _UNUSED}
+    return Eagle3File(arguments, _reading(keys), ids, tensors if ids is None else {**tensors, "target_ids": ids})
+
+
+def _check_kind_of(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless this is an EAGLE-3 draft, of layers that the network has."""
+    kind = keys.get("speculators_model_type", "eagle3")
+    if kind != "eagle3":
+        raise ValueError(f"speculators_model_type is {kind!r}; read it with the drafter of that kind.")
+    family = keys.get("transformer_layer_config", keys).get("model_type", "llama")
+    if "gemma" in family:  # norms by 1 + weight, embeddings times a scale
+        raise ValueError(f"model_type is {family!r}; drafts with layers of Llama or Qwen3 are read, and no others.")
+    if missing := [name for name in _NEEDED if name not in tensors]:
+        raise ValueError(f"it lacks {', '.join(missing)}; give the checkpoint of an EAGLE-3 draft.")
+    if tensors[_NEEDED[1]].shape[1] == tensors["fc.weight"].shape[0]:
+        raise ValueError(
+            "its first layer reads no token: it is of EAGLE-1 or EAGLE-2; use EagleDrafter.from_pretrained."
+        )
+
+
+def _states(keys: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    for key in _BEFORE:
+        if keys.get(key):
+            return tuple(keys[key])
+    after = (keys.get("eagle_config") or {}).get(IDS) or keys.get(_AFTER)
+    return tuple(i + (i >= 0) for i in after) if after else default_states(layers)  # -1: what the LM head reads
+
+
+def _check_states(states: Sequence[int], tensors: Mapping[str, Tensor], goal: Any) -> None:
+    """Raise ValueError unless the target has these states and `fc` takes as many numbers as they are."""
+    width, size, layers = tensors["fc.weight"].shape[1], goal.hidden_size, goal.num_hidden_layers
+    if len(states) * size != width:
+        raise ValueError(
+            f"fc.weight takes {width} numbers, and states {tuple(states)} of this target are {len(states)} x {size}. "
+            "Use a draft made for this target, or pass states=, as many as fc.weight takes."
+        )
+    if not all(-1 <= state < layers for state in states):
+        raise ValueError(
+            f"it reads states {tuple(states)}, and this target has layers 0 to {layers - 1}. Use a draft made for this target, "
+            "or pass states=: i for what layer i reads, -1 for what the LM head reads."
+        )
+
+
+def _embedding(tensors: Mapping[str, Tensor], hidden: int, goal: Any) -> int | None:
+    """How many tokens the draft's own embedding has."""
+    own = tensors.get("embed_tokens.weight")
+    if own is None and hidden != goal.hidden_size:
+        raise ValueError(
+            f"it has no embed_tokens.weight, and the target's are of size {goal.hidden_size}, not {hidden}."
+        )
+    if own is not None and len(own) != goal.vocab_size:
+        raise ValueError(
+            f"embed_tokens.weight knows {len(own)} tokens, not {goal.vocab_size} as the target; use a draft made for this target."
+        )
+    return None if own is None else len(own)
+
+
+def _norms(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    if keys.get("fc_norm") or count(tensors, "fc_norm."):
+        return "fc_norm"
+    return "input_norm" if keys.get("norm_before_fc") or "input_norm.weight" in tensors else ""
+
+
+def _reading(keys: Mapping[str, Any]) -> Eagle3Reading:
+    """Where a file does not say it, engines take speculators' to add to the normed feature, and others not to."""
+    residual = keys.get("norm_before_residual")
+    by_format = "transformer_layer_config" in keys
+    return Eagle3Reading(by_format if residual is None else bool(residual), bool(keys.get("norm_output")))
+
+
+def _leave_copies(tensors: dict[str, Tensor], target: PreTrainedModel) -> None:
+    """Leave out copies of the target's embedding and LM head, which the network can use itself."""
+    parts = (("embed_tokens.weight", target.get_input_embeddings(), nn.Embedding),
+             ("lm_head.weight", target.get_output_embeddings(), nn.Linear))  # fmt: skip
+    for name, part, plain in parts:
+        own = tensors.get(name)
+        if own is None or type(part) is not plain or getattr(part, "bias", None) is not None:
+            continue
+        theirs: Any = part.weight
+        if own.shape == theirs.shape and torch.equal(own.to(theirs.device, theirs.dtype), theirs):
+            del tensors[name]

@@ -1,0 +1,90 @@
+"""What a draft's checkpoint says of its layers and its tokens. Shapes of tensors are trusted over keys of `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+_KEPT = ("rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling",
+         "sliding_window", "layer_types", "bos_token_id", "eos_token_id")  # fmt: skip
+_ROTARY = ("default", "linear", "yarn", "llama3")  # what is the same in a text of any length
+
+
+def layer_config(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], hidden: int, vocab: int) -> LlamaConfig:
+    """The config of a network's layers, named `layers.0.self_attn.q_proj.weight` and so on.
+
+    Args:
+        keys: a config of the draft, never of the target: rotary positions, epsilon and activation are taken from it.
+        tensors: the checkpoint's.
+        hidden: size of the network's stream.
+        vocab: size of the target's vocabulary.
+    """
+    q, k = (tensors[f"layers.0.self_attn.{x}_proj.weight"].shape[0] for x in "qk")
+    size = keys.get("head_dim") or hidden // keys.get("num_attention_heads", LlamaConfig.num_attention_heads)
+    if (norm := tensors.get("layers.0.self_attn.q_norm.weight")) is not None:
+        size = len(norm)
+    if q % size or k % size:
+        raise ValueError(f"head_dim={size} divides no q_proj of {q} rows and k_proj of {k}; correct it in config.json.")
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=tensors["layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=count(tensors, "layers."),
+        num_attention_heads=q // size,
+        num_key_value_heads=k // size,
+        head_dim=size,
+        attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
+        vocab_size=vocab,
+        **{key: keys[key] for key in _KEPT if keys.get(key) is not None},
+    )
+    rotary = config.rope_parameters
+    if rotary["rope_type"] not in _ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"rope_parameters={rotary}: must be of type {', '.join(_ROTARY)}, over the whole of each head."
+        )
+    return config
+
+
+def count(tensors: Iterable[str], prefix: str) -> int:
+    """How many modules there are whose names begin with `prefix` and a number."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def target_ids(tensors: Mapping[str, Tensor], drafted: int | None, vocab: int) -> Tensor | None:
+    """[drafted] int64: the target's ids of the tokens that a draft knows; None if it knows all.
+
+    `d2t` holds offsets: to the id of a token in the draft they add up to that in the target. Engines read `t2d`, which marks
+    the tokens of the target that are known, only if there is no `d2t`, and so it is here.
+
+    Args:
+        tensors: the checkpoint's.
+        drafted: rows of the draft's own LM head, if it has one.
+        vocab: size of the target's vocabulary.
+    """
+    marks, offsets = tensors.get("t2d"), tensors.get("d2t")
+    if marks is not None and len(marks) != vocab:
+        raise ValueError(
+            f"t2d marks tokens of {len(marks)}, the target knows {vocab}; use a draft made for this target."
+        )
+    if offsets is None and (marks is None or drafted == vocab):
+        if drafted not in (None, vocab):
+            raise ValueError(
+                f"lm_head.weight drafts {drafted} tokens, the target knows {vocab}, and no d2t says which; use another draft."
+            )
+        return None
+    ids = marks.nonzero()[:, 0] if offsets is None else offsets.long() + torch.arange(len(offsets))  # type: ignore[union-attr]
+    if len(ids) != drafted:
+        rows = f"drafts {drafted}" if drafted else "is not there"
+        raise ValueError(f"d2t or t2d knows {len(ids)} tokens, and lm_head.weight {rows}; get the checkpoint anew.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"d2t leads to ids {low} to {high}, the target knows {vocab}; use a draft made for this target."
+        )
+    if len(ids.unique()) < len(ids):
+        ids, counts = ids.unique(return_counts=True)
+        raise ValueError(f"d2t leads twice to id {int(ids[counts > 1][0])}: it must hold offsets, and no id twice.")
+    return ids
