@@ -1,6 +1,8 @@
 """Drafters propose draft trees. One drafter per file."""
 
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.drafters.eagle import EagleDrafter, EagleNet
+from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net
 from specdec.drafters.fallback import Fallback
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
@@ -14,6 +16,10 @@ from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 __all__ = [
     "DraftRun",
     "Drafter",
+    "Eagle3Drafter",
+    "Eagle3Net",
+    "EagleDrafter",
+    "EagleNet",
     "Fallback",
     "LayerSkipDrafter",
     "MedusaDrafter",

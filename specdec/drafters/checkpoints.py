@@ -36,7 +36,10 @@ def read_checkpoint(folder_or_name: str | Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
         tensors |= read_tensors(file)
-    return Checkpoint(json.loads((folder / _CONFIG).read_text("utf-8")), tensors)
+    kept = {
+        name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")
+    }  # told by config
+    return Checkpoint(json.loads((folder / _CONFIG).read_text("utf-8")), kept)
 
 
 def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_ints, check_kind
 from specdec.drafters.checkpoints import read_checkpoint
-from specdec.drafters.shapes import count, layer_config, target_ids
+from specdec.drafters.shapes import count, layer_config, leave_copies, own_embedding, target_ids
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 _BEFORE, _AFTER = (IDS, "aux_hidden_state_layer_ids"), "target_layer_ids"
@@ -77,12 +76,11 @@ def _read(
     keys: Mapping[str, Any], found: dict[str, Tensor], target: PreTrainedModel, states: Sequence[int] | None
 ) -> Eagle3File:
     tensors = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in found.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     _check_kind_of(keys, tensors)
     goal = target.config.get_text_config()
     hidden, vocab, head = tensors["fc.weight"].shape[0], goal.vocab_size, tensors.get("lm_head.weight")
     ids = target_ids(tensors, None if head is None else len(head), vocab)
-    _leave_copies(tensors, target)
+    leave_copies(tensors, target)
     config = layer_config(keys.get("transformer_layer_config", keys), tensors, hidden, vocab)
     config.max_position_embeddings = max(config.max_position_embeddings, getattr(goal, "max_position_embeddings", 0))
     taken = _states(keys, goal.num_hidden_layers) if states is None else as_ints("states", states, -1)
@@ -92,7 +90,7 @@ def _read(
         "states": taken,
         "state_size": goal.hidden_size,
         "vocab": len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else None,
-        "embedding": _embedding(tensors, hidden, goal),
+        "embedding": own_embedding(tensors, hidden, goal),
         "head_norms": "layers.0.self_attn.q_norm.weight" in tensors,
         "norms": _norms(keys, tensors),
     }
@@ -139,20 +137,6 @@ def _check_states(states: Sequence[int], tensors: Mapping[str, Tensor], goal: An
         )
 
 
-def _embedding(tensors: Mapping[str, Tensor], hidden: int, goal: Any) -> int | None:
-    """How many tokens the draft's own embedding has."""
-    own = tensors.get("embed_tokens.weight")
-    if own is None and hidden != goal.hidden_size:
-        raise ValueError(
-            f"it has no embed_tokens.weight, and the target's are of size {goal.hidden_size}, not {hidden}."
-        )
-    if own is not None and len(own) != goal.vocab_size:
-        raise ValueError(
-            f"embed_tokens.weight knows {len(own)} tokens, not {goal.vocab_size} as the target; use a draft made for this target."
-        )
-    return None if own is None else len(own)
-
-
 def _norms(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     if keys.get("fc_norm") or count(tensors, "fc_norm."):
         return "fc_norm"
@@ -164,16 +148,3 @@ def _reading(keys: Mapping[str, Any]) -> Eagle3Reading:
     residual = keys.get("norm_before_residual")
     by_format = "transformer_layer_config" in keys
     return Eagle3Reading(by_format if residual is None else bool(residual), bool(keys.get("norm_output")))
-
-
-def _leave_copies(tensors: dict[str, Tensor], target: PreTrainedModel) -> None:
-    """Leave out copies of the target's embedding and LM head, which the network can use itself."""
-    parts = (("embed_tokens.weight", target.get_input_embeddings(), nn.Embedding),
-             ("lm_head.weight", target.get_output_embeddings(), nn.Linear))  # fmt: skip
-    for name, part, plain in parts:
-        own = tensors.get(name)
-        if own is None or type(part) is not plain or getattr(part, "bias", None) is not None:
-            continue
-        theirs: Any = part.weight
-        if own.shape == theirs.shape and torch.equal(own.to(theirs.device, theirs.dtype), theirs):
-            del tensors[name]

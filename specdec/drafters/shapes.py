@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
 
 _KEPT = ("rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling",
          "sliding_window", "layer_types", "bos_token_id", "eos_token_id")  # fmt: skip
@@ -88,3 +88,30 @@ def target_ids(tensors: Mapping[str, Tensor], drafted: int | None, vocab: int) -
         ids, counts = ids.unique(return_counts=True)
         raise ValueError(f"d2t leads twice to id {int(ids[counts > 1][0])}: it must hold offsets, and no id twice.")
     return ids
+
+
+def own_embedding(tensors: Mapping[str, Tensor], hidden: int, target: Any) -> int | None:
+    """How many tokens the draft's own embedding has; None if it has none, and uses that of the target with this config."""
+    own = tensors.get("embed_tokens.weight")
+    if own is None and hidden != target.hidden_size:
+        raise ValueError(
+            f"it has no embed_tokens.weight, and the target's are of size {target.hidden_size}, not {hidden}."
+        )
+    if own is not None and len(own) != target.vocab_size:
+        raise ValueError(
+            f"embed_tokens.weight knows {len(own)} tokens, the target {target.vocab_size}; use a draft made for this target."
+        )
+    return None if own is None else len(own)
+
+
+def leave_copies(tensors: dict[str, Tensor], target: PreTrainedModel) -> None:
+    """Leave out copies of the target's embedding and LM head, which a network can use itself."""
+    parts = (("embed_tokens.weight", target.get_input_embeddings(), nn.Embedding),
+             ("lm_head.weight", target.get_output_embeddings(), nn.Linear))  # fmt: skip
+    for name, part, plain in parts:
+        own = tensors.get(name)
+        if own is None or type(part) is not plain or getattr(part, "bias", None) is not None:
+            continue
+        theirs: Any = part.weight
+        if own.shape == theirs.shape and torch.equal(own.to(theirs.device, theirs.dtype), theirs):
+            del tensors[name]
