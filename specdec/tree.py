@@ -184,6 +184,20 @@ class DraftTree:
         probs = None if probs is None else pad(probs, (0, 0, 0, size - probs.shape[1]))
         return DraftTree(pad(self.tokens, (0, size - nodes)), topology, laws, probs)
 
+    def without_below(self, nodes: Tensor) -> DraftTree:
+        """Mark what is below these nodes, [batch, node] bool, as absent."""
+        above = (self.topology.ancestors & nodes[:, None]).sum(-1) > nodes
+        return replace(self, laws=self.laws.masked_fill(above, Law.PADDING))
+
+    def trimmed(self) -> DraftTree:
+        """Without the last nodes, as far as no row has them; waits for the device."""
+        count = 1 + int((self.laws != Law.PADDING).any(0).nonzero().max())
+        if count == self.tokens.shape[1]:
+            return self
+        topology = replace(self.topology, parents=self.topology.parents[:, :count])
+        probs = None if self.draft_probs is None else self.draft_probs[:, :count]
+        return DraftTree(self.tokens[:, :count], topology, self.laws[:, :count], probs)
+
     def within(self, vocab: int) -> DraftTree:
         """Move ids outside the vocabulary into it, so that every token can be embedded; `invalid` reports them."""
         return replace(self, tokens=self.tokens.clamp(0, vocab - 1))

@@ -1,6 +1,8 @@
 """Drafters propose draft trees. One drafter per file."""
 
 from specdec.drafters.base import Drafter, DraftRun
+from specdec.drafters.dflash import DFlashDrafter, DFlashNet
+from specdec.drafters.dspark import DSparkDrafter, DSparkNet
 from specdec.drafters.eagle import EagleDrafter, EagleNet
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net
 from specdec.drafters.fallback import Fallback
@@ -14,6 +16,10 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 
 __all__ = [
+    "DFlashDrafter",
+    "DFlashNet",
+    "DSparkDrafter",
+    "DSparkNet",
     "DraftRun",
     "Drafter",
     "Eagle3Drafter",

@@ -69,9 +69,12 @@ class Attention(nn.Module):
     def values(self, x: Tensor) -> Tensor:
         return self.heads(self.v_proj(x))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level, window: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level, window: int | None = None, causal: bool = False
+    ) -> Tensor:
         """[batch, n, hidden], of [batch, n, width] and the rotary embeddings of `level.positions`."""
-        found = level.attend(self.layer, self.queries(x, rope), self.keys(x, rope), self.values(x), window=window)
+        query, key, value = self.queries(x, rope), self.keys(x, rope), self.values(x)
+        found = level.attend(self.layer, query, key, value, window=window, causal=causal)
         return self.o_proj(found.flatten(2))
 
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> None:
@@ -85,12 +88,20 @@ class Layer(nn.Module):
     Args:
         config, layer, width, head_norms: as for `Attention`. `config.layer_types`, if there, say which layers see a window.
         input_norm: whether what attention reads is normed.
+        causal: whether it lets nodes of a block see only those before them.
     """
 
     def __init__(
-        self, config: Any, layer: int, width: int | None = None, head_norms: bool = False, input_norm: bool = True
+        self,
+        config: Any,
+        layer: int,
+        width: int | None = None,
+        head_norms: bool = False,
+        input_norm: bool = True,
+        causal: bool = False,
     ):
         super().__init__()
+        self.causal = causal
         hidden, eps, types = config.hidden_size, config.rms_norm_eps, getattr(config, "layer_types", None)
         self.window = config.sliding_window if types and types[layer] == "sliding_attention" else None
         self.self_attn, self.mlp = Attention(config, layer, width, head_norms), MLP(config)
@@ -102,7 +113,7 @@ class Layer(nn.Module):
 
     def add(self, x: Tensor, read: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> Tensor:
         """[batch, n, hidden]: the stream after this layer, of the stream [batch, n, hidden] and what attention reads of it."""
-        x = x + self.self_attn(read, rope, level, self.window)
+        x = x + self.self_attn(read, rope, level, self.window, self.causal)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
 from specdec.models.attention import View, attend, mask
 from specdec.models.cache import TreeCache
+from specdec.tree import chain
 
 
 class Level(ABC):
@@ -31,6 +35,7 @@ class Level(ABC):
         value: Tensor,
         scale: float | None = None,
         window: int | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """Add the nodes' keys and values to a layer's, and attend to all that they see.
 
@@ -39,7 +44,8 @@ class Level(ABC):
             query: [batch, head, count, head_dim].
             key, value: [batch, kv_head, count, head_dim].
             scale: of the scores; by default head_dim ** -0.5.
-            window: how many positions a node sees, its own included; by default all before it.
+            window: how many positions up to its own a node sees; by default all of them.
+            causal: whether the nodes of a block see only those before them; by default they see all of it.
 
         Returns:
             [batch, count, head, head_dim].
@@ -56,7 +62,8 @@ class CachedLevel(Level):
     def __init__(self, cache: TreeCache, view: View):
         super().__init__(view.positions)
         self.cache, self.view = cache, view
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._layers: Any = cache.layers
+        self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
 
     def attend(
         self,
@@ -66,19 +73,26 @@ class CachedLevel(Level):
         value: Tensor,
         scale: float | None = None,
         window: int | None = None,
+        causal: bool = False,
     ) -> Tensor:
-        keys, values = self.cache.layers[layer].update(key, value)
-        return attend(self, query, keys, values, self.mask(query.dtype, window), scaling=scale)[0]
+        keys, values = self._layers[layer].update(key, value)
+        return attend(self, query, keys, values, self.mask(query.dtype, window, causal), scaling=scale)[0]
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.cache.layers[layer].update(key, value)
+        self._layers[layer].update(key, value)
 
-    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
+    def mask(self, dtype: torch.dtype, window: int | None = None, causal: bool = False) -> Tensor | None:
         """The mask of all layers with this window, as transformers' layers take it."""
-        if window not in self._masks:
-            pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-            device = self.positions.device
-            self._masks[window] = mask(
-                mask_function=pattern, q_offset=self.view, device=device, dtype=dtype, local_size=window
+        if (window, causal) not in self._masks:
+            # A view lets nodes see their ancestors and prefixes alone, so a window needs no more than its far end.
+            pattern: Any = causal_mask_function if window is None else sliding_window_overlay(window)
+            view, device = self._causal_view if causal else self.view, self.positions.device
+            self._masks[window, causal] = mask(
+                mask_function=pattern, q_offset=view, device=device, dtype=dtype, local_size=window
             )
-        return self._masks[window]
+        return self._masks[window, causal]
+
+    @cached_property
+    def _causal_view(self) -> View:
+        batch, nodes = self.view.topology.parents.shape
+        return replace(self.view, topology=chain(batch, nodes, self.positions.device))
