@@ -1,7 +1,11 @@
 """DFlash and DSpark: one pass over a block, certified along chains and trees, and the files that they come in."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_drafters import editing
 from tiny_models import build
 from torch.nn.functional import scaled_dot_product_attention
@@ -113,6 +117,19 @@ def test_stops_by_confidence_do_not_anticipate(tree, of_tokens):
     assert len({tree.tokens.shape[1] for tree in drafter.trees}) > 1  # the target is not given what no row has
 
 
+class Anticipating(Noting):
+    """Drops the nodes that have drawn token 0."""
+
+    def note(self, tree):
+        laws = tree.laws.clone()
+        laws[:, 1:][tree.tokens[:, 1:] == 0] = Law.PADDING
+        return replace(tree, laws=laws)
+
+
+def test_a_stop_that_anticipates_is_found_by_the_certificate():
+    assert distance(Anticipating(DSparkDrafter(dspark(), Chain(1))), max_new_tokens=2) > 0.01
+
+
 def drafts(drafter, prompts=PROMPTS, **options):
     """(tokens, laws) of all drafts of a run."""
     noting, options = Noting(drafter), {"sampling": ONE, "max_new_tokens": 5, "stop_tokens": (), **options}
@@ -205,6 +222,12 @@ def test_logits_are_those_of_the_library_that_trains_such_drafts(tmp_path, metho
             both = torch.cat([slots, theirs.markov_head.prev_embeddings(tokens[0])], -1)
             sure = theirs.confidence_head(both).sigmoid()
             assert torch.allclose(read.net.confidence(found, tokens)[0], sure, atol=NORMS)
+    model.save_pretrained(tmp_path / "target")
+    model.config._name_or_path = str(tmp_path / "target")  # as if read from there
+    read.save_pretrained(tmp_path / "again", "speculators", target=model)
+    again = cls.from_pretrained(tmp_path / "again")
+    assert again.config.aux_hidden_state_layer_ids == [0, 2] and again.config.block_size == 4
+    assert all(torch.equal(tensor, again.state_dict()[name].double()) for name, tensor in read.net.state_dict().items())
 
 
 def plain_block(net, model, text):
@@ -365,3 +388,48 @@ def test_what_a_draft_cannot_do_is_refused(tmp_path):
         DFlashDrafter(dflash(states=(1, -1))).save_pretrained(tmp_path / "s", "speculators", target=target())
     with pytest.raises(ValueError, match="format='onnx': must be 'plain' or 'speculators'"):
         DFlashDrafter(dflash()).save_pretrained(tmp_path / "s", "onnx", target=target())
+
+
+LAYERS = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "rope_parameters", "rope_theta", "vocab_size",
+          "max_position_embeddings", "tie_word_embeddings", "layer_types", "use_sliding_window", "sliding_window"}  # fmt: skip
+TOP = {"architectures", "dtype", "block_size", "sample_from_anchor", "draft_vocab_size"}
+MARKOV = {"markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"}
+ATTENTION = [f"self_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
+LAYER = [*ATTENTION, *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+         "input_layernorm.weight", "post_attention_layernorm.weight"]  # fmt: skip
+
+
+def test_files_hold_what_engines_read(tmp_path):
+    dflash_net, dspark_net = reduced(dflash(vocab=3)), dspark(states=(0, 2), confident=True)
+    for format in ("plain", "speculators"):
+        DFlashDrafter(dflash_net).save_pretrained(tmp_path / "dflash" / format, format, target=target())
+        DSparkDrafter(dspark_net).save_pretrained(tmp_path / "dspark" / format, format, target=target())
+
+    def keys(*folder):
+        return json.loads(tmp_path.joinpath(*folder, "config.json").read_text())
+
+    plain, nested = keys("dflash", "plain"), {"mask_token_id": 3, "target_layer_ids": [-1, 1], "causal": False}
+    assert {*plain} == TOP | LAYERS | {"num_target_layers", "dflash_config"}
+    assert (plain["architectures"], plain["dflash_config"], plain["draft_vocab_size"]) == (
+        ["DFlashDraftModel"],
+        nested,
+        3,
+    )
+    plain = keys("dspark", "plain")
+    assert {*plain} == TOP | LAYERS | MARKOV | {"num_target_layers", "mask_token_id", "target_layer_ids"}
+    assert (plain["architectures"], plain["target_layer_ids"]) == (["Qwen3DSparkModel"], [-1, 1])
+    other = keys("dspark", "speculators")
+    assert {*other["transformer_layer_config"]} == LAYERS and other["aux_hidden_state_layer_ids"] == [0, 2]
+    assert {*other} == TOP | MARKOV | {"speculators_model_type", "speculators_version", "speculators_config",
+                                       "transformer_layer_config", "aux_hidden_state_layer_ids", "mask_token_id",
+                                       "sliding_window_non_causal"}  # fmt: skip
+    backbone = {f"layers.{i}.{name}" for i in range(2) for name in LAYER} | {
+        "fc.weight",
+        "hidden_norm.weight",
+        "norm.weight",
+    }
+    assert {*load_file(tmp_path / "dflash/plain/model.safetensors")} == backbone | {"lm_head.weight", "d2t", "t2d"}
+    assert {*load_file(tmp_path / "dspark/plain/model.safetensors")} == backbone | {
+        "markov_head.markov_w1.weight", "markov_head.markov_w2.weight", "confidence_head.proj.weight",
+        "confidence_head.proj.bias"}  # fmt: skip

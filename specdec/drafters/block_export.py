@@ -95,7 +95,7 @@ def _speculators(net: Any, target: PreTrainedModel, layers: dict[str, Any], meth
             "the LM head reads, nor for scales of embeddings and logits; write this draft as format='plain'."
         )
     proposals = {"speculative_tokens": net.depth, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    verifier = {"name_or_path": target.config._name_or_path, "architectures": target.config.architectures}
+    verifier = {"name_or_path": target.config._name_or_path, "architectures": [type(target).__name__]}
     return {
         "speculators_model_type": method,
         "speculators_version": "0.9.0",
