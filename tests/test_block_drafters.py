@@ -331,6 +331,21 @@ def test_files_of_z_lab_and_deep_spec_are_read(tmp_path):
     assert_same_drafts(read, DSparkDrafter(deep_spec, confidence=0.4))
 
 
+def test_scales_and_bounds_of_logits_are_read_and_written(tmp_path):
+    net, scaled = dflash(states=(1, -1)), BlockReading(logit_scale=0.5, logit_cap=0.3)
+    given = {"output_multiplier": 0.5, "final_logit_softcapping": 0.3}
+    write(tmp_path, net, **{**Z_LAB, "dflash_config": {**Z_LAB["dflash_config"], **given}})
+    read = DFlashDrafter.from_pretrained(tmp_path, target())
+    found = heard(read.net)
+    with torch.inference_mode():
+        drafts(read, PROMPTS[:1])
+        expected = (plain_block(net, target(), PROMPTS[0]) * 0.5 / 0.3).tanh() * 0.3
+    assert torch.allclose(found[0].logits[0], expected, atol=NORMS)
+    other = DFlashDrafter(dflash(reading=replace(scaled, embedding_scale=2.0)))
+    other.save_pretrained(tmp_path, target=target())
+    assert_same_drafts(DFlashDrafter.from_pretrained(tmp_path, target()), other)
+
+
 def test_embeddings_of_the_drafts_own_are_kept(tmp_path):
     own = {"embed_tokens.weight": torch.randn(4, 16, dtype=torch.float64)}
     read = DFlashDrafter.from_pretrained(write(tmp_path, dflash(states=(1, -1)), more=own, **Z_LAB), target())

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from specdec.checks import as_int, as_ints
+from specdec.checks import as_int, as_ints, check_kind
 from specdec.drafters.checkpoints import fill, read_checkpoint
 from specdec.drafters.shapes import layer_config, leave_copies, own_embedding, target_ids
 
@@ -91,6 +91,7 @@ def read_block_file(
         method: "dflash" or "dspark".
         states, sample_from_anchor: in place of what the file says.
     """
+    check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
     config, tensors = read_checkpoint(source)
     keys = {**config, **(config.get("dflash_config") or {})}
     layers, text = config.get("transformer_layer_config") or config, target.config.get_text_config()
