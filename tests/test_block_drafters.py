@@ -331,6 +331,13 @@ def test_files_of_z_lab_and_deep_spec_are_read(tmp_path):
     assert_same_drafts(read, DSparkDrafter(deep_spec, confidence=0.4))
 
 
+def test_drafts_of_dsparks_architecture_without_its_heads_are_dflash(tmp_path):
+    net = dflash(2, states=(1, -1), reading=BlockReading(from_anchor=True))
+    write(tmp_path, net, **{**DEEP_SPEC, "markov_rank": 0, "enable_confidence_head": False})
+    for cls in (DFlashDrafter, DSparkDrafter):
+        assert_same_drafts(cls.from_pretrained(tmp_path, target()), DFlashDrafter(net))
+
+
 def test_scales_and_bounds_of_logits_are_read_and_written(tmp_path):
     net, scaled = dflash(states=(1, -1)), BlockReading(logit_scale=0.5, logit_cap=0.3)
     given = {"output_multiplier": 0.5, "final_logit_softcapping": 0.3}
@@ -359,7 +366,6 @@ def test_embeddings_of_the_drafts_own_are_kept(tmp_path):
             {"architectures": ["DFlash2DraftModel"]},
             "architecture DFlash2DraftModel; what can be read is DFlashDraftModel",
         ),
-        ({"architectures": ["Qwen3DSparkModel"]}, "a dspark checkpoint; read it with DSparkDrafter.from_pretrained"),
         (
             {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 3]}},
             r"states \[1, 4\], the target has 0 to 2",
@@ -390,6 +396,10 @@ def test_what_a_draft_cannot_do_is_refused(tmp_path):
             tmp_path, Z_LAB, {"fc.weight": torch.zeros(16, 32), "layers.0.self_attn.k_proj.weight": torch.zeros(1)}
         )
         DFlashDrafter.from_pretrained(tmp_path, target())
+    with pytest.raises(ValueError, match="is a dspark checkpoint; read it with DSparkDrafter"):
+        DFlashDrafter.from_pretrained(write(tmp_path / "dspark", dspark(), **DEEP_SPEC), target())
+    with pytest.raises(ValueError, match="is a dflash checkpoint; read it with DFlashDrafter"):
+        DSparkDrafter.from_pretrained(write(tmp_path / "dflash", dflash(), **Z_LAB), target())
     with pytest.raises(ValueError, match="Markov head of type rnn cannot be read"):
         folder = write(tmp_path / "rnn", dspark(), **{**DEEP_SPEC, "markov_head_type": "rnn"})
         DSparkDrafter.from_pretrained(folder, target())

@@ -95,7 +95,7 @@ def read_block_file(
     config, tensors = read_checkpoint(source)
     keys = {**config, **(config.get("dflash_config") or {})}
     layers, text = config.get("transformer_layer_config") or config, target.config.get_text_config()
-    from_anchor = _from_anchor(keys, method, source)
+    from_anchor = _from_anchor(keys, tensors, method, source)
     if missing := [f"{name}.weight" for name in _FIRST if f"{name}.weight" not in tensors]:
         raise ValueError(f"{source} lacks {', '.join(missing)}; give the checkpoint of a block draft.")
     states = _states(keys, text.num_hidden_layers, source) if states is None else as_ints("states", states)
@@ -122,13 +122,17 @@ def read_block_file(
     return BlockFile(source, options, kept, keys, text.vocab_size, ids)
 
 
-def _from_anchor(keys: Mapping[str, Any], method: str, source: str | Path) -> bool:
-    """Whether the root's slot drafts. Raises ValueError if the file is of another method."""
+def _from_anchor(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], method: str, source: str | Path) -> bool:
+    """Whether the root's slot drafts. Raises ValueError if the file is of another method.
+
+    DeepSpec's DFlash drafts are of DSpark's architecture, without its heads.
+    """
     named = keys.get("speculators_model_type") or next(iter(keys.get("architectures") or []), None)
     found, from_anchor = _METHODS.get(str(named), (None, False))
     if found is None:
         raise ValueError(f"{source} is of architecture {named}; what can be read is {', '.join(_METHODS)}.")
-    if found != method:
+    heads = any(name.startswith(("markov_head.", "confidence_head.")) for name in tensors)
+    if found != method and (heads or found == "dflash"):
         other = {"dflash": "DFlashDrafter", "dspark": "DSparkDrafter"}[found]
         raise ValueError(f"{source} is a {found} checkpoint; read it with {other}.from_pretrained.")
     return bool(keys.get("sample_from_anchor", from_anchor))

@@ -1,4 +1,4 @@
-"""DSpark: DFlash's block, corrected by the token before, and a confidence that tells where to stop (DeepSpec, 2026)."""
+"""DSpark: DFlash's block, corrected by the token before, and a confidence that tells where to stop (arXiv:2607.05147)."""
 
 from __future__ import annotations
 
