@@ -101,6 +101,11 @@ class Topology:
         order = torch.where(is_child, index, nodes).sort(-1).values[..., :width]
         return torch.where(order < nodes, order, -1)
 
+    @property
+    def causal(self) -> Topology:
+        """The same nodes, where each sees only its ancestors: in a block they see each other besides."""
+        return self
+
     @cached_property
     def visible(self) -> Tensor:
         """[batch, node, node + 2] bool: a True column (the prefix), `ancestors`, and a False column (unused slots)."""
@@ -129,6 +134,10 @@ class _Block(Topology):
     @cached_property
     def depths(self) -> Tensor:
         return self.parents + 1
+
+    @property
+    def causal(self) -> Topology:
+        return _Chain(self.parents, self.depth, self.width)
 
 
 def block(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:

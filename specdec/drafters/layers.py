@@ -69,12 +69,9 @@ class Attention(nn.Module):
     def values(self, x: Tensor) -> Tensor:
         return self.heads(self.v_proj(x))
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level, window: int | None = None, causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level, window: int | None = None) -> Tensor:
         """[batch, n, hidden], of [batch, n, width] and the rotary embeddings of `level.positions`."""
-        query, key, value = self.queries(x, rope), self.keys(x, rope), self.values(x)
-        found = level.attend(self.layer, query, key, value, window=window, causal=causal)
+        found = level.attend(self.layer, self.queries(x, rope), self.keys(x, rope), self.values(x), window=window)
         return self.o_proj(found.flatten(2))
 
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> None:
@@ -113,7 +110,7 @@ class Layer(nn.Module):
 
     def add(self, x: Tensor, read: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> Tensor:
         """[batch, n, hidden]: the stream after this layer, of the stream [batch, n, hidden] and what attention reads of it."""
-        x = x + self.self_attn(read, rope, level, self.window, self.causal)
+        x = x + self.self_attn(read, rope, level.causal if self.causal else level, self.window)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -13,7 +13,6 @@ from transformers.masking_utils import causal_mask_function, sliding_window_over
 
 from specdec.models.attention import View, attend, mask
 from specdec.models.cache import TreeCache
-from specdec.tree import chain
 
 
 class Level(ABC):
@@ -26,6 +25,11 @@ class Level(ABC):
     def __init__(self, positions: Tensor):
         self.positions = positions
 
+    @cached_property
+    def causal(self) -> Level:
+        """The same nodes, where those of a block see only what is before them. Those of texts and trees see no more anyway."""
+        return self
+
     @abstractmethod
     def attend(
         self,
@@ -35,7 +39,6 @@ class Level(ABC):
         value: Tensor,
         scale: float | None = None,
         window: int | None = None,
-        causal: bool = False,
     ) -> Tensor:
         """Add the nodes' keys and values to a layer's, and attend to all that they see.
 
@@ -45,7 +48,6 @@ class Level(ABC):
             key, value: [batch, kv_head, count, head_dim].
             scale: of the scores; by default head_dim ** -0.5.
             window: how many positions up to its own a node sees; by default all of them.
-            causal: whether the nodes of a block see only those before them; by default they see all of it.
 
         Returns:
             [batch, count, head, head_dim].
@@ -63,7 +65,7 @@ class CachedLevel(Level):
         super().__init__(view.positions)
         self.cache, self.view = cache, view
         self._layers: Any = cache.layers
-        self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
+        self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(
         self,
@@ -73,26 +75,24 @@ class CachedLevel(Level):
         value: Tensor,
         scale: float | None = None,
         window: int | None = None,
-        causal: bool = False,
     ) -> Tensor:
         keys, values = self._layers[layer].update(key, value)
-        return attend(self, query, keys, values, self.mask(query.dtype, window, causal), scaling=scale)[0]
+        return attend(self, query, keys, values, self.mask(query.dtype, window), scaling=scale)[0]
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> None:
         self._layers[layer].update(key, value)
 
-    def mask(self, dtype: torch.dtype, window: int | None = None, causal: bool = False) -> Tensor | None:
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
         """The mask of all layers with this window, as transformers' layers take it."""
-        if (window, causal) not in self._masks:
+        if window not in self._masks:
             # A view lets nodes see their ancestors and prefixes alone, so a window needs no more than its far end.
             pattern: Any = causal_mask_function if window is None else sliding_window_overlay(window)
-            view, device = self._causal_view if causal else self.view, self.positions.device
-            self._masks[window, causal] = mask(
-                mask_function=pattern, q_offset=view, device=device, dtype=dtype, local_size=window
+            device = self.positions.device
+            self._masks[window] = mask(
+                mask_function=pattern, q_offset=self.view, device=device, dtype=dtype, local_size=window
             )
-        return self._masks[window, causal]
+        return self._masks[window]
 
     @cached_property
-    def _causal_view(self) -> View:
-        batch, nodes = self.view.topology.parents.shape
-        return replace(self.view, topology=chain(batch, nodes, self.positions.device))
+    def causal(self) -> Level:
+        return CachedLevel(self.cache, replace(self.view, topology=self.view.topology.causal))
