@@ -101,6 +101,11 @@ class Topology:
         order = torch.where(is_child, index, nodes).sort(-1).values[..., :width]
         return torch.where(order < nodes, order, -1)
 
+    @property
+    def causal(self) -> Topology:
+        """The same nodes, where each sees only its ancestors: in a block they see each other besides."""
+        return self
+
     @cached_property
     def visible(self) -> Tensor:
         """[batch, node, node + 2] bool: a True column (the prefix), `ancestors`, and a False column (unused slots)."""
@@ -129,6 +134,10 @@ class _Block(Topology):
     @cached_property
     def depths(self) -> Tensor:
         return self.parents + 1
+
+    @property
+    def causal(self) -> Topology:
+        return _Chain(self.parents, self.depth, self.width)
 
 
 def block(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:
@@ -183,6 +192,20 @@ class DraftTree:
         laws = pad(self.laws, (0, size - nodes), value=Law.PADDING)
         probs = None if probs is None else pad(probs, (0, 0, 0, size - probs.shape[1]))
         return DraftTree(pad(self.tokens, (0, size - nodes)), topology, laws, probs)
+
+    def without_below(self, nodes: Tensor) -> DraftTree:
+        """Mark what is below these nodes, [batch, node] bool, as absent."""
+        above = (self.topology.ancestors & nodes[:, None]).sum(-1) > nodes
+        return replace(self, laws=self.laws.masked_fill(above, Law.PADDING))
+
+    def trimmed(self) -> DraftTree:
+        """Without the last nodes, as far as no row has them; waits for the device."""
+        count = 1 + int((self.laws != Law.PADDING).any(0).nonzero().max())
+        if count == self.tokens.shape[1]:
+            return self
+        topology = replace(self.topology, parents=self.topology.parents[:, :count])
+        probs = None if self.draft_probs is None else self.draft_probs[:, :count]
+        return DraftTree(self.tokens[:, :count], topology, self.laws[:, :count], probs)
 
     def within(self, vocab: int) -> DraftTree:
         """Move ids outside the vocabulary into it, so that every token can be embedded; `invalid` reports them."""

@@ -3,6 +3,8 @@
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.block import BlockDrafter, BlockNet
 from specdec.drafters.check import check
+from specdec.drafters.dflash import DFlashDrafter, DFlashNet
+from specdec.drafters.dspark import DSparkDrafter, DSparkNet
 from specdec.drafters.eagle import EagleDrafter, EagleNet
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net, Eagle3Reading
 from specdec.drafters.fallback import Fallback
@@ -21,6 +23,10 @@ from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 __all__ = [
     "BlockDrafter",
     "BlockNet",
+    "DFlashDrafter",
+    "DFlashNet",
+    "DSparkDrafter",
+    "DSparkNet",
     "DraftRun",
     "Drafter",
     "Eagle3Drafter",

@@ -82,12 +82,20 @@ class Layer(nn.Module):
     Args:
         config, layer, width, head_norms: as for `Attention`. `config.layer_types`, if there, say which layers see a window.
         input_norm: whether what attention reads is normed.
+        causal: whether it lets nodes of a block see only those before them.
     """
 
     def __init__(
-        self, config: Any, layer: int, width: int | None = None, head_norms: bool = False, input_norm: bool = True
+        self,
+        config: Any,
+        layer: int,
+        width: int | None = None,
+        head_norms: bool = False,
+        input_norm: bool = True,
+        causal: bool = False,
     ):
         super().__init__()
+        self.causal = causal
         hidden, eps, types = config.hidden_size, config.rms_norm_eps, getattr(config, "layer_types", None)
         self.window = config.sliding_window if types and types[layer] == "sliding_attention" else None
         self.self_attn, self.mlp = Attention(config, layer, width, head_norms), MLP(config)
@@ -99,7 +107,7 @@ class Layer(nn.Module):
 
     def add(self, x: Tensor, read: Tensor, rope: tuple[Tensor, Tensor], level: Level) -> Tensor:
         """[batch, n, hidden]: the stream after this layer, of the stream [batch, n, hidden] and what attention reads of it."""
-        x = x + self.self_attn(read, rope, level, self.window)
+        x = x + self.self_attn(read, rope, level.causal if self.causal else level, self.window)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.checks import as_int, check_kind
-from specdec.drafters.block import BlockDrafter, BlockNet
+from specdec.drafters.block import BlockDrafter, BlockNet, ByDepth
 from specdec.drafters.states_drafter import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
@@ -62,8 +62,8 @@ class MedusaHeads(BlockNet):
     def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:
         return states[:, :, 0]
 
-    def block(self, root: Tensor, last: Tensor, level: Level, depth: int, target: TargetParts) -> Tensor:
-        return self(last.to(target.lm_head.weight.dtype), target.lm_head, depth)
+    def block(self, root: Tensor, last: Tensor, level: Level, depth: int, target: TargetParts) -> ByDepth:
+        return ByDepth(self(last.to(target.lm_head.weight.dtype), target.lm_head, depth))
 
     def save(self, folder: str | Path) -> None:
         """Write the published layout: `config.json` and `medusa_lm_head.safetensors`."""

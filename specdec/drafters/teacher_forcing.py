@@ -7,6 +7,8 @@ in which drafts see what they would see when served.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +39,12 @@ class TextLevel(Level):
         """A level like this one with each row so many times, after one another."""
         made = TextLevel(self.positions.repeat_interleave(times, 0), self._seen)
         made._kept = {layer: tuple(t.repeat_interleave(times, 0) for t in pair) for layer, pair in self._kept.items()}
+        return made
+
+    @cached_property
+    def causal(self) -> TextLevel:
+        made = copy(self)  # with the same keys and values
+        made._seen = self._seen & (self.all_positions[:, None] <= self.positions[:, :, None])
         return made
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

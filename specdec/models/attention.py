@@ -110,6 +110,8 @@ def _window(pattern: Any, size: int | None, custom: bool, config: Any) -> int | 
     """
     if pattern is causal_mask_function:
         return 1 << 30
+    if getattr(pattern, "__code__", None) is _SLIDING:
+        return size
     if getattr(pattern, "__code__", None) is not _AND:
         return None
     if torch.compiler.is_compiling():  # torch.compile cannot look into a function's closure

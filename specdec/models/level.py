@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_overlay
 
 from specdec.models.attention import View, attend, mask
 from specdec.models.cache import TreeCache
@@ -22,6 +24,11 @@ class Level(ABC):
 
     def __init__(self, positions: Tensor):
         self.positions = positions
+
+    @cached_property
+    def causal(self) -> Level:
+        """The same nodes, where those of a block see only what is before them. Those of texts and trees see no more anyway."""
+        return self
 
     @abstractmethod
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +62,7 @@ class Level(ABC):
             query: [batch, head, count, head_dim].
             key, value: [batch, kv_head, count, head_dim].
             scale: of the scores; by default head_dim ** -0.5.
-            window: how many positions a node sees, its own included; by default all before it.
+            window: how many positions up to its own a node sees; by default all of them.
 
         Returns:
             [batch, count, head, head_dim].
@@ -70,17 +77,22 @@ class CachedLevel(Level):
     def __init__(self, cache: TreeCache, view: View):
         super().__init__(view.positions)
         self.cache, self.view = cache, view
+        self._layers: Any = cache.layers
         self._masks: dict[int | None, Tensor | None] = {}
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        cached: Any = self.cache.layers[layer]
-        return cached.update(key, value)
+        return self._layers[layer].update(key, value)
 
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
         if window not in self._masks:
-            pattern: Any = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+            # A view lets nodes see their ancestors and prefixes alone, so a window needs no more than its far end.
+            pattern: Any = causal_mask_function if window is None else sliding_window_overlay(window)
             device = self.positions.device
             self._masks[window] = mask(
                 mask_function=pattern, q_offset=self.view, device=device, dtype=dtype, local_size=window
             )
         return self._masks[window]
+
+    @cached_property
+    def causal(self) -> Level:
+        return CachedLevel(self.cache, replace(self.view, topology=self.view.topology.causal))
