@@ -119,7 +119,7 @@ def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 tokens at most"):
+    with pytest.raises(ValueError, match="at most 2 tokens, not 3"):
         specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2), Chain(3)))
     with pytest.raises(ValueError, match="states of size 16"):
         specdec.generate(llama(), PROMPTS, MedusaDrafter(heads(2, hidden=16)))
