@@ -9,7 +9,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from specdec.drafters.states_drafter import TargetParts
-from specdec.models.level import Level
+from specdec.drafters.teacher_forcing import TextLevel
 
 HIDDEN, VOCAB, LAYERS, MID, HEADS, KV, SIZE = 16, 12, 7, 24, 4, 2, 4
 KNOWN = [1, 2, 5, 6, 7, 11]  # ids of the target that a draft with a vocabulary of its own knows
@@ -125,20 +125,10 @@ def deepspec(folder, found, ids=(0, 1, 2, 3, 4), **keys):
     return write(folder, {"model_type": "qwen3", **SHAPE, "target_layer_ids": ids, **keys}, renamed(found))
 
 
-class Page(Level):
-    """A whole text in one pass, which nothing is kept of."""
-
-    def __init__(self, count, first=0):
-        super().__init__(torch.arange(first, first + count)[None])
-
-    def attend(self, layer, query, key, value, scale=None, window=None):
-        at = self.positions[0]
-        seen = (at[:, None] >= at) & (at[:, None] - at < (window or len(at)))
-        found = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
-        return found.transpose(1, 2)
-
-    def add(self, layer, key, value):
-        raise NotImplementedError
+def page(count, first=0):
+    """A whole text in one pass, from this position on."""
+    causal = torch.ones(1, count, count, dtype=torch.bool).tril()
+    return TextLevel(torch.arange(first, first + count)[None], causal)
 
 
 def norm(x, weight, eps=SHAPE["rms_norm_eps"]):
@@ -182,7 +172,7 @@ def logits(net, model, text=TEXT, seed=1):
     """[n, known]: for the pairs of a page of text with random states."""
     states = page_states(net, text, seed)
     parts = TargetParts.of(model)
-    return net.logits(net.follow(text, states, Page(text.shape[1]), parts), parts)[0]
+    return net.logits(net.follow(text, states, page(text.shape[1]), parts), parts)[0]
 
 
 def page_states(net, text=TEXT, seed=1):

@@ -6,7 +6,7 @@ import json
 import eagle_files as files
 import pytest
 import torch
-from eagle_files import HIDDEN, KNOWN, TEXT, VOCAB, Page, logits, page_states, target, tensors
+from eagle_files import HIDDEN, KNOWN, TEXT, VOCAB, logits, page, page_states, target, tensors
 from safetensors.torch import save_file
 from tiny_models import PROMPTS, reference
 
@@ -158,8 +158,8 @@ def test_a_layer_with_a_window_sees_no_further(tmp_path, model):
     net = Eagle3Drafter.from_pretrained(folder, model).net
     with torch.no_grad():
         parts, states = TargetParts.of(model), page_states(net)
-        last = net.follow(TEXT[:, -3:], states[:, -3:], Page(3, first=5), parts)
-        assert torch.allclose(net.follow(TEXT, states, Page(8), parts)[:, -1], last[:, -1])
+        last = net.follow(TEXT[:, -3:], states[:, -3:], page(3, first=5), parts)
+        assert torch.allclose(net.follow(TEXT, states, page(8), parts)[:, -1], last[:, -1])
 
 
 @pytest.mark.parametrize("tree", [Chain(3), Widths((3, 2, 1))], ids=str)

@@ -5,7 +5,7 @@ import json
 import eagle_files as files
 import pytest
 import torch
-from eagle_files import VOCAB, Page, logits, page_states, target, tensors
+from eagle_files import VOCAB, logits, page, page_states, target, tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -182,14 +182,14 @@ def test_the_module_of_speculators_gives_the_same_logits_along_a_chain(tmp_path,
     with torch.no_grad():
         theirs(states.flatten(2), text, torch.zeros_like(text), ttt_steps=3)
         features = ours.net.project(states)
-        outputs = ours.net.step(text, features, Page(64), parts)
+        outputs = ours.net.step(text, features, page(64), parts)
         worst = (ours.net.logits(outputs, parts)[0] - found[0]).abs().max()
         for row in (0, 30, 61):  # two drafts after a beginning of the text; each reads the output before it
             features_here, output = features[:, : row + 1], outputs[:, row : row + 1]
             for depth in (1, 2):
                 features_here = torch.cat([features_here, output], 1)
                 count = row + 1 + depth
-                output = ours.net.step(text[:, :count], features_here, Page(count), parts)[:, -1:]
+                output = ours.net.step(text[:, :count], features_here, page(count), parts)[:, -1:]
                 worst = max(worst, (ours.net.logits(output, parts)[0, 0] - found[depth][row]).abs().max())
     size = found[0].std()
     print(f"{family}, EAGLE-3{'.1' * switched}: logits of size {float(size):.1f} differ by {float(worst):.1e} at most")
