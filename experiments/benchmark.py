@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import hydra
@@ -21,11 +22,12 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
-from experiments.bench import calls, sweep
+from experiments.bench import calls, reading, sweep
 from experiments.bench.inputs import begin, in_batches
 from experiments.bench.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
-from experiments.bench.report import figures, speed, table
+from experiments.bench.report import figures, over, speed, table
 from experiments.bench.results import Wandb
+from experiments.peer_methods.libraries import present
 
 
 @hydra.main(config_path="../conf", config_name="benchmark", version_base="1.3")
@@ -34,7 +36,7 @@ def main(config: DictConfig) -> str | None:
         return sweep.job(config, compare)
     log, result = compare(config, uninterrupted)
     print(f"{title(config)}: {result['prompts']} prompts x {config.new_tokens} tokens x {result['rounds']} rounds\n")
-    print(table(result["figures"]), end="\n\n")
+    print(table(result["figures"], result["over"], result["absent"]), end="\n\n")
     for note in result["notes"]:
         print(note, end="\n\n")
     print(log.write(result))
@@ -44,10 +46,14 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
     """The log, and what to write there."""
     setting = begin("experiments/benchmark.py", config)
     target, ids, log = setting.models.target, setting.prompts, setting.log
-    methods = with_models(config, setting.models)
+    methods, absent = present(with_models(config, setting.models))
+    if (first := next(iter(config.methods))) in absent:
+        raise Refused(f"{first}: {absent[first]}. Speed-ups are over it: let another method be the first.")
     batches, of, later = map(list, zip(*in_batches(ids, setting.turns, config.batch), strict=True))
     settings = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
-    finished = gather(rounds(target, methods, batches, repeats=config.repeats, later=later, **settings))
+    repeats = config.uncounted + config.repeats
+    complete = rounds(target, methods, batches, repeats=repeats, later=later, **settings)
+    finished = gather(islice(complete, config.uncounted, None))
     whole = config.ceilings and len(finished) == config.repeats
     ceilings = against_ceilings(target, methods, batches, **settings) if whole else None
     if isinstance(log, Wandb):
@@ -55,8 +61,10 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
         log.runs.update(recorded(target, methods, ids[0], sampling=setting.sampling, tokenizer=tokenizer))
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
-    counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config)}
-    return log, {**setting.source, **counts, "figures": found, "tokens_per_second": runs}
+    read = reading.least([*target.parameters()]) if config.device == "cpu" else None
+    counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config, read), "reading_the_weights": read}
+    compared = {"over": {peer: over(finished, peer) for peer in config.over if peer in methods}, "absent": absent}
+    return log, {**setting.source, **counts, "figures": found, **compared, "tokens_per_second": runs}
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
@@ -80,10 +88,13 @@ def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
             raise
 
 
-def notes(config: DictConfig) -> list[str]:
-    """What was asked for and is no part of what was measured."""
+def notes(config: DictConfig, read: dict[str, Any] | None) -> list[str]:
+    """The floor of a step, and what was asked for and is no part of what was measured."""
+    floor = (
+        [f"Reading the target's weights once takes {read['milliseconds']:.1f} ms (by {read['way']})."] if read else []
+    )
     drafter, without = HydraConfig.get().runtime.choices["drafter"], sweep.unused(config)
-    return [
+    return floor + [
         f"{key}={value} changes nothing: no method takes a {key.partition('.')[0]} (drafter={drafter}, methods="
         f"[{','.join(config.methods)}])."
         for key, value in sweep.settings(HydraConfig.get().overrides.task)

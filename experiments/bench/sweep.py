@@ -135,10 +135,11 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     if "figures" not in result:
         return [["-", _outcome(result).replace("\n", " ").replace("|", "\\|"), "-", "-", "-", "-"]]
     noise = interval(result["figures"][AGAIN]["speed_up"], digits=2)
-    return [
+    rows = [
         [name, interval(row["speed_up"], digits=2), noise, *cells(row, "divergence", "acceptance_length", "identical")]
         for name, row in _methods(result).items()
     ]
+    return rows + [[name, why, "-", "-", "-", "-"] for name, why in result.get("absent", {}).items()]
 
 
 def _methods(result: dict[str, Any]) -> dict[str, Any]:

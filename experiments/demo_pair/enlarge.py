@@ -4,11 +4,17 @@ The new layers add exactly nothing to the residual stream (their output projecti
 are not read, and the new entries of the state are zero, but all of them are computed. This is no better a model, and its
 figures say nothing about quality; they say what decoding costs when the target is that large and agrees with its draft as the
 small one did.
+
+    python experiments/demo_pair/enlarge.py outputs/peers
+
+writes the pair for other libraries, which have copies of their own made of it: `conf/experiment/peers_enlarged.yaml`.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +23,20 @@ from transformers import LlamaForCausalLM
 import specdec
 from experiments.bench.models import Models
 from specdec.drafters import MedusaHeads
+
+LAYERS, WIDTH = 24, 2560  # of the target that is written; `conf/target/enlarged.yaml` has the same
+NOISE = 1e-6  # equal weights of several layers would be stored and read only once by OpenVINO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write the folders `target` and `draft`")
+    folder = parser.parse_args().folder
+    pair = load(LAYERS, WIDTH, NOISE)
+    for name, model in {"target": pair.target, "draft": pair.draft}.items():
+        assert model is not None
+        model.save_pretrained(folder / name)
+        pair.tokenizer.save_pretrained(folder / name)
 
 
 def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Models:
@@ -87,3 +107,7 @@ def _copy_into(large: LlamaForCausalLM, small: LlamaForCausalLM, growth: int) ->
     for name, weight in small.state_dict().items():
         scale = growth**-0.5 if name.endswith("norm.weight") else 1  # undoes the larger mean
         weights[name][tuple(slice(n) for n in weight.shape)] = weight * scale
+
+
+if __name__ == "__main__":
+    main()
