@@ -149,7 +149,7 @@ def _gains(
         found[name] = _best(row["T = 0.7"]["lengths"], target, own, batch) if own else None
     rates = {name: row["T = 0.7"]["acceptance"] for name, row in drafts.items() if "T = 0.7" in row}
     bits, window = "int4, groups of 32", "window of 4 + 256 keys"
-    if BYTES[bits] < weight:
+    if {bits, window} <= rates.keys() and BYTES[bits] < weight:
         both = Pass(BYTES[bits] * WEIGHTS, number * CACHE * _keys(window), attention=ATTENTION * _keys(window))
         found[f"{bits}, and {window}"] = _geometric(rates[bits] * rates[window], target, both, batch)
     small = Pass(2 * SMALL_WEIGHTS, 2 * SMALL_CACHE * CONTEXT, size=SMALL_WEIGHTS, attention=0)
