@@ -97,15 +97,14 @@ def markdown(results: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
     for setting, rows in by_task.by_setting(list(results.values())).items():
         parts += [f"## {setting}", *map(report.markdown, by_task.tables(rows)), by_task.lowest(rows)]
     parts += [f"{name}: {why}" for name, why in others.items() if why]
-    lines = [
-        [name.removesuffix(".json"), *row] for name, content in results.items() for row in _table(content["figures"])
-    ]
+    lines = [[name.removesuffix(".json"), *row] for name, content in results.items() for row in _table(content)]
     return "\n\n".join([*parts, report.markdown([["result", "method", *COLUMNS.values()], *lines])]) + "\n"
 
 
-def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The cells of the report, method by method."""
-    return [[name, *cells(row, *COLUMNS)] for name, row in figures.items()]
+def _table(content: dict[str, Any]) -> list[list[str]]:
+    """The cells of the report, method by method; of one that could not run, why."""
+    lacking = [[name, why, *["-"] * (len(COLUMNS) - 1)] for name, why in content.get("absent", {}).items()]
+    return [*([name, *cells(row, *COLUMNS)] for name, row in content["figures"].items()), *lacking]
 
 
 def page(results: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
@@ -140,11 +139,11 @@ def _section(name: str, content: dict[str, Any]) -> str:
     )
     details = f'<details><summary>where it comes from</summary><table class="about">{facts}</table></details>'
     figures = content["figures"]
-    return f'<h2 id="{escape(name)}">{escape(name)}</h2>{command}{chart(figures)}{_html_table(figures)}{details}'
+    return f'<h2 id="{escape(name)}">{escape(name)}</h2>{command}{chart(figures)}{_html_table(content)}{details}'
 
 
-def _html_table(figures: dict[str, dict[str, Any]]) -> str:
-    return _html([["method", *COLUMNS.values()], *_table(figures)])
+def _html_table(content: dict[str, Any]) -> str:
+    return _html([["method", *COLUMNS.values()], *_table(content)])
 
 
 def _html(rows: list[list[str]]) -> str:

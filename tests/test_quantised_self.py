@@ -29,7 +29,7 @@ def test_a_grid_has_as_many_values_in_a_group_as_its_bits_say():
 
 def test_the_model_is_found_as_it_was_after_its_weights_were_rounded():
     before = _own(PAIR.target)(IDS, 20)
-    with rounded(PAIR.target, Grid(3)):
+    with rounded(PAIR.target, Grid(3), Grid(8)):
         assert not torch.allclose(_own(PAIR.target)(IDS, 20), before)
     assert torch.equal(_own(PAIR.target)(IDS, 20), before)
 

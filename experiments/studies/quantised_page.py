@@ -50,8 +50,9 @@ def note(result: dict[str, Any]) -> str:
     return (
         f"SmolLM2-135M-Instruct, float32, {result['drafts']['the target']['prompts']} prompts ({options['per_task']} of "
         f"each of {', '.join(options['tasks'])}), {options['new_tokens']} new tokens each. Acceptance is the mean of sum "
-        "min(p, q); a chain's length counts the target's own token. The weights come from a Q4_1 file, so the target already "
-        "lies on that grid, and symmetric grids of 4 bits round it a second time: a model trained in 16 bits may lose less."
+        "min(p, q); a chain's length counts the target's own token. The weights come from a file in Q4_1 with its head in "
+        "int8 (groups of 32): there the draft is the target, and other grids of few bits round it a second time, so a model "
+        "trained in 16 bits may lose less to them. The head is rounded like the rest unless the row says otherwise."
         "\n\nCPU: median microseconds of processor time of one product, with activations given in float32 and turned to what "
         "the format wants.\n\nThe last columns are a roofline, not a measurement: one H200 (4.8 TB/s, 989 TFLOPS in bf16, "
         "1,979 TOPS in int8), weights and cache of Llama-3.1-8B, 32,768 tokens of context in every text, nothing counted but "

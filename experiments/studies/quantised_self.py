@@ -69,8 +69,10 @@ GRIDS = {
     "int4, groups of 64": Grid(4, 64),
     "int4, a scale per row": Grid(4),
     "int3, groups of 64": Grid(3, 64),
-    "Q4_1, its own grid": Grid(4, 32, offset=True),
+    "Q4_1": Grid(4, 32, offset=True),
+    "Q4_1, head in int8": Grid(4, 32, offset=True),
 }
+HEADS = {"Q4_1, head in int8": Grid(8, 32)}  # the grids of the file that the target was read from
 
 
 class Written(NamedTuple):
@@ -115,7 +117,7 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"the target": {"perplexity": perplexity(model.target, prompts), "prompts": len(prompts)}}
     for name, grid in GRIDS.items():
-        with rounded(model.target, grid):
+        with rounded(model.target, grid, HEADS.get(name, grid)):
             found[name] = {"perplexity": perplexity(model.target, prompts), **_compared(written, _own(model.target))}
         print(name, found[name], flush=True)
     for window in WINDOWS:
@@ -126,12 +128,13 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def rounded(model: Any, grid: Grid) -> Iterator[None]:
-    """The model with all matrices but its embedding on a grid; the LM head too, where both are one."""
+def rounded(model: Any, grid: Grid, head: Grid) -> Iterator[None]:
+    """The model with all matrices but its embedding on grids, the LM head on one of its own, also where it is the embedding."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     kept = [module.weight for module in linears]
     for module in linears:
-        module.weight = nn.Parameter(grid(module.weight), requires_grad=False)
+        chosen = head if module is model.get_output_embeddings() else grid
+        module.weight = nn.Parameter(chosen(module.weight), requires_grad=False)
     try:
         yield
     finally:
