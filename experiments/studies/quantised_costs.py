@@ -16,6 +16,7 @@ from specdec.theory.shapes import chain_speed_ups
 SIZES = ((1536, 576), (4096, 4096))
 TOKENS = (1, 4, 16)
 GROUP = 32
+LONG = 512  # tokens of the prompts after which windows are measured: a window over a whole text leaves nothing out
 
 # NVIDIA H200 SXM, data sheet: bytes per second of memory, operations per second without sparsity
 BANDWIDTH, BF16, INT8 = 4.8e12, 989e12, 1979e12

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.bench.report import markdown
-from experiments.studies.quantised_costs import SIZES, TOKENS
+from experiments.studies.quantised_costs import LONG, SIZES, TOKENS
 
 
 def page(result: dict[str, Any]) -> str:
@@ -46,17 +46,18 @@ def _gains(roofline: dict[str, Any], name: str, columns: list[str]) -> list[str]
 
 def note(result: dict[str, Any]) -> str:
     """Under which conditions the figures hold."""
-    options = result["options"]
+    options, lengths = result["options"], result["drafts"]["the target"]["prompts"]
     return (
-        f"SmolLM2-135M-Instruct, float32, {result['drafts']['the target']['prompts']} prompts ({options['per_task']} of "
-        f"each of {', '.join(options['tasks'])}), {options['new_tokens']} new tokens each. Acceptance is the mean of sum "
+        f"SmolLM2-135M-Instruct, float32, {len(lengths)} prompts ({options['per_task']} of each of "
+        f"{', '.join(options['tasks'])}; {', '.join(map(str, lengths))} tokens), {options['new_tokens']} new tokens each; "
+        f"windows after those of at least {LONG}. Acceptance is the mean of sum "
         "min(p, q); a chain's length counts the target's own token. The weights come from a file in Q4_1 with its head in "
         "int8 (groups of 32): there the draft is the target, and other grids of few bits round it a second time, so a model "
         "trained in 16 bits may lose less to them. The head is rounded like the rest unless the row says otherwise."
         "\n\nCPU: median microseconds of processor time of one product, with activations given in float32 and turned to what "
         "the format wants.\n\nThe last columns are a roofline, not a measurement: one H200 (4.8 TB/s, 989 TFLOPS in bf16, "
         "1,979 TOPS in int8), weights and cache of Llama-3.1-8B, 32,768 tokens of context in every text, nothing counted but "
-        "reading and computing, T = 0.7, acceptance of the 135M model. In the row of the target: its speed over the bf16 "
+        "reading and computing, T = 0.7, acceptance of the 135M model, that of windows after far shorter texts. In the row of the target: its speed over the bf16 "
         "target; below: the speed-up over the target of that column alone, and in brackets the length of the chain that is "
         "best, of up to 8. A draft that is quantised shares the target's cache. Weights and window together: rates multiplied. "
         "The model of 1.2 billion weights is assumed to have a rate of 0.7, drafts from the text a length of 2.0 at no cost."

@@ -115,14 +115,18 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
         name: [_written(model.target, ids, sampling, options.new_tokens, i) for i, ids in enumerate(prompts)]
         for name, sampling in SAMPLINGS.items()
     }
-    found: dict[str, Any] = {"the target": {"perplexity": perplexity(model.target, prompts), "prompts": len(prompts)}}
+    lengths = [len(ids) for ids in prompts]
+    found: dict[str, Any] = {"the target": {"perplexity": perplexity(model.target, prompts), "prompts": lengths}}
     for name, grid in GRIDS.items():
         with rounded(model.target, grid, HEADS.get(name, grid)):
             found[name] = {"perplexity": perplexity(model.target, prompts), **_compared(written, _own(model.target))}
         print(name, found[name], flush=True)
+    after_long = {
+        name: [text for text in texts if text.start >= quantised_costs.LONG] for name, texts in written.items()
+    }
     for window in WINDOWS:
         name = f"window of {SINKS} + {window} keys"
-        found[name] = _compared(written, _windowed(model.target, window))
+        found[name] = _compared(after_long, _windowed(model.target, window))
         print(name, found[name], flush=True)
     return found
 
