@@ -72,7 +72,7 @@ def _ways(weight: Tensor) -> dict[str, Callable[[Tensor], Any]]:
 
     def integers(x: Tensor) -> Tensor:
         size = x.abs().amax(1, True) / 127
-        return torch._int_mm((x / size).round().to(torch.int8), turned).float() * size * scale
+        return torch.ops.aten._int_mm((x / size).round().to(torch.int8), turned).float() * size * scale
 
     return {
         "float32": lambda x: x @ weight.T,

@@ -57,8 +57,9 @@ def note(result: dict[str, Any]) -> str:
         "\n\nCPU: median microseconds of processor time of one product, with activations given in float32 and turned to what "
         "the format wants.\n\nThe last columns are a roofline, not a measurement: one H200 (4.8 TB/s, 989 TFLOPS in bf16, "
         "1,979 TOPS in int8), weights and cache of Llama-3.1-8B, 32,768 tokens of context in every text, nothing counted but "
-        "reading and computing, T = 0.7, acceptance of the 135M model, that of windows after far shorter texts. In the row of the target: its speed over the bf16 "
-        "target; below: the speed-up over the target of that column alone, and in brackets the length of the chain that is "
-        "best, of up to 8. A draft that is quantised shares the target's cache. Weights and window together: rates multiplied. "
-        "The model of 1.2 billion weights is assumed to have a rate of 0.7, drafts from the text a length of 2.0 at no cost."
+        "reading and computing, T = 0.7, acceptance of the 135M model, that of windows after far shorter texts. In the row "
+        "of the target: its speed over the bf16 target; below: the speed-up over the target of that column alone, "
+        "and in brackets the length of the chain that is best, of up to 8. A draft that is quantised shares the target's "
+        "cache. Weights and window together: rates multiplied. The model of 1.2 billion weights is assumed to have a rate of "
+        "0.7, drafts from the text a length of 2.0 at no cost."
     )

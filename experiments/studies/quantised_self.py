@@ -18,6 +18,7 @@ experiments/results:
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    source = provenance("-m experiments.studies.quantised_self", [], vars(options), "cpu")
+    source = provenance("-m", ["experiments.studies.quantised_self", *sys.argv[1:]], vars(options), "cpu")
     with torch.inference_mode():
         costs = quantised_costs.products()
         found = acceptance(options)
