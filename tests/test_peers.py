@@ -29,14 +29,16 @@ PROMPT = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def settings(name):
+TABLES = {
+    "enlarged": ["methods=[transformers,assisted,lookup,peers_enlarged]", "over=[openvino,openvino_draft,llama_cpp]"],
+    "smollm2": ["sweep=smollm2_peers", "task.folder=FOLDER"],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_method_of_the_tables_can_be_made(name):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("benchmark", [name, "task.folder=FOLDER"] if name.startswith("sweep") else [name])
-
-
-@pytest.mark.parametrize("name", ["experiment=peers_enlarged", "sweep=smollm2_peers"])
-def test_every_method_of_the_published_tables_can_be_made(name):
-    config = settings(name)
+        config = compose("benchmark", TABLES[name])
     calls.check(OmegaConf.to_container(config))
     methods = with_models(config, PAIR)
     assert {*config.over} < {*methods} and sum(isinstance(method, Peer) for method in methods.values()) >= 6

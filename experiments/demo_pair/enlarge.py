@@ -7,7 +7,7 @@ small one did.
 
     python experiments/demo_pair/enlarge.py outputs/peers
 
-writes the pair for other libraries, which have copies of their own made of it: `conf/experiment/peers_enlarged.yaml`.
+writes the pair for other libraries, which have copies of their own made of it: `conf/methods/peers_enlarged.yaml`.
 """
 
 from __future__ import annotations

@@ -31,8 +31,6 @@ BYTES = {  # of a weight, with 16 bits for every scale and smallest value
     "int4, groups of 64": 0.5 + 2 / 64,
     "int4, a scale per row": 0.5,
     "int3, groups of 64": 0.375 + 2 / 64,
-    "Q4_1": 0.5 + 4 / 32,
-    "Q4_1, head in int8": 0.5 + 4 / 32 + 0.03,  # 7 % of the weights are the head's
 }
 TARGETS = {  # bytes of a weight, and of a number in the cache
     "bf16": (2.0, 2.0),
