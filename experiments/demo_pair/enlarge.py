@@ -13,9 +13,10 @@ writes the pair for other libraries, which decode with copies of their own; one 
     optimum-cli export openvino --task text-generation-with-past --weight-format fp32 \\
         -m outputs/peers/$MODEL outputs/peers/openvino/$MODEL
     python experiments/export_gguf.py outputs/peers/$MODEL outputs/peers/$MODEL.gguf; done
-    python experiments/benchmark.py target=hub target.target=outputs/peers/target target.draft=outputs/peers/draft uncounted=1 \\
-        'methods=[transformers,assisted,lookup,openvino,openvino_draft,openvino_lookup,llama_cpp,llama_cpp_draft,\\
-        llama_cpp_lookup,chain,chain_compiled,suffix_then_chain_compiled]' 'over=[openvino,openvino_draft]' ceilings=false
+    METHODS=transformers,assisted,lookup,openvino,openvino_draft,openvino_lookup,llama_cpp,llama_cpp_draft,llama_cpp_lookup
+    python experiments/benchmark.py target=hub target.target=outputs/peers/target target.draft=outputs/peers/draft \\
+        "methods=[$METHODS,chain,chain_compiled,suffix_then_chain_compiled]" 'over=[openvino,openvino_draft]' \\
+        uncounted=1 ceilings=false
 """
 
 from __future__ import annotations
