@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from specdec.drafters import SuffixDrafter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with spec_bench.jsonl, humaneval.jsonl and gsm8k_test.jsonl")
+    parser.add_argument("folder", help="with spec_bench.jsonl, humaneval.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--per-task", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--path", default="outputs/near_ties.json")
@@ -40,7 +39,7 @@ def main() -> None:
     prompts = real(options.folder, per_task=options.per_task)
     found = []
     for prompt in tqdm(prompts, desc="texts"):
-        ids = smollm2_ids(rounded.tokenizer, prompt.text)
+        ids = ids_of(rounded.tokenizer, [prompt.turns[0]], chat=True)
         theirs = rounded.target.generate(
             ids[None], max_new_tokens=options.new_tokens, do_sample=False, attention_mask=torch.ones_like(ids)[None]
         )[0, len(ids) :]
@@ -50,11 +49,6 @@ def main() -> None:
     source = provenance("-m", ["experiments.studies.near_ties", *sys.argv[1:]], vars(options), "cpu")
     print(table(found))
     print(Json(options.path).write({**source, "partings": found}))
-
-
-def smollm2_ids(tokenizer: Any, text: Any) -> Tensor:
-    """[n] int64: a prompt by the chat template."""
-    return torch.tensor(tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 @torch.inference_mode()
