@@ -14,6 +14,7 @@ from specdec.drafters.states_drafter import StatesDrafter, StatesNet, StatesRun,
 from specdec.models.attention import NAME
 from specdec.models.cache import TreeLayer
 from specdec.models.level import Level
+from specdec.models.probe import autocast_dtype
 from specdec.models.routing import Route
 from specdec.models.target import ModelTargetRun
 from specdec.trees.base import Frontier, TreePolicy
@@ -34,7 +35,13 @@ class Gemma4AssistantNet(StatesNet):
         super().__init__()
         self.assistant: Any = assistant
         self.state_size = self.kept = assistant.config.backbone_hidden_size
-        self.vocab = assistant.config.get_text_config().vocab_size
+        config = assistant.config.get_text_config()
+        self.vocab, self._window = config.vocab_size, config.sliding_window
+        attentions = [layer.self_attn for layer in self.assistant.model.layers]
+        # by kind of layer: heads of the keys that it reads, and their size
+        self.heads = {
+            a.layer_type: (config.num_attention_heads // a.num_key_value_groups, a.head_dim) for a in attentions
+        }
 
     def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:
         return states[:, :, 0]
@@ -72,7 +79,7 @@ class Gemma4AssistantNet(StatesNet):
         seen = slots < root.clamp(min=1)  # with no slot at all there would be NaN
         if kind == "sliding_attention":
             # transformers counts the window from the position before the root, and lets it reach one position further
-            seen &= slots >= root - 1 - self.assistant.config.get_text_config().sliding_window
+            seen &= slots >= root - 1 - self._window
         bias = torch.zeros(seen.shape, dtype=keys.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         return bias[:, None, None].expand(-1, -1, n, -1)
 
@@ -112,16 +119,22 @@ class Gemma4AssistantDrafter(StatesDrafter):
         check_kind("assistant", assistant, kinds, "load it with Gemma4AssistantForCausalLM.from_pretrained")
         super().__init__(Gemma4AssistantNet(assistant), tree)
 
-    def _check(self, model: PreTrainedModel, vocab: int) -> None:
-        super()._check(model, vocab)
-        missing = [kind for kind in _KINDS if kind not in producers(model)]
+    def _run(self, net: Gemma4AssistantNet, target: ModelTargetRun, batch: Batch, last: StatesRun | None) -> StatesRun:
+        lm, layers = target.cached.lm, producers(target.cached.lm.model)
+        missing = [kind for kind in _KINDS if kind not in layers]
         if missing:
             raise ValueError(
                 f"{self} attends to the last {' and the last '.join(missing)} layer of a Gemma 4 model; "
-                f"{type(model).__name__} has none: use the target that the assistant was made for."
+                f"{type(lm.model).__name__} has none: use the target that the assistant was made for."
             )
-
-    def _run(self, net: Gemma4AssistantNet, target: ModelTargetRun, batch: Batch, last: StatesRun | None) -> StatesRun:
+        layout = lm.layout(autocast_dtype(lm.device))
+        for kind, (heads, size) in net.heads.items():
+            keys = layout[layers[kind]][0]
+            if (keys.heads, keys.dim) != (heads, size):
+                raise ValueError(
+                    f"{self} reads keys of {heads} heads of size {size} in {kind} layers, the target's have {keys.heads} of "
+                    f"size {keys.dim}: use the target that the assistant was made for."
+                )
         return Gemma4AssistantRun(self, net, target, batch, last)
 
 

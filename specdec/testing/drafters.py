@@ -39,7 +39,7 @@ def assert_drafter(
     - The text's law is the target's, with every coin followed: laws are recorded truthfully, and growth does not anticipate.
     - `TreeSpec.by_depth` is kept where it is promised.
     - The greedy text is the target's, and a row's text does not depend on the other rows.
-    - A network on the target's states (`FeatureDrafter`, `BlockDrafter`) drafts by the laws that it is trained by, at every node of every tree.
+    - A `FeatureDrafter` or `BlockDrafter` drafts by the laws that its network is trained by, at every node of every tree.
     - After any acceptance, and in a row that held another text before, drafts are those of a fresh start from the same text.
 
     Args:
