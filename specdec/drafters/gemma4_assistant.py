@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Gemma4AssistantForCausalLM, Gemma4UnifiedAssistantForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.batch import Batch
 from specdec.checks import check_kind
@@ -19,7 +19,9 @@ from specdec.models.routing import Route
 from specdec.models.target import ModelTargetRun
 from specdec.trees.base import Frontier, TreePolicy
 
-_Assistant = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
+if TYPE_CHECKING:
+    from transformers import Gemma4AssistantForCausalLM, Gemma4UnifiedAssistantForCausalLM
+
 _KINDS = "full_attention", "sliding_attention"
 
 
@@ -31,7 +33,7 @@ class Gemma4AssistantNet(StatesNet):
 
     states: ClassVar[tuple[int, ...]] = (-1,)  # type: ignore[misc]
 
-    def __init__(self, assistant: _Assistant):
+    def __init__(self, assistant: Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM):
         super().__init__()
         self.assistant: Any = assistant
         self.state_size = self.kept = assistant.config.backbone_hidden_size
@@ -114,7 +116,12 @@ class Gemma4AssistantDrafter(StatesDrafter):
 
     net: Gemma4AssistantNet
 
-    def __init__(self, assistant: _Assistant, tree: TreePolicy | None = None):
+    def __init__(
+        self, assistant: Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM, tree: TreePolicy | None = None
+    ):
+        # here, as few need them
+        from transformers import Gemma4AssistantForCausalLM, Gemma4UnifiedAssistantForCausalLM
+
         kinds = Gemma4AssistantForCausalLM, Gemma4UnifiedAssistantForCausalLM
         check_kind("assistant", assistant, kinds, "load it with Gemma4AssistantForCausalLM.from_pretrained")
         super().__init__(Gemma4AssistantNet(assistant), tree)
