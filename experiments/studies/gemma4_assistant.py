@@ -170,7 +170,8 @@ HEAD = """# transformers' Gemma 4 assistant samples from another law than its ta
 `{command}`, commit {commit}; {versions}; {seconds:.0f} s on one thread.
 
 Total variation between the law of the generated text and the target's own, every random draw followed to every outcome.
-Tiny random models (hidden size 16, two layers, float64), prompt {prompt}, at most three drafts a step.
+Tiny random models (hidden size 16, two layers, float64), prompt {prompt}, at most three drafts a step. Their
+laws have little in common, so the sizes of the distances say nothing of trained models; that they are not 0 does.
 
 {table}
 
