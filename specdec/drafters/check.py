@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, check_kind
-from specdec.drafters.block import BlockNet
-from specdec.drafters.feature import FeatureNet
-from specdec.drafters.states_drafter import StatesDrafter, StatesNet, TargetParts
+from specdec.drafters.block import BlockDrafter, BlockNet
+from specdec.drafters.feature import FeatureDrafter, FeatureNet
+from specdec.drafters.states_drafter import StatesNet, TargetParts
 from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
 
 
@@ -66,7 +66,9 @@ class Readings:
         return "\n".join(lines)
 
 
-def check(target: PreTrainedModel, drafter: StatesDrafter, texts: Sequence[Tensor], depth: int = 2) -> Readings:
+def check(
+    target: PreTrainedModel, drafter: FeatureDrafter | BlockDrafter, texts: Sequence[Tensor], depth: int = 2
+) -> Readings:
     """Compare how a draft is read with the ways in which its file may have been meant.
 
     Layer ids mean four things in five code bases, and flags have opposite defaults. A draft that is read one layer off still
@@ -81,7 +83,8 @@ def check(target: PreTrainedModel, drafter: StatesDrafter, texts: Sequence[Tenso
         texts: 1-D int64 tensors, each of more than `depth` + 1 tokens.
         depth: how many drafted tokens are compared; recursion shows from 2 on.
     """
-    check_kind("drafter", drafter, StatesDrafter, "pass one that reads the target's states, such as an Eagle3Drafter")
+    kinds = FeatureDrafter, BlockDrafter
+    check_kind("drafter", drafter, kinds, "pass one that reads the target's states, such as an Eagle3Drafter")
     depth = as_int("depth", depth, 1)
     for i, text in enumerate(texts):
         if len(text) < depth + 2:
