@@ -73,12 +73,12 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
-    """The methods by name, with what is loaded once for all of them in place of `${models.draft}` and `${models.heads}`."""
-    loaded = {"draft": models.draft, "heads": models.heads}
+    """The methods by name, with what is loaded once for all of them in place of `${models.draft}` and the like."""
+    loaded = {"target": models.target, "draft": models.draft, "heads": models.heads}
     for name, module in loaded.items():
-        if module is not None:
+        if module is not None and name != "target":  # which is there already, or over several devices
             module.to(config.device)
-        elif f"${{models.{name}}}" in sweep.used(config):
+        if module is None and f"${{models.{name}}}" in sweep.used(config):
             raise SystemExit(
                 f"target.{name} is not set, and a method drafts with it: name one, or leave the method out."
             )

@@ -171,7 +171,7 @@ def expected(found, tokens, states, theta=500.0, norm_before_residual=False):
 def logits(net, model, text=TEXT, seed=1):
     """[n, known]: for the pairs of a page of text with random states."""
     states = page_states(net, text, seed)
-    parts = TargetParts.of(model)
+    parts = TargetParts.of(model, net)
     return net.logits(net.follow(text, states, page(text.shape[1]), parts), parts)[0]
 
 

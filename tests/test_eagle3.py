@@ -157,7 +157,7 @@ def test_a_layer_with_a_window_sees_no_further(tmp_path, model):
     (folder / "config.json").write_text(json.dumps(config))
     net = Eagle3Drafter.from_pretrained(folder, model).net
     with torch.no_grad():
-        parts, states = TargetParts.of(model), page_states(net)
+        parts, states = TargetParts.of(model, net), page_states(net)
         last = net.follow(TEXT[:, -3:], states[:, -3:], page(3, first=5), parts)
         assert torch.allclose(net.follow(TEXT, states, page(8), parts)[:, -1], last[:, -1])
 

@@ -177,7 +177,7 @@ def test_the_module_of_speculators_gives_the_same_logits_along_a_chain(tmp_path,
     config.transformer_layer_config._attn_implementation = "eager"
     theirs = peer.Eagle3DraftModel.from_pretrained(tmp_path / "made", config=config, dtype=torch.float64).eval()
     text = torch.arange(64)[None] * 7 % VOCAB
-    found, states, parts = [], page_states(ours.net, text), TargetParts.of(model)
+    found, states, parts = [], page_states(ours.net, text), TargetParts.of(model, ours.net)
     theirs.lm_head.register_forward_hook(lambda module, given, logits: found.append(logits[0]))
     with torch.no_grad():
         theirs(states.flatten(2), text, torch.zeros_like(text), ttt_steps=3)

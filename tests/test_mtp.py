@@ -190,7 +190,7 @@ def test_the_layer_of_qwen3_next_is_read_and_computed_by_its_own_formula(tmp_pat
         View(torch.zeros(1, dtype=torch.int64), chain(1, 9), 9, 9),
     )
     cache.open(view)
-    found = net.step(tokens, features, CachedLevel(cache, view), TargetParts.of(target))
+    found = net.step(tokens, features, CachedLevel(cache, view), TargetParts.of(target, net))
 
     def normed(x, weight):
         short = x.float()  # as the model's own norms

@@ -51,7 +51,7 @@ def _stand_ins(monkeypatch):
 @pytest.mark.parametrize("name", CODE)
 def test_code_runs_and_prints_what_the_page_says(name, tmp_path, monkeypatch, request, capsys):
     code, printed = CODE[name]
-    if "from_pretrained" in code:
+    if "AutoModelForCausalLM" in code:
         request.getfixturevalue("_stand_ins")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}

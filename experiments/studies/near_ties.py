@@ -45,7 +45,9 @@ def main() -> None:
         )[0, len(ids) :]
         for name, drafter in (("none", None), ("suffix", SuffixDrafter())):
             ours = specdec.generate(rounded.target, ids, drafter, max_new_tokens=options.new_tokens).tokens[0]
-            found.append({"task": prompt.task, "draft": name, **parting(exact.target, rounded.target, ids, theirs, ours)})
+            found.append(
+                {"task": prompt.task, "draft": name, **parting(exact.target, rounded.target, ids, theirs, ours)}
+            )
     source = provenance("-m", ["experiments.studies.near_ties", *sys.argv[1:]], vars(options), "cpu")
     print(table(found))
     print(Json(options.path).write({**source, "partings": found}))

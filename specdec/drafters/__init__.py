@@ -18,6 +18,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.no_drafter import NoDrafter
 from specdec.drafters.paused import Paused
 from specdec.drafters.points import Point, PointRun
+from specdec.drafters.states_drafter import StatesDrafter, StatesNet, TargetParts
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 
@@ -50,7 +51,10 @@ __all__ = [
     "Paused",
     "Point",
     "PointRun",
+    "StatesDrafter",
+    "StatesNet",
     "SuffixDrafter",
+    "TargetParts",
     "TreeDraftRun",
     "TreeDrafter",
     "check",

@@ -108,7 +108,7 @@ class DFlashDrafter(BlockDrafter):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        folder_or_name: str | Path,
         target: PreTrainedModel,
         tree: TreePolicy | None = None,
         *,
@@ -119,14 +119,14 @@ class DFlashDrafter(BlockDrafter):
         """Read a checkpoint, plain or in the format of `speculators`; the network gets the target's dtype and device.
 
         Args:
-            source: the checkpoint's folder, or its name on the Hugging Face hub.
+            folder_or_name: a folder, or a repository of the Hugging Face hub.
             target: the target.
             tree: the tree policy.
             states: which of the target's states the network reads, in place of what the file says: see `Drafter.states`.
             sample_from_anchor: whether the root's slot drafts, in place of what the file says.
             options: of the drafter.
         """
-        file = read_block_file(source, target, cls.method, states, sample_from_anchor)
+        file = read_block_file(folder_or_name, target, cls.method, states, sample_from_anchor)
         return cls(file.filled(cls._net_for(file), target), tree, **options)
 
     @staticmethod

@@ -40,7 +40,7 @@ class EagleNet(FeatureNet):
         return states[:, :, 0]
 
     def step(self, tokens: Tensor, features: Tensor, level: Level, target: TargetParts) -> Tensor:
-        token = target.embed(tokens).to(features.dtype) if self.embed_tokens is None else self.embed_tokens(tokens)
+        token = target.embed(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
         rope, x = self.rotary(features, level.positions), self.fc(torch.cat([token, features], -1))
         for layer in self.layers:
             x = layer(x, rope, level)

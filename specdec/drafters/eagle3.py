@@ -85,7 +85,7 @@ class Eagle3Net(FeatureNet):
         return self.fc(x if self.input_norm is None else self.input_norm(x))
 
     def step(self, tokens: Tensor, features: Tensor, level: Level, target: TargetParts) -> Tensor:
-        token = target.embed(tokens).to(features.dtype) if self.embed_tokens is None else self.embed_tokens(tokens)
+        token = target.embed(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
         rope = self.rotary(features, level.positions)
         x = self.layers[0](features, token, rope, level, self.reading.norm_before_residual)
         for layer in self.layers[1:]:  # type: ignore[union-attr]

@@ -72,5 +72,10 @@ class FeatureRun(StatesRun):
             parents = frontier.topology.parents[:, -count:, None].expand(-1, -1, self.net.kept)
             features, level = self._outputs.gather(1, parents), self.level(frontier.topology, count)
             outputs = self.net.step(frontier.tokens, features, level, self.parts)
+            if outputs.shape != features.shape:
+                raise ValueError(
+                    f"{type(self.net).__name__}.step returned {list(outputs.shape)}; return as much as it is given of each "
+                    f"feature, {list(features.shape)}."
+                )
         self._outputs[:, asked - count : asked] = outputs
         return self.net.over_target(self.net.logits(outputs, self.parts), self.batch.vocab)

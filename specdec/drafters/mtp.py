@@ -41,7 +41,7 @@ class MtpNet(FeatureNet):
         return states[:, :, 0]
 
     def step(self, tokens: Tensor, features: Tensor, level: Level, target: TargetParts) -> Tensor:
-        return self._layer(target.embed(tokens).to(features), features, level)
+        return self._layer(target.embed(tokens), features, level)
 
     def logits(self, outputs: Tensor, target: TargetParts) -> Tensor:
         return target.logits(outputs)

@@ -29,18 +29,20 @@ from specdec.trees.base import Frontier, TreePolicy
 
 @dataclass(frozen=True, eq=False)
 class TargetParts:
-    """What a network may use of the target, on the target's device and in its dtype."""
+    """What a network may use of the target."""
 
     embedding: nn.Module
     lm_head: Any
+    dtype: torch.dtype  # the network's
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> TargetParts:
-        return cls(model.get_input_embeddings(), model.get_output_embeddings())
+    def of(cls, model: PreTrainedModel, net: nn.Module) -> TargetParts:
+        """Those for this network."""
+        return cls(model.get_input_embeddings(), model.get_output_embeddings(), next(net.parameters()).dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[..., hidden], for tokens [...] int64."""
-        return self.embedding(tokens)
+        """[..., hidden] in the network's dtype, for tokens [...] int64."""
+        return self.embedding(tokens).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., vocab], for what the LM head reads, [..., hidden]."""
@@ -186,7 +188,7 @@ class StatesRun(TreeDraftRun):
     ):
         self.cache = _cache(net, batch, last)
         super().__init__(drafter, batch, last, net, self.cache, target)
-        self.net, self.parts, self._target = net, TargetParts.of(target.cached.lm.model), target
+        self.net, self.parts, self._target = net, TargetParts.of(target.cached.lm.model, net), target
         self._held = HeldTexts(self.cache, net.ahead)
         self._earlier: StatesRun | None = None
         self._computed: Any = None  # by which weights the cache was written; None if no later run will ask

@@ -77,7 +77,7 @@ def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts,
     """
     batch, n = len(tokens), tokens.shape[1] - steps
     own = torch.eye(n, dtype=torch.bool, device=tokens.device)[None]
-    seen, level, features = torch.ones_like(own).tril(), None, net.project(states[:, :n])
+    seen, level, features = torch.ones_like(own).tril(), None, net.project(states[:, :n].to(target.dtype))
     for step in range(steps):
         positions = torch.arange(step, step + n, device=tokens.device).expand(batch, -1)
         level = TextLevel(positions, seen, level)
@@ -104,7 +104,7 @@ def blocks(net: BlockNet, tokens: Tensor, states: Tensor, target: TargetParts, a
     flat, every = anchors.flatten(), torch.arange(length, device=tokens.device)
     causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None]
     text = TextLevel(every.expand(batch, -1), causal)
-    kept = net.follow(tokens, states, text, target)
+    kept = net.follow(tokens, states.to(target.dtype), text, target)
     context = (every < flat[:, None])[:, None].expand(-1, net.slots, -1)
     seen = torch.cat([context, context.new_ones(batch * n, net.slots, net.slots)], 2)
     level = TextLevel(flat[:, None] + torch.arange(net.slots, device=tokens.device), seen, text.repeated(n))

@@ -53,7 +53,7 @@ def drafted_logits(net: StatesNet, model: PreTrainedModel, text: Sequence[int], 
     The text is read in one plain pass of the target and one of the network, without caches, trees or batches.
     """
     tokens, root = torch.tensor([[*text, *path]], device=model.device), len(text) - 1
-    states, parts = read_texts(model, tokens, net.states)[0], TargetParts.of(model)
+    states, parts = read_texts(model, tokens, net.states)[0], TargetParts.of(model, net)
     if isinstance(net, FeatureNet):
         *_, logits = unroll(net, tokens, states, parts, len(path) + 1)
         return logits[0, root - 1]

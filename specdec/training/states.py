@@ -63,7 +63,7 @@ def drafted(
     """
     depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
     states, logits = read_texts(target, tokens, net.states)
-    places, found = _drafted(net, tokens, states, TargetParts.of(target), depth, anchors, generator)
+    places, found = _drafted(net, tokens, states, TargetParts.of(target, net), depth, anchors, generator)
     laws, own = logits.float().log_softmax(-1), tokens
     if net.target_ids is not None:
         laws = laws[..., net.target_ids]

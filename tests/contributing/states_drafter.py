@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from certificates.cases import llama  # of tests/: a float64 Llama over 4 tokens
 from specdec.drafters import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import MLP, Attention, Norm, Rotary
 from specdec.testing import assert_drafter
@@ -34,6 +34,7 @@ class Mixed(FeatureNet):
         return target.logits(outputs)
 
 
-model = llama(seed=0, layers=2)
+config = LlamaConfig(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+model = LlamaForCausalLM(config).double().eval()
 net = Mixed(model.config).double().eval()
 assert_drafter(FeatureDrafter(net, Widths([2, 1])), model, [(0, 1, 0), (2,)])
