@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.checks import check_kind
-from specdec.drafters.checkpoints import fill, read_checkpoint
+from specdec.drafters.checkpoints import filled, naming, read_checkpoint
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import Layer, Rotary, head_size
 from specdec.drafters.shapes import layer_config, leave_copies, own_embedding
@@ -69,12 +69,9 @@ class EagleDrafter(FeatureDrafter):
         """
         check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
         keys, tensors = read_checkpoint(folder_or_name)
-        try:
+        with naming(folder_or_name):
             net = _net(keys, tensors, target)
-        except ValueError as error:
-            raise ValueError(f"{folder_or_name}: {error}") from None
-        fill(net, tensors, folder_or_name)
-        return cls(net.to(target.device, target.dtype).eval(), tree)
+        return cls(filled(net, tensors, None, target, folder_or_name), tree)
 
 
 def _net(keys: dict[str, Any], tensors: dict[str, Tensor], target: PreTrainedModel) -> EagleNet:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.drafters.checkpoints import fill, write_checkpoint
+from specdec.drafters.checkpoints import filled, write_checkpoint
 from specdec.drafters.eagle3_export import exported
 from specdec.drafters.eagle3_files import Eagle3Reading, read_eagle3
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
@@ -125,9 +125,7 @@ class Eagle3Drafter(FeatureDrafter):
         """
         file = read_eagle3(folder_or_name, target, states)
         net = Eagle3Net(**file.arguments, reading=replace(file.reading, **reading))
-        net.target_ids = file.target_ids
-        fill(net, file.tensors, folder_or_name)
-        return cls(net.to(target.device, target.dtype).eval(), tree)
+        return cls(filled(net, file.tensors, file.target_ids, target, folder_or_name), tree)
 
     def save_pretrained(
         self, folder: str | Path, format: str = "eagle3", target: PreTrainedModel | None = None

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from specdec.checks import as_int, check_kind
 from specdec.drafters.block import BlockDrafter, BlockNet, ByDepth
+from specdec.drafters.checkpoints import read_tensors
 from specdec.drafters.states_drafter import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
@@ -133,7 +134,4 @@ def _read(folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise FileNotFoundError(f"There is no {' or '.join(_WEIGHTS)} in {folder}.")
-    tensors = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
-    )
-    return {name.removeprefix("medusa_head."): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix("medusa_head."): tensor for name, tensor in read_tensors(path).items()}
