@@ -10,10 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, check_kind
-from specdec.drafters.block import BlockNet
-from specdec.drafters.feature import FeatureNet
 from specdec.drafters.states_drafter import StatesDrafter, StatesNet, TargetParts
-from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
+from specdec.drafters.teacher_forcing import drafts_along, read_texts
 
 
 @dataclass(frozen=True)
@@ -99,22 +97,11 @@ def _reading(name: str, net: StatesNet, model: PreTrainedModel, texts: Sequence[
     for text in texts:
         tokens = text[None].to(model.device)
         states, logits = read_texts(model, tokens, net.states)
-        drafted = _drafted(net, tokens, states, parts, depth)
+        _, drafted = drafts_along(net, tokens, states, parts, depth)
         for d, found in enumerate(drafted):
-            mine, theirs = (
-                net.over_target(found[0].float(), logits.shape[2]),
-                logits[0, 1 + d : 1 + d + found.shape[1]].float(),
-            )
+            mine = net.over_target(found[0].float(), logits.shape[2])
+            theirs = logits[0, 1 + d : 1 + d + len(mine)].float()
             overlap[d] += torch.minimum(mine.softmax(-1), theirs.softmax(-1)).sum().double().cpu()
             same[d] += (mine.argmax(-1) == theirs.argmax(-1)).sum().cpu()
         places += drafted[0].shape[1]
     return Reading(name, tuple((overlap / places).tolist()), tuple((same / places).tolist()))
-
-
-def _drafted(net: StatesNet, tokens: Tensor, states: Tensor, parts: TargetParts, depth: int) -> list[Tensor]:
-    """By depth: [1, n, vocab] logits, of row i for the token i + 2 + depth places from the beginning."""
-    if isinstance(net, FeatureNet):
-        return list(unroll(net, tokens, states, parts, depth))
-    assert isinstance(net, BlockNet)
-    anchors = torch.arange(1, tokens.shape[1] - net.depth + 1, device=tokens.device)[None]
-    return list(blocks(net, tokens, states, parts, anchors)[:, :, :depth].unbind(2))
