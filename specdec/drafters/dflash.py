@@ -17,7 +17,7 @@ from specdec.drafters.block_export import write_block_file
 from specdec.drafters.block_files import BlockFile, BlockReading, block_file
 from specdec.drafters.checkpoints import filled, naming, read_checkpoint
 from specdec.drafters.layers import Layer, Norm, Rotary, head_size
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 from specdec.trees.widths import Chain

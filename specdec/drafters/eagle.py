@@ -14,7 +14,7 @@ from specdec.drafters.checkpoints import filled, naming, read_checkpoint
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import Layer, Rotary, head_size
 from specdec.drafters.shapes import layer_config, leave_copies, own_embedding
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 

@@ -16,7 +16,7 @@ from specdec.drafters.eagle3_export import exported
 from specdec.drafters.eagle3_files import Eagle3Reading, read_eagle3
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import Layer, Norm, Rotary, head_size
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, check_kind
-from specdec.drafters.states_drafter import StatesDrafter, StatesNet, TargetParts
+from specdec.drafters.states_drafter import StatesDrafter
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.teacher_forcing import drafts_along, read_texts
 
 

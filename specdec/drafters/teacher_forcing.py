@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.block import BlockNet
 from specdec.drafters.feature import FeatureNet
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_int
 from specdec.drafters.block import BlockNet
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.teacher_forcing import drafts_along, read_texts
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # one of `specdec.training.distillation`
