@@ -68,7 +68,7 @@ def _read(
     keys: Mapping[str, Any], found: dict[str, Tensor], target: PreTrainedModel, states: Sequence[int] | None
 ) -> Eagle3File:
     tensors = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in found.items()}
-    _check_kind_of(keys, tensors)
+    _check_draft(keys, tensors)
     goal = target.config.get_text_config()
     hidden, vocab = tensors["fc.weight"].shape[0], goal.vocab_size
     ids = target_ids(tensors, vocab)
@@ -90,7 +90,7 @@ def _read(
     return Eagle3File(arguments, _reading(keys), ids, tensors)
 
 
-def _check_kind_of(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_draft(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless this is an EAGLE-3 draft, of layers that the network has."""
     kind = keys.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
