@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -26,13 +27,14 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
-from experiments.bench import sweep
+from experiments.bench import reading, sweep
 from experiments.bench.inputs import begin, in_batches
 from experiments.bench.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
 from experiments.bench.progress import settings
-from experiments.bench.report import figures, speed, table
+from experiments.bench.report import figures, over, speed, table
 from experiments.bench.results import Wandb
 from experiments.bench.terminal import fitted
+from experiments.peer_methods.libraries import present
 
 
 def main(config: DictConfig) -> str | None:
@@ -40,8 +42,8 @@ def main(config: DictConfig) -> str | None:
         return sweep.job(config, compare)
     log, result = compare(config, uninterrupted)
     counts = f"{result['prompts']} prompts x {config.new_tokens} tokens x {result['rounds']} rounds"
-    text = [f"{title(config)}: {counts}", table(result["figures"]), *result["notes"]]
-    print(fitted("\n\n".join(text)), end="\n\n")
+    found = table(result["figures"], result["over"], result["absent"])
+    print(fitted("\n\n".join([f"{title(config)}: {counts}", found, *result["notes"]])), end="\n\n")
     print(log.write(result))
 
 
@@ -49,10 +51,14 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
     """The log, and what to write there."""
     setting = begin("experiments/benchmark.py", config)
     target, ids, log = setting.models.target, setting.prompts, setting.log
-    methods = with_models(config, setting.models)
+    methods, absent = present(with_models(config, setting.models))
+    if (first := next(iter(config.methods))) in absent:
+        raise Refused(f"{first}: {absent[first]}. Speed-ups are over it: let another method be the first.")
     batches, of, later = map(list, zip(*in_batches(ids, setting.turns, config.batch), strict=True))
     settings = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
-    finished = gather(rounds(target, methods, batches, repeats=config.repeats, later=later, **settings))
+    repeats = config.uncounted + config.repeats
+    complete = rounds(target, methods, batches, repeats=repeats, later=later, **settings)
+    finished = gather(islice(complete, config.uncounted, None))
     whole = config.ceilings and len(finished) == config.repeats
     ceilings = against_ceilings(target, methods, batches, **settings) if whole else None
     if isinstance(log, Wandb):
@@ -60,8 +66,10 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
         log.runs.update(recorded(target, methods, ids[0], sampling=setting.sampling, tokenizer=tokenizer))
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
-    counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config)}
-    return log, {**setting.source, **counts, "figures": found, "tokens_per_second": runs}
+    read = reading.least([*target.parameters()]) if config.device == "cpu" else None
+    counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config, read), "reading_the_weights": read}
+    compared = {"over": {peer: over(finished, peer) for peer in config.over if peer in methods}, "absent": absent}
+    return log, {**setting.source, **counts, "figures": found, **compared, "tokens_per_second": runs}
 
 
 def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
@@ -85,10 +93,13 @@ def with_models(config: DictConfig, models: Any) -> dict[str, Any]:
             raise
 
 
-def notes(config: DictConfig) -> list[str]:
-    """What was asked for and is no part of what was measured."""
+def notes(config: DictConfig, read: dict[str, Any] | None) -> list[str]:
+    """The floor of a step, and what was asked for and is no part of what was measured."""
+    floor = (
+        [f"Reading the target's weights once takes {read['milliseconds']:.1f} ms (by {read['way']})."] if read else []
+    )
     drafter, without = HydraConfig.get().runtime.choices["drafter"], sweep.unused(config)
-    return [
+    return floor + [
         f"{key}={value} changes nothing: no method takes a {key.partition('.')[0]} (drafter={drafter}, methods="
         f"[{','.join(config.methods)}])."
         for key, value in settings(HydraConfig.get().overrides.task)

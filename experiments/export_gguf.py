@@ -2,7 +2,7 @@
 
     python experiments/export_gguf.py outputs/peers/target outputs/peers/target.gguf
 
-The file holds no vocabulary: `experiments/peers.py` hands over token ids. Needs the gguf package.
+The file holds no vocabulary: `experiments/peer_methods/libraries.py` hands over token ids. Needs the gguf package.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def markdown(results: Files, others: Files) -> str:
         [name.removesuffix(".json"), *row]
         for name, content in results.items()
         if not _is_job(content)
-        for row in _table(content["figures"])[1:]
+        for row in _table(content)[1:]
     ]
     single = [as_markdown([["result", "method", *COLUMNS.values()], *rows]), MARKED] if rows else []
     refused = [said for said in _unread(others) if ": " in said]
@@ -162,13 +162,15 @@ def _section(name: str, content: dict[str, Any]) -> str:
     details = f'<details><summary>where it comes from</summary><table class="about">{facts}</table></details>'
     figures = content["figures"]
     notes = "".join(f"<p>{escape(said)}</p>" for said in (MARKED, *exceeding(figures.values())))
-    shown = f"{picture.of_methods(figures).html()}{_html(_table(figures))}{notes}"
+    shown = f"{picture.of_methods(figures).html()}{_html(_table(content))}{notes}"
     return f'<h2 id="{escape(name)}">{escape(name)}</h2>{command}{shown}{details}'
 
 
-def _table(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The cells of the report, method by method; the first row is the header."""
-    return [["method", *COLUMNS.values()], *([name, *cells(row, *COLUMNS)] for name, row in figures.items())]
+def _table(content: dict[str, Any]) -> list[list[str]]:
+    """The cells of the report, method by method, and of one that could not run why; the first row is the header."""
+    head = ["method", *COLUMNS.values()]
+    lacking = [[name, why, *["-"] * (len(head) - 2)] for name, why in content.get("absent", {}).items()]
+    return [head, *([name, *cells(row, *COLUMNS)] for name, row in content["figures"].items()), *lacking]
 
 
 def _html(rows: list[list[str]]) -> str:

@@ -16,12 +16,12 @@ from tiny_models import build
 import specdec
 from experiments.bench import calls
 from experiments.bench.measure import AGAIN
-from experiments.bench.report import figures
+from experiments.bench.models import Rounded
+from experiments.bench.report import figures, over, table
 from experiments.benchmark import with_models
 from experiments.export_gguf import export
 from experiments.peer_methods import baseline
-from experiments.peer_methods.libraries import LlamaCpp, OpenVino
-from experiments.peers import over, present, spent, table
+from experiments.peer_methods.libraries import LlamaCpp, OpenVino, Peer, present
 from specdec import Sampling
 
 PAIR = specdec.demo.load()
@@ -29,26 +29,35 @@ PROMPT = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def settings(*overrides):
+def test_every_method_of_the_table_can_be_made():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("peers", list(overrides))
-
-
-def test_every_method_of_the_configuration_can_be_made():
-    config = settings()
+        config = compose("benchmark", ["sweep=smollm2_peers", "task.folder=FOLDER"])
     calls.check(OmegaConf.to_container(config))
-    assert {*config.over} < {*with_models(config, PAIR)}
+    methods = with_models(config, PAIR)
+    assert {*config.over} < {*methods} and sum(isinstance(method, Peer) for method in methods.values()) == 8
 
 
 @pytest.mark.parametrize("package, peer", [("openvino_genai", OpenVino("folder")), ("llama_cpp", LlamaCpp("file"))])
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so(package, peer, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
-    methods = {"transformers": baseline.generate, "peer": peer}
-    methods, absent = present(methods, PAIR.target, PROMPT, Sampling())
+    methods, absent = present({"transformers": baseline.generate, "peer": peer})
     assert absent == {"peer": f"{package} is not installed"} and list(methods) == ["transformers"]
-    found = figures([{"transformers": [run(1, 1.0)], AGAIN: [run(1, 1.0)]}])
-    text = table({"figures": found, "over": {}, "absent": absent})
-    assert f"| peer | {package} is not installed | - | - |" in text
+    rounds = [{"transformers": [run(1, 1.0)], AGAIN: [run(1, 1.0)]}]
+    text = table(figures(rounds), {"transformers": over(rounds, "transformers")}, absent)
+    assert f"| peer | {package} is not installed | - |" in text
+
+
+@pytest.mark.parametrize("prompts, temperature", [(2, 0.0), (1, 0.7)])
+def test_a_peer_refuses_what_it_is_not_measured_with(prompts, temperature):
+    with pytest.raises(ValueError, match="one prompt at a time, greedily; set batch=1"):
+        OpenVino("folder")(PAIR.target, [PROMPT] * prompts, sampling=Sampling(temperature), max_new_tokens=2)
+
+
+def test_rounded_weights_are_those_of_the_type_and_the_target_keeps_its_own():
+    seen = []
+    Rounded(lambda target, prompts: seen.append(target), torch.bfloat16)(PAIR.target, [PROMPT])
+    assert {weight.dtype for weight in seen[0].parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in PAIR.target.parameters()} == {torch.float32}
 
 
 def stand_in(text: list[list[int]], asked: dict) -> ModuleType:
@@ -99,8 +108,8 @@ def test_openvino_is_told_token_ids_and_its_steps_are_counted(openvino, tmp_path
 
 def test_a_peer_without_its_copy_of_the_model_says_so(openvino, tmp_path):
     folder = str(tmp_path / "nothing")
-    methods, absent = present({"peer": OpenVino(folder)}, PAIR.target, PROMPT, Sampling())
-    assert not methods and absent == {"peer": f"no exported model in {folder}"}
+    methods, absent = present({"peer": OpenVino(folder)})
+    assert not methods and absent == {"peer": f"no model in {folder}"}
 
 
 def test_prompt_lookup_of_transformers_writes_its_greedy_text_in_fewer_steps():
@@ -110,9 +119,10 @@ def test_prompt_lookup_of_transformers_writes_its_greedy_text_in_fewer_steps():
 
 
 def test_ratios_and_times_of_known_runs():
-    rounds = [{"peer": [run(2, 1.0)], "ours": [run(3, 0.5)]}] * 2
+    rounds = [{"peer": [run(2, 1.0)], "ours": [run(3, 0.5)], AGAIN: [run(2, 1.0)]}] * 2
     assert over(rounds, "peer")["ours"]["median"] == 3.0
-    assert spent([done["ours"] for done in rounds]) == {"draft": 0.0, "verify": 375.0, "other": 125.0}
+    spent = figures(rounds)["ours"]["milliseconds_per_step"]
+    assert spent == {"draft": 0.0, "verify": 375.0, "other": 125.0}
 
 
 def llama_stand_in(rounds: list[list[int]], made: list) -> ModuleType:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
+from specdec import Generation
 from specdec.drafters import MedusaHeads
 from specdec.huggingface.gguf import read_model, read_tokenizer
 
@@ -62,6 +64,23 @@ def _model(name: str, dtype: torch.dtype, **loading: Any) -> PreTrainedModel:
     if file.suffix == ".gguf":
         return read_model(file, dtype, **loading)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading).eval()
+
+
+class Rounded:
+    """A method that decodes with the target's weights in another type, to be compared with methods that do not.
+
+    Args:
+        method: like `specdec.generate`.
+        dtype: of the weights; they are copied when the method is first called.
+    """
+
+    def __init__(self, method: Callable[..., Generation], dtype: torch.dtype):
+        self._method, self._dtype = method, dtype
+        self._copy: PreTrainedModel | None = None
+
+    def __call__(self, target: PreTrainedModel, *args: Any, **options: Any) -> Generation:
+        self._copy = self._copy or copy.deepcopy(target).to(dtype=self._dtype)  # type: ignore[arg-type] - its stub is wrong
+        return self._method(self._copy, *args, **options)
 
 
 def untrained(like: PreTrainedModel) -> PreTrainedModel:

@@ -57,13 +57,25 @@ def figures(
     return found
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as markdown, by task too if there are several; a dash where a figure is not known."""
-    tables = [
-        markdown([["method", *COLUMNS.values()], *([name, *cells(row, *COLUMNS)] for name, row in figures.items())]),
-        floor(figures),
-        *exceeding(figures.values()),
+def table(
+    figures: dict[str, dict[str, Any]],
+    ratios: dict[str, dict[str, Any]] | None = None,
+    absent: dict[str, str] | None = None,
+) -> str:
+    """The figures as markdown, by task too if there are several; a dash where a figure is not known.
+
+    Args:
+        ratios: of every method, over each of these (`over`).
+        absent: methods that could not run, and why.
+    """
+    over = ratios or {}
+    head = ["method", *COLUMNS.values(), *(f"over {peer}" for peer in over)]
+    rows = [
+        [name, *cells(row, *COLUMNS), *(interval(ratio[name], digits=2) for ratio in over.values())]
+        for name, row in figures.items()
     ]
+    lacking = [[name, why, *["-"] * (len(head) - 2)] for name, why in (absent or {}).items()]
+    tables = [markdown([head, *rows, *lacking]), floor(figures), *exceeding(figures.values())]
     tasks = list(next(iter(figures.values())).get("tasks", {}))
     if len(tasks) > 1:
         head = ["speed-up (95 % CI), acceptance length", *tasks]
@@ -92,6 +104,13 @@ def resolved(ratio: dict[str, Any], noise: dict[str, Any]) -> bool:
 def speed(runs: list[list[Run]]) -> np.ndarray:
     """Tokens per second [round, batch]."""
     return np.array([[run.trace.summary()["tokens_per_second"] for run in row] for row in runs])
+
+
+def over(finished: list[Round], peer: str) -> dict[str, Any]:
+    """Speeds of all methods over one, paired by round and batch."""
+    speeds = {name: speed([done[name] for done in finished]) for name in finished[0]}
+    timed = speeds[peer].all(0)
+    return {name: median(mine[:, timed] / speeds[peer][:, timed]) for name, mine in speeds.items()}
 
 
 def median(values: np.ndarray) -> dict[str, float | None]:
@@ -190,6 +209,9 @@ def _pooled(runs: list[list[Run]], base: list[list[Run]]) -> dict[str, Any]:
         "acceptance_length": summary["acceptance_length"],
         "acceptance_rate": summary["acceptance_rate"],
         "loop_share": summary["other_seconds"] / summary["decode_seconds"],
+        "milliseconds_per_step": {
+            part: 1e3 * summary[f"{part}_seconds"] / summary["target_forwards"] for part in ("draft", "verify", "other")
+        },
         "identical": None if runs[0][0].identical is None else sum(run.identical or 0 for run in runs[0]),
         "prompts": sum(run.prompts for run in runs[0]),
     }

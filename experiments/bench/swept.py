@@ -158,14 +158,21 @@ def _sum(values: list[int | None]) -> int | None:
 
 
 def _refused(results: list[Job]) -> dict[str, list[str]]:
-    """What tells jobs without figures apart, by their reasons; as in a command if these are all combinations of some values."""
+    """What could not be measured, by reasons: combinations, as in a command if these are all combinations of some values."""
     found: dict[str, list[dict[str, str]]] = {}
-    for result in (result for result in results if "figures" not in result):
+    for result in results:
         own = result["settings"]
-        varied = (key for key in own if any(other["settings"].get(key) != own[key] for other in results))
-        reason = next(f"{verdict}: {result[verdict]}" for verdict in ("refused", "failed") if verdict in result)
-        found.setdefault(reason, []).append({key: own[key] for key in varied})
+        varied = [key for key in own if any(other["settings"].get(key) != own[key] for other in results)]
+        for reason in _reasons(result):
+            found.setdefault(reason, []).append({key: own[key] for key in varied})
     return {reason: _factored(jobs) for reason, jobs in found.items()}
+
+
+def _reasons(result: Job) -> list[str]:
+    """Why a job, or some of its methods, could not be measured."""
+    if "figures" not in result:
+        return [next(f"{verdict}: {result[verdict]}" for verdict in ("refused", "failed") if verdict in result)]
+    return [f"{method} could not run: {why}" for method, why in result.get("absent", {}).items()]
 
 
 def _factored(jobs: list[dict[str, str]]) -> list[str]:

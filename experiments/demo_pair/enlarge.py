@@ -4,11 +4,26 @@ The new layers add exactly nothing to the residual stream (their output projecti
 are not read, and the new entries of the state are zero, but all of them are computed. This is no better a model, and its
 figures say nothing about quality; they say what decoding costs when the target is that large and agrees with its draft as the
 small one did.
+
+    python experiments/demo_pair/enlarge.py outputs/peers
+
+writes the pair for other libraries, which decode with copies of their own; one that is not installed is a row that says so:
+
+    for MODEL in target draft; do
+    optimum-cli export openvino --task text-generation-with-past --weight-format fp32 \\
+        -m outputs/peers/$MODEL outputs/peers/openvino/$MODEL
+    python experiments/export_gguf.py outputs/peers/$MODEL outputs/peers/$MODEL.gguf; done
+    METHODS=transformers,assisted,lookup,openvino,openvino_draft,openvino_lookup,llama_cpp,llama_cpp_draft,llama_cpp_lookup
+    python experiments/benchmark.py target=hub target.target=outputs/peers/target target.draft=outputs/peers/draft \\
+        "methods=[$METHODS,chain,chain_compiled,suffix_then_chain_compiled]" 'over=[openvino,openvino_draft]' \\
+        uncounted=1 ceilings=false
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +32,20 @@ from transformers import LlamaForCausalLM
 import specdec
 from experiments.bench.models import Models
 from specdec.drafters import MedusaHeads
+
+LAYERS, WIDTH = 24, 2560  # of the target that is written; `conf/target/enlarged.yaml` has the same
+NOISE = 1e-6  # equal weights of several layers would be stored and read only once by OpenVINO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write the folders `target` and `draft`")
+    folder = parser.parse_args().folder
+    pair = load(LAYERS, WIDTH, NOISE)
+    for name, model in {"target": pair.target, "draft": pair.draft}.items():
+        assert model is not None
+        model.save_pretrained(folder / name)
+        pair.tokenizer.save_pretrained(folder / name)
 
 
 def load(layers: int, intermediate_size: int, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> Models:
@@ -87,3 +116,7 @@ def _copy_into(large: LlamaForCausalLM, small: LlamaForCausalLM, growth: int) ->
     for name, weight in small.state_dict().items():
         scale = growth**-0.5 if name.endswith("norm.weight") else 1  # undoes the larger mean
         weights[name][tuple(slice(n) for n in weight.shape)] = weight * scale
+
+
+if __name__ == "__main__":
+    main()

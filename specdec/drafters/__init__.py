@@ -8,6 +8,7 @@ from specdec.drafters.eagle import EagleDrafter, EagleNet
 from specdec.drafters.eagle3 import Eagle3Drafter, Eagle3Net, Eagle3Reading
 from specdec.drafters.fallback import Fallback
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
+from specdec.drafters.gemma4_assistant import Gemma4AssistantDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.medusa import MedusaDrafter, MedusaHeads
 from specdec.drafters.model import ModelDrafter
@@ -37,6 +38,7 @@ __all__ = [
     "Fallback",
     "FeatureDrafter",
     "FeatureNet",
+    "Gemma4AssistantDrafter",
     "LayerSkipDrafter",
     "MedusaDrafter",
     "MedusaHeads",

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, check_kind
-from specdec.drafters.states_drafter import StatesDrafter
+from specdec.drafters.block import BlockDrafter
+from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.teacher_forcing import drafts_along, read_texts
 
@@ -65,7 +66,9 @@ class Readings:
         return "\n".join(lines)
 
 
-def check(target: PreTrainedModel, drafter: StatesDrafter, texts: Sequence[Tensor], depth: int = 2) -> Readings:
+def check(
+    target: PreTrainedModel, drafter: FeatureDrafter | BlockDrafter, texts: Sequence[Tensor], depth: int = 2
+) -> Readings:
     """Compare how a draft is read with the ways in which its file may have been meant.
 
     Layer ids mean four things in five code bases, and flags have opposite defaults. A draft that is read one layer off still
@@ -80,7 +83,8 @@ def check(target: PreTrainedModel, drafter: StatesDrafter, texts: Sequence[Tenso
         texts: 1-D int64 tensors, each of more than `depth` + 1 tokens.
         depth: how many drafted tokens are compared; recursion shows from 2 on.
     """
-    check_kind("drafter", drafter, StatesDrafter, "pass one that reads the target's states, such as an Eagle3Drafter")
+    kinds = FeatureDrafter, BlockDrafter
+    check_kind("drafter", drafter, kinds, "pass one that reads the target's states, such as an Eagle3Drafter")
     depth = as_int("depth", depth, 1)
     for i, text in enumerate(texts):
         if len(text) < depth + 2:

@@ -114,12 +114,20 @@ class TreeLayer(CacheLayerMixin):
         return self._written(self._keys, key_states), self._written(self._values, value_states)
 
     def _written(self, flat: Tensor, states: Tensor) -> Tensor:
-        cache, end = self._cache, self._cache.view.slots
+        cache = self._cache
         flat.index_copy_(0, cache.write_slots.to(flat.device), cache.packed(states).transpose(1, 2).flatten(0, 1))
-        stored = flat.unflatten(0, (-1, cache.capacity))[:, :end]
+        return self._first(flat, cache.view.slots, states.dtype)
+
+    def read(self, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first slots of each row, [batch, head, slots, dim] each."""
+        return self._first(self._keys, slots, dtype), self._first(self._values, slots, dtype)
+
+    def _first(self, flat: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+        cache = self._cache
+        stored = flat.unflatten(0, (-1, cache.capacity))[:, :slots]
         if cache.rows is not None:
             stored = stored[cache.rows.to(flat.device)]
-        return cache.unpacked(stored.transpose(1, 2), states.dtype)
+        return cache.unpacked(stored.transpose(1, 2), dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.view.slots, 0

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_tuple, check_kind
-from specdec.drafters import Drafter
-from specdec.drafters.states_drafter import StatesDrafter
+from specdec.drafters import BlockDrafter, Drafter, FeatureDrafter
 from specdec.generate import generate
 from specdec.models.target import Target
 from specdec.sampling import Sampling
@@ -40,7 +39,7 @@ def assert_drafter(
     - The text's law is the target's, with every coin followed: laws are recorded truthfully, and growth does not anticipate.
     - `TreeSpec.by_depth` is kept where it is promised.
     - The greedy text is the target's, and a row's text does not depend on the other rows.
-    - A network on the target's states (`StatesDrafter`) drafts by the laws that it is trained by, at every node of every tree.
+    - A `FeatureDrafter` or `BlockDrafter` drafts by the laws that its network is trained by, at every node of every tree.
     - After any acceptance, and in a row that held another text before, drafts are those of a fresh start from the same text.
 
     Args:
@@ -82,7 +81,7 @@ def assert_drafter(
             assert torch.equal(among_its_like, together[row]), (
                 f"{drafter}: the text of a row depends on the other rows, under {sampling}."
             )
-    if isinstance(drafter, StatesDrafter) and isinstance(target, PreTrainedModel):
+    if isinstance(drafter, (FeatureDrafter, BlockDrafter)) and isinstance(target, PreTrainedModel):
         assert_served_as_trained(drafter, target, texts, samplings[0], horizon, tolerance)
     _assert_greedy(drafter, target, texts, horizon)
 

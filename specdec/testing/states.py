@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from specdec.drafters.block import BlockNet
-from specdec.drafters.feature import FeatureNet
-from specdec.drafters.states_drafter import StatesDrafter
+from specdec.drafters.block import BlockDrafter, BlockNet
+from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
 from specdec.generate import generate
@@ -22,7 +21,7 @@ from specdec.testing.noting import Noting
 
 
 def assert_served_as_trained(
-    drafter: StatesDrafter,
+    drafter: FeatureDrafter | BlockDrafter,
     target: PreTrainedModel,
     texts: Sequence[Tensor],
     sampling: Sampling,
