@@ -9,23 +9,25 @@ Settings are in `conf/train_eagle3.yaml`.
 
 from __future__ import annotations
 
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("train_eagle3", "train_eagle3")
+
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from experiments.bench import calls
 from experiments.bench.inputs import begin
-from experiments.bench.results import leads
-from experiments.bench.training import fit, own_texts, take_up
+from experiments.bench.training import chosen, fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import Eagle3Drafter, Eagle3Net
 from specdec.training import distillation
@@ -33,14 +35,11 @@ from specdec.training.states import acceptance, drafted, states_loss
 from specdec.trees import Chain
 
 
-@hydra.main(config_path="../conf", config_name="train_eagle3", version_base="1.3")
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/train_eagle3.py", config), Path(config.folder)
     target = setting.models.target
     take_up(folder, config)
-    order = torch.randperm(len(setting.prompts), generator=torch.Generator().manual_seed(config.seed))
-    prompts = [setting.prompts[i] for i in order[: config.texts].tolist()]
-    texts = own_texts(replace(setting, prompts=prompts), config, folder / "texts.pt")
+    texts = own_texts(chosen(setting, config), config, folder / "texts.pt")
     length = config.prompt_length + config.new_tokens
     whole = torch.stack([text for text in texts if len(text) == length])
     unseen, seen = whole[: config.held_out], whole[config.held_out :]
@@ -53,7 +52,7 @@ def main(config: DictConfig) -> None:
     few = partial(evaluate, net, target, unseen[:16], config.prompt_length, 24)
     steps = fit(net, loss, seen, few, config, folder / "checkpoint.pt", steps=config.steps, seed=config.seed)
     net.eval().to(torch.bfloat16)
-    if leads():
+    if calls.leads():
         Eagle3Drafter(net).save_pretrained(folder / "eagle3")
     net.to(target.dtype)  # rounded, as it will be loaded
     found = evaluate(net, target, unseen, config.prompt_length, 64)
@@ -93,7 +92,3 @@ def evaluate(net: Eagle3Net, target: PreTrainedModel, texts: Tensor, prompt_leng
         found[name] = out.summary()["acceptance_length"]
     net.train()
     return found
-
-
-if __name__ == "__main__":
-    calls.run(main)

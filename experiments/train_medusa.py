@@ -15,7 +15,6 @@ from experiments.bench import calls
 if __name__ == "__main__":
     calls.script("train_medusa", "train_medusa")
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 
 import specdec
 from experiments.bench.inputs import begin
-from experiments.bench.training import fit, own_texts, take_up
+from experiments.bench.training import chosen, fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.training.medusa import States, acceptance_by_head, medusa_loss
@@ -37,30 +36,27 @@ def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/train_medusa.py", config), Path(config.folder)
     target = setting.models.target
     take_up(folder, config)
-    order = torch.randperm(len(setting.prompts), generator=torch.Generator().manual_seed(config.seed))
-    prompts = [setting.prompts[i] for i in order[: config.texts].tolist()]
-    texts = own_texts(replace(setting, prompts=prompts), config, folder / "texts.pt")
+    texts = own_texts(chosen(setting, config), config, folder / "texts.pt")
     seen, unseen = (
         States(target, part, config.prompt_length, config.heads, config.window)
         for part in (texts[config.held_out :], texts[: config.held_out])
     )
     prompts = [text[: config.prompt_length] for text in texts[: config.held_out]]
     heads = MedusaHeads(config.heads, config.blocks, target.config.get_text_config().hidden_size).to(target.device)
-    loss, history = partial(medusa_loss, heads, seen), partial(evaluate, heads, target, unseen, prompts)
+    loss, measured = partial(medusa_loss, heads, seen), partial(evaluate, heads, target, unseen, prompts)
     path = folder / "checkpoint.pt"
-    few = partial(history, windows=64, tokens=24)
+    few = partial(measured, windows=64, tokens=24)
     steps = fit(heads, loss, seen.starts, few, config, path, steps=config.steps, seed=config.seed)
     heads.eval().to(torch.bfloat16)
     if calls.leads():
         heads.save(folder / "heads")
     heads.to(target.dtype)  # rounded, as they will be loaded
-    found = history(windows=len(unseen.starts) // config.window, tokens=64)
+    found = measured(windows=len(unseen.starts) // config.window, tokens=64)
     for name, value in found.items():
         print(f"{name}: {value}")
     data = {"texts": len(texts) - config.held_out, "states": len(seen.hidden)}
-    print(
-        folder / "heads", setting.log.write({**setting.source, **data, "figures": found, "history": {"heads": steps}})
-    )
+    result = {**setting.source, **data, "figures": found, "history": {"heads": steps}}
+    print(folder / "heads", setting.log.write(result))
 
 
 def evaluate(

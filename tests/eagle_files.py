@@ -8,7 +8,7 @@ from tiny_models import llama
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 from specdec.drafters.teacher_forcing import TextLevel
 
 HIDDEN, VOCAB, LAYERS, MID, HEADS, KV, SIZE = 16, 12, 7, 24, 4, 2, 4

@@ -28,7 +28,7 @@ OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in F
 DEMO = specdec.demo.FOLDER
 CHECKPOINT = Path(tempfile.mkdtemp(prefix="specdec-draft-"))
 MANDATORY = {
-    "drafter/eagle3": [f"drafter.folder_or_name={CHECKPOINT}"],
+    "drafter/eagle3": [f"drafter.source={CHECKPOINT}"],
     "target/hub": [f"target.target={DEMO / 'target'}", f"target.tokenizer={DEMO / 'tokenizer'}"],
     "task/corpus": ["task.count=1", "task.one_in=1"],
     "task/file": [f"task.path={DEMO / 'prompts.jsonl'}"],

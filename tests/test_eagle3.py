@@ -13,7 +13,7 @@ from tiny_models import PROMPTS, reference
 import specdec
 from specdec import Sampling
 from specdec.drafters import Eagle3Drafter, EagleDrafter
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 from specdec.testing import exact_law, target_law
 from specdec.trees import Chain, Widths
 

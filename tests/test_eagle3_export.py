@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from specdec.drafters import Eagle3Drafter
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, modeling_layers
 import specdec
 from specdec import Sampling
 from specdec.drafters.mtp import MtpDrafter
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 from specdec.models.attention import View
 from specdec.models.cache import Slab, TreeCache
 from specdec.models.level import CachedLevel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def take_up(folder: Path, config: DictConfig) -> None:
     """Begin or go on in this folder; refuse one that is of other settings, whose texts and checkpoints are no part of this."""
     options: Any = OmegaConf.to_container(config, resolve=True)
     keep_settings(folder, {key: value for key, value in options.items() if key not in FREE})
+
+
+def chosen(setting: Setting, config: DictConfig) -> Setting:
+    """The setting with at most `config.texts` of its prompts, chosen at random."""
+    order = torch.randperm(len(setting.prompts), generator=torch.Generator().manual_seed(config.seed))
+    return replace(setting, prompts=[setting.prompts[i] for i in order[: config.texts].tolist()])
 
 
 def own_texts(setting: Setting, config: DictConfig, path: Path) -> list[Tensor]:

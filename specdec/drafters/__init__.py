@@ -2,7 +2,6 @@
 
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.block import BlockDrafter, BlockNet
-from specdec.drafters.check import check
 from specdec.drafters.dflash import DFlashDrafter, DFlashNet
 from specdec.drafters.dspark import DSparkDrafter, DSparkNet
 from specdec.drafters.eagle import EagleDrafter, EagleNet
@@ -18,7 +17,9 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.no_drafter import NoDrafter
 from specdec.drafters.paused import Paused
 from specdec.drafters.points import Point, PointRun
-from specdec.drafters.states_drafter import StatesDrafter, StatesNet, TargetParts
+from specdec.drafters.readings import check
+from specdec.drafters.states_drafter import StatesDrafter
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 

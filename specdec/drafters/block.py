@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.coins import Coins
-from specdec.drafters.states_drafter import StatesDrafter, StatesNet, StatesRun, TargetParts
+from specdec.drafters.states_drafter import StatesDrafter, StatesRun
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.models.target import ModelTargetRun
 from specdec.sampling import Sampling
@@ -98,8 +99,8 @@ class BlockRun(StatesRun):
     drafter: BlockDrafter
     net: BlockNet
 
-    def __init__(self, *parts: object):
-        super().__init__(*parts)  # type: ignore[arg-type]
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
         self._block = block(len(self.batch), self.net.slots, self.batch.device)
         self._found: ByDepth | None = None
         # [batch, nodes] bool: of all nodes asked for, those whose children are not confident enough

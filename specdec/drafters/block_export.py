@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters.checkpoints import write_checkpoint
+from specdec.drafters.checkpoints import speculators_keys, write_checkpoint
+from specdec.drafters.shapes import marked
 
 _ARCHITECTURES = {
     ("dflash", "plain"): "DFlashDraftModel",
@@ -94,17 +94,8 @@ def _speculators(net: Any, target: PreTrainedModel, layers: dict[str, Any], meth
             "The format of speculators has no place for embeddings or a whole LM head of the draft's own, for the state that "
             "the LM head reads, nor for scales of embeddings and logits; write this draft as format='plain'."
         )
-    proposals = {"speculative_tokens": net.depth, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    verifier = {"name_or_path": target.config._name_or_path, "architectures": [type(target).__name__]}
     return {
-        "speculators_model_type": method,
-        "speculators_version": "0.9.0",
-        "speculators_config": {
-            "algorithm": method,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", **proposals}],
-            "verifier": verifier,
-        },
+        **speculators_keys(method, net.depth, target),
         "transformer_layer_config": layers,
         "aux_hidden_state_layer_ids": list(net.states),
         "mask_token_id": net.mask_token,
@@ -122,8 +113,4 @@ def _sliding_are_causal(net: Any) -> bool:
 
 def _tensors(net: Any, vocab: int) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in net.state_dict().items() if name != "target_ids"}
-    if (ids := net.target_ids) is None:
-        return tensors
-    known = torch.zeros(vocab, dtype=torch.bool)
-    known[ids.cpu()] = True
-    return tensors | {"d2t": ids.cpu() - torch.arange(len(ids)), "t2d": known}
+    return tensors | marked(net.target_ids, vocab)

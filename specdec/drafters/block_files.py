@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from specdec.checks import as_int, as_ints, check_kind
-from specdec.drafters.checkpoints import fill, read_checkpoint
-from specdec.drafters.shapes import layer_config, leave_copies, own_embedding, target_ids
+from specdec.checks import as_int, as_ints
+from specdec.drafters.shapes import check_names, layer_config, leave_copies, own_embedding, own_head, target_ids
 
 # the method of an architecture, or of a speculators_model_type, and whether the root's slot drafts if no key says so
 _METHODS = {
@@ -26,7 +24,6 @@ _METHODS = {
     "dflash": ("dflash", False),
     "dspark": ("dspark", True),
 }
-_FIRST = ("fc", *(f"layers.0.{part}_proj" for part in ("self_attn.q", "self_attn.k", "mlp.gate")))
 _LEFT_OUT = ("t2d", "d2t", "verifier_lm_head.weight", "verifier_norm.weight")
 _KINDS = "full_attention", "sliding_attention"
 
@@ -55,62 +52,53 @@ class BlockFile:
     """A checkpoint that fits a target.
 
     Args:
-        source: where it was read.
-        options: what a `DFlashNet` is made of.
+        arguments: what a `DFlashNet` is made of.
         tensors: of the network, by name.
         keys: `config.json`, with the keys of `dflash_config` among the others.
         vocab: size of the target's vocabulary.
-        ids: [drafted] int64: the target's ids of the tokens that the network drafts; None for all of them.
+        target_ids: [drafted] int64: the target's ids of the tokens that the network drafts; None for all of them.
     """
 
-    source: str | Path
-    options: dict[str, Any]
+    arguments: dict[str, Any]
     tensors: dict[str, Tensor]
     keys: dict[str, Any]
     vocab: int
-    ids: Tensor | None
-
-    def filled(self, net: Any, target: PreTrainedModel) -> Any:
-        """The network with these tensors, in the target's dtype, on its device."""
-        fill(net.to(target.dtype), self.tensors, self.source)
-        net.target_ids = self.ids
-        return net.to(target.device).eval()
+    target_ids: Tensor | None
 
 
-def read_block_file(
-    source: str | Path,
+def block_file(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
     target: PreTrainedModel,
     method: str,
-    states: Sequence[int] | None = None,
-    sample_from_anchor: bool | None = None,
+    states: Sequence[int] | None,
+    sample_from_anchor: bool | None,
 ) -> BlockFile:
-    """Read a folder or a repository of the hub, for this target, by this method.
+    """What a checkpoint says of a network. Raise ValueError if it is not one of this method for this target.
 
     Args:
-        source, target: as for `DFlashDrafter.from_pretrained`.
+        config, tensors: the `Checkpoint`; copies of the target's tensors are left out of it.
+        target: the target.
         method: "dflash" or "dspark".
-        states, sample_from_anchor: in place of what the file says.
+        states, sample_from_anchor: in place of what the file says; None for that.
     """
-    check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
-    config, tensors = read_checkpoint(source)
     keys = {**config, **(config.get("dflash_config") or {})}
     layers, text = config.get("transformer_layer_config") or config, target.config.get_text_config()
-    from_anchor = _from_anchor(keys, tensors, method, source)
-    if missing := [f"{name}.weight" for name in _FIRST if f"{name}.weight" not in tensors]:
-        raise ValueError(f"{source} lacks {', '.join(missing)}; give the checkpoint of a block draft.")
-    states = _states(keys, text.num_hidden_layers, source) if states is None else as_ints("states", states)
-    _check_states(states, text, tensors["fc.weight"], source)
-    ids = target_ids(tensors, _rows(tensors), text.vocab_size)
+    from_anchor = _from_anchor(keys, tensors, method)
+    check_names(tensors, "a block draft")
+    states = _states(keys, text.num_hidden_layers) if states is None else as_ints("states", states)
+    _check_states(states, text, tensors["fc.weight"])
+    ids = target_ids(tensors, text.vocab_size)
     leave_copies(tensors, target)
     own = own_embedding(tensors, text.hidden_size, text)
     made = layer_config(layers, tensors, text.hidden_size, text.vocab_size)
-    options = {
+    arguments = {
         "config": made,
         "states": states,
         "state_size": text.hidden_size,
-        "slots": as_int(f"block_size of {source}", keys.get("block_size"), 2),
-        "mask_token": as_int(f"mask_token_id of {source}", keys.get("mask_token_id"), 0, (own or text.vocab_size) - 1),
-        "vocab": _rows(tensors),
+        "slots": as_int("block_size", keys.get("block_size"), 2),
+        "mask_token": as_int("mask_token_id", keys.get("mask_token_id"), 0, (own or text.vocab_size) - 1),
+        "vocab": own_head(tensors),
         "embedding": own,
         "reading": BlockReading(
             from_anchor if sample_from_anchor is None else sample_from_anchor,
@@ -119,10 +107,10 @@ def read_block_file(
         ),
     }
     kept = {name: tensor for name, tensor in tensors.items() if name not in _LEFT_OUT}
-    return BlockFile(source, options, kept, keys, text.vocab_size, ids)
+    return BlockFile(arguments, kept, keys, text.vocab_size, ids)
 
 
-def _from_anchor(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], method: str, source: str | Path) -> bool:
+def _from_anchor(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], method: str) -> bool:
     """Whether the root's slot drafts. Raises ValueError if the file is of another method.
 
     DeepSpec's DFlash drafts are of DSpark's architecture, without its heads.
@@ -130,30 +118,30 @@ def _from_anchor(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], method:
     named = keys.get("speculators_model_type") or next(iter(keys.get("architectures") or []), None)
     found, from_anchor = _METHODS.get(str(named), (None, False))
     if found is None:
-        raise ValueError(f"{source} is of architecture {named}; what can be read is {', '.join(_METHODS)}.")
+        raise ValueError(f"it is of architecture {named}; what can be read is {', '.join(_METHODS)}.")
     heads = any(name.startswith(("markov_head.", "confidence_head.")) for name in tensors)
     if found != method and (heads or found == "dflash"):
         other = {"dflash": "DFlashDrafter", "dspark": "DSparkDrafter"}[found]
-        raise ValueError(f"{source} is a {found} checkpoint; read it with {other}.from_pretrained.")
+        raise ValueError(f"it is a {found} checkpoint; read it with {other}.from_pretrained.")
     return bool(keys.get("sample_from_anchor", from_anchor))
 
 
-def _states(keys: Mapping[str, Any], layers: int, source: str | Path) -> tuple[int, ...]:
+def _states(keys: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if (states := keys.get("aux_hidden_state_layer_ids")) is not None:
-        return as_ints(f"aux_hidden_state_layer_ids of {source}", states)
-    ids = as_ints(f"target_layer_ids of {source}", keys.get("target_layer_ids"), -1, cure="or pass states=...")
+        return as_ints("aux_hidden_state_layer_ids", states)
+    ids = as_ints("target_layer_ids", keys.get("target_layer_ids"), -1, cure="or pass states=...")
     return tuple(-1 if i + 1 == layers else i + 1 for i in ids)
 
 
-def _check_states(states: Sequence[int], target: PretrainedConfig, fc: Tensor, source: str | Path) -> None:
+def _check_states(states: Sequence[int], target: PretrainedConfig, fc: Tensor) -> None:
     count, size = target.num_hidden_layers, target.hidden_size
     if not all(-1 <= state < count for state in states):
         raise ValueError(
-            f"{source} reads the states {list(states)}, the target has 0 to {count - 1} and -1; use another draft."
+            f"it reads the states {list(states)}, the target has 0 to {count - 1} and -1; use another draft."
         )
     if list(fc.shape) != [size, len(states) * size]:
         raise ValueError(
-            f"{source}: fc.weight is {list(fc.shape)}, and {len(states)} states of a target of hidden size {size} need "
+            f"fc.weight is {list(fc.shape)}, and {len(states)} states of a target of hidden size {size} need "
             f"{[size, len(states) * size]}; use a draft made for this target."
         )
 
@@ -173,8 +161,3 @@ def _causal(keys: Mapping[str, Any], layers: Mapping[str, Any], count: int) -> t
 def _scales(keys: Mapping[str, Any]) -> tuple[float, float, float | None]:
     scales = (float(keys.get(name, 1.0)) for name in ("input_embedding_scale", "output_multiplier"))
     return (*scales, keys.get("final_logit_softcapping") or None)  # type: ignore[return-value]
-
-
-def _rows(tensors: Mapping[str, Tensor]) -> int | None:
-    """How many tokens the draft's own LM head knows; None if it has none."""
-    return len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _CONFIG, _INDEX, _WEIGHTS = "config.json", ".index.json", ("model.safetensors", "pytorch_model.bin")
+_SPECULATORS = "0.9.0"  # the release of speculators whose layout is written
 
 
 class Checkpoint(NamedTuple):
@@ -24,22 +27,30 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def read_checkpoint(folder_or_name: str | Path) -> Checkpoint:
+def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read a folder, or a repository of the Hugging Face hub, which is downloaded once.
 
     Raises:
         ValueError: there is no such folder or repository, a file is missing, or a pickle holds more than tensors.
     """
-    folder = _folder(folder_or_name)
+    folder = _folder(source)
     if not (folder / _CONFIG).is_file():
         raise ValueError(f"There is no {_CONFIG} in {folder}; give the folder of a draft's checkpoint.")
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
         tensors |= read_tensors(file)
-    kept = {
-        name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")
-    }  # told by config
+    # frequencies of rotary positions follow from the config
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     return Checkpoint(json.loads((folder / _CONFIG).read_text("utf-8")), kept)
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """Errors of what is read here begin with where it was read."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -49,6 +60,27 @@ def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Map
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / _WEIGHTS[0], metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def speculators_keys(method: str, tokens: int, target: PreTrainedModel) -> dict[str, Any]:
+    """Keys that `config.json` has in the format of `speculators`, whatever the method.
+
+    Args:
+        method: by the name that `speculators` gives it.
+        tokens: how many tokens engines draft in a step if they are not told.
+        target: the target, which the file names.
+    """
+    proposal = {"speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    return {
+        "speculators_model_type": method,
+        "speculators_version": _SPECULATORS,
+        "speculators_config": {
+            "algorithm": method,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", **proposal}],
+            "verifier": {"name_or_path": target.config.name_or_path, "architectures": [type(target).__name__]},
+        },
+    }
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -66,7 +98,20 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+def filled(
+    net: Any, tensors: Mapping[str, Tensor], target_ids: Tensor | None, target: PreTrainedModel, source: str | Path
+) -> Any:
+    """A `StatesNet` with these tensors and target ids, in eval mode, in the target's dtype and on its device.
+
+    Raises:
+        ValueError: the tensors are not the ones it has; with their names.
+    """
+    _fill(net.to(target.dtype), tensors, source)
+    net.target_ids = target_ids
+    return net.to(target.device).eval()
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
     """Give a network these tensors. Raise ValueError, with their names, unless they are the ones it has."""
     wanted, named = net.state_dict(), ", ".join
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
@@ -81,13 +126,13 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
     net.load_state_dict(tensors)
 
 
-def _folder(folder_or_name: str | Path) -> Path:
-    if Path(folder_or_name).is_dir():
-        return Path(folder_or_name)
-    name, folder = str(folder_or_name), Path()
+def _folder(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    name, folder = str(source), Path()
     try:
         for weights in _WEIGHTS:  # pickles only where there is nothing else
-            patterns = ["config.json", f"*{Path(weights).suffix}", f"*{_INDEX}"]
+            patterns = [_CONFIG, f"*{Path(weights).suffix}", f"*{_INDEX}"]
             folder = Path(snapshot_download(name, allow_patterns=patterns))
             if any(folder.glob(f"*{Path(weights).suffix}")):
                 break

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.checks import check_kind
 from specdec.drafters.block import BlockDrafter, BlockNet, ByDepth
 from specdec.drafters.block_export import write_block_file
-from specdec.drafters.block_files import BlockFile, BlockReading, read_block_file
+from specdec.drafters.block_files import BlockFile, BlockReading, block_file
+from specdec.drafters.checkpoints import filled, naming, read_checkpoint
 from specdec.drafters.layers import Layer, Norm, Rotary, head_size
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 from specdec.trees.widths import Chain
@@ -108,7 +110,7 @@ class DFlashDrafter(BlockDrafter):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_name: str | Path,
+        source: str | Path,
         target: PreTrainedModel,
         tree: TreePolicy | None = None,
         *,
@@ -119,19 +121,26 @@ class DFlashDrafter(BlockDrafter):
         """Read a checkpoint, plain or in the format of `speculators`; the network gets the target's dtype and device.
 
         Args:
-            folder_or_name: a folder, or a repository of the Hugging Face hub.
+            source: a folder, or a repository of the Hugging Face hub.
             target: the target.
             tree: the tree policy.
             states: which of the target's states the network reads, in place of what the file says: see `Drafter.states`.
             sample_from_anchor: whether the root's slot drafts, in place of what the file says.
             options: of the drafter.
+
+        Raises:
+            ValueError: files are missing, broken or of another kind, or the draft was made for another target.
         """
-        file = read_block_file(folder_or_name, target, cls.method, states, sample_from_anchor)
-        return cls(file.filled(cls._net_for(file), target), tree, **options)
+        check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
+        config, tensors = read_checkpoint(source)
+        with naming(source):
+            file = block_file(config, tensors, target, cls.method, states, sample_from_anchor)
+            net = cls._net_for(file)
+        return cls(filled(net, file.tensors, file.target_ids, target, source), tree, **options)
 
     @staticmethod
     def _net_for(file: BlockFile) -> DFlashNet:
-        return DFlashNet(**file.options)
+        return DFlashNet(**file.arguments)
 
     def save_pretrained(self, folder: str | Path, format: str = "plain", *, target: PreTrainedModel) -> None:
         """Write `config.json` and `model.safetensors`, which `from_pretrained` and engines read.

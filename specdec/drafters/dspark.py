@@ -116,17 +116,17 @@ class DSparkDrafter(DFlashDrafter):
     def _net_for(file: BlockFile) -> DSparkNet:
         tensors, kind = file.tensors, file.keys.get("markov_head_type", "vanilla")
         if kind not in ("vanilla", "gated"):
-            raise ValueError(f"{file.source}: a Markov head of type {kind} cannot be read; vanilla and gated ones can.")
+            raise ValueError(f"a Markov head of type {kind} cannot be read; vanilla and gated ones can.")
         first, sure = (tensors.get(f"{name}.weight") for name in ("markov_head.markov_w1", "confidence_head.proj"))
         rank = 0 if first is None else first.shape[1]
-        of_tokens = sure is not None and sure.shape[1] > file.options["state_size"]
+        of_tokens = sure is not None and sure.shape[1] > file.arguments["state_size"]
         heads = {
             "rank": rank,
             "gated": kind == "gated",
             "confident": sure is not None,
             "confident_of_tokens": of_tokens,
         }
-        return DSparkNet(tokens=file.vocab, **heads, **file.options)
+        return DSparkNet(tokens=file.vocab, **heads, **file.arguments)
 
     def _head_keys(self) -> dict[str, Any]:
         markov = self.net.markov_head

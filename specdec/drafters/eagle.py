@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.checks import check_kind
-from specdec.drafters.checkpoints import fill, read_checkpoint
+from specdec.drafters.checkpoints import filled, naming, read_checkpoint
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import Layer, Rotary, head_size
 from specdec.drafters.shapes import layer_config, leave_copies, own_embedding
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 
@@ -54,13 +54,11 @@ class EagleDrafter(FeatureDrafter):
     """Drafts with an EAGLE-1 or EAGLE-2 network, along any tree, sampled with its laws or greedily."""
 
     @classmethod
-    def from_pretrained(
-        cls, folder_or_name: str | Path, target: PreTrainedModel, tree: TreePolicy | None = None
-    ) -> Self:
+    def from_pretrained(cls, source: str | Path, target: PreTrainedModel, tree: TreePolicy | None = None) -> Self:
         """A draft as its authors write it, in the target's dtype.
 
         Args:
-            folder_or_name: a folder, or a repository of the Hugging Face hub.
+            source: a folder, or a repository of the Hugging Face hub.
             target: the model that it was made for.
             tree: the tree policy; a chain of 4 by default.
 
@@ -68,13 +66,10 @@ class EagleDrafter(FeatureDrafter):
             ValueError: files are missing, broken or of another kind, or the draft was made for another target.
         """
         check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
-        keys, tensors = read_checkpoint(folder_or_name)
-        try:
+        keys, tensors = read_checkpoint(source)
+        with naming(source):
             net = _net(keys, tensors, target)
-        except ValueError as error:
-            raise ValueError(f"{folder_or_name}: {error}") from None
-        fill(net, tensors, folder_or_name)
-        return cls(net.to(target.device, target.dtype).eval(), tree)
+        return cls(filled(net, tensors, None, target, source), tree)
 
 
 def _net(keys: dict[str, Any], tensors: dict[str, Tensor], target: PreTrainedModel) -> EagleNet:

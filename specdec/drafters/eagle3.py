@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.drafters.checkpoints import fill, write_checkpoint
+from specdec.drafters.checkpoints import filled, write_checkpoint
 from specdec.drafters.eagle3_export import exported
 from specdec.drafters.eagle3_files import Eagle3Reading, read_eagle3
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import Layer, Norm, Rotary, head_size
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 
@@ -105,7 +105,7 @@ class Eagle3Drafter(FeatureDrafter):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_name: str | Path,
+        source: str | Path,
         target: PreTrainedModel,
         tree: TreePolicy | None = None,
         states: Sequence[int] | None = None,
@@ -114,7 +114,7 @@ class Eagle3Drafter(FeatureDrafter):
         """A draft as the authors, SpecForge, Model-Optimizer, speculators or DeepSpec write it, in the target's dtype.
 
         Args:
-            folder_or_name: a folder, or a repository of the Hugging Face hub.
+            source: a folder, or a repository of the Hugging Face hub.
             target: the model that it was made for.
             tree: the tree policy; a chain of 4 by default.
             states: `Drafter.states` to read in place of those that the file names (see `specdec.drafters.eagle3_files`).
@@ -123,11 +123,9 @@ class Eagle3Drafter(FeatureDrafter):
         Raises:
             ValueError: files are missing, broken or of another kind, or the draft was made for another target.
         """
-        file = read_eagle3(folder_or_name, target, states)
+        file = read_eagle3(source, target, states)
         net = Eagle3Net(**file.arguments, reading=replace(file.reading, **reading))
-        net.target_ids = file.target_ids
-        fill(net, file.tensors, folder_or_name)
-        return cls(net.to(target.device, target.dtype).eval(), tree)
+        return cls(filled(net, file.tensors, file.target_ids, target, source), tree)
 
     def save_pretrained(
         self, folder: str | Path, format: str = "eagle3", target: PreTrainedModel | None = None

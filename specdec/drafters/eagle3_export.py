@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import check_kind
+from specdec.drafters.checkpoints import speculators_keys
 from specdec.drafters.eagle3_files import IDS, default_states
+from specdec.drafters.shapes import marked
 
 if TYPE_CHECKING:
     from specdec.drafters.eagle3 import Eagle3Net
 
 FORMATS = ("eagle3", "speculators")
-_VERSION = "0.9.0"  # of the layout: a released version of speculators
 _LAYER = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers",
           "rms_norm_eps", "hidden_act", "attention_bias", "vocab_size", "max_position_embeddings", "rope_parameters",
           "bos_token_id", "eos_token_id", "sliding_window", "layer_types")  # fmt: skip
@@ -85,14 +85,10 @@ def _check_vocab(net: Eagle3Net, target: PreTrainedModel | None) -> None:
 
 
 def _tensors(net: Eagle3Net, format: str) -> dict[str, Tensor]:
-    tensors = net.state_dict()
-    ids = tensors.pop("target_ids", None)
+    tensors = {name: tensor for name, tensor in net.state_dict().items() if name != "target_ids"}
     if format == "eagle3":
         tensors = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in tensors.items()}
-    if ids is not None:
-        marks = torch.zeros(net.config.vocab_size, dtype=torch.bool, device=ids.device)
-        tensors |= {"d2t": ids - torch.arange(len(ids), device=ids.device), "t2d": marks.index_fill(0, ids, True)}
-    return tensors
+    return tensors | marked(net.target_ids, net.config.vocab_size)
 
 
 def _head(net: Eagle3Net, target: PreTrainedModel) -> dict[str, Tensor]:
@@ -145,19 +141,10 @@ def _plain(net: Eagle3Net, target: PreTrainedModel | None) -> dict[str, Any]:
 
 
 def _speculators(net: Eagle3Net, target: PreTrainedModel) -> dict[str, Any]:
-    proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    verifier = {"name_or_path": target.name_or_path, "architectures": [type(target).__name__]}
     return {
         "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": _VERSION,
         "dtype": _dtype(net),
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": verifier,
-        },
+        **speculators_keys("eagle3", 3, target),
         "transformer_layer_config": {"model_type": "qwen3" if net.head_norms else "llama", **_layer(net)},
         **_reading(net),
         "embed_requires_grad": net.embed_tokens is not None,

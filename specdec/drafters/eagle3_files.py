@@ -21,18 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_ints, check_kind
-from specdec.drafters.checkpoints import read_checkpoint
-from specdec.drafters.shapes import count, layer_config, leave_copies, own_embedding, target_ids
+from specdec.drafters.checkpoints import naming, read_checkpoint
+from specdec.drafters.shapes import check_names, count, layer_config, leave_copies, own_embedding, own_head, target_ids
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 _BEFORE, _AFTER = (IDS, "aux_hidden_state_layer_ids"), "target_layer_ids"
 _UNUSED = ("t2d", "d2t")  # told by `target_ids`
-_NEEDED = (
-    "fc.weight",
-    "layers.0.self_attn.q_proj.weight",
-    "layers.0.self_attn.k_proj.weight",
-    "layers.0.mlp.gate_proj.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -57,14 +51,12 @@ class Eagle3File(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def read_eagle3(folder_or_name: str | Path, target: PreTrainedModel, states: Sequence[int] | None) -> Eagle3File:
+def read_eagle3(source: str | Path, target: PreTrainedModel, states: Sequence[int] | None) -> Eagle3File:
     """Read a checkpoint; `states` are read in place of those that it names. Raise ValueError if it is not for this target."""
     check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
-    keys, found = read_checkpoint(folder_or_name)
-    try:
+    keys, found = read_checkpoint(source)
+    with naming(source):
         return _read(keys, found, target, states)
-    except ValueError as error:
-        raise ValueError(f"{folder_or_name}: {error}") from None
 
 
 def default_states(layers: int) -> tuple[int, ...]:
@@ -76,10 +68,10 @@ def _read(
     keys: Mapping[str, Any], found: dict[str, Tensor], target: PreTrainedModel, states: Sequence[int] | None
 ) -> Eagle3File:
     tensors = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in found.items()}
-    _check_kind_of(keys, tensors)
+    _check_draft(keys, tensors)
     goal = target.config.get_text_config()
-    hidden, vocab, head = tensors["fc.weight"].shape[0], goal.vocab_size, tensors.get("lm_head.weight")
-    ids = target_ids(tensors, None if head is None else len(head), vocab)
+    hidden, vocab = tensors["fc.weight"].shape[0], goal.vocab_size
+    ids = target_ids(tensors, vocab)
     leave_copies(tensors, target)
     config = layer_config(keys.get("transformer_layer_config", keys), tensors, hidden, vocab)
     config.max_position_embeddings = max(config.max_position_embeddings, getattr(goal, "max_position_embeddings", 0))
@@ -89,16 +81,16 @@ def _read(
         "config": config,
         "states": taken,
         "state_size": goal.hidden_size,
-        "vocab": len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else None,
+        "vocab": own_head(tensors),
         "embedding": own_embedding(tensors, hidden, goal),
         "head_norms": "layers.0.self_attn.q_norm.weight" in tensors,
         "norms": _norms(keys, tensors),
     }
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _UNUSED}
-    return Eagle3File(arguments, _reading(keys), ids, tensors if ids is None else {**tensors, "target_ids": ids})
+    return Eagle3File(arguments, _reading(keys), ids, tensors)
 
 
-def _check_kind_of(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_draft(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless this is an EAGLE-3 draft, of layers that the network has."""
     kind = keys.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
@@ -106,9 +98,8 @@ def _check_kind_of(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     family = keys.get("transformer_layer_config", keys).get("model_type", "llama")
     if "gemma" in family:  # norms by 1 + weight, embeddings times a scale
         raise ValueError(f"model_type is {family!r}; drafts with layers of Llama or Qwen3 are read, and no others.")
-    if missing := [name for name in _NEEDED if name not in tensors]:
-        raise ValueError(f"it lacks {', '.join(missing)}; give the checkpoint of an EAGLE-3 draft.")
-    if tensors[_NEEDED[1]].shape[1] == tensors["fc.weight"].shape[0]:
+    check_names(tensors, "an EAGLE-3 draft")
+    if tensors["layers.0.self_attn.q_proj.weight"].shape[1] == tensors["fc.weight"].shape[0]:
         raise ValueError(
             "its first layer reads no token: it is of EAGLE-1 or EAGLE-2; use EagleDrafter.from_pretrained."
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.drafters.states_drafter import StatesDrafter, StatesNet, StatesRun, TargetParts
+from specdec.drafters.states_drafter import StatesDrafter, StatesRun
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.models.target import ModelTargetRun
 from specdec.trees.base import Frontier
@@ -59,8 +60,8 @@ class FeatureRun(StatesRun):
 
     net: FeatureNet
 
-    def __init__(self, *parts: object):
-        super().__init__(*parts)  # type: ignore[arg-type]
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
         # [batch, nodes, kept]: of all nodes asked for; captured graphs write to it in place
         self._outputs = torch.zeros(len(self.last), self._nodes, self.net.kept).to(self.last)
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from specdec.batch import Batch
 from specdec.checks import check_kind
-from specdec.drafters.states_drafter import StatesDrafter, StatesNet, StatesRun, TargetParts
+from specdec.drafters.states_drafter import StatesDrafter, StatesRun
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.attention import NAME
 from specdec.models.cache import TreeLayer
 from specdec.models.level import Level
@@ -150,8 +151,8 @@ class Gemma4AssistantRun(StatesRun):
 
     net: Gemma4AssistantNet
 
-    def __init__(self, *parts: object):
-        super().__init__(*parts)  # type: ignore[arg-type]
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
         self._route = Route(self.net.assistant, NAME)
         self._layers = producers(self._target.cached.lm.model)
         # [batch, nodes, kept]: of all nodes asked for; captured graphs write to it in place

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from specdec.checks import as_int, check_kind
 from specdec.drafters.block import BlockDrafter, BlockNet, ByDepth
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.checkpoints import read_tensors
+from specdec.drafters.states_net import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
 from specdec.trees.widths import Chain
@@ -57,7 +58,8 @@ class MedusaHeads(BlockNet):
             x = x + nn.functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
         if self.lm_head is not None:
             return torch.bmm(x, self.lm_head[:count].mT).transpose(0, 1)
-        return lm_head(x.transpose(0, 1).to(hidden.dtype)).to(hidden.device)  # `device_map` may put it elsewhere
+        # `device_map` may put the LM head elsewhere
+        return lm_head(x.transpose(0, 1).to(hidden.dtype)).to(hidden.device)
 
     def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:
         return states[:, :, 0]
@@ -133,7 +135,4 @@ def _read(folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise FileNotFoundError(f"There is no {' or '.join(_WEIGHTS)} in {folder}.")
-    tensors = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
-    )
-    return {name.removeprefix("medusa_head."): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix("medusa_head."): tensor for name, tensor in read_tensors(path).items()}

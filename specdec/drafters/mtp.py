@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specdec.checks import check_kind
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import TargetParts
 from specdec.models.attention import NAME
 from specdec.models.level import Level
 from specdec.models.mtp_model import LevelCache, MtpModel, mtp_model_of

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 _KEPT = ("rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling",
          "sliding_window", "layer_types", "bos_token_id", "eos_token_id")  # fmt: skip
+_SIZED = ("fc.weight", *(f"layers.0.{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "mlp.gate")))
 _ROTARY = ("default", "linear", "yarn", "llama3")  # what is the same in a text of any length
 
 
@@ -48,12 +49,18 @@ def layer_config(keys: Mapping[str, Any], tensors: Mapping[str, Tensor], hidden:
     return config
 
 
+def check_names(tensors: Mapping[str, Tensor], kind: str) -> None:
+    """Raise ValueError unless a checkpoint of this kind has the tensors that its sizes are read from."""
+    if missing := [name for name in _SIZED if name not in tensors]:
+        raise ValueError(f"it lacks {', '.join(missing)}; give the checkpoint of {kind}.")
+
+
 def count(tensors: Iterable[str], prefix: str) -> int:
     """How many modules there are whose names begin with `prefix` and a number."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def target_ids(tensors: Mapping[str, Tensor], drafted: int | None, vocab: int) -> Tensor | None:
+def target_ids(tensors: Mapping[str, Tensor], vocab: int) -> Tensor | None:
     """[drafted] int64: the target's ids of the tokens that a draft knows; None if it knows all.
 
     `d2t` holds offsets: to the id of a token in the draft they add up to that in the target. Engines read `t2d`, which marks
@@ -61,10 +68,9 @@ def target_ids(tensors: Mapping[str, Tensor], drafted: int | None, vocab: int) -
 
     Args:
         tensors: the checkpoint's.
-        drafted: rows of the draft's own LM head, if it has one.
         vocab: size of the target's vocabulary.
     """
-    marks, offsets = tensors.get("t2d"), tensors.get("d2t")
+    marks, offsets, drafted = tensors.get("t2d"), tensors.get("d2t"), own_head(tensors)
     if marks is not None and len(marks) != vocab:
         raise ValueError(
             f"t2d marks tokens of {len(marks)}, the target knows {vocab}; use a draft made for this target."
@@ -88,6 +94,20 @@ def target_ids(tensors: Mapping[str, Tensor], drafted: int | None, vocab: int) -
         ids, counts = ids.unique(return_counts=True)
         raise ValueError(f"d2t leads twice to id {int(ids[counts > 1][0])}: it must hold offsets, and no id twice.")
     return ids
+
+
+def marked(ids: Tensor | None, vocab: int) -> dict[str, Tensor]:
+    """The tensors that `target_ids` reads as these ids; none for None."""
+    if ids is None:
+        return {}
+    ids = ids.cpu()
+    known = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
+    return {"d2t": ids - torch.arange(len(ids)), "t2d": known}
+
+
+def own_head(tensors: Mapping[str, Tensor]) -> int | None:
+    """How many tokens the draft's own LM head drafts; None if it has none, and uses the target's."""
+    return len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else None
 
 
 def own_embedding(tensors: Mapping[str, Tensor], hidden: int, target: Any) -> int | None:

@@ -1,12 +1,11 @@
-"""The base of drafters with a network that reads the target's states, into a cache of its own, as the text grows."""
+"""The base of drafters with a `StatesNet`, which reads the target's states into a cache of its own as the text grows."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
-from copy import copy, deepcopy
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Hashable
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,110 +14,17 @@ from transformers import PreTrainedModel
 from specdec.batch import Batch
 from specdec.checks import check_kind
 from specdec.drafters.base import DraftRun
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.models.attention import View
 from specdec.models.cache import Slab, Source, TreeCache
 from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import HeldTexts, longest_beginning
-from specdec.models.level import CachedLevel, Level
+from specdec.models.level import CachedLevel
 from specdec.models.probe import autocast_dtype
 from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.tree import Topology, chain
 from specdec.trees.base import Frontier, TreePolicy
-
-
-@dataclass(frozen=True, eq=False)
-class TargetParts:
-    """What a network may use of the target."""
-
-    embedding: nn.Module
-    lm_head: Any
-    dtype: torch.dtype  # the network's
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, net: nn.Module) -> TargetParts:
-        """Those for this network."""
-        return cls(model.get_input_embeddings(), model.get_output_embeddings(), next(net.parameters()).dtype)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[..., hidden] in the network's dtype, for tokens [...] int64."""
-        return self.embedding(tokens).to(self.dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., vocab], for what the LM head reads, [..., hidden]."""
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype)).to(hidden.device)  # `device_map` may put it elsewhere
-
-
-class StatesNet(nn.Module, ABC):
-    """A network that drafts from the target's states. It keeps nothing of a text: its passes are given a `Level`.
-
-    Attributes:
-        states: which of the target's states it reads: see `Drafter.states`.
-        state_size: size of each of these.
-        kept: size of what is kept of a position.
-        vocab: how many tokens it can draft; None: all of the target's.
-        target_ids: [vocab] int64: the target's ids of these tokens; None if they are the target's first.
-        attention: (heads of keys and values, size of a head) of each of its layers with a cache.
-        values: the same of their values, where these are shaped unlike the keys.
-        slots: nodes of a pass that are no nodes of the tree.
-
-    Class attributes:
-        ahead: how many places after a position the token is that it is read with.
-    """
-
-    states: tuple[int, ...]
-    state_size: int
-    kept: int
-    vocab: int | None = None
-    target_ids: Tensor | None
-    attention: Sequence[tuple[int, int]] = ()
-    values: Sequence[tuple[int, int]] | None = None
-    slots: int = 0
-    ahead: ClassVar[int] = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("target_ids", None)  # moves with the network
-
-    @abstractmethod
-    def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:
-        """Read positions of the text.
-
-        Args:
-            tokens: [batch, n] int64: the tokens `ahead` places after them.
-            states: [batch, n, state, state_size]: the target's states there.
-            level: the positions, as attention sees them.
-            target: parts of the target.
-
-        Returns:
-            [batch, n, kept]: what is kept of each position while it is the last.
-        """
-
-    def readings(self, layers: int) -> Iterator[tuple[str, StatesNet]]:
-        """Other ways in which its file may have been meant, for a target of so many layers: (what differs, the network so)."""
-        for shift in (-1, 1):
-            states = tuple(i + shift if i >= 0 else i for i in self.states)
-            if (
-                states != self.states
-                and all(-1 <= i < layers for i in states)
-                and states.count(-1) == self.states.count(-1)
-            ):
-                yield f"states {states}, one layer {'earlier' if shift < 0 else 'later'}", self.changed(states=states)
-        if len(self.states) > 1:
-            yield f"states {self.states[::-1]}, in reverse order", self.changed(states=self.states[::-1])
-
-    def changed(self, **attributes: Any) -> Any:
-        """The same network, with the same weights, but for these attributes."""
-        made = copy(self)
-        for name, value in attributes.items():
-            setattr(made, name, value)
-        return made
-
-    def over_target(self, logits: Tensor, vocab: int) -> Tensor:
-        """[..., vocab]: logits over all of the target's tokens, for [..., vocab of the network]: -inf for those it lacks."""
-        if self.target_ids is None:
-            return logits
-        return logits.new_full((*logits.shape[:-1], vocab), -torch.inf).index_copy_(-1, self.target_ids, logits)
 
 
 class StatesDrafter(TreeDrafter):
@@ -202,9 +108,8 @@ class StatesRun(TreeDraftRun):
 
     def states_known(self, rows: list[int]) -> dict[int, int]:
         if not self.net.attention:
-            return {
-                row: self.batch.host_lengths[row] for row in rows
-            }  # the last is passed in any case, and it is enough
+            # the last is passed in any case, and it is enough
+            return {row: self.batch.host_lengths[row] for row in rows}
         held = [*self._earlier_texts(), *self._held]
         sources = {}
         for row in rows:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.block import BlockNet
 from specdec.drafters.feature import FeatureNet
-from specdec.drafters.states_drafter import TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 
 
@@ -111,6 +111,32 @@ def blocks(net: BlockNet, tokens: Tensor, states: Tensor, target: TargetParts, a
     base = net.block(tokens[rows, flat], kept[rows, flat - 1], level, net.depth, target)
     places = flat[:, None] + torch.arange(net.depth, device=tokens.device)
     return net.logits(base, tokens[rows[:, None], places]).unflatten(0, (batch, n))
+
+
+def drafts_along(
+    net: StatesNet, tokens: Tensor, states: Tensor, target: TargetParts, depth: int, anchors: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The laws of drafts at many places of a text, whatever the network.
+
+    Args:
+        net: the network; gradients flow through it.
+        tokens: [batch, t] int64.
+        states: [batch, t, state, state_size]: the target's, at all positions.
+        target: parts of the target.
+        depth: how deep; at most as deep as a block.
+        anchors: [batch, n] int64: the places of roots, for a `BlockNet`; None for all places that the text goes on after.
+
+    Returns:
+        the places of roots, [batch, n] int64, and by depth d from 0 on the logits [batch, n, vocab] of the token d + 1 places
+        after them.
+    """
+    deepest = net.depth if isinstance(net, BlockNet) else depth
+    if anchors is None:
+        anchors = torch.arange(1, tokens.shape[1] - deepest + 1, device=tokens.device).expand(len(tokens), -1)
+    if isinstance(net, BlockNet):
+        return anchors, list(blocks(net, tokens, states, target, anchors)[:, :, :depth].unbind(2))
+    assert isinstance(net, FeatureNet)
+    return anchors, list(unroll(net, tokens, states, target, depth))
 
 
 @torch.no_grad()

@@ -46,29 +46,20 @@ class Level(ABC):
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
         """What the nodes see of the slots, as transformers' layers take it. See `attend`."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> Tensor:
-        """Add the nodes' keys and values to a layer's, and attend to all that they see.
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        """Add the nodes' keys and values to a layer's, and attend to all that they see, scores times head_dim ** -0.5.
 
         Args:
             layer: which layer of the network.
             query: [batch, head, count, head_dim].
             key, value: [batch, kv_head, count, head_dim].
-            scale: of the scores; by default head_dim ** -0.5.
             window: how many positions up to its own a node sees; by default all of them.
 
         Returns:
             [batch, count, head, head_dim].
         """
         keys, values = self.add(layer, key, value)
-        return attend(self, query, keys, values, self.mask(query.dtype, window), scaling=scale)[0]
+        return attend(self, query, keys, values, self.mask(query.dtype, window))[0]
 
 
 class CachedLevel(Level):

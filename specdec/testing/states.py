@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.block import BlockDrafter, BlockNet
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
-from specdec.drafters.states_drafter import StatesNet, TargetParts
+from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
 from specdec.generate import generate
 from specdec.laws import Law

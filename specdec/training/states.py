@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_int
 from specdec.drafters.block import BlockNet
-from specdec.drafters.feature import FeatureNet
-from specdec.drafters.states_drafter import StatesNet, TargetParts
-from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
+from specdec.drafters.states_net import StatesNet, TargetParts
+from specdec.drafters.teacher_forcing import drafts_along, read_texts
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # one of `specdec.training.distillation`
 
@@ -63,7 +62,8 @@ def drafted(
     """
     depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
     states, logits = read_texts(target, tokens, net.states)
-    places, found = _drafted(net, tokens, states, TargetParts.of(target, net), depth, anchors, generator)
+    roots = _anchors(net, tokens, anchors, generator)
+    places, found = drafts_along(net, tokens, states, TargetParts.of(target, net), depth, roots)
     laws, own = logits.float().log_softmax(-1), tokens
     if net.target_ids is not None:
         laws = laws[..., net.target_ids]
@@ -79,23 +79,12 @@ def drafted(
     ]
 
 
-def _drafted(
-    net: StatesNet,
-    tokens: Tensor,
-    states: Tensor,
-    parts: TargetParts,
-    depth: int,
-    anchors: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Roots [batch, place] int64, and by depth the logits [batch, place, vocab] below them."""
-    (batch, length), device = tokens.shape, tokens.device
-    if isinstance(net, FeatureNet):
-        places = torch.arange(1, length - depth + 1, device=device).expand(batch, -1)
-        return places, list(unroll(net, tokens, states, parts, depth))
-    assert isinstance(net, BlockNet)
-    places = torch.randint(1, length - net.depth, (batch, anchors), generator=generator).to(device)
-    return places, list(blocks(net, tokens, states, parts, places)[:, :, :depth].unbind(2))
+def _anchors(net: StatesNet, tokens: Tensor, count: int, generator: torch.Generator | None) -> Tensor | None:
+    """[batch, count] int64: random places to draft at, for a `BlockNet`; None for all, for a `FeatureNet`."""
+    if not isinstance(net, BlockNet):
+        return None
+    batch, length = tokens.shape
+    return torch.randint(1, length - net.depth + 1, (batch, count), generator=generator).to(tokens.device)
 
 
 def states_loss(loss: Loss, found: Sequence[Depth], decay: float = 0.8) -> Tensor:

@@ -13,12 +13,8 @@ from experiments.bench.swept import Point, Sweep, titled, words
 from specdec.display.picture import BLUE, ORANGE
 
 COLUMNS = 6  # at most, where the last axis alone has no more
-LEFT, WIDE, HIGH, LINE = (
-    134,
-    52,
-    24,
-    16,
-)  # space for labels, size of a cell, and height of a line of the head, in pixels
+# space for labels, size of a cell, and height of a line of the head, in pixels
+LEFT, WIDE, HIGH, LINE = 134, 52, 24, 16
 
 
 def heat_map(sweep: Sweep) -> Panel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from experiments.bench.charts.bars import bars
@@ -21,10 +22,8 @@ def picture(sweep: Sweep) -> Sheet:
     base = next(iter(sweep.jobs[0]["figures"])).replace("_", " ")
     title = f"{sweep.shared.get('target', 'Sweep')}: speed-up over {base} decoding in the same setting (1: as fast)"
     values = {axis: sweep.values(axis) for axis in range(len(sweep.axes))}
-    numeric = [
-        axis for axis, own in values.items() if len(own) > 2 and all(map(number, own)) and TASK not in sweep.axes
-    ]
-    longest = max(numeric, key=lambda axis: len(values[axis]), default=None)
+    lengths = {axis: len(own) for axis, own in values.items() if len(own) > 2 and all(map(number, own))}
+    longest = None if TASK in sweep.axes else max(lengths, key=lengths.__getitem__, default=None)
     if longest is not None and max(map(len, _panels(sweep, longest).values())) <= LINES:
         note = f"{INTERVALS} Hollow: not told apart from no difference."
         return _sheet(title, sweep, longest, lines, note)
@@ -41,13 +40,11 @@ def of_methods(figures: dict[str, Any]) -> Sheet:
     return Sheet(f"Speed-up over {next(iter(figures))} (1: as fast)", [bars(plot)], BARS)
 
 
-def _sheet(title: str, sweep: Sweep, axis: int, draw: Any, note: str) -> Sheet:
+def _sheet(title: str, sweep: Sweep, axis: int, draw: Callable[[Plot], Panel], note: str) -> Sheet:
     panels, most = _panels(sweep, axis), _most([point.figures for point in sweep.points])
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    drawn: list[Panel] = [
-        draw(Plot(setting, *_axis(sweep, axis), series, names, most)) for setting, series in panels.items()
-    ]
-    return Sheet(title, drawn, note, {name: colour(names, name) for name in names})
+    plots = (Plot(setting, *_axis(sweep, axis), series, names, most) for setting, series in panels.items())
+    return Sheet(title, [*map(draw, plots)], note, {name: colour(names, name) for name in names})
 
 
 def _axis(sweep: Sweep, axis: int) -> tuple[str, list[str]]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, as_ints, as_tuple, check_kind
-from specdec.drafters.block import BlockDrafter, BlockNet
-from specdec.drafters.feature import FeatureDrafter, FeatureNet
-from specdec.drafters.states_drafter import TargetParts
-from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
+from specdec.drafters.block import BlockDrafter
+from specdec.drafters.feature import FeatureDrafter
+from specdec.drafters.states_net import TargetParts
+from specdec.drafters.teacher_forcing import drafts_along, read_texts
 from specdec.models.probe import cure_for
 
 
@@ -123,20 +123,12 @@ def _reading(name: str, net: Any, model: PreTrainedModel, texts: Sequence[Tensor
     parts, overlaps, same = TargetParts.of(model, net), [], []
     for tokens in texts:
         states, logits = read_texts(model, tokens, net.states)
-        for d, found in enumerate(_drafted(net, tokens, states, parts, depth)):
+        _, drafted = drafts_along(net, tokens, states, parts, depth)
+        for d, found in enumerate(drafted):
             mine = net.over_target(found[0].float(), logits.shape[2])
-            theirs = logits[0, 1 + d : 1 + d + found.shape[1]].float()
+            theirs = logits[0, 1 + d : 1 + d + len(mine)].float()
             overlaps.append(torch.minimum(mine.softmax(-1), theirs.softmax(-1)).sum(-1).cpu())
             same.append((mine.argmax(-1) == theirs.argmax(-1)).float().cpu())
     by_depth = (torch.stack([torch.cat(part[d::depth]) for d in range(depth)], 1) for part in (overlaps, same))
     overlap, agreed = by_depth
     return Reading(name, overlap, agreed.mean(0))
-
-
-def _drafted(net: Any, tokens: Tensor, states: Tensor, parts: TargetParts, depth: int) -> list[Tensor]:
-    """By depth: [1, n, vocab] logits, of row i for the token i + 2 + depth places from the beginning."""
-    if isinstance(net, FeatureNet):
-        return list(unroll(net, tokens, states, parts, depth))
-    assert isinstance(net, BlockNet)
-    anchors = torch.arange(1, tokens.shape[1] - net.depth + 1, device=tokens.device)[None]
-    return list(blocks(net, tokens, states, parts, anchors)[:, :, :depth].unbind(2))
