@@ -1,5 +1,7 @@
 """Networks on the target's states: one pass after each step keeps up with the text, whoever wrote it and however it came."""
 
+import gc
+
 import pytest
 import torch
 from captured import eagle
@@ -9,7 +11,9 @@ import specdec
 from certificates.cases import llama as four_tokens
 from specdec import Sampling
 from specdec.drafters import Eagle3Drafter, Eagle3Net, Fallback, MedusaDrafter, MedusaHeads, Paused, SuffixDrafter
+from specdec.drafters.balance import Balance
 from specdec.drafters.states_drafter import StatesRun
+from specdec.models.cache import TreeCache
 from specdec.testing import assert_drafter, exact_law, target_law
 from specdec.theory import CostCurve
 from specdec.trees import Chain, Dynamic, Widths
@@ -119,9 +123,61 @@ def test_networks_for_other_targets_are_refused():
             llama(dtype=torch.float64, num_hidden_layers=4), PROMPTS[0], Eagle3Drafter(network()), max_new_tokens=2
         )
     net = eagle().double()
-    net.target_ids = torch.tensor([0, 50])
+    net.vocab, net.target_ids = 2, torch.tensor([0, 50])
     with pytest.raises(ValueError, match="drafts tokens 0 to 50, the target knows 50"):
         specdec.generate(TARGET, PROMPTS[0], Eagle3Drafter(net), max_new_tokens=2)
-    net.target_ids, net.states = None, (0, 7)
+    net.vocab, net.target_ids, net.states = None, None, (0, 7)
     with pytest.raises(ValueError, match="states=7"):
         specdec.generate(TARGET, PROMPTS[0], Eagle3Drafter(net), max_new_tokens=2)
+
+
+def test_norms_of_keys_run_under_autocast():
+    net = network(head_norms=True, vocab=4).float()
+    target = four_tokens(seed=0, layers=4).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = specdec.generate(target, [0, 1, 0], Eagle3Drafter(net, Widths((2, 1))), max_new_tokens=8, stop_tokens=())
+        plain = specdec.generate(target, [0, 1, 0], max_new_tokens=8, stop_tokens=())
+    assert torch.equal(out.tokens[0], plain.tokens[0])
+
+
+def test_a_network_that_gives_nan_is_reported():
+    net = network(vocab=4)
+    net.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="cannot have been drawn as they say"):
+        options = {"sampling": Sampling(1.0), "max_new_tokens": 8}
+        specdec.generate(four_tokens(seed=0, layers=4), [0, 1, 0], Eagle3Drafter(net, Chain(2)), **options)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [lambda: Fallback(SuffixDrafter(), drafter()), lambda: MedusaDrafter(MedusaHeads(2, 1, 32).double(), Chain(2))],
+    ids=["beside a drafter from text", "medusa"],
+)
+def test_turns_of_a_conversation_read_and_keep_no_more_than_is_new(monkeypatch, one):
+    told, one, text, last = [], one(), PROMPTS[0], None
+
+    def noting(run, states, start, count):
+        told.append(int(count.sum()))
+        READ(run, states, start, count)
+
+    monkeypatch.setattr(StatesRun, "read", noting)
+    gc.collect()
+    before = sum(type(thing) is TreeCache for thing in gc.get_objects())
+    for _ in range(4):
+        told.clear()
+        last = specdec.generate(TARGET, text, one, resume=last, keep=True, max_new_tokens=6, stop_tokens=())
+        text = torch.cat([text, last.tokens[0], torch.tensor([3])])
+    assert sum(told) <= 12  # its six tokens, the one that was said, and what is read again
+    gc.collect()
+    assert sum(type(thing) is TreeCache for thing in gc.get_objects()) <= before + 4  # of the target and the drafts, twice
+
+
+def test_a_pause_survives_trees_of_a_root_alone():
+    two = [PROMPTS[0], PROMPTS[0][:5]]
+    out = specdec.generate(TARGET, two, Paused(drafter()), max_new_tokens=12, batch_size=1, stop_tokens=())
+    for prompt, text in zip(two, out.tokens, strict=True):
+        assert torch.equal(text, reference(TARGET, prompt, max_new_tokens=12))
+    balance = Balance(1.0, 0.01)
+    for nodes, seconds in ((0, 1.0), (1, 1.2), (5, 1.5), (1, 1.2)):
+        balance.see(nodes, 1, seconds)
+    assert balance.loss(5) == pytest.approx(0.5)

@@ -40,7 +40,8 @@ def main() -> None:
     found = []
     for prompt in tqdm(prompts, desc="texts"):
         ids = ids_of(rounded.tokenizer, [prompt.turns[0]], chat=True)
-        theirs = rounded.target.generate(
+        model: Any = rounded.target
+        theirs = model.generate(
             ids[None], max_new_tokens=options.new_tokens, do_sample=False, attention_mask=torch.ones_like(ids)[None]
         )[0, len(ids) :]
         for name, drafter in (("none", None), ("suffix", SuffixDrafter())):

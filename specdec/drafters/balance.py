@@ -75,5 +75,6 @@ class Balance:
             # The first may have compiled or captured something, as happens once: what it took beyond is charged if the second
             # takes it too.
             self._charged[nodes] = longer = min(longer, foreseen)
-        self._losses[nodes] = max(longer, 0.0)
+        if nodes > 1:  # a drafter may have had nothing to draft: that is charged, and says nothing of other sizes
+            self._losses[nodes] = max(longer, 0.0)
         return 2 * longer - self._charged[nodes] if len(times) == 2 else longer

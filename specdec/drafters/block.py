@@ -16,7 +16,8 @@ from specdec.models.level import Level
 from specdec.models.target import ModelTargetRun
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, TreeSpec, block
-from specdec.trees.base import Frontier
+from specdec.trees.base import Frontier, TreePolicy
+from specdec.trees.widths import Chain
 
 
 class ByDepth(NamedTuple):
@@ -78,8 +79,16 @@ class BlockDrafter(StatesDrafter):
             is drawn stays what the draft says. None: all nodes of the policy's tree are drafted.
     """
 
+    kind = BlockNet
     net: BlockNet
-    confidence: float | None = None
+
+    def __init__(self, net: BlockNet, tree: TreePolicy | None = None):
+        super().__init__(net, tree)
+        self.tree = Chain(net.depth) if tree is None else self.tree
+
+    @property
+    def confidence(self) -> float | None:
+        return None
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         spec = super().spec(sampling)

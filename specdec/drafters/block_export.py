@@ -75,8 +75,11 @@ def _plain(net: Any, target: PreTrainedModel, layers: dict[str, Any], method: st
         "output_multiplier": reading.logit_scale,
         "final_logit_softcapping": reading.logit_cap,
     }
+    scaled = {key: value for key, value in scales.items() if value not in (1.0, None)}
+    if method == "dspark" and scaled:
+        raise ValueError(f"format='plain': files of DSpark cannot say {', '.join(scaled)}.")
     causal = _sliding_are_causal(net)
-    nested = found | {"causal": causal} | {key: value for key, value in scales.items() if value not in (1.0, None)}
+    nested = found | {"causal": causal} | scaled
     return {
         **layers,
         "num_target_layers": count,

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,12 +42,41 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     folder = _folder(source)
     if not (folder / _CONFIG).is_file():
         raise ValueError(f"There is no {_CONFIG} in {folder}; give the folder of a draft's checkpoint.")
-    tensors: dict[str, Tensor] = {}
+    config, tensors = read_json(folder / _CONFIG), {}
     for file in _files(folder):
         tensors |= read_tensors(file)
     # frequencies of rotary positions follow from the config
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    return Checkpoint(json.loads((folder / _CONFIG).read_text("utf-8")), kept)
+    return Checkpoint(config, kept)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """A file that cannot be read is reported by its name."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} holds more than tensors, and no code is run ({reason}). Get the checkpoint as safetensors."
+        ) from None
+    except (
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+    ) as error:
+        raise ValueError(f"{file} is broken ({type(error).__name__}: {error}); download it again.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The keys of a file."""
+    with _whole(file):
+        return dict(json.loads(file.read_text("utf-8")))
 
 
 @contextmanager
@@ -51,13 +86,18 @@ def naming(source: str | Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, StrictDataclassError) as error:
+        said = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ValueError(f"{source}: its config or its tensors are not as such a draft has them ({said}).") from error
 
 
 def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `config.json` and `model.safetensors`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+    }  # some may share memory
     save_file(whole, folder / _WEIGHTS[0], metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
@@ -87,15 +127,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name. Nothing that a pickle holds besides is run."""
     if not file.is_file():
         raise ValueError(f"There is no {file.name} in {file.parent}, which names it; download it again.")
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} holds more than tensors, and no code is run ({reason}). Get the checkpoint as safetensors."
-        ) from None
+    with _whole(file):
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def filled(
@@ -148,6 +183,8 @@ def _files(folder: Path) -> list[Path]:
         if (folder / weights).is_file():
             return [folder / weights]
         if (index := folder / f"{weights}{_INDEX}").is_file():
-            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
+            names = sorted(map(str, set(dict(read_json(index).get("weight_map", {})).values())))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError(f"{index} names no files of its own folder ({', '.join(names)}); download it again.")
+            return [folder / name for name in names]
     raise ValueError(f"There is neither {' nor '.join(_WEIGHTS)} in {folder}, nor an index of several such files.")

@@ -20,7 +20,6 @@ from specdec.drafters.layers import Layer, Norm, Rotary, head_size
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
-from specdec.trees.widths import Chain
 
 
 class DFlashNet(BlockNet):
@@ -101,11 +100,9 @@ class DFlashDrafter(BlockDrafter):
         tree: the tree policy, at most as deep as the block; by default a chain of as many tokens.
     """
 
+    kind = DFlashNet
     net: DFlashNet
     method: ClassVar[str] = "dflash"
-
-    def __init__(self, net: DFlashNet, tree: TreePolicy | None = None):
-        super().__init__(net, Chain(net.depth) if tree is None else tree)
 
     @classmethod
     def from_pretrained(

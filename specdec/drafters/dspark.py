@@ -101,6 +101,7 @@ class DSparkDrafter(DFlashDrafter):
             drawn, so whether a child exists tells nothing about its token. None: never stop.
     """
 
+    kind = DSparkNet
     net: DSparkNet
     method = "dspark"
 
@@ -110,7 +111,11 @@ class DSparkDrafter(DFlashDrafter):
             confidence = as_float("confidence", confidence, "[0, 1]")
             if net.confidence_head is None:
                 raise ValueError(f"confidence={confidence}: the network has no confidence head; leave it out.")
-        self.confidence = confidence
+        self._confidence = confidence
+
+    @property
+    def confidence(self) -> float | None:
+        return self._confidence
 
     @staticmethod
     def _net_for(file: BlockFile) -> DSparkNet:

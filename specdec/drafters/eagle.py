@@ -53,6 +53,9 @@ class EagleNet(FeatureNet):
 class EagleDrafter(FeatureDrafter):
     """Drafts with an EAGLE-1 or EAGLE-2 network, along any tree, sampled with its laws or greedily."""
 
+    kind = EagleNet
+    net: EagleNet
+
     @classmethod
     def from_pretrained(cls, source: str | Path, target: PreTrainedModel, tree: TreePolicy | None = None) -> Self:
         """A draft as its authors write it, in the target's dtype.

@@ -100,6 +100,7 @@ class Eagle3Net(FeatureNet):
 class Eagle3Drafter(FeatureDrafter):
     """Drafts with an EAGLE-3 network, along any tree, sampled with its laws or greedily."""
 
+    kind = Eagle3Net
     net: Eagle3Net
 
     @classmethod

@@ -57,8 +57,9 @@ class _FallbackRun(DraftRun):
         self._has = torch.zeros_like(batch.lengths, dtype=torch.bool)  # [batch]: rows for which the first drafted
 
     def states_known(self, rows: list[int]) -> dict[int, int]:
-        first, second = self.first.states_known(rows), self.second.states_known(rows)
-        return {row: min(first[row], second[row]) for row in rows}
+        parts = zip((self.first, self.second), self._columns, strict=True)
+        known = [run.states_known(rows) for run, columns in parts if columns]
+        return {row: min(of[row] for of in known) for row in rows}
 
     def read(self, states: Tensor, start: Tensor, count: Tensor) -> None:
         for run, columns in zip((self.first, self.second), self._columns, strict=True):

@@ -49,6 +49,7 @@ class FeatureDrafter(StatesDrafter):
     A text of one token has no pair yet: until it grows, its drafts are guesses from zeros.
     """
 
+    kind = FeatureNet
     net: FeatureNet
 
     def _run(self, net: FeatureNet, target: ModelTargetRun, batch: Batch, last: StatesRun | None) -> StatesRun:

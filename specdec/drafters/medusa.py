@@ -16,7 +16,6 @@ from specdec.drafters.checkpoints import read_tensors
 from specdec.drafters.states_net import TargetParts
 from specdec.models.level import Level
 from specdec.trees.base import TreePolicy
-from specdec.trees.widths import Chain
 
 _CONFIG, _WEIGHTS = "config.json", ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
@@ -124,7 +123,7 @@ class MedusaDrafter(BlockDrafter):
     def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
         check_kind("heads", heads, (MedusaHeads, str, Path), "pass MedusaHeads, or the folder they are in")
         heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
-        super().__init__(heads, Chain(len(heads)) if tree is None else tree)
+        super().__init__(heads, tree)
 
     def __repr__(self) -> str:
         return f"MedusaDrafter({self.net.depth} heads, {self.tree})"

@@ -77,6 +77,7 @@ class MtpDrafter(FeatureDrafter):
     If the repository holds several, for one depth each, only the first is used: at every depth.
     """
 
+    kind = MtpNet
     net: MtpNet
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int, as_ints, as_tuple, check_kind
-from specdec.drafters.block import BlockDrafter
+from specdec.drafters.block import BlockDrafter, BlockNet
 from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import TargetParts
 from specdec.drafters.teacher_forcing import drafts_along, read_texts
@@ -94,16 +94,17 @@ def check(
         drafter: a drafter with a network on the target's states.
         texts: token ids of whole texts, prompts included, such as the target would write. A few hundred tokens tell readings
             apart; another one than that taken is proposed only if it leads by two standard errors.
-        depth: how many drafted tokens are compared; recursion shows from 2 on.
+        depth: how many drafted tokens are compared, at most as many as a block has; recursion shows from 2 on.
     """
     check_kind("target", target, PreTrainedModel, cure_for(target))
     check_kind("drafter", drafter, (FeatureDrafter, BlockDrafter), "pass one with a network on the target's states")
     config, net = target.config.get_text_config(), drafter.net
-    depth = as_int("depth", depth, 1, getattr(net, "depth", 2**16))
+    others = list(net.readings(config.num_hidden_layers))
+    blocks = [each.depth for each in (net, *(other for _, other in others)) if isinstance(each, BlockNet)]
+    depth = min([as_int("depth", depth, 1), *blocks])  # what all of them draft
     tokens = _as_texts(texts, depth + 1 + getattr(net, "depth", 0), config.vocab_size)
     given = [text.to(target.device) for text in tokens]
     taken = _reading("as taken", net, target, given, depth)
-    others = net.readings(config.num_hidden_layers)
     return Readings(taken, tuple(_reading(name, other, target, given, depth) for name, other in others))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,11 @@ class StatesDrafter(TreeDrafter):
         tree: the tree policy; a chain of 4 by default.
     """
 
+    kind: ClassVar[type[StatesNet]] = StatesNet  # of its network
     capturable_scores = True
 
     def __init__(self, net: StatesNet, tree: TreePolicy | None = None):
-        check_kind("net", net, StatesNet, f"pass the network of a {type(self).__name__}")
+        check_kind("net", net, self.kind, f"pass the network of a {type(self).__name__}")
         super().__init__(tree)
         self.net, self.states, self.models = net, tuple(net.states), (net,)
 
@@ -75,7 +76,11 @@ class StatesDrafter(TreeDrafter):
             raise ValueError(
                 f"{self} reads states of size {net.state_size}, the target's have {size}; use another draft."
             )
-        known, ids = net.vocab, net.target_ids
+        known, ids, own = net.vocab, net.target_ids, getattr(net, "embed_tokens", None)
+        if own is not None and own.num_embeddings < vocab:
+            raise ValueError(f"{self} embeds {own.num_embeddings} tokens, the target knows {vocab}; use another draft.")
+        if ids is not None and (len(ids) != known or len(ids.unique()) != known):
+            raise ValueError(f"{self} knows {known} tokens, but not each by an id of its own; use another draft.")
         if ids is None and known not in (None, vocab):
             raise ValueError(f"{self} knows {known} tokens, the target knows {vocab}; use another draft.")
         if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
@@ -104,13 +109,15 @@ class StatesRun(TreeDraftRun):
     def resumed(self, last: StatesRun | None) -> StatesRun:
         """This run at its first step, which may go on from `last`: a run that has ended, perhaps this one."""
         self._earlier, self._begins = last, True
+        self.parts = TargetParts.of(self._target.cached.lm.model, self.net)  # they may have been replaced
         return self
 
     def states_known(self, rows: list[int]) -> dict[int, int]:
+        earlier = self._earlier_texts()
         if not self.net.attention:
             # the last is passed in any case, and it is enough
             return {row: self.batch.host_lengths[row] for row in rows}
-        held = [*self._earlier_texts(), *self._held]
+        held = [*earlier, *self._held]
         sources = {}
         for row in rows:
             text = self.batch.text(row)
@@ -156,7 +163,8 @@ class StatesRun(TreeDraftRun):
         start = torch.where(some, start, here + ahead)  # rows without any read garbage, where it harms nothing
         self.cache.rewind(start)
         index = start[:, None] + ahead + torch.arange(n, device=start.device)
-        tokens = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+        # What was drawn from logits that are no law may be no token; the host learns of the fault after the step.
+        tokens = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1)).clamp(max=self.batch.vocab - 1)
         topology = self.batch.chain(n) if rows == len(self.batch) else chain(rows, n, start.device)
         kept = self.net.follow(tokens, states.to(self.last.dtype), self.level(topology, n), self.parts)
         self.cache.rewind(torch.where(some, start + count - ahead, here))

@@ -104,7 +104,8 @@ class TreeDraftRun(DraftRun):
         """Call `score` and check its result; if scores are captured one by one, replay it."""
 
         def drafted(frontier: Frontier) -> Tensor:
-            logits = self.score(frontier)
+            # What is drawn from logits that are no law may be no token; the host learns of the fault after the step.
+            logits = self.score(replace(frontier, tokens=frontier.tokens.clamp(max=self.batch.vocab - 1)))
             shape = (*frontier.tokens.shape, self.batch.vocab)
             axes, device = "[batch, count, vocab]", frontier.tokens.device
             check_logits(f"{type(self).__name__}.score", logits, axes, shape, device)

@@ -136,6 +136,7 @@ class CachedModel:
     def begin(self, last: CachedModel | None) -> None:
         """Begin a run, which may go on from `last`: a run that has ended, perhaps this one."""
         self._last, self._begins = last, True
+        self.capture.look_up(self.lm.model)
         self.tokens_read = self.tokens_copied = 0  # in prompts
 
     @cached_property

@@ -72,7 +72,9 @@ class CachedLevel(Level):
         self._masks: dict[int | None, Tensor | None] = {}
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self._layers[layer].update(key, value)
+        slots = self._layers[layer].keys.dtype  # under autocast, norms give keys of another dtype than products
+        keys, values = self._layers[layer].update(key.to(slots), value.to(slots))
+        return keys.to(key.dtype), values.to(value.dtype)
 
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
         if window not in self._masks:

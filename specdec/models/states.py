@@ -48,10 +48,14 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, which: Sequence[int], device: torch.device):
         self.which, self._device = tuple(which), device
-        met = sorted(set(which), key=lambda index: (index < 0, index))  # the head comes last
-        self._hooked = [(_place(model, index), _catch if index >= 0 else _catch_before_head) for index in met]
-        self._order = [met.index(index) for index in which]
+        self._met = sorted(set(which), key=lambda index: (index < 0, index))  # the head comes last
+        self._order = [self._met.index(index) for index in which]
+        self.look_up(model)
         self.states: Tensor | None = None  # [batch, count, state, hidden] of the last pass
+
+    def look_up(self, model: PreTrainedModel) -> None:
+        """Find the modules to listen to: between runs some may have been replaced."""
+        self._hooked = [(_place(model, index), _catch if index >= 0 else _catch_before_head) for index in self._met]
 
     @contextlib.contextmanager
     def of_pass(self, keep: int) -> Iterator[None]:

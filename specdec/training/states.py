@@ -61,6 +61,8 @@ def drafted(
         generator: of the random choice.
     """
     depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
+    if tokens.shape[1] <= (least := max(depth, getattr(net, "depth", 0)) + 1):
+        raise ValueError(f"Texts of {tokens.shape[1]} tokens have no room for drafts; use texts of more than {least}.")
     states, logits = read_texts(target, tokens, net.states)
     roots = _anchors(net, tokens, anchors, generator)
     places, found = drafts_along(net, tokens, states, TargetParts.of(target, net), depth, roots)
@@ -103,7 +105,7 @@ def acceptance(found: Sequence[Depth]) -> list[float]:
     weight, chances = torch.ones(()), []
     for at in found:
         overlap = torch.minimum(at.target_law, at.draft_law).exp().sum(-1)
-        chances.append(float((weight * overlap)[at.written].mean()))
+        chances.append(float((weight * overlap)[found[0].written & at.written].mean()))
         p, q = (law.gather(-1, at.tokens.clamp(min=0)[..., None])[..., 0] for law in (at.target_law, at.draft_law))
         weight = torch.where(at.tokens >= 0, weight * (q - p).clamp(max=0).exp(), 0)
     return chances
