@@ -169,7 +169,8 @@ def test_turns_of_a_conversation_read_and_keep_no_more_than_is_new(monkeypatch, 
         text = torch.cat([text, last.tokens[0], torch.tensor([3])])
     assert sum(told) <= 12  # its six tokens, the one that was said, and what is read again
     gc.collect()
-    assert sum(type(thing) is TreeCache for thing in gc.get_objects()) <= before + 4  # of the target and the drafts, twice
+    now = sum(type(thing) is TreeCache for thing in gc.get_objects())
+    assert now <= before + 4  # of the target and of the drafts, of two turns
 
 
 def test_a_pause_survives_trees_of_a_root_alone():
