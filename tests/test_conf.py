@@ -162,3 +162,16 @@ def test_experiment_without_its_extra_is_told_what_to_install(tmp_path):
     done = without("hydra", tmp_path, "benchmark.py")
     assert done.returncode == 1 and done.stderr.startswith("hydra is not installed")
     assert "make install" in done.stderr and "[experiments]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_published_draft_is_checked_by_one_command(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "experiments" / "check_drafter.py",
+        f"drafter.source={CHECKPOINT}",
+        "task.per_task=1",
+    ]
+    done = subprocess.run([*command, "new_tokens=8"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "as taken" in done.stdout and "acceptance length 1." in done.stdout
+    assert len(list(tmp_path.glob("outputs/*.json"))) == 1

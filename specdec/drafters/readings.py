@@ -38,10 +38,10 @@ class Reading:
         return float(self.overlaps.mean())
 
     def ahead(self, other: Reading) -> bool:
-        """Whether it agrees better than another by more than two standard errors, place by place."""
+        """Whether it agrees better than another by more than three standard errors, place by place."""
         n = min(len(self.overlaps), len(other.overlaps))
         lead = (self.overlaps[:n] - other.overlaps[:n]).mean(1)
-        return float(lead.mean()) > 2 * float(lead.std()) / n**0.5
+        return float(lead.mean()) > 3 * float(lead.std()) / n**0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def check(
         target: the target.
         drafter: a drafter with a network on the target's states.
         texts: token ids of whole texts, prompts included, such as the target would write. A few hundred tokens tell readings
-            apart; another one than that taken is proposed only if it leads by two standard errors.
+            apart; another one than that taken is proposed only if it leads by three standard errors.
         depth: how many drafted tokens are compared, at most as many as a block has; recursion shows from 2 on.
     """
     check_kind("target", target, PreTrainedModel, cure_for(target))
