@@ -171,7 +171,7 @@ def test_a_published_draft_is_checked_by_one_command(tmp_path):
         f"drafter.source={CHECKPOINT}",
         "task.per_task=1",
     ]
-    done = subprocess.run([*command, "new_tokens=8"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*command, "new_tokens=8"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "as taken" in done.stdout and "acceptance length 1." in done.stdout
     assert len(list(tmp_path.glob("outputs/*.json"))) == 1

@@ -22,7 +22,7 @@ from specdec.drafters import (
     SuffixDrafter,
 )
 from specdec.drafters.suffix import _SuffixRun
-from specdec.models import cached_model
+from specdec.models import held_texts
 from specdec.rules import BlockVerification, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, assert_drafter, exact_law_in_slots, target_law
 from specdec.trees import Chain, Dynamic, Widths
@@ -161,7 +161,7 @@ PROCESSED = {"sampling": Sampling(1.0, processors=(Counting(),))}
 LEAKS = {
     "coins": (TABLE, TabularDrafter(DRAFT, Chain(1)), {}, (Coins, "enter", coins_of_the_last_text)),
     "coins, without a draft": (TABLE, None, {}, (Coins, "enter", coins_of_the_last_text)),
-    "the target's cache": (TARGET, None, {"sampling": TWO}, (cached_model, "common_length", slots_not_taken_over)),
+    "the target's cache": (TARGET, None, {"sampling": TWO}, (held_texts, "common_length", slots_not_taken_over)),
     "budget": (TABLE, None, {"budgets": [3, 2, 1]}, (Batch, "enter", budget_of_the_last_text)),
     "processors": (TABLE, None, PROCESSED, (Batch, "enter", processors_of_the_last_text)),
     "laws of drafts": (TABLE, LawsOfTheLastText(DRAFT, Chain(1)), {}, (LawsOfTheLastText, "leaks", True)),

@@ -22,11 +22,10 @@ small = partial(llama, num_hidden_layers=2)
 class Elsewhere(MedusaDrafter):
     """Its runs have a copy of the heads, as if those were on another device than the target."""
 
-    def start(self, target, batch, last=None):
-        run = super().start(target, batch, last)
-        if run._heads is self.heads:
-            run._heads = copy.deepcopy(self.heads)
-        return run
+    def _net_on(self, device, last):
+        net = copy.deepcopy(self.net) if last is None else last.net
+        net.load_state_dict(self.net.state_dict())
+        return net
 
 
 DRAFTERS = {
