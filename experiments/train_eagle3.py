@@ -1,6 +1,6 @@
 """Trains an EAGLE-3 network for a frozen target on text of its own making. May be stopped at any time, and resumes.
 
-    python experiments/train_eagle3.py                       # for the demo target: half an hour on one CPU core
+    python experiments/train_eagle3.py                       # for the demo target
     python experiments/train_eagle3.py target=hub target.target=NAME task=file task.path=FILE
 
 Everything is kept in `folder`: the target's texts, the newest checkpoint, and at the end the network as engines read it.
@@ -25,10 +25,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import specdec
 from experiments.bench.inputs import begin
-from experiments.bench.training import chosen, fit, own_texts, take_up
-from specdec import Sampling
+from experiments.bench.training import chosen, fit, lengths, own_texts, take_up
 from specdec.drafters import Eagle3Drafter, Eagle3Net
 from specdec.training import distillation
 from specdec.training.states import acceptance, drafted, states_loss
@@ -81,14 +79,6 @@ def evaluate(net: Eagle3Net, target: PreTrainedModel, texts: Tensor, prompt_leng
     depths = torch.tensor([acceptance(part) for part in parts])
     found: dict[str, Any] = {"accepted by depth": depths.mean(0).tolist(), "expected": 1 + float(depths.sum(1).mean())}
     net.eval()
-    for name, sampling in (("tau greedy", Sampling()), ("tau sampled", Sampling(1.0))):
-        out = specdec.generate(
-            target,
-            list(texts[:, :prompt_length]),
-            Eagle3Drafter(net, Chain(4)),
-            sampling=sampling,
-            max_new_tokens=tokens,
-        )
-        found[name] = out.summary()["acceptance_length"]
+    found |= lengths(target, list(texts[:, :prompt_length]), Eagle3Drafter(net, Chain(4)), tokens)
     net.train()
     return found

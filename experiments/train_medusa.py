@@ -24,10 +24,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import specdec
 from experiments.bench.inputs import begin
-from experiments.bench.training import chosen, fit, own_texts, take_up
-from specdec import Sampling
+from experiments.bench.training import chosen, fit, lengths, own_texts, take_up
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.training.medusa import States, acceptance_by_head, medusa_loss
 
@@ -65,7 +63,4 @@ def evaluate(
     """Acceptance rate by head at temperature 1, and acceptance lengths of a chain over all heads, on texts not trained on."""
     chosen = unseen.starts[torch.linspace(0, len(unseen.starts) - 1, windows).long()]
     found: dict[str, Any] = {"rates": acceptance_by_head(heads, unseen, chosen)}
-    for name, sampling in (("tau greedy", Sampling()), ("tau sampled", Sampling(1.0))):
-        out = specdec.generate(target, prompts, MedusaDrafter(heads), sampling=sampling, max_new_tokens=tokens)
-        found[name] = out.summary()["acceptance_length"]
-    return found
+    return found | lengths(target, prompts, MedusaDrafter(heads), tokens)

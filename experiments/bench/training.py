@@ -12,9 +12,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+import specdec
 from experiments.bench.inputs import Setting
 from experiments.bench.results import keep_settings, whole
+from specdec import Sampling
+from specdec.drafters import Drafter
 from specdec.training.self_distillation import continuations
 
 # may change in between
@@ -82,6 +86,16 @@ def fit(
                 states = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
                 _save({**states, "step": step + 1, "history": history}, path)
     return history
+
+
+def lengths(target: PreTrainedModel, prompts: list[Tensor], drafter: Drafter, tokens: int) -> dict[str, float]:
+    """Acceptance lengths when a drafter is served, greedy and sampled, in so many new tokens of every prompt."""
+    samplings = {"tau greedy": Sampling(), "tau sampled": Sampling(1.0)}
+    runs = {
+        name: specdec.generate(target, prompts, drafter, sampling=sampling, max_new_tokens=tokens)
+        for name, sampling in samplings.items()
+    }
+    return {name: out.summary()["acceptance_length"] for name, out in runs.items()}
 
 
 def _resume(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:

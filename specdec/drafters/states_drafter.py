@@ -93,13 +93,14 @@ class StatesRun(TreeDraftRun):
     """A network at work. Its cache holds the text and, behind that, what it computes of a tree."""
 
     drafter: StatesDrafter
+    parts: TargetParts  # looked up when a run begins, as they may have been replaced
 
     def __init__(
         self, drafter: StatesDrafter, net: StatesNet, target: ModelTargetRun, batch: Batch, last: StatesRun | None
     ):
         self.cache = _cache(net, batch, last)
         super().__init__(drafter, batch, last, net, self.cache, target)
-        self.net, self.parts, self._target = net, TargetParts.of(target.cached.lm.model, net), target
+        self.net, self._target = net, target
         self._held = HeldTexts(self.cache, net.ahead)
         self._earlier: StatesRun | None = None
         self._computed: Any = None  # by which weights the cache was written; None if no later run will ask
@@ -109,7 +110,7 @@ class StatesRun(TreeDraftRun):
     def resumed(self, last: StatesRun | None) -> StatesRun:
         """This run at its first step, which may go on from `last`: a run that has ended, perhaps this one."""
         self._earlier, self._begins = last, True
-        self.parts = TargetParts.of(self._target.cached.lm.model, self.net)  # they may have been replaced
+        self.parts = TargetParts.of(self._target.cached.lm.model, self.net)
         return self
 
     def states_known(self, rows: list[int]) -> dict[int, int]:

@@ -81,6 +81,7 @@ class CausalLM:
         made = (rows, capacity, tuple(states), autocast_dtype(self.device))
         if last is None or last.made != made:
             return CachedModel(self, *made, last)
+        last.capture.look_up(self.model)
         last.begin(last)
         return last
 
@@ -136,7 +137,6 @@ class CachedModel:
     def begin(self, last: CachedModel | None) -> None:
         """Begin a run, which may go on from `last`: a run that has ended, perhaps this one."""
         self._last, self._begins = last, True
-        self.capture.look_up(self.lm.model)
         self.tokens_read = self.tokens_copied = 0  # in prompts
 
     @cached_property
