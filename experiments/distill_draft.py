@@ -16,7 +16,6 @@ from experiments.bench import calls
 if __name__ == "__main__":
     calls.script("distill_draft", "distill_draft")
 
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -28,13 +27,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import specdec
 from experiments.bench.inputs import Setting, begin
 from experiments.bench.report import interval, markdown, mean, per_prompt
-from experiments.bench.training import fit, own_texts, take_up
+from experiments.bench.training import cost_of, fit, own_texts, take_up
 from specdec import Sampling
 from specdec.drafters import ModelDrafter
 from specdec.rules import BlockVerification, SiblingRejection
@@ -70,7 +68,11 @@ def main(config: DictConfig) -> None:
         found[name] = {**cost, "tau": []}
         for seed in config.seeds:
             run, draft = f"{name.replace(' ', '_')}_{seed}", beginning(setting, config, seed)
-            loss, evaluate = partial(step, draft), partial(by_depth, target, draft, held_out[:16], config)
+            evaluate = partial(by_depth, target, draft, held_out[:16], config)
+
+            def loss(some: Tensor, _: torch.Generator, step=step, draft=draft) -> Tensor:
+                return step(draft, some)
+
             path, steps = folder / f"{run}.pt", cost["steps"]
             history[run] = fit(draft, loss, training, evaluate, config, path, steps=steps, seed=seed)
             draft.save_pretrained(folder / run, is_main_process=calls.leads())
@@ -94,7 +96,8 @@ def runs(
     """What is trained, by name, and what it costs."""
     losses = instantiate(config.losses).items()
     steps = {name: partial(loss_of, target, loss, config.prompt_length) for name, loss in losses}
-    costs = {name: cost_of(step, draft, texts[: config.texts_per_step]) for name, step in steps.items()}
+    some = texts[: config.texts_per_step]
+    costs = {name: cost_of(partial(step, draft, some), draft) for name, step in steps.items()}
     most = max(flops for flops, _ in costs.values())
     found = {}
     for name, (flops, seconds) in costs.items():
@@ -124,17 +127,6 @@ def written(texts: Tensor, prompt_length: int) -> Tensor:
     tokens = texts[:, 1:].clone()
     tokens[:, : prompt_length - 1] = NO_TOKEN
     return tokens
-
-
-def cost_of(step: Step, draft: PreTrainedModel, texts: Tensor) -> tuple[int, float]:
-    """Floating point operations in the matrix products of a step, backward pass included, and its CPU seconds."""
-    with FlopCounterMode(display=False) as counter:
-        step(draft, texts).backward()
-    began = time.process_time()
-    step(draft, texts).backward()
-    seconds = time.process_time() - began
-    draft.zero_grad()
-    return counter.get_total_flops(), seconds
 
 
 @torch.no_grad()

@@ -32,11 +32,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -45,6 +47,10 @@ from specdec.batch import Batch
 from specdec.checks import as_int, as_tuple, check_callable, check_kind
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter
+from specdec.drafters.block import BlockNet
+from specdec.drafters.states_drafter import StatesDrafter
+from specdec.drafters.states_net import TargetParts
+from specdec.drafters.teacher_forcing import drafts_along, logits_of, read_texts
 from specdec.generate import generate
 from specdec.laws import Law, excludes_elders
 from specdec.loop import Decoding
@@ -68,7 +74,7 @@ class Text:
     Args:
         tokens: the new tokens.
         target: [place, vocab]: the target's laws.
-        draft: [place, vocab]: the draft's logits.
+        draft: [place, vocab]: the draft's logits; [depth, place, vocab] if they depend on how many drafts came before.
         sampling: how the text was sampled.
     """
 
@@ -86,8 +92,9 @@ class Text:
             law: how siblings are drawn; WITHOUT_REPLACEMENT for chains only.
         """
         _check(parents, rule, law, self.sampling)
+        self._check_depth(parents)
         children = [[child for child, parent in enumerate(parents) if parent == node] for node in range(len(parents))]
-        forests = {width: self._forest(width, law) for width in {*map(len, children)} - {0}}
+        forest = cache(partial(self._forest, law))
         laws, accepting = self.target.double().numpy(force=True), _ACCEPTING[type(rule)]
         places = len(self.tokens)
         begins = np.zeros(places + len(parents))
@@ -102,7 +109,7 @@ class Text:
                     for node, weight, reach in states
                     if (width := len(children[node]))
                     for slot, chance, within in self._entered(
-                        place, laws[place], reach, forests[width], width, accepting
+                        place, laws[place], reach, forest(width, place - start), width, accepting
                     )
                 ]
                 if not states:
@@ -125,11 +132,23 @@ class Text:
             turn *= 1 - taken.sum()
             reach, p = residual(reach, p, q)
 
-    def _forest(self, width: int, law: Law) -> RowTree:
+    def _check_depth(self, parents: Sequence[int]) -> None:
+        """Raise ValueError if the tree is deeper than laws are known."""
+        deepest = [0]
+        for parent in parents[1:]:
+            deepest.append(deepest[parent] + 1)
+        if self.draft.dim() == 3 and max(deepest) > len(self.draft):
+            raise ValueError(
+                f"parents={parents}: the tree is {max(deepest)} deep, and the draft's laws are known to depth "
+                f"{len(self.draft)}; use a tree no deeper, or texts(..., depth={max(deepest)})."
+            )
+
+    def _forest(self, law: Law, width: int, depth: int) -> RowTree:
         """One row with a root for every place, numbered like it, and the children drawn at each; they follow in order."""
         places = len(self.tokens)
         coins = Coins(0, 1, places * (1 + width))
-        drawn = draw(self.draft[None], width, law, self.sampling, coins, places)
+        logits = self.draft[depth] if self.draft.dim() == 3 else self.draft
+        drawn = draw(logits[None], width, law, self.sampling, coins, places)
         parents = torch.cat([torch.full((places,), -1), torch.arange(places).repeat_interleave(width)])
         leaves = torch.zeros_like(drawn.tokens, dtype=torch.uint8)
         if drawn.exists is not None:
@@ -147,6 +166,7 @@ def texts(
     *,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    depth: int = 8,
     **options: Any,
 ) -> list[Text]:
     """Let the target continue `prompt` by itself, and read both models' laws along its texts: one forward pass of each.
@@ -154,6 +174,8 @@ def texts(
     Args:
         drafter: makes the drafter whose laws are read, given a tree policy: `partial(ModelDrafter, draft)`.
         count: how many texts; one is enough for greedy decoding, where all are the same.
+        depth: of the deepest trees, for drafters whose laws depend on where a step began: those with a network on the target's
+            states. A block bounds it.
         options: `max_new_tokens`, `stop_tokens`, as for `generate`.
     """
     check_callable("drafter", drafter, "pass a function from a tree policy to a drafter: partial(ModelDrafter, draft)")
@@ -162,6 +184,12 @@ def texts(
     along = _Along(written)
     made = drafter(along)
     check_kind("what drafter(tree) returned", made, Drafter)
+    if isinstance(made, StatesDrafter):
+        model = target if isinstance(target, PreTrainedModel) else target.model
+        if model is None:
+            raise ValueError(f"{made} reads states of transformers models; the target is a {type(target).__name__}.")
+        whole = [torch.cat([torch.as_tensor(prompt), new]) for new in written]
+        return [read_along(model, made, text, len(prompt), sampling, depth) for text in whole]
     longest = along.tokens.shape[1]
     with Decoding(as_request(target, prompts, made, sampling=sampling, max_new_tokens=longest, trace="laws")) as run:
         run.step()
@@ -172,6 +200,32 @@ def texts(
         Text(tokens.tolist(), laws[b, : len(tokens)], along.logits[b, : len(tokens)], along.sampling)
         for b, tokens in enumerate(written)
     ]
+
+
+@torch.no_grad()
+def read_along(
+    model: PreTrainedModel, drafter: StatesDrafter, text: Tensor, prompt_length: int, sampling: Sampling, depth: int = 8
+) -> Text:
+    """A text of the target, and the laws that a network on its states drafts by along it, wherever steps begin.
+
+    Args:
+        model: the target.
+        drafter: a drafter with such a network. Its tree is not used, nor a confidence at which it stops.
+        text: [t] int64: token ids, those of the prompt included.
+        prompt_length: of the prompt, at least 2: before that, such a network drafts from nothing.
+        sampling: how the text was sampled.
+        depth: of the deepest trees; a block bounds it.
+    """
+    net, first = drafter.net, as_int("prompt_length", prompt_length, 2, len(text) - 1)
+    depth = min(as_int("depth", depth, 1), net.depth) if isinstance(net, BlockNet) else as_int("depth", depth, 1)
+    tokens = text[None].to(model.device)
+    states, hidden = read_texts(model, tokens, net.states)
+    laws = sampling.probabilities(logits_of(model, hidden[:, first - 1 : -1])[0])
+    longer = pad(tokens, (0, depth)), pad(states, (0, 0, 0, 0, 0, depth))  # what no law returned here depends on
+    drafts = drafts_along(net, *longer, TargetParts.of(model, net), depth)
+    found = [net.over_target(at.logits[0], laws.shape[-1]) for at in drafts.at(slice(first - 2, len(text) - 2))]
+    by_place = torch.stack([pad(logits, (0, 0, d, 0))[: len(laws)] for d, logits in enumerate(found)])
+    return Text(text[first:].tolist(), laws, by_place, sampling)
 
 
 def acceptance_length(
@@ -194,7 +248,7 @@ class _Along(TreePolicy):
 
     def __init__(self, texts: list[Tensor]):
         tokens = pad_sequence(texts, batch_first=True)
-        self.tokens = torch.nn.functional.pad(tokens, (0, max(2 - tokens.shape[1], 0)))  # a draft has at least 2 nodes
+        self.tokens = pad(tokens, (0, max(2 - tokens.shape[1], 0)))  # a draft has at least 2 nodes
 
     def spec(self, sampling: Sampling) -> TreeSpec:
         nodes = self.tokens.shape[1]

@@ -34,12 +34,13 @@ from specdec.testing import (
 )
 from specdec.theory import CostCurve, Costs
 from specdec.trace import Trace, replay
-from specdec.training import distillation, medusa, self_distillation, skip_search
+from specdec.training import distillation, self_distillation, skip_search, states
 from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
 
 MODEL, TABLE = llama(), TabularTarget(3)
+HEADS = MedusaHeads(1, 1, 32).double()
 DRAFTER = TabularDrafter(Table(3, 1), Chain(2))
 CURVE = CostCurve((1, 2, 40), (1.0, 1.1, 2.0))
 COSTS = Costs(CURVE)
@@ -96,9 +97,9 @@ COUNTS = {
     "longest_tree: nodes": (lambda v: theory.longest_tree([[0.5]], v), 1),
     "prediction.texts: count": (lambda v: prediction.texts(MODEL, partial(ModelDrafter, MODEL), PROMPTS[0], v), 1),
     "expected_tau: depth": (lambda v: distillation.expected_tau(LAWS, LAWS, TOKENS, v), 1),
-    "States: prompt_length": (lambda v: medusa.States(MODEL, [TEXT], v, 1, 2), 1),
-    "States: heads": (lambda v: medusa.States(MODEL, [TEXT], 2, v, 2), 1),
-    "States: window": (lambda v: medusa.States(MODEL, [TEXT], 2, 1, v), 1),
+    "Along: depth": (lambda v: states.Along(HEADS, MODEL, states.read(MODEL, HEADS, TEXT[None]), v), 1),
+    "Along: anchors": (lambda v: states.Along(HEADS, MODEL, states.read(MODEL, HEADS, TEXT[None]), 1, v), 1),
+    "prediction.read_along: depth": (lambda v: prediction.read_along(MODEL, MedusaDrafter(HEADS), TEXT, 2, Sampling(), v), 1),
     "continuations: batch": (lambda v: next(self_distillation.continuations(MODEL, PROMPTS, batch=v)), 1),
     "Rehearsal: depth": (lambda v: skip_search.Rehearsal(MODEL, [TEXT], v, Sampling(1.0)), 1),
     "search: most": (lambda v: next(skip_search.search(lambda s: s, [1, 2], 1, v)), 0),
@@ -118,7 +119,7 @@ NO_COUNTS = [
     torch.tensor(True),
     torch.tensor([2]),
 ]
-MAY_BE_NONE = {"Sampling: top_k"}
+MAY_BE_NONE = {"Along: anchors", "Sampling: top_k"}
 MAY_BE_SEVERAL = {"generate: max_new_tokens", "stream: max_new_tokens"}  # one per prompt
 
 

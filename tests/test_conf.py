@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -19,10 +20,11 @@ from experiments.bench import calls
 from experiments.bench.inputs import Setting
 from experiments.benchmark import with_models
 from specdec.drafters import Eagle3Drafter, Eagle3Net
+from specdec.trees import Chain
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-PRESETS = ("sweep", "experiment")  # they set other options: see test_sweep.py
+PRESETS = ("sweep", "experiment", "net")  # the first two set other options: see test_sweep.py
 FILES = [file for file in CONF.glob("*/*.yaml") if file.parent.name not in PRESETS]
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in FILES)
 DEMO = specdec.demo.FOLDER
@@ -69,6 +71,20 @@ def test_option_is_a_constructor_call_that_works(option):
     # made with models, just now; see test_prompts.py, test_smollm2.py
     if group not in ("methods", "drafter") and option not in ("task/dataset", "task/real", "target/smollm2"):
         assert instantiate(config[group]) is not None
+
+
+@pytest.mark.parametrize("name", [file.stem for file in (CONF / "net").glob("*.yaml")])
+def test_networks_to_train_are_made_for_the_target(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train_drafter", [f"net={name}"])
+    calls.check(OmegaConf.to_container(config))
+    drafter = instantiate(config.net)(PAIR.target, Chain(2))
+    out = specdec.generate(PAIR.target, torch.arange(5, 25), drafter, max_new_tokens=4, stop_tokens=())
+    assert (
+        out.tokens[0].tolist()
+        == specdec.generate(PAIR.target, torch.arange(5, 25), max_new_tokens=4, stop_tokens=()).tokens[0].tolist()
+    )
+    assert sum(p.numel() for p in drafter.net.parameters()) < 3.1e6
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ from specdec import Law, Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
 from specdec.models.states import Capture
 from specdec.testing import exact_law, target_law
+from specdec.training.self_distillation import continuations
+from specdec.training.states import Along, acceptance, read
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
+PAIR = specdec.demo.load()
 LLAMA_TV = 1e-12  # float64 logits of one text differ by 1e-15 between batch shapes
 
 
@@ -78,7 +81,7 @@ def test_published_checkpoints_load(tmp_path, prefix, suffix):
 @pytest.mark.parametrize("vocab", [None, 50])
 def test_heads_are_saved_and_loaded(tmp_path, vocab):
     made = heads(2, vocab=vocab)
-    made.save(tmp_path / "heads")
+    MedusaDrafter(made).save_pretrained(tmp_path / "heads")
     loaded = MedusaHeads.load(tmp_path / "heads")
     assert all(map(torch.equal, made.state_dict().values(), loaded.state_dict().values()))
     assert (loaded.lm_head is None) == (vocab is None)
@@ -145,3 +148,22 @@ def test_draft_after_a_prompt_of_one_token_depends_on_no_other_text(engine):
     for prompts in ([alone, torch.arange(30, 42)], [torch.tensor([8])], [alone]):
         found = specdec.generate(model, prompts, drafter, engine=engine, **options).tokens[0]
         assert torch.equal(found, expected) == (prompts[0] is alone)
+
+
+def test_bundled_heads_are_trained():
+    prompts = [torch.tensor(PAIR.tokenizer(prompt.text)["input_ids"][:60]) for prompt in PAIR.prompts[::4]]
+    texts = [text for text in next(continuations(PAIR.target, prompts, new_tokens=48)) if len(text) == 108]
+
+    def rates(heads):
+        return acceptance(Along(heads, PAIR.target, read(PAIR.target, heads, torch.stack(texts), 60), 4))
+
+    assert (rates(PAIR.heads) > torch.tensor([0.28, 0.22, 0.20, 0.19])).all()
+    assert (rates(MedusaHeads(4, 1, 256)) < torch.tensor([0.20, 0.17, 0.15, 0.15])).all()
+
+
+def test_bundled_heads_change_no_greedy_text():
+    prompts = [torch.tensor(PAIR.tokenizer(prompt.text)["input_ids"]) for prompt in PAIR.prompts[::8]]
+    out = specdec.generate(PAIR.target, prompts, MedusaDrafter(PAIR.heads), max_new_tokens=32)
+    alone = specdec.generate(PAIR.target, prompts, max_new_tokens=32)
+    assert [t.tolist() for t in out.tokens] == [t.tolist() for t in alone.tokens]
+    assert out.summary()["acceptance_length"] > 1.2

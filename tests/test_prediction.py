@@ -7,11 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from block_nets import NORMS, config, drawn, dspark
+from block_nets import target as block_target
 from tiny_models import llama
 
 from specdec import Law, Sampling, generate
-from specdec.drafters import ModelDrafter
-from specdec.prediction import Text, acceptance_length, texts
+from specdec.drafters import Eagle3Drafter, Eagle3Net, ModelDrafter
+from specdec.drafters.dspark import DSparkDrafter
+from specdec.prediction import Text, acceptance_length, read_along, texts
 from specdec.rules import BlockVerification, KSeq, LenientRejection, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, model_log_probs, target_law
 from specdec.testing.laws import _enumerate
@@ -31,13 +34,13 @@ UNEVEN, MIRRORED = [-1, 0, 0, 2, 3, 1], [-1, 0, 0, 1, 3, 2]  # below the second 
 RULES = [SiblingRejection(), BlockVerification(), TraversalVerification()]
 
 
-def begun(drafter, rule, sampling):
+def begun(drafter, rule, sampling, target=TARGET, horizon=HORIZON):
     """{text so far: the probability that a run has written it and begins a step there}, every coin followed."""
     found, waiting = {}, {(): Fraction(1)}
     while waiting:
         text = min(waiting, key=len)
         found[text] = mass = waiting.pop(text)
-        steps = _enumerate(TARGET, [*PROMPT, *text], drafter, rule, sampling, HORIZON - len(text), STOP, True)
+        steps = _enumerate(target, [*PROMPT, *text], drafter, rule, sampling, horizon - len(text), STOP, True)
         for emitted, stopped, probability in steps:
             if not stopped:
                 waiting[text + emitted] = waiting.get(text + emitted, 0) + mass * probability
@@ -105,6 +108,26 @@ def test_greedy_steps_are_those_of_the_run(widths, parents, rule):
         assert acceptance_length([text], parents, rule) == run.summary()["acceptance_length"]
         lengths += emitted
     assert max(lengths) > 1
+
+
+@pytest.mark.parametrize(
+    "parents, law, rule", [(CHAIN[:3], TOP, BlockVerification()), ([-1, 0, 0, 1], TOP, SiblingRejection())]
+)
+@pytest.mark.parametrize("kind", ["features", "blocks"])
+def test_steps_of_networks_on_the_targets_states_begin_where_those_of_all_runs_do(kind, parents, law, rule):
+    """Their laws depend on where a step began: on their own outputs since then, or on the place in a block."""
+    target, one = block_target(), Sampling(1.0)
+    torch.manual_seed(1)
+    net = drawn(Eagle3Net(config(1), (0, 1, 2), 16, 4)) if kind == "features" else dspark()
+    drafter = (Eagle3Drafter if kind == "features" else DSparkDrafter)(net, Static(parents, law))
+    written = target_law(target, PROMPT, sampling=one, max_new_tokens=3, stop_tokens=STOP)
+    found = defaultdict(float)
+    for tokens, probability in written.items():
+        text = read_along(target, drafter, torch.tensor([*PROMPT, *tokens]), 2, one)
+        for place, chance in enumerate(text.starts(parents, rule, law)):
+            found[tokens[:place]] += float(probability) * chance
+    run = begun(drafter, rule, one, target, 3)
+    assert len(run) > 5 and largest_difference(run, found) < NORMS
 
 
 @pytest.mark.parametrize("longest", [1, 6])

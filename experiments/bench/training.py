@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +13,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-import specdec
 from experiments.bench.inputs import Setting
 from experiments.bench.results import keep_settings, whole
-from specdec import Sampling
-from specdec.drafters import Drafter
 from specdec.training.self_distillation import continuations
 
 # may change in between
-FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured", "measured_tokens"}
+FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured", "measured_tokens", "laws_at_once"}
 
 
 def take_up(folder: Path, config: DictConfig) -> None:
@@ -52,7 +51,7 @@ def own_texts(setting: Setting, config: DictConfig, path: Path) -> list[Tensor]:
 
 def fit(
     module: torch.nn.Module,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, torch.Generator], Tensor],
     texts: Tensor,
     evaluate: Callable[[], dict[str, Any]],
     config: DictConfig,
@@ -67,7 +66,7 @@ def fit(
     `path`, as if it had not been.
 
     Args:
-        loss: of a batch, some rows of `texts`.
+        loss: of a batch, some rows of `texts`, and what else is random in a step.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=0)
     first, history = _resume(path, module, optimizer)
@@ -76,7 +75,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             generator = torch.Generator().manual_seed(1_000_000 * seed + step)
-            value = loss(texts[torch.randint(len(texts), (config.texts_per_step,), generator=generator)])
+            rows = torch.randint(len(texts), (config.texts_per_step,), generator=generator)
+            value = loss(texts[rows], generator)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -88,14 +88,22 @@ def fit(
     return history
 
 
-def lengths(target: PreTrainedModel, prompts: list[Tensor], drafter: Drafter, tokens: int) -> dict[str, float]:
-    """Acceptance lengths when a drafter is served, greedy and sampled, in so many new tokens of every prompt."""
-    samplings = {"tau greedy": Sampling(), "tau sampled": Sampling(1.0)}
-    runs = {
-        name: specdec.generate(target, prompts, drafter, sampling=sampling, max_new_tokens=tokens)
-        for name, sampling in samplings.items()
-    }
-    return {name: out.summary()["acceptance_length"] for name, out in runs.items()}
+def cost_of(loss: Callable[[], Tensor], module: torch.nn.Module) -> tuple[int, float]:
+    """Floating point operations in the matrix products of a step, backward pass included, and its CPU seconds."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    began = time.process_time()
+    loss().backward()
+    seconds = time.process_time() - began
+    module.zero_grad()
+    return counter.get_total_flops(), seconds
+
+
+def peak_memory(device: str) -> float:
+    """The most memory that this process has held, in GB: of the GPU, or of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in kB, on Linux
 
 
 def _resume(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:

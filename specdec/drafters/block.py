@@ -39,15 +39,21 @@ class ByDepth(NamedTuple):
 
         return ByDepth(chosen(self.logits), None if self.states is None else chosen(self.states))
 
+    def detached(self) -> ByDepth:
+        """The same, through which no gradients flow."""
+        return ByDepth(self.logits.detach(), None if self.states is None else self.states.detach())
+
 
 class BlockNet(StatesNet):
     """A network that computes all depths at once.
 
     Attributes:
         depth: how many tokens a pass drafts.
+        confident: whether it tells how probably a token is accepted.
     """
 
     depth: int
+    confident: bool = False
 
     @abstractmethod
     def block(self, root: Tensor, last: Tensor, level: Level, depth: int, target: TargetParts) -> ByDepth:
@@ -66,7 +72,7 @@ class BlockNet(StatesNet):
         return found.logits
 
     def confidence(self, found: ByDepth, tokens: Tensor) -> Tensor:
-        """[batch, n]: how probably the target accepts a child of each of these nodes, whatever its token."""
+        """[batch, n]: how probably the target accepts a child of each of these nodes, whatever its token; if `confident`."""
         raise NotImplementedError
 
 

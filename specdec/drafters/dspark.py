@@ -73,7 +73,7 @@ class DSparkNet(DFlashNet):
     ):
         super().__init__(**options)
         hidden, vocab = self.config.hidden_size, tokens if self.vocab is None else self.vocab
-        self.confident_of_tokens = confident_of_tokens
+        self.confident, self.confident_of_tokens = confident, confident_of_tokens
         self.markov_head = MarkovHead(tokens, vocab, rank, hidden if gated else None) if rank else None
         self.confidence_head = ConfidenceHead(hidden + rank * confident_of_tokens) if confident else None
 
@@ -109,7 +109,7 @@ class DSparkDrafter(DFlashDrafter):
         super().__init__(net, tree)
         if confidence is not None:
             confidence = as_float("confidence", confidence, "[0, 1]")
-            if net.confidence_head is None:
+            if not net.confident:
                 raise ValueError(f"confidence={confidence}: the network has no confidence head; leave it out.")
         self._confidence = confidence
 
@@ -138,6 +138,6 @@ class DSparkDrafter(DFlashDrafter):
         return {
             "markov_rank": 0 if markov is None else markov.markov_w1.embedding_dim,
             "markov_head_type": "vanilla" if markov is None or markov.gate_proj is None else "gated",
-            "enable_confidence_head": self.net.confidence_head is not None,
+            "enable_confidence_head": self.net.confident,
             "confidence_head_with_markov": self.net.confident_of_tokens,
         }

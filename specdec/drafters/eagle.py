@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.checks import check_kind
-from specdec.drafters.checkpoints import filled, naming, read_checkpoint
+from specdec.drafters.checkpoints import filled, naming, read_checkpoint, write_checkpoint
 from specdec.drafters.feature import FeatureDrafter, FeatureNet
 from specdec.drafters.layers import Layer, Rotary, head_size
 from specdec.drafters.shapes import layer_config, leave_copies, own_embedding
@@ -31,7 +31,7 @@ class EagleNet(FeatureNet):
     def __init__(self, config: Any, bias: bool = True, embedding: int | None = None):
         super().__init__()
         self.states, self.state_size, self.kept = (-1,), config.hidden_size, config.hidden_size
-        self.fc, self.rotary = nn.Linear(2 * self.kept, self.kept, bias), Rotary(config)
+        self.config, self.fc, self.rotary = config, nn.Linear(2 * self.kept, self.kept, bias), Rotary(config)
         self.layers = nn.ModuleList(Layer(config, i, input_norm=i > 0) for i in range(config.num_hidden_layers))
         self.attention = [(config.num_key_value_heads, head_size(config))] * len(self.layers)
         self.embed_tokens = None if embedding is None else nn.Embedding(embedding, self.kept)
@@ -73,6 +73,15 @@ class EagleDrafter(FeatureDrafter):
         with naming(source):
             net = _net(keys, tensors, target)
         return cls(filled(net, tensors, None, target, source), tree)
+
+    def save_pretrained(self, folder: str | Path, *, target: PreTrainedModel | None = None) -> None:
+        """Write the authors' layout, which vLLM and SGLang read. The target is not asked for anything."""
+        keys = {
+            **self.net.config.to_dict(),
+            "bias": self.net.fc.bias is not None,
+            "architectures": ["LlamaForCausalLMEagle"],
+        }
+        write_checkpoint(folder, keys, dict(self.net.state_dict()))
 
 
 def _net(keys: dict[str, Any], tensors: dict[str, Tensor], target: PreTrainedModel) -> EagleNet:

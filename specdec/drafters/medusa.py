@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from specdec.checks import as_int, check_kind
 from specdec.drafters.block import BlockDrafter, BlockNet, ByDepth
@@ -66,21 +67,6 @@ class MedusaHeads(BlockNet):
     def block(self, root: Tensor, last: Tensor, level: Level, depth: int, target: TargetParts) -> ByDepth:
         return ByDepth(self(last.to(target.lm_head.weight.dtype), target.lm_head, depth))
 
-    def save(self, folder: str | Path) -> None:
-        """Write the published layout: `config.json` and `medusa_lm_head.safetensors`."""
-        folder, blocks = Path(folder), len(self.weight)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for i in range(len(self)):
-            for j in range(blocks):
-                tensors[f"{i}.{j}.linear.weight"] = self.weight[j, i].detach().contiguous()
-                tensors[f"{i}.{j}.linear.bias"] = self.bias[j, i].detach().contiguous()
-            if self.lm_head is not None:
-                tensors[f"{i}.{blocks}.weight"] = self.lm_head[i].detach().contiguous()
-        save_file(tensors, folder / _WEIGHTS[0])
-        config = {"medusa_num_heads": len(self), "medusa_num_layers": blocks}
-        (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-
     @classmethod
     def load(cls, folder: str | Path) -> MedusaHeads:
         """Heads in the layout of published checkpoints: `config.json` beside `medusa_lm_head.safetensors` or `.pt`.
@@ -120,6 +106,9 @@ class MedusaDrafter(BlockDrafter):
         tree: the tree policy, at most as deep as there are heads; by default a chain of as many.
     """
 
+    kind = MedusaHeads
+    net: MedusaHeads
+
     def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
         check_kind("heads", heads, (MedusaHeads, str, Path), "pass MedusaHeads, or the folder they are in")
         heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
@@ -127,6 +116,20 @@ class MedusaDrafter(BlockDrafter):
 
     def __repr__(self) -> str:
         return f"MedusaDrafter({self.net.depth} heads, {self.tree})"
+
+    def save_pretrained(self, folder: str | Path, *, target: PreTrainedModel | None = None) -> None:
+        """Write the published layout: `config.json` and `medusa_lm_head.safetensors`. The target is not asked for anything."""
+        folder, net, tensors = Path(folder), self.net, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(len(net)):
+            for j, (weight, bias) in enumerate(zip(net.weight, net.bias, strict=True)):
+                tensors[f"{i}.{j}.linear.weight"] = weight[i].detach().contiguous()
+                tensors[f"{i}.{j}.linear.bias"] = bias[i].detach().contiguous()
+            if net.lm_head is not None:
+                tensors[f"{i}.{len(net.weight)}.weight"] = net.lm_head[i].detach().contiguous()
+        save_file(tensors, folder / _WEIGHTS[0])
+        config = {"medusa_num_heads": len(net), "medusa_num_layers": len(net.weight)}
+        (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

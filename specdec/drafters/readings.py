@@ -14,7 +14,7 @@ from specdec.checks import as_int, as_ints, as_tuple, check_kind
 from specdec.drafters.block import BlockDrafter, BlockNet
 from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import TargetParts
-from specdec.drafters.teacher_forcing import drafts_along, read_texts
+from specdec.drafters.teacher_forcing import drafts_along, logits_of, read_texts
 from specdec.models.probe import cure_for
 
 
@@ -123,10 +123,10 @@ def _as_texts(texts: Any, least: int, vocab: int) -> list[Tensor]:
 def _reading(name: str, net: Any, model: PreTrainedModel, texts: Sequence[Tensor], depth: int) -> Reading:
     parts, overlaps, same = TargetParts.of(model, net), [], []
     for tokens in texts:
-        states, logits = read_texts(model, tokens, net.states)
-        _, drafted = drafts_along(net, tokens, states, parts, depth)
-        for d, found in enumerate(drafted):
-            mine = net.over_target(found[0].float(), logits.shape[2])
+        states, hidden = read_texts(model, tokens, net.states)
+        logits = logits_of(model, hidden)
+        for d, found in enumerate(drafts_along(net, tokens, states, parts, depth).at(slice(None))):
+            mine = net.over_target(found.logits[0].float(), logits.shape[2])
             theirs = logits[0, 1 + d : 1 + d + len(mine)].float()
             overlaps.append(torch.minimum(mine.softmax(-1), theirs.softmax(-1)).sum(-1).cpu())
             same.append((mine.argmax(-1) == theirs.argmax(-1)).float().cpu())

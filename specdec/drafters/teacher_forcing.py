@@ -6,16 +6,18 @@ in which drafts see what they would see when served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters.block import BlockNet
+from specdec.drafters.block import BlockNet, ByDepth
 from specdec.drafters.feature import FeatureNet
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
@@ -62,7 +64,7 @@ class TextLevel(Level):
 
 
 def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts, steps: int) -> Iterator[Tensor]:
-    """The laws of drafts that follow a text, depth by depth: those of training-time test.
+    """The outputs for drafts that follow a text, depth by depth: those of training-time test.
 
     Args:
         net: the network; gradients flow through it.
@@ -72,8 +74,8 @@ def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts,
         steps: how deep.
 
     Yields:
-        for s = 0, 1, ...: [batch, t - steps, vocab] logits: in row i, of token i + 2 + s, after s drafts that were those of the
-        text. They attend to the text's first i + 1 pairs and to the drafts before them, as in a tree.
+        for s = 0, 1, ...: [batch, t - steps, kept]: in row i, what gives the law of token i + 2 + s, after s drafts that were
+        those of the text. They attend to the text's first i + 1 pairs and to the drafts before them, as in a tree.
     """
     batch, n = len(tokens), tokens.shape[1] - steps
     own = torch.eye(n, dtype=torch.bool, device=tokens.device)[None]
@@ -82,41 +84,78 @@ def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts,
         positions = torch.arange(step, step + n, device=tokens.device).expand(batch, -1)
         level = TextLevel(positions, seen, level)
         features = net.step(tokens[:, 1 + step : 1 + step + n], features, level, target)
-        yield net.logits(features, target)
+        yield features
         seen = torch.cat([seen, own], 2)
 
 
-def blocks(net: BlockNet, tokens: Tensor, states: Tensor, target: TargetParts, anchors: Tensor) -> Tensor:
-    """The laws of blocks that are drafted at places of a text, whose own tokens follow.
+class BlockTexts:
+    """Texts that a network has read, to draft blocks at places of them.
 
     Args:
         net: the network; gradients flow through it.
         tokens: [batch, t] int64.
         states: [batch, t, state, state_size]: the target's, at all positions.
         target: parts of the target.
-        anchors: [batch, n] int64: the places of roots, at least 1 and at most t - depth: the text must go on.
-
-    Returns:
-        [batch, n, depth, vocab] logits: at depth d, of the token d + 1 places after the anchor.
     """
-    (batch, length), n = tokens.shape, anchors.shape[1]
-    rows = torch.arange(batch, device=tokens.device).repeat_interleave(n)
-    flat, every = anchors.flatten(), torch.arange(length, device=tokens.device)
-    causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None]
-    text = TextLevel(every.expand(batch, -1), causal)
-    kept = net.follow(tokens, states.to(target.dtype), text, target)
-    context = (every < flat[:, None])[:, None].expand(-1, net.slots, -1)
-    seen = torch.cat([context, context.new_ones(batch * n, net.slots, net.slots)], 2)
-    level = TextLevel(flat[:, None] + torch.arange(net.slots, device=tokens.device), seen, text.repeated(n))
-    base = net.block(tokens[rows, flat], kept[rows, flat - 1], level, net.depth, target)
-    places = flat[:, None] + torch.arange(net.depth, device=tokens.device)
-    return net.logits(base, tokens[rows[:, None], places]).unflatten(0, (batch, n))
+
+    def __init__(self, net: BlockNet, tokens: Tensor, states: Tensor, target: TargetParts):
+        every = torch.arange(tokens.shape[1], device=tokens.device)
+        self.net, self.tokens, self.target = net, tokens, target
+        self._text = TextLevel(every.expand(len(tokens), -1), (every <= every[:, None])[None])
+        self._kept = net.follow(tokens, states.to(target.dtype), self._text, target)
+
+    def blocks(self, anchors: Tensor, depth: int) -> tuple[ByDepth, Tensor]:
+        """What is drafted when the text's own tokens are drawn.
+
+        Args:
+            anchors: [batch, n] int64: the places of roots, at least 1 and at most t - depth: the text must go on.
+            depth: how deep.
+
+        Returns:
+            what the pass has found, [batch * n, depth, ...] each, and the tokens there, [batch * n, depth] int64: at depth d,
+            for the token d + 1 places after the anchor and for the one before that.
+        """
+        net, (batch, length), n = self.net, self.tokens.shape, anchors.shape[1]
+        rows = torch.arange(batch, device=anchors.device).repeat_interleave(n)
+        flat, every = anchors.flatten(), torch.arange(length, device=anchors.device)
+        context = (every < flat[:, None])[:, None].expand(-1, net.slots, -1)
+        seen = torch.cat([context, context.new_ones(len(flat), net.slots, net.slots)], 2)
+        level = TextLevel(flat[:, None] + torch.arange(net.slots, device=flat.device), seen, self._text.repeated(n))
+        found = net.block(self.tokens[rows, flat], self._kept[rows, flat - 1], level, depth, self.target)
+        return found, self.tokens[rows[:, None], flat[:, None] + torch.arange(depth, device=flat.device)]
+
+
+class Drafted(NamedTuple):
+    """What is drafted one depth below places of texts.
+
+    Args:
+        logits: [batch, n, vocab].
+        confidence: [batch, n]: how probably it is accepted, if the network tells.
+    """
+
+    logits: Tensor
+    confidence: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Drafts:
+    """What a network drafts along texts, at many places of each. Laws over a large vocabulary are made some places at a time.
+
+    Args:
+        roots: [batch, n] int64: the places.
+        depth: how deep.
+        at: by depth d, what is drafted for the token d + 1 places after some of the roots; gradients flow to the network.
+    """
+
+    roots: Tensor
+    depth: int
+    at: Callable[[slice], list[Drafted]]
 
 
 def drafts_along(
     net: StatesNet, tokens: Tensor, states: Tensor, target: TargetParts, depth: int, anchors: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """The laws of drafts at many places of a text, whatever the network.
+) -> Drafts:
+    """What a network of any kind drafts along texts.
 
     Args:
         net: the network; gradients flow through it.
@@ -125,31 +164,60 @@ def drafts_along(
         target: parts of the target.
         depth: how deep; at most as deep as a block.
         anchors: [batch, n] int64: the places of roots, for a `BlockNet`; None for all places that the text goes on after.
-
-    Returns:
-        the places of roots, [batch, n] int64, and by depth d from 0 on the logits [batch, n, vocab] of the token d + 1 places
-        after them.
     """
-    deepest = net.depth if isinstance(net, BlockNet) else depth
-    if anchors is None:
-        anchors = torch.arange(1, tokens.shape[1] - deepest + 1, device=tokens.device).expand(len(tokens), -1)
     if isinstance(net, BlockNet):
-        return anchors, list(blocks(net, tokens, states, target, anchors)[:, :, :depth].unbind(2))
+        text, last = BlockTexts(net, tokens, states, target), tokens.shape[1] - depth
+        roots = torch.arange(1, last + 1, device=tokens.device).expand(len(tokens), -1) if anchors is None else anchors
+
+        def of_blocks(part: slice) -> list[Drafted]:
+            found, before = text.blocks(roots[:, part], depth)
+            sure = net.confidence(found.detached(), before) if net.confident else None
+            whole = [net.logits(found, before), *([] if sure is None else [sure])]
+            by_row = (each.unflatten(0, (len(tokens), -1)) for each in whole)
+            return [Drafted(*each) for each in zip(*(each.unbind(2) for each in by_row), strict=True)]
+
+        return Drafts(roots, depth, of_blocks)
     assert isinstance(net, FeatureNet)
-    return anchors, list(unroll(net, tokens, states, target, depth))
+    outputs = list(unroll(net, tokens, states, target, depth))
+    roots = torch.arange(1, outputs[0].shape[1] + 1, device=tokens.device).expand(len(tokens), -1)
+    return Drafts(roots, depth, lambda part: [Drafted(net.logits(found[:, part], target)) for found in outputs])
 
 
 @torch.no_grad()
 def read_texts(model: PreTrainedModel, tokens: Tensor, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The target's states [batch, t, state, hidden] and logits [batch, t, vocab] over texts [batch, t] int64 of one length.
+    """The target's states [batch, t, state, hidden] over texts [batch, t] int64 of one length, and what its LM head reads.
 
-    In a plain forward pass, by transformers' own `output_hidden_states`.
+    In a plain forward pass, by transformers' own `output_hidden_states`. Logits [batch, t, vocab] are not computed here: see
+    `logits_of`.
     """
-    head: list[Tensor] = []
-    lm_head: Any = model.get_output_embeddings()
-    hook = lm_head.register_forward_pre_hook(lambda _, args: head.append(args[0]))
-    try:
+    read: list[Tensor] = []
+
+    def last_only(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        read.append(args[0])
+        return (args[0][:, -1:],)
+
+    with _before_head(model, last_only):
         out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+    return torch.stack([read[0] if index == -1 else out.hidden_states[index] for index in which], 2), read[0]
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[batch, n, vocab]: the model's logits, where its LM head reads `hidden` [batch, n, hidden].
+
+    They are those of a forward pass over one token whose head is given these states, so whatever the model does to its logits
+    (a scale, a cap) is done to them.
+    """
+    one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with _before_head(model, lambda _, args: (hidden.to(args[0]),)):
+        return model(input_ids=one, use_cache=False).logits.to(hidden.device)
+
+
+@contextmanager
+def _before_head(model: PreTrainedModel, change: Callable[[Any, tuple[Tensor, ...]], Any]) -> Iterator[None]:
+    head: Any = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(change)
+    try:
+        yield
     finally:
         hook.remove()
-    return torch.stack([head[0] if index == -1 else out.hidden_states[index] for index in which], 2), out.logits

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from specdec.drafters.block import BlockDrafter, BlockNet
-from specdec.drafters.feature import FeatureDrafter, FeatureNet
+from specdec.drafters.block import BlockDrafter
+from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import StatesNet, TargetParts
-from specdec.drafters.teacher_forcing import blocks, read_texts, unroll
+from specdec.drafters.teacher_forcing import drafts_along, read_texts
 from specdec.generate import generate
 from specdec.laws import Law
 from specdec.sampling import Sampling
@@ -54,10 +54,9 @@ def drafted_logits(net: StatesNet, model: PreTrainedModel, text: Sequence[int], 
     """
     tokens, root = torch.tensor([[*text, *path]], device=model.device), len(text) - 1
     states, parts = read_texts(model, tokens, net.states)[0], TargetParts.of(model, net)
-    if isinstance(net, FeatureNet):
-        *_, logits = unroll(net, tokens, states, parts, len(path) + 1)
-        return logits[0, root - 1]
-    assert isinstance(net, BlockNet)
-    more = net.depth - len(path)  # tokens that no law returned here depends on
-    anchors = torch.tensor([[root]], device=model.device)
-    return blocks(net, pad(tokens, (0, more)), pad(states, (0, 0, 0, 0, 0, more)), parts, anchors)[0, 0, len(path)]
+    tokens, states = (
+        pad(tokens, (0, 1)),
+        pad(states, (0, 0, 0, 0, 0, 1)),
+    )  # a token that no law returned here depends on
+    drafts = drafts_along(net, tokens, states, parts, len(path) + 1)
+    return drafts.at(slice(root - 1, root))[-1].logits[0, 0]

@@ -9,10 +9,14 @@ All take the same three tensors and return a scalar to minimise, in nats or in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from specdec.checks import as_int, check_flag
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(target_law: Tensor | None, draft_law: Tensor, tokens: Tensor) -> Tensor:
@@ -28,6 +32,11 @@ def kl(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
 def lk(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
     """-log sum min(p, q): the negative log of the rate at which a single draft is accepted."""
     return -_mean(_overlap(target_law, draft_law).log(), tokens)
+
+
+def tv(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
+    """The total variation distance, 1 - sum min(p, q): the rate at which a single draft is rejected."""
+    return 1 - _mean(_overlap(target_law, draft_law), tokens)
 
 
 def expected_tau(target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: int = 4, block: bool = False) -> Tensor:

@@ -6,106 +6,176 @@ Random anchors (DFlash, DSpark): a network that drafts blocks is trained on some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import binary_cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from specdec.checks import as_int
 from specdec.drafters.block import BlockNet
 from specdec.drafters.states_net import StatesNet, TargetParts
-from specdec.drafters.teacher_forcing import drafts_along, read_texts
+from specdec.drafters.teacher_forcing import Drafts, drafts_along, logits_of, read_texts
+from specdec.training.distillation import Loss
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # one of `specdec.training.distillation`
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Texts that the target wrote, as it reads them.
+
+    Args:
+        tokens: [batch, t] int64.
+        states: [batch, t, state, state_size]: those that a network asks for.
+        hidden: [batch, t, hidden]: what the target's LM head reads.
+        prompt_length: how many tokens of each text the target has not written.
+    """
+
+    tokens: Tensor
+    states: Tensor
+    hidden: Tensor
+    prompt_length: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Depth:
-    """What is drafted at one depth below many places of texts.
+    """What is drafted at one depth below some places of texts.
 
     Args:
         target_law: [batch, place, vocab]: the target's log-probabilities of the tokens that the network can draft.
         draft_law: [batch, place, vocab]: the network's.
         tokens: [batch, place] int64: the text's token there, by the network's ids; negative if that is none of them, or not to
             be learnt.
-        written: [batch, place] bool: whether the target wrote it.
+        confidence: [batch, place]: how probably the network expects its token to be accepted; None if it does not tell.
     """
 
     target_law: Tensor
     draft_law: Tensor
     tokens: Tensor
-    written: Tensor
+    confidence: Tensor | None
+
+    @property
+    def overlap(self) -> Tensor:
+        """[batch, place]: sum min(p, q), the rate at which one draft is accepted at temperature 1."""
+        return torch.minimum(self.target_law, self.draft_law).exp().sum(-1)
 
 
-def drafted(
-    net: StatesNet,
-    target: PreTrainedModel,
-    tokens: Tensor,
-    depth: int,
-    prompt_length: int = 1,
-    anchors: int = 16,
-    generator: torch.Generator | None = None,
-) -> list[Depth]:
-    """What a network drafts along texts, by depth; gradients flow to the network alone.
+class Along:
+    """What a network drafts along texts, beside what the target says there; gradients flow to the network alone.
 
     Args:
         net: the network.
-        target: the target, which is only read.
-        tokens: [batch, t] int64: texts that the target wrote.
+        target: the target, which is only asked for its laws.
+        text: the texts.
         depth: how deep.
-        prompt_length: how many tokens of each text the target has not written.
-        anchors: places per text at which a `BlockNet` drafts, chosen at random; a `FeatureNet` drafts at all.
+        anchors: places per text at which a `BlockNet` drafts, chosen at random; None, and for a `FeatureNet`: at all.
         generator: of the random choice.
+
+    Attributes:
+        tokens: [batch, place, depth] int64: the text's, see `Depth.tokens`.
     """
-    depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
-    if tokens.shape[1] <= (least := max(depth, getattr(net, "depth", 0)) + 1):
-        raise ValueError(f"Texts of {tokens.shape[1]} tokens have no room for drafts; use texts of more than {least}.")
-    states, logits = read_texts(target, tokens, net.states)
-    roots = _anchors(net, tokens, anchors, generator)
-    places, found = drafts_along(net, tokens, states, TargetParts.of(target, net), depth, roots)
-    laws, own = logits.float().log_softmax(-1), tokens
-    if net.target_ids is not None:
-        laws = laws[..., net.target_ids]
-        names = torch.full((logits.shape[2],), -1, device=tokens.device)
-        names[net.target_ids] = torch.arange(len(net.target_ids), device=tokens.device)
-        own = names[tokens]
-    written = torch.arange(tokens.shape[1], device=tokens.device) >= prompt_length
-    own = pad(torch.where(written, own, -1), (0, 1), value=-1)  # nothing comes after the text
-    written, rows = pad(written, (0, 1)), torch.arange(len(tokens), device=tokens.device)[:, None]
-    return [
-        Depth(laws[rows, places + d], q.float().log_softmax(-1), own[rows, places + d + 1], written[places + d + 1])
-        for d, q in enumerate(found)
-    ]
+
+    def __init__(
+        self,
+        net: StatesNet,
+        target: PreTrainedModel,
+        text: Read,
+        depth: int,
+        anchors: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        tokens, length = text.tokens, text.tokens.shape[1]
+        depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
+        if length <= depth + 1:
+            raise ValueError(
+                f"Texts of {length} tokens have no room for drafts; use texts of more than {depth + 1} tokens."
+            )
+        roots = None
+        if isinstance(net, BlockNet) and anchors is not None:
+            shape = len(tokens), as_int("anchors", anchors, 1)
+            roots = torch.randint(1, length - depth + 1, shape, generator=generator).to(tokens.device)
+        self.drafts: Drafts = drafts_along(net, tokens, text.states, TargetParts.of(target, net), depth, roots)
+        self._target, self._ids, self._hidden = target, net.target_ids, text.hidden
+        self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)  # [batch, root, depth]
+        written = torch.arange(length, device=tokens.device) >= text.prompt_length
+        own = torch.where(written, self._by_network(tokens, target), -1)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+        self.tokens = pad(own, (0, 1), value=-1)[rows, self.places + 1]  # nothing comes after the text
+
+    def _by_network(self, tokens: Tensor, target: PreTrainedModel) -> Tensor:
+        if self._ids is None:
+            return tokens
+        names = tokens.new_full((target.config.get_text_config().vocab_size,), -1)
+        names[self._ids] = torch.arange(len(self._ids), device=tokens.device)
+        return names[tokens]
+
+    def at(self, part: slice) -> list[Depth]:
+        """By depth, for some of the places."""
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)[:, None]
+        found = []
+        for d, drafted in enumerate(self.drafts.at(part)):
+            law = _law(logits_of(self._target, self._hidden[rows, self.places[:, part, d]]))
+            law = law if self._ids is None else law[..., self._ids]
+            found.append(Depth(law, _law(drafted.logits), self.tokens[:, part, d], drafted.confidence))
+        return found
+
+    def parts(self, laws_at_once: int) -> Iterator[slice]:
+        """All places, as many together as have at most so many probabilities in the laws of either model; at least one."""
+        batch, places, depth = self.tokens.shape
+        size = max(1, laws_at_once // (batch * depth * self._target.config.get_text_config().vocab_size))
+        return (slice(start, start + size) for start in range(0, places, size))
 
 
-def _anchors(net: StatesNet, tokens: Tensor, count: int, generator: torch.Generator | None) -> Tensor | None:
-    """[batch, count] int64: random places to draft at, for a `BlockNet`; None for all, for a `FeatureNet`."""
-    if not isinstance(net, BlockNet):
-        return None
-    batch, length = tokens.shape
-    return torch.randint(1, length - net.depth + 1, (batch, count), generator=generator).to(tokens.device)
+def read(target: PreTrainedModel, net: StatesNet, tokens: Tensor, prompt_length: int = 1) -> Read:
+    """Texts as the target reads them for a network, in one pass; arguments as in `Read`."""
+    return Read(tokens, *read_texts(target, tokens, net.states), prompt_length)
 
 
-def states_loss(loss: Loss, found: Sequence[Depth], decay: float = 0.8) -> Tensor:
-    """The sum over depths of decay ** depth times a loss."""
-    return sum((decay**d * loss(at.target_law, at.draft_law, at.tokens) for d, at in enumerate(found)), torch.zeros(()))
+def states_loss(loss: Loss, along: Along, decay: float = 0.8, laws_at_once: int = 2**26) -> Tensor:
+    """The sum over depths of decay ** depth times a loss, and how far confidences are from what they tell of.
+
+    Laws over large vocabularies are made for some places at a time, and again when gradients are asked for, so that
+    `laws_at_once` bounds the memory that they take.
+
+    Args:
+        loss: a mean over places.
+        along: what is drafted.
+        decay: the weight of each depth beside the one before.
+        laws_at_once: most probabilities in the laws that are kept at once, of either model.
+    """
+    counts = (along.tokens >= 0).sum((0, 1)).tolist()
+
+    def of(part: slice) -> Tensor:
+        total = torch.zeros((), device=along.tokens.device)
+        for d, at in enumerate(along.at(part)):
+            if here := int((at.tokens >= 0).sum()):
+                total = total + decay**d * here / counts[d] * (loss(at.target_law, at.draft_law, at.tokens) + _sure(at))
+        return total
+
+    parts = (checkpoint(of, part, use_reentrant=False) for part in along.parts(laws_at_once))
+    return torch.stack(list(parts)).sum()
+
+
+def _sure(at: Depth) -> Tensor:
+    """The cross-entropy of acceptance under the confidences, where the network tells any (DSpark, arXiv:2607.05147)."""
+    if at.confidence is None:
+        return torch.zeros(())
+    known = at.tokens >= 0
+    rates = at.overlap.detach()[known].clamp(0, 1)
+    return binary_cross_entropy(at.confidence[known].to(rates), rates)
+
+
+def _law(logits: Tensor) -> Tensor:
+    """[..., vocab]: log-probabilities, in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 @torch.no_grad()
-def acceptance(found: Sequence[Depth]) -> list[float]:
-    """By depth: an unbiased estimate of the chance that a drafted chain is accepted so far, by token-level rejection.
-
-    As in `distillation.acceptance_by_depth`, but a draft's law may depend on where its chain began. Along a text x of the
-    target the weight is w_d = w_d-1 min(1, q_d(x_d) / p_d(x_d)), and the chance of depth d is w_d-1 sum min(p_d, q_d). One
-    plus the sum of the chances is the expected acceptance length, over all places of the texts.
-    """
-    weight, chances = torch.ones(()), []
-    for at in found:
-        overlap = torch.minimum(at.target_law, at.draft_law).exp().sum(-1)
-        chances.append(float((weight * overlap)[found[0].written & at.written].mean()))
-        p, q = (law.gather(-1, at.tokens.clamp(min=0)[..., None])[..., 0] for law in (at.target_law, at.draft_law))
-        weight = torch.where(at.tokens >= 0, weight * (q - p).clamp(max=0).exp(), 0)
-    return chances
+def acceptance(along: Along, laws_at_once: int = 2**26) -> Tensor:
+    """[depth]: the rate at which a draft is accepted at temperature 1 if those before it in the text were, 1 - TV."""
+    sums = torch.zeros(along.tokens.shape[2])
+    for part in along.parts(laws_at_once):
+        sums += torch.tensor([float(at.overlap[at.tokens >= 0].sum()) for at in along.at(part)])
+    return sums / (along.tokens >= 0).sum((0, 1)).cpu()

@@ -1,0 +1,142 @@
+"""Trains a network on a frozen target's states, on text of the target's own making. May be stopped at any time, and resumes.
+
+    python experiments/train_drafter.py                    # EAGLE-3, for the demo target: half an hour on one CPU core
+    python experiments/train_drafter.py net=dspark         # or dflash, eagle, medusa
+    python experiments/train_drafter.py target=hub target.target=NAME task=file task.path=FILE net=eagle3 drafted=32000
+
+Everything is kept in `folder`: the target's texts, the newest checkpoint, and at the end the network as engines read it. While
+it trains it prints how often drafts are accepted by depth, 1 - TV; at the end, on texts not trained on, the acceptance length
+that follows for the rule and the tree chosen, and the one that is served, which must agree. Settings are in
+`conf/train_drafter.yaml`; `texts_from=FOLDER` takes the texts of another folder.
+"""
+
+from __future__ import annotations
+
+from experiments.bench import calls
+
+# Before the imports below, which take seconds: a mistake in the command is told at once.
+if __name__ == "__main__":
+    calls.script("train_drafter", "train_drafter")
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+from experiments.bench.inputs import Setting, begin
+from experiments.bench.report import interval, mean, per_prompt
+from experiments.bench.training import chosen, cost_of, fit, own_texts, peak_memory, take_up
+from specdec.drafters import StatesDrafter
+from specdec.prediction import read_along
+from specdec.sampling import Sampling
+from specdec.training import distillation
+from specdec.training.features import Features
+from specdec.training.states import Along, acceptance, states_loss
+
+
+def main(config: DictConfig) -> None:
+    setting, folder = begin("experiments/train_drafter.py", config), Path(config.folder)
+    target = setting.models.target.requires_grad_(False)
+    take_up(folder, config)
+    texts = own_texts(chosen(setting, config), config, Path(config.texts_from or folder) / "texts.pt")
+    unseen, seen = split(texts, config)
+    torch.manual_seed(config.seed)
+    drafter = instantiate(config.net)(target, instantiate(config.tree), **known(seen, config))
+    net = drafter.net.train()
+    file = folder / "features" if config.keep_features else None
+    features = Features(target, net, seen, config.prompt_length, file)
+
+    def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
+        along = Along(net, target, features[rows], config.depth, config.anchors, generator)
+        return states_loss(weighted(config), along, config.decay, config.laws_at_once)
+
+    rows = torch.arange(len(seen))
+    flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator()), net)
+    steps = config.steps if config.flops is None else round(config.flops / flops)
+    few = partial(by_depth, drafter, target, Features(target, net, unseen[:16], config.prompt_length), config)
+    history = fit(net, loss, rows, few, config, folder / "checkpoint.pt", steps=steps, seed=config.seed)
+    net.eval().to(torch.bfloat16)
+    if calls.leads():
+        drafter.save_pretrained(folder / "net", target=target)
+    net.to(target.dtype)  # rounded, as it will be loaded
+    found = measured(drafter, setting, unseen, config)
+    cost = {"steps": steps, "flops": flops * steps, "cpu_seconds": seconds * steps, "gb": peak_memory(config.device)}
+    size = {"texts": len(seen), "parameters": sum(p.numel() for p in net.parameters())}
+    result = {**setting.source, **size, **cost, "figures": found, "history": {"net": history}}
+    print(report(found, cost), folder / "net", setting.log.write(result), sep="\n")
+
+
+def split(texts: list[Tensor], config: DictConfig) -> tuple[Tensor, Tensor]:
+    """[n, t] int64: texts to measure on, and texts to train on; those that ended early are left out."""
+    whole = [text for text in texts if len(text) == config.prompt_length + config.new_tokens]
+    if len(whole) <= config.held_out:
+        raise SystemExit(
+            f"Of {len(texts)} texts {len(whole)} have all {config.new_tokens} new tokens, and held_out={config.held_out} of "
+            "them are not trained on: give more prompts of prompt_length or more tokens, or fewer new_tokens."
+        )
+    return torch.stack(whole[: config.held_out]), torch.stack(whole[config.held_out :])
+
+
+def known(texts: Tensor, config: DictConfig) -> dict[str, Tensor]:
+    """The ids of the tokens to draft, the most frequent of what the target wrote, as an option; none for all tokens."""
+    if config.drafted is None:
+        return {}
+    counts = texts[:, config.prompt_length :].flatten().bincount()
+    return {"known": counts.topk(min(config.drafted, len(counts))).indices.sort().values}
+
+
+def weighted(config: DictConfig) -> distillation.Loss:
+    """The sum of the losses of the configuration."""
+    losses = [(weight, getattr(distillation, name)) for name, weight in config.losses.items()]
+    return lambda *laws: sum((weight * loss(*laws) for weight, loss in losses), torch.zeros(()))
+
+
+@torch.no_grad()
+def by_depth(drafter: StatesDrafter, target: PreTrainedModel, features: Features, config: DictConfig) -> dict[str, Any]:
+    """1 - TV at each depth, after drafts that were those of the text; everywhere in these texts."""
+    parts = [
+        acceptance(Along(drafter.net, target, features[rows], config.depth), config.laws_at_once)
+        for rows in torch.arange(len(features)).split(config.texts_per_step)
+    ]
+    return {"accepted by depth": torch.stack(parts).mean(0).tolist()}
+
+
+def measured(drafter: StatesDrafter, setting: Setting, texts: Tensor, config: DictConfig) -> dict[str, Any]:
+    """On texts not trained on: acceptance by depth, the acceptance length that follows, and those of decoding."""
+    target, first, rule = setting.models.target, config.prompt_length, instantiate(config.rule)
+    found = by_depth(drafter, target, Features(target, drafter.net, texts, first), config)
+    tree: Any = drafter.tree
+    if hasattr(tree, "parents"):  # of one shape: what follows for it is known
+        read = partial(read_along, target, drafter, prompt_length=first, sampling=setting.sampling)
+        steps = [read(text).starts(tree.parents, rule, tree.law).sum() for text in texts]
+        found["expected"] = mean(config.new_tokens / np.array(steps))
+    for name, sampling in {"served": setting.sampling, "served greedily": Sampling()}.items():
+        options = {"sampling": sampling, "max_new_tokens": config.new_tokens, "stop_tokens": (), "rule": rule}
+        out = specdec.generate(target, list(texts[:, :first]), drafter, **options)
+        found[name] = mean(per_prompt([out]))
+    return found
+
+
+def report(found: dict[str, Any], cost: dict[str, Any]) -> str:
+    """The figures, a line each."""
+    lines = [f"1 - TV by depth: {' '.join(f'{rate:.3f}' for rate in found['accepted by depth'])}"]
+    names = [name for name in ("expected", "served", "served greedily") if name in found]
+    lines += [f"acceptance length, {name}: {interval(found[name], digits=3, to=' to ')}" for name in names]
+    if "expected" in found:
+        lines[-1:-1] = [f"served less expected: {apart(found['served'], found['expected']):.1f} standard errors"]
+    tflop, minutes = cost["flops"] / 1e12, cost["cpu_seconds"] / 60
+    lines.append(f"{cost['steps']} steps, {tflop:.0f} TFLOP, {minutes:.0f} CPU minutes, at most {cost['gb']:.1f} GB")
+    return "\n".join(lines)
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many standard errors lie between two means, by their 95 % intervals."""
+    errors = [(found["high"] - found["low"]) / 3.92 for found in (one, other)]
+    return (one["mean"] - other["mean"]) / float(np.hypot(*errors))

@@ -1,0 +1,201 @@
+"""Training networks on the target's states: every kind learns, in bounded memory, and says the length that is served."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import llama
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import specdec
+from specdec.drafters import DFlashDrafter, DSparkDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, check
+from specdec.training import distillation, untrained
+from specdec.training.features import Features
+from specdec.training.states import Along, acceptance, read, states_loss
+
+torch.set_num_threads(1)
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "train_drafter.py"
+KINDS = {
+    untrained.eagle: EagleDrafter,
+    untrained.eagle3: Eagle3Drafter,
+    untrained.dflash: DFlashDrafter,
+    untrained.dspark: DSparkDrafter,
+    untrained.medusa: MedusaDrafter,
+}
+SEEDS = torch.Generator().manual_seed(0)
+TEXTS = torch.randint(0, 50, (6, 24), generator=SEEDS)
+
+
+def target():
+    model = llama(dtype=torch.float32).requires_grad_(False)
+    model.lm_head.weight.data *= 10  # far from uniform laws
+    return model
+
+
+def drafter_of(make, model, **options):
+    torch.manual_seed(0)
+    needs = {"mask_token": 0} if make in (untrained.dflash, untrained.dspark) else {}
+    return make(model, **needs, **options)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_every_kind_learns_and_is_read_back_as_it_was_trained(make, tmp_path):
+    model = target()
+    drafter = drafter_of(make, model)
+    net, text = drafter.net.train(), read(model, drafter.net, TEXTS, 2)
+    before = acceptance(Along(net, model, text, 3))
+    optimizer = torch.optim.AdamW(net.parameters(), 0.01)
+    for _ in range(25):
+        optimizer.zero_grad()
+        states_loss(distillation.kl, Along(net, model, text, 3)).backward()
+        optimizer.step()
+    assert (acceptance(Along(net.eval(), model, text, 3)) > before + 0.05).all()
+    drafter.save_pretrained(tmp_path, target=model)
+    kind = KINDS[make]
+    again = kind(tmp_path) if kind is MedusaDrafter else kind.from_pretrained(tmp_path, model)
+    assert torch.allclose(
+        acceptance(Along(again.net, model, text, 3)), acceptance(Along(net, model, text, 3)), rtol=0, atol=1e-6
+    )
+    if kind is not MedusaDrafter:
+        assert check(model, again, list(TEXTS)).taken.overlap == pytest.approx(
+            check(model, drafter, list(TEXTS)).taken.overlap, abs=1e-6
+        )
+
+
+def test_gradients_flow_to_the_network_alone():
+    model = llama(dtype=torch.float32)
+    model.requires_grad_(False)
+    net = drafter_of(untrained.dspark, model).net
+    states_loss(distillation.tv, Along(net, model, read(model, net, TEXTS), 3)).backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in net.parameters())
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, torch.Tensor):
+                self.numel = max(
+                    self.numel, each.untyped_storage().nbytes() // each.itemsize
+                )  # an expanded view is none
+        return out
+
+
+@pytest.mark.parametrize(("make", "options"), [(untrained.eagle3, {}), (untrained.dspark, {"rank": 8})])
+def test_a_bound_on_laws_bounds_memory_and_changes_no_gradient(make, options):
+    model = llama(dtype=torch.float64, vocab_size=2000).requires_grad_(False)
+    net = drafter_of(make, model, known=torch.arange(0, 2000, 4), **options).net.double()
+    found = {}
+    for at_once in (2**26, 6 * 3 * 2000 * 2):  # all places, or two at a time
+        net.zero_grad()
+        with Largest() as largest:
+            along = Along(net, model, read(model, net, TEXTS), 3)
+            loss = states_loss(distillation.lk, along, laws_at_once=at_once)
+            loss.backward()
+        found[at_once] = loss.item(), [p.grad.clone() for p in net.parameters()], largest.numel
+    (whole, gradients, most), (parts, same, least) = found.values()
+    weights = max(p.numel() for p in [*model.parameters(), *net.parameters()])
+    assert parts == pytest.approx(whole, rel=1e-12)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(gradients, same, strict=True))
+    assert least <= max(6 * 2 * 2000, weights) < most / 3
+
+
+def test_texts_before_which_nothing_was_written_are_not_learnt():
+    model = target()
+    net = drafter_of(untrained.eagle3, model, known=torch.arange(10, 40)).net
+    along = Along(net, model, read(model, net, TEXTS, 12), 3)
+    places = along.places + 1
+    for row in range(len(TEXTS)):
+        text = torch.cat([TEXTS[row], torch.tensor([-1])])[places[row]]
+        due = torch.where((places[row] >= 12) & (text >= 10) & (text < 40), text - 10, -1)
+        assert torch.equal(along.tokens[row], due)
+
+
+def test_a_confidence_learns_how_often_its_token_is_accepted():
+    model = target()
+    net = drafter_of(untrained.dspark, model).net
+    text, optimizer = read(model, net, TEXTS), torch.optim.AdamW(net.confidence_head.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        along = Along(net, model, text, 3)
+        states_loss(distillation.tv, along).backward()
+        optimizer.step()
+    told = torch.cat([at.confidence.detach()[at.tokens >= 0] for at in along.at(slice(None))])
+    rates = torch.cat([at.overlap.detach()[at.tokens >= 0] for at in along.at(slice(None))])
+    assert torch.corrcoef(torch.stack([told, rates]))[0, 1] > 0.5 and float((told - rates).mean().abs()) < 0.05
+
+
+def test_states_that_are_kept_are_those_that_were_computed(tmp_path):
+    model = target()
+    net = drafter_of(untrained.eagle3, model).net
+    rows, file = torch.tensor([4, 1, 4]), tmp_path / "features"
+    fresh = Features(model, net, TEXTS, 2)[rows]
+    first = Features(model, net, TEXTS, 2, file)[rows]
+    model.lm_head.weight.data.zero_()
+    model.model.embed_tokens.weight.data.zero_()  # whatever is computed now would be another
+    again = Features(model, net, TEXTS, 2, file)[rows]
+    for other in (first, again):
+        assert all(
+            torch.allclose(getattr(other, part), getattr(fresh, part), atol=1e-5) for part in ("states", "hidden")
+        )
+    assert not torch.allclose(Features(model, net, TEXTS, 2, file)[torch.tensor([0])].states, fresh.states[:1])
+    with pytest.raises(ValueError, match="delete it"):
+        Features(model, net, TEXTS[:, :20], 2, file)
+
+
+def test_places_for_which_nothing_can_be_drafted_are_refused():
+    model = target()
+    net = drafter_of(untrained.medusa, model).net
+    with pytest.raises(ValueError, match="texts of more than 4"):
+        Along(net, model, read(model, net, TEXTS[:, :4]), 3)
+    with pytest.raises(ValueError, match="depth=5"):
+        Along(net, model, read(model, net, TEXTS), 5)
+
+
+def test_training_that_is_killed_is_taken_up_again_and_serves_what_it_expects(tmp_path):
+    options = [
+        *(
+            "task=demo",
+            "~task.count",
+            "~task.one_in",
+            "task.per_task=4",
+            "net=dspark",
+            "held_out=4",
+            "steps=6",
+            "depth=2",
+        ),
+        *("report_every=2", "new_tokens=24", "prompt_length=20", "keep_features=true", "drafted=300", "tree.length=2"),
+    ]
+
+    def command(folder):
+        return [sys.executable, str(SCRIPT), *options, f"folder={folder}", f"log.path={folder / 'result.json'}"]
+
+    def finish(folder):
+        done = subprocess.run(command(folder), cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((folder / "result.json").read_text())
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(command(killed), cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
+        while not (killed / "checkpoint.pt").exists() and first.poll() is None:
+            time.sleep(0.01)
+        first.kill()
+    said, found = finish(killed)
+    _, other = finish(whole)
+    assert found["history"] == other["history"] and found["figures"] == other["figures"]
+    assert [row["step"] for row in found["history"]["net"]] == [2, 4, 6]
+    assert (
+        "standard errors" in said
+        and abs(found["figures"]["served"]["mean"] - found["figures"]["expected"]["mean"]) < 0.3
+    )
+    pair = specdec.demo.load()
+    assert DSparkDrafter.from_pretrained(killed / "net", pair.target).net.vocab == 300
