@@ -29,19 +29,13 @@ class TextLevel(Level):
     Args:
         positions: [batch, n] int64.
         seen: [1 or batch, n, earlier + n] bool: what each node sees of the nodes of `before` and of this level.
-        before: the earlier level, whose keys and values are added to.
+        before: the earlier level, whose pass is over.
     """
 
     def __init__(self, positions: Tensor, seen: Tensor, before: TextLevel | None = None):
         super().__init__(positions)
-        self._seen, self._kept = seen, before._kept if before else {}
+        self._seen, self._kept = seen, dict(before._kept) if before else {}
         self.all_positions = torch.cat([before.all_positions, positions], 1) if before else positions
-
-    def repeated(self, times: int) -> TextLevel:
-        """A level like this one with each row so many times, after one another."""
-        made = TextLevel(self.positions.repeat_interleave(times, 0), self._seen)
-        made._kept = {layer: tuple(t.repeat_interleave(times, 0) for t in pair) for layer, pair in self._kept.items()}
-        return made
 
     @cached_property
     def causal(self) -> TextLevel:
@@ -61,6 +55,46 @@ class TextLevel(Level):
         if window is not None:
             seen = seen & (self.positions[:, :, None] - self.all_positions[:, None] < window)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+
+
+class BlocksLevel(Level):
+    """Blocks at places of texts that a network has read. Each sees its text up to there, and itself.
+
+    Attention takes the blocks of a text together, so that the text's keys and values need no copy for each.
+
+    Args:
+        text: what the texts were read into.
+        roots: [batch, n] int64: the place of each block's first slot.
+        slots: of a block.
+    """
+
+    def __init__(self, text: TextLevel, roots: Tensor, slots: int):
+        super().__init__((roots[..., None] + torch.arange(slots, device=roots.device)).flatten(0, 1))
+        self._blocks = roots.shape  # (batch, n)
+        which = torch.arange(roots.shape[1], device=roots.device).repeat_interleave(slots)
+        before = text.positions[:, None] < roots.repeat_interleave(slots, 1)[..., None]
+        own = (which == which[:, None]).expand(len(roots), -1, -1)
+        self._together = TextLevel(self.positions.view(len(roots), -1), torch.cat([before, own], 2), text)
+
+    @cached_property
+    def causal(self) -> BlocksLevel:
+        made = copy(self)
+        made._together = self._together.causal
+        return made
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """[batch, head, n * slots, size], of [batch * n, head, slots, size]."""
+        return x.unflatten(0, self._blocks).transpose(1, 2).flatten(2, 3)
+
+    def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._together.add(layer, self._joined(key), self._joined(value))
+
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        return self._together.mask(dtype, window)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        found = super().attend(layer, self._joined(query), key, value, window)
+        return found.unflatten(1, (self._blocks[1], -1)).flatten(0, 1)
 
 
 def unroll(net: FeatureNet, tokens: Tensor, states: Tensor, target: TargetParts, steps: int) -> Iterator[Tensor]:
@@ -115,12 +149,9 @@ class BlockTexts:
             what the pass has found, [batch * n, depth, ...] each, and the tokens there, [batch * n, depth] int64: at depth d,
             for the token d + 1 places after the anchor and for the one before that.
         """
-        net, (batch, length), n = self.net, self.tokens.shape, anchors.shape[1]
+        net, (batch, n) = self.net, anchors.shape
         rows = torch.arange(batch, device=anchors.device).repeat_interleave(n)
-        flat, every = anchors.flatten(), torch.arange(length, device=anchors.device)
-        context = (every < flat[:, None])[:, None].expand(-1, net.slots, -1)
-        seen = torch.cat([context, context.new_ones(len(flat), net.slots, net.slots)], 2)
-        level = TextLevel(flat[:, None] + torch.arange(net.slots, device=flat.device), seen, self._text.repeated(n))
+        flat, level = anchors.flatten(), BlocksLevel(self._text, anchors, net.slots)
         found = net.block(self.tokens[rows, flat], self._kept[rows, flat - 1], level, depth, self.target)
         return found, self.tokens[rows[:, None], flat[:, None] + torch.arange(depth, device=flat.device)]
 

@@ -154,8 +154,10 @@ def states_loss(loss: Loss, along: Along, decay: float = 0.8, laws_at_once: int 
                 total = total + decay**d * here / counts[d] * (loss(at.target_law, at.draft_law, at.tokens) + _sure(at))
         return total
 
-    parts = (checkpoint(of, part, use_reentrant=False) for part in along.parts(laws_at_once))
-    return torch.stack(list(parts)).sum()
+    first, *others = along.parts(laws_at_once)
+    if not others:
+        return of(first)
+    return torch.stack([checkpoint(of, part, use_reentrant=False) for part in (first, *others)]).sum()
 
 
 def _sure(at: Depth) -> Tensor:
