@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
         )
     take_up(folder, config)
     target = setting.models.target.requires_grad_(False)
-    texts = torch.nn.utils.rnn.pad_sequence(own_texts(setting, config, folder / "texts.pt"), True, NO_TOKEN)
+    texts = torch.nn.utils.rnn.pad_sequence(own_texts(setting, config), True, NO_TOKEN)
     held_out, training = texts[: config.held_out], texts[config.held_out :]
     prompts = [torch.tensor(setting.models.tokenizer(p.turns[0])["input_ids"]) for p in instantiate(config.measured)]
     untrained = beginning(setting, config, 0)

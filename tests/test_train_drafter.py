@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,15 +123,17 @@ def test_texts_before_which_nothing_was_written_are_not_learnt():
 
 def test_a_confidence_learns_how_often_its_token_is_accepted():
     model = target()
-    net = drafter_of(untrained.dspark, model).net
-    text, optimizer = read(model, net, TEXTS), torch.optim.AdamW(net.confidence_head.parameters(), 0.05)
+    net: Any = drafter_of(untrained.dspark, model).net
+    sure: Any = net.confidence_head
+    text, optimizer = read(model, net, TEXTS), torch.optim.AdamW(sure.parameters(), 0.05)
     for _ in range(60):
         optimizer.zero_grad()
         along = Along(net, model, text, 3)
         states_loss(distillation.tv, along).backward()
         optimizer.step()
-    told = torch.cat([at.confidence.detach()[at.tokens >= 0] for at in along.at(slice(None))])
-    rates = torch.cat([at.overlap.detach()[at.tokens >= 0] for at in along.at(slice(None))])
+    found: Any = along.at(slice(None))
+    told = torch.cat([at.confidence.detach()[at.tokens >= 0] for at in found])
+    rates = torch.cat([at.overlap.detach()[at.tokens >= 0] for at in found])
     assert torch.corrcoef(torch.stack([told, rates]))[0, 1] > 0.5 and float((told - rates).mean().abs()) < 0.05
 
 

@@ -36,8 +36,12 @@ def chosen(setting: Setting, config: DictConfig) -> Setting:
     return replace(setting, prompts=[setting.prompts[i] for i in order[: config.texts].tolist()])
 
 
-def own_texts(setting: Setting, config: DictConfig, path: Path) -> list[Tensor]:
-    """Beginnings of the prompts, all of one length, with what the target makes of them; kept in `path` batch by batch."""
+def own_texts(setting: Setting, config: DictConfig) -> list[Tensor]:
+    """Beginnings of the prompts, all of one length, with what the target makes of them.
+
+    They are kept in `texts_from`, by default `folder`, batch by batch.
+    """
+    path = Path(config.texts_from or config.folder) / "texts.pt"
     done: list[Tensor] = torch.load(path, weights_only=True) if path.exists() else []
     prompts = [ids[: config.prompt_length] for ids in setting.prompts if len(ids) >= config.prompt_length]
     options = {"sampling": setting.sampling, "new_tokens": config.new_tokens, "batch": config.texts_at_once}
