@@ -18,15 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from specdec.demo import smollm2
-from specdec.drafters import MedusaHeads
+from specdec.drafters import Eagle3Drafter, MedusaHeads
+from specdec.trees.base import TreePolicy
 
-__all__ = ["FILES", "FOLDER", "Demo", "Prompt", "load", "smollm2"]
+__all__ = ["FILES", "FOLDER", "Demo", "Prompt", "eagle3", "load", "smollm2"]
 
 FOLDER = Path(__file__).parent
 FILES = (
     "target/model.safetensors",
     "draft/model.safetensors",
     "heads/medusa_lm_head.safetensors",
+    "eagle3/model.safetensors",
     "tokenizer/tokenizer.json",
     "prompts.jsonl",
 )
@@ -56,7 +58,7 @@ def load(dtype: torch.dtype = torch.float32) -> Demo:
         if not (FOLDER / name).exists():
             raise FileNotFoundError(
                 f"{FOLDER / name} is missing: reinstall the package, or train (two hours on one CPU core) the pair with "
-                "`python experiments/demo_pair/train.py` and the heads with `python experiments/train_drafter.py net=medusa`."
+                "`python experiments/demo_pair/train.py` and the networks with `python experiments/train_drafter.py` (see CARD.md)."
             )
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
     rows = map(json.loads, (FOLDER / "prompts.jsonl").read_text("utf-8").splitlines())
@@ -64,6 +66,14 @@ def load(dtype: torch.dtype = torch.float32) -> Demo:
     with _without_progress_bars():
         heads = MedusaHeads.load(FOLDER / "heads").to(dtype)
         return Demo(_model("target", dtype), _model("draft", dtype), tokenizer, prompts, heads)
+
+
+def eagle3(target: PreTrainedModel, tree: TreePolicy | None = None) -> Eagle3Drafter:
+    """The EAGLE-3 draft that was trained for the demo target. Arguments as for `Eagle3Drafter.from_pretrained`.
+
+    >>> specdec.generate(pair.target, pair.prompts[0].text, specdec.demo.eagle3(pair.target), tokenizer=pair.tokenizer)
+    """
+    return Eagle3Drafter.from_pretrained(FOLDER / "eagle3", target, tree)
 
 
 @contextmanager
