@@ -4,11 +4,11 @@
         python experiments/train_drafter.py net=$net folder=FOLDER/$net flops=6e13 texts_from=TEXTS
     python experiments/distill_draft.py folder=FOLDER/model texts_from=TEXTS scratch=true 'seeds=[0]' steps=4000 lr=0.002 ...
     for T in 0 1
-        python experiments/benchmark.py experiment=equal_cost trained=FOLDER sampling.temperature=T log.path=FOLDER/speed_T$T.json
+        python experiments/benchmark.py experiment=equal_cost trained=FOLDER sampling.temperature=$T log.path=FOLDER/T$T.json
     python -m experiments.studies.equal_cost FOLDER
 
-Decodes the demo prompts with chains of 4, and with the tree of at most 22 nodes, of those tried, of which most is expected to be
-accepted, as the laws along the target's texts foretell it. Writes `experiments/results/equal_cost.md` and `.json`.
+Decodes the demo prompts with chains of 4, and with the tree of at most 22 nodes, of those tried, of which most is expected to
+be accepted, as the laws along the target's texts foretell it. Writes `experiments/results/equal_cost.md` and `.json`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def main(folder: Path) -> None:
                 for law, sampling in SAMPLINGS.items()
             },
         }
-    speeds = {law: json.loads((folder / f"speed_T{t}.json").read_text()) for t, law in enumerate(SAMPLINGS)}
+    speeds = {law: json.loads((folder / f"T{t}.json").read_text()) for t, law in enumerate(SAMPLINGS)}
     source = provenance("experiments/studies/equal_cost.py", [folder.name], {}, "cpu")
     kept = {law: {key: speed[key] for key in ("command", "commit", "date", "figures")} for law, speed in speeds.items()}
     out = ROOT / "experiments" / "results" / "equal_cost"
@@ -201,10 +201,10 @@ def page(found: dict[str, Any], speeds: dict[str, Any]) -> str:
             faster.append([label, *(interval(each["speed_up"], digits=2) for each in timed)])
     tables = [lengths, rates, places, foretold, faster]
     about = (
-        f"# Drafters of equal cost\n\nEach was trained on the same text of the demo target's own making with the same floating "
-        f"point operations (the bundled heads: before, with fewer texts), and drafts for {len(PROMPTS)} prompts that nothing was "
+        "# Drafters of equal cost\n\nEach was trained on the same text of the demo target's own making with the same floating "
+        f"point operations (the bundled heads: before, on fewer texts), and drafts for {len(PROMPTS)} prompts that nothing was "
         f"trained on, {TOKENS} tokens each. Intervals are over prompts. The trees are those of at most 22 nodes, of "
-        f"{len(TREES)} tried, that the laws foretell most of at temperature 1. How it was made: `experiments/studies/equal_cost.py`."
+        f"{len(TREES)} tried, that the laws foretell most of at temperature 1. How: `experiments/studies/equal_cost.py`."
     )
     return "\n\n".join([about, *map(markdown, tables)]) + "\n"
 

@@ -58,7 +58,7 @@ def load(dtype: torch.dtype = torch.float32) -> Demo:
         if not (FOLDER / name).exists():
             raise FileNotFoundError(
                 f"{FOLDER / name} is missing: reinstall the package, or train (two hours on one CPU core) the pair with "
-                "`python experiments/demo_pair/train.py` and the networks with `python experiments/train_drafter.py` (see CARD.md)."
+                "`python experiments/demo_pair/train.py` and the rest with `python experiments/train_drafter.py` (see CARD.md)."
             )
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
     rows = map(json.loads, (FOLDER / "prompts.jsonl").read_text("utf-8").splitlines())
