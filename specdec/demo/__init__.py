@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from specdec.demo import smollm2
-from specdec.drafters import Eagle3Drafter, MedusaHeads
+from specdec.drafters import DSparkDrafter, Eagle3Drafter, MedusaHeads
 from specdec.trees.base import TreePolicy
 
-__all__ = ["FILES", "FOLDER", "Demo", "Prompt", "eagle3", "load", "smollm2"]
+__all__ = ["FILES", "FOLDER", "Demo", "Prompt", "dspark", "eagle3", "load", "smollm2"]
 
 FOLDER = Path(__file__).parent
 FILES = (
@@ -29,6 +29,7 @@ FILES = (
     "draft/model.safetensors",
     "heads/medusa_lm_head.safetensors",
     "eagle3/model.safetensors",
+    "dspark/model.safetensors",
     "tokenizer/tokenizer.json",
     "prompts.jsonl",
 )
@@ -74,6 +75,11 @@ def eagle3(target: PreTrainedModel, tree: TreePolicy | None = None) -> Eagle3Dra
     >>> specdec.generate(pair.target, pair.prompts[0].text, specdec.demo.eagle3(pair.target), tokenizer=pair.tokenizer)
     """
     return Eagle3Drafter.from_pretrained(FOLDER / "eagle3", target, tree)
+
+
+def dspark(target: PreTrainedModel, tree: TreePolicy | None = None, confidence: float | None = None) -> DSparkDrafter:
+    """The DSpark draft that was trained for the demo target: blocks of 4. Arguments as for `DSparkDrafter`."""
+    return DSparkDrafter.from_pretrained(FOLDER / "dspark", target, tree, confidence=confidence)
 
 
 @contextmanager
