@@ -1,4 +1,4 @@
-"""Drafts that are bundled for the demo target: they are read as they were trained, change no text, and beat the Medusa heads."""
+"""Drafts that are bundled for the demo target: read as they were trained, they change no text and beat the Medusa heads."""
 
 import pytest
 import torch
