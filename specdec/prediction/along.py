@@ -19,7 +19,8 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.block import BlockNet
 from specdec.drafters.states_drafter import StatesDrafter
 from specdec.drafters.states_net import TargetParts
-from specdec.drafters.teacher_forcing import drafts_along, logits_of, read_texts
+from specdec.drafters.teacher_forcing import drafts_along
+from specdec.drafters.text_states import logits_of, read_texts
 from specdec.generate import generate
 from specdec.laws import Law
 from specdec.loop import Decoding
