@@ -116,6 +116,16 @@ def test_texts_before_which_nothing_was_written_are_not_learnt():
         assert torch.equal(comparison.tokens[row], due)
 
 
+def test_acceptance_is_that_of_all_places_whether_or_not_their_tokens_can_be_drafted():
+    model = target()
+    drafter = drafter_of(untrained.eagle3, model, known=torch.arange(10, 40))
+    overlaps = check(model, drafter, list(TEXTS), 3).taken.overlaps.view(len(TEXTS), -1, 3)
+    # beyond the text there is no token
+    due = torch.stack([overlaps[:, : TEXTS.shape[1] - 2 - depth, depth].mean() for depth in range(3)])
+    text = TargetTexts.read(model, drafter.net, TEXTS)
+    assert torch.allclose(acceptance(Comparison(drafter.net, model, text, 3)), due, rtol=0, atol=1e-6)
+
+
 def test_a_confidence_learns_how_often_its_token_is_accepted():
     model = target()
     net: Any = drafter_of(untrained.dspark, model).net

@@ -55,10 +55,13 @@ class Comparison:
         target: the target, which is only asked for its laws.
         text: the texts.
         depth: how deep.
-        anchors: places per text at which a `BlockNet` drafts, chosen at random; None, and for a `FeatureNet`: at all.
+        anchors: places per text at which a `BlockNet` drafts, chosen at random; None for all. A `FeatureNet` always
+            drafts at all.
         generator: of the random choice.
 
     Attributes:
+        places: [batch, place, depth] int64: the token above each draft.
+        written: [batch, place, depth] bool: whether the target wrote the token there.
         tokens: [batch, place, depth] int64: the text's, see `DepthLaws.tokens`.
     """
 
@@ -83,13 +86,16 @@ class Comparison:
             roots = torch.randint(1, length - depth + 1, shape, generator=generator).to(tokens.device)
         self.drafts: Drafts = drafts_along(net, tokens, text.states, TargetParts.of(target, net), depth, roots)
         self._target, self._ids, self._hidden = target, net.target_ids, text.hidden
-        self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)  # [batch, root, depth]
-        written = torch.arange(length, device=tokens.device) >= text.prompt_length
-        own = torch.where(written, self._by_network(tokens, target), -1)
+        self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)
+        written = torch.arange(length + 1, device=tokens.device) >= text.prompt_length
+        written[length] = False  # nothing comes after the text
         rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-        self.tokens = pad(own, (0, 1), value=-1)[rows, self.places + 1]  # nothing comes after the text
+        self.written = written[self.places + 1]
+        own = pad(self._by_network(tokens, target), (0, 1))[rows, self.places + 1]
+        self.tokens = torch.where(self.written, own, -1)
 
     def _by_network(self, tokens: Tensor, target: PreTrainedModel) -> Tensor:
+        """[batch, t] int64: the network's ids of the target's tokens, -1 for those that it lacks."""
         if self._ids is None:
             return tokens
         names = tokens.new_full((target.config.get_text_config().vocab_size,), -1)
@@ -157,7 +163,9 @@ def _law(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def acceptance(comparison: Comparison, laws_at_once: int = 2**26) -> Tensor:
     """[depth]: the rate at which a draft is accepted at temperature 1 if those before it in the text were, 1 - TV."""
-    sums = torch.zeros(comparison.tokens.shape[2])
+    written = comparison.written
+    sums = torch.zeros(written.shape[2])
     for part in comparison.parts(laws_at_once):
-        sums += torch.tensor([float(at.overlap[at.tokens >= 0].sum()) for at in comparison.at(part)])
-    return sums / (comparison.tokens >= 0).sum((0, 1)).cpu()
+        laws = comparison.at(part)
+        sums += torch.tensor([float(at.overlap[written[:, part, d]].sum()) for d, at in enumerate(laws)])
+    return sums / written.sum((0, 1)).cpu()
