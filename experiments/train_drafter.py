@@ -38,7 +38,7 @@ from specdec.prediction import read_along
 from specdec.sampling import Sampling
 from specdec.training import distillation
 from specdec.training.features import Features
-from specdec.training.states import Along, acceptance, states_loss
+from specdec.training.states import Comparison, acceptance, states_loss
 
 
 def main(config: DictConfig) -> None:
@@ -53,8 +53,8 @@ def main(config: DictConfig) -> None:
     features = Features(target, net, seen, config.prompt_length, file)
 
     def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
-        along = Along(net, target, features[rows], config.depth, config.anchors, generator)
-        return states_loss(weighted(config), along, config.decay, config.laws_at_once)
+        comparison = Comparison(net, target, features[rows], config.depth, config.anchors, generator)
+        return states_loss(weighted(config), comparison, config.decay, config.laws_at_once)
 
     rows = torch.arange(len(seen))
     flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator()), net)
@@ -101,7 +101,7 @@ def weighted(config: DictConfig) -> distillation.Loss:
 def by_depth(drafter: StatesDrafter, target: PreTrainedModel, features: Features, config: DictConfig) -> dict[str, Any]:
     """1 - TV at each depth, after drafts that were those of the text; everywhere in these texts."""
     parts = [
-        acceptance(Along(drafter.net, target, features[rows], config.depth), config.laws_at_once)
+        acceptance(Comparison(drafter.net, target, features[rows], config.depth), config.laws_at_once)
         for rows in torch.arange(len(features)).split(config.texts_per_step)
     ]
     return {"accepted by depth": torch.stack(parts).mean(0).tolist()}

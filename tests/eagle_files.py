@@ -9,7 +9,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from specdec.drafters.states_net import TargetParts
-from specdec.drafters.teacher_forcing import TextLevel
+from specdec.drafters.text_level import TextLevel
 
 HIDDEN, VOCAB, LAYERS, MID, HEADS, KV, SIZE = 16, 12, 7, 24, 4, 2, 4
 KNOWN = [1, 2, 5, 6, 7, 11]  # ids of the target that a draft with a vocabulary of its own knows

@@ -185,9 +185,12 @@ def test_embeddings_of_the_drafts_own_are_kept(tmp_path):
         ),
         (
             {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 3]}},
-            r"states \[1, 4\], the target has 0 to 2",
+            r"states \(1, 4\), and this target has layers 0 to 2",
         ),
-        ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [0]}}, r"fc.weight is \[16, 32\], and 1 states"),
+        (
+            {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [0]}},
+            r"fc.weight takes 32 numbers, .* are 1 x 16",
+        ),
         ({"dflash_config": {"mask_token_id": 3}}, "target_layer_ids"),
         ({"dflash_config": {"mask_token_id": 9, "target_layer_ids": [0, 2]}}, "mask_token_id=9: must be <= 3"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "must be one of"),
@@ -197,7 +200,8 @@ def test_embeddings_of_the_drafts_own_are_kept(tmp_path):
             {"more": {"lm_head.weight": torch.zeros(2, 16), "d2t": torch.tensor([0, 3])}},
             "ids 0 to 4, the target knows 4",
         ),
-        ({"more": {"fc.weight": torch.zeros(8, 16)}}, r"fc.weight is \[8, 16\], .* need \[16, 32\]"),
+        ({"more": {"fc.weight": torch.zeros(16, 16)}}, "fc.weight takes 16 numbers, .* are 2 x 16"),
+        ({"more": {"fc.weight": torch.zeros(8, 32)}}, "fc.weight has 8 rows, .* hidden size is 16"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )

@@ -35,6 +35,7 @@ from specdec.testing import (
 from specdec.theory import CostCurve, Costs
 from specdec.trace import Trace, replay
 from specdec.training import distillation, self_distillation, skip_search, states
+from specdec.training.features import TargetTexts
 from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
@@ -46,6 +47,7 @@ CURVE = CostCurve((1, 2, 40), (1.0, 1.1, 2.0))
 COSTS = Costs(CURVE)
 LAWS = torch.full((1, 6, 4), 0.25).log()
 TOKENS, TEXT = torch.zeros(1, 6, dtype=torch.int64), torch.arange(30)
+KNOWN = TargetTexts.read(MODEL, HEADS, TEXT[None])
 generate = partial(specdec.generate, MODEL, PROMPTS[0])
 even = lambda text: [0.5, 0.5]  # noqa: E731 - the law of a fair coin
 
@@ -97,8 +99,8 @@ COUNTS = {
     "longest_tree: nodes": (lambda v: theory.longest_tree([[0.5]], v), 1),
     "prediction.texts: count": (lambda v: prediction.texts(MODEL, partial(ModelDrafter, MODEL), PROMPTS[0], v), 1),
     "expected_tau: depth": (lambda v: distillation.expected_tau(LAWS, LAWS, TOKENS, v), 1),
-    "Along: depth": (lambda v: states.Along(HEADS, MODEL, states.read(MODEL, HEADS, TEXT[None]), v), 1),
-    "Along: anchors": (lambda v: states.Along(HEADS, MODEL, states.read(MODEL, HEADS, TEXT[None]), 1, v), 1),
+    "Comparison: depth": (lambda v: states.Comparison(HEADS, MODEL, KNOWN, v), 1),
+    "Comparison: anchors": (lambda v: states.Comparison(HEADS, MODEL, KNOWN, 1, v), 1),
     "prediction.read_along: depth": (lambda v: prediction.read_along(MODEL, MedusaDrafter(HEADS), TEXT, 2, Sampling(), v), 1),
     "continuations: batch": (lambda v: next(self_distillation.continuations(MODEL, PROMPTS, batch=v)), 1),
     "Rehearsal: depth": (lambda v: skip_search.Rehearsal(MODEL, [TEXT], v, Sampling(1.0)), 1),
@@ -119,7 +121,7 @@ NO_COUNTS = [
     torch.tensor(True),
     torch.tensor([2]),
 ]
-MAY_BE_NONE = {"Along: anchors", "Sampling: top_k"}
+MAY_BE_NONE = {"Comparison: anchors", "Sampling: top_k"}
 MAY_BE_SEVERAL = {"generate: max_new_tokens", "stream: max_new_tokens"}  # one per prompt
 
 
@@ -273,7 +275,7 @@ KINDS = {
     "model of a drafter": (ModelDrafter, "AutoModelForCausalLM"),
     "tree": (lambda v: ModelDrafter(MODEL, v), "Chain(4)"),
     "tokenizer of a drafter": (lambda v: ModelDrafter(MODEL, tokenizer=v), "AutoTokenizer"),
-    "heads": (MedusaDrafter, "MedusaHeads"),
+    "network of a drafter": (MedusaDrafter, "MedusaHeads"),
     "first": (lambda v: Fallback(v, DRAFTER), "specdec Drafter"),
     "second": (lambda v: Fallback(DRAFTER, v), "specdec Drafter"),
     "paused": (Paused, "specdec Drafter"),

@@ -1,11 +1,14 @@
 """Enlarged models compute what the small ones do."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import llama
 
 from experiments.demo_pair.enlarge import enlarge, widen
 from specdec.drafters import MedusaHeads
+from specdec.drafters.states_net import TargetParts
 
 
 def test_an_enlarged_model_has_the_same_logits():
@@ -28,9 +31,12 @@ def test_medusa_heads_of_a_larger_state_have_the_same_logits():
     for weights in heads.parameters():
         torch.nn.init.normal_(weights, 0, 0.5, generator=torch.Generator().manual_seed(0))
     large = enlarge(model, layers=4, intermediate_size=96, hidden_size=128)
-    states = [m.model(text).last_hidden_state[:, -1] for m in (model, large)]
-    expected = heads(states[0], model.lm_head)
-    assert torch.allclose(widen(heads, 128)(states[1], large.lm_head), expected, rtol=0, atol=1e-12)
+    nothing: Any = None
+    found = []
+    for target, net in ((model, heads), (large, widen(heads, 128))):
+        state = target.model(text).last_hidden_state[:, -1]
+        found.append(net.block(nothing, state, nothing, 3, TargetParts.of(target, net)).logits)
+    assert torch.allclose(*found, rtol=0, atol=1e-12)
 
 
 def test_nothing_shrinks():

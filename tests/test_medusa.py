@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch._subclasses import FakeTensorMode
 import specdec
 from specdec import Law, Sampling
 from specdec.drafters import MedusaDrafter, MedusaHeads
+from specdec.drafters.states_net import TargetParts
 from specdec.models.states import Capture
 from specdec.testing import exact_law, target_law
+from specdec.training.features import TargetTexts
 from specdec.training.self_distillation import continuations
-from specdec.training.states import Along, acceptance, read
+from specdec.training.states import Comparison, acceptance
 from specdec.trees import Chain, Dynamic, Widths
 
 torch.set_num_threads(1)
@@ -30,6 +33,13 @@ def heads(count=3, blocks=1, hidden=32, vocab=None, dtype=torch.float64):
     for p in made.parameters():
         p.data.normal_(0, 0.5, generator=generator)
     return made
+
+
+def logits(made, hidden, lm_head):
+    """[batch, head, vocab], for the target's states [batch, hidden]."""
+    nothing: Any = None
+    target = TargetParts(nothing, lm_head, hidden.dtype)
+    return made.block(nothing, hidden, nothing, made.depth, target).logits
 
 
 @pytest.mark.parametrize("name", GATE)
@@ -51,13 +61,13 @@ def test_sampled_text_is_lossless(tree):
 def published(folder, made, prefix, suffix):
     """Write heads as the authors' code does."""
     tensors = {}
-    for i in range(len(made)):
+    for i in range(made.depth):
         for j in range(len(made.weight)):
             tensors[f"{prefix}{i}.{j}.linear.weight"] = made.weight[j, i].detach().clone()
             tensors[f"{prefix}{i}.{j}.linear.bias"] = made.bias[j, i].detach().clone()
         tensors[f"{prefix}{i}.{len(made.weight)}.weight"] = made.lm_head[i].detach().clone()
     folder.mkdir()
-    config = {"medusa_num_heads": len(made), "medusa_num_layers": len(made.weight), "base_model_name_or_path": "x/y"}
+    config = {"medusa_num_heads": made.depth, "medusa_num_layers": len(made.weight), "base_model_name_or_path": "x/y"}
     (folder / "config.json").write_text(json.dumps(config))
     if suffix == "pt":
         torch.save(tensors, folder / "medusa_lm_head.pt")
@@ -70,12 +80,12 @@ def published(folder, made, prefix, suffix):
 def test_published_checkpoints_load(tmp_path, prefix, suffix):
     made, hidden = heads(3, blocks=2, vocab=50), torch.randn(4, 32, dtype=torch.float64)
     published(tmp_path / "heads", made, prefix, suffix)
-    logits = MedusaDrafter(tmp_path / "heads").net(hidden, torch.nn.Identity())
+    found = logits(MedusaHeads.load(tmp_path / "heads"), hidden, None)
     for i in range(3):  # head by head, as in the paper
         x = hidden
         for j in range(2):
             x = x + torch.nn.functional.silu(x @ made.weight[j, i].T + made.bias[j, i])
-        assert torch.allclose(logits[:, i], x @ made.lm_head[i].T)
+        assert torch.allclose(found[:, i], x @ made.lm_head[i].T)
 
 
 @pytest.mark.parametrize("vocab", [None, 50])
@@ -97,7 +107,7 @@ def test_the_heads_see_the_state_before_the_root():
         tokens = step.record.bare.tokens[0].tolist()
         with torch.inference_mode():
             hidden = model.model(torch.tensor([text[:-1]])).last_hidden_state[:, -1]
-            expected = made(hidden, model.lm_head).argmax(-1)[0].tolist()
+            expected = logits(made, hidden, model.lm_head).argmax(-1)[0].tolist()
         assert tokens[1:] == expected[: len(tokens) - 1]
         text += islice(new, step.emitted[0])
 
@@ -109,6 +119,16 @@ def test_heads_are_given_what_the_lm_head_reads(kind):
     assert torch.equal(found.tokens[0], reference(model, PROMPTS[0], max_new_tokens=8))
 
 
+class Elsewhere(torch.nn.Linear):
+    """An LM head whose logits are on another device."""
+
+    def __init__(self):
+        super().__init__(32, 50, bias=False)
+
+    def forward(self, hidden):
+        return torch.empty(*hidden.shape[:2], 50, device="cuda")
+
+
 def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
     """As of a model that `device_map` lays over two devices: the embedding on one, the rest on another."""
     head = torch.nn.Identity()
@@ -117,8 +137,8 @@ def test_states_and_an_lm_head_on_another_device_are_brought_to_the_heads():
         head(torch.zeros(1, 3, 32))
     assert (capture.states.shape, capture.states.device.type) == ((1, 3, 1, 32), "meta")
     with FakeTensorMode():  # tensors without numbers, on devices that need not be there
-        logits = MedusaHeads(2, 1, 32)(torch.empty(1, 32), lambda x: torch.empty(*x.shape[:2], 50, device="cuda"))
-    assert (logits.shape, logits.device.type) == ((1, 2, 50), "cpu")
+        found = logits(MedusaHeads(2, 1, 32), torch.empty(1, 32), Elsewhere())
+    assert (found.shape, found.device.type) == ((1, 2, 50), "cpu")
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):
@@ -131,11 +151,11 @@ def test_heads_that_do_not_fit_are_refused(tmp_path):
             drafter = MedusaDrafter(heads(2, vocab=vocab, dtype=torch.float32))
             specdec.generate(llama(), PROMPTS, drafter, sampling=Sampling(temperature), max_new_tokens=4)
     with pytest.raises(FileNotFoundError):
-        MedusaDrafter(tmp_path)
+        MedusaDrafter.from_pretrained(tmp_path, llama())
     published(tmp_path / "heads", heads(2, vocab=50), "", "pt")
     (tmp_path / "heads" / "config.json").write_text('{"medusa_num_heads": 3, "medusa_num_layers": 1}')
     with pytest.raises(ValueError, match="No tensor"):
-        MedusaDrafter(tmp_path / "heads")
+        MedusaDrafter.from_pretrained(tmp_path / "heads", llama())
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
@@ -155,7 +175,8 @@ def test_bundled_heads_are_trained():
     texts = [text for text in next(continuations(PAIR.target, prompts, new_tokens=48)) if len(text) == 108]
 
     def rates(heads):
-        return acceptance(Along(heads, PAIR.target, read(PAIR.target, heads, torch.stack(texts), 60), 4))
+        known = TargetTexts.read(PAIR.target, heads, torch.stack(texts), 60)
+        return acceptance(Comparison(heads, PAIR.target, known, 4))
 
     assert (rates(PAIR.heads) > torch.tensor([0.28, 0.22, 0.20, 0.19])).all()
     assert (rates(MedusaHeads(4, 1, 256)) < torch.tensor([0.20, 0.17, 0.15, 0.15])).all()

@@ -9,7 +9,8 @@ import specdec
 from specdec.drafters import Eagle3Drafter, Eagle3Net, check
 from specdec.drafters.eagle3 import Eagle3Reading
 from specdec.training.distillation import kl
-from specdec.training.states import Along, read, states_loss
+from specdec.training.features import TargetTexts
+from specdec.training.states import Comparison, states_loss
 
 torch.set_num_threads(1)
 PAIR = specdec.demo.load()
@@ -33,7 +34,7 @@ def trained(request):
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     for _ in range(20):
         optimizer.zero_grad()
-        states_loss(kl, Along(net, PAIR.target, read(PAIR.target, net, TEXTS), 3)).backward()
+        states_loss(kl, Comparison(net, PAIR.target, TargetTexts.read(PAIR.target, net, TEXTS), 3)).backward()
         optimizer.step()
     return net.eval()
 

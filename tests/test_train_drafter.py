@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import specdec
 from specdec.drafters import DFlashDrafter, DSparkDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, check
 from specdec.training import distillation, untrained
-from specdec.training.features import Features
-from specdec.training.states import Along, acceptance, read, states_loss
+from specdec.training.features import Features, TargetTexts
+from specdec.training.states import Comparison, acceptance, states_loss
 
 torch.set_num_threads(1)
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "train_drafter.py"
@@ -47,31 +47,27 @@ def drafter_of(make, model, **options):
 def test_every_kind_learns_and_is_read_back_as_it_was_trained(make, tmp_path):
     model = target()
     drafter = drafter_of(make, model)
-    net, text = drafter.net.train(), read(model, drafter.net, TEXTS, 2)
-    before = acceptance(Along(net, model, text, 3))
+    net, text = drafter.net.train(), TargetTexts.read(model, drafter.net, TEXTS, 2)
+    before = acceptance(Comparison(net, model, text, 3))
     optimizer = torch.optim.AdamW(net.parameters(), 0.01)
     for _ in range(25):
         optimizer.zero_grad()
-        states_loss(distillation.kl, Along(net, model, text, 3)).backward()
+        states_loss(distillation.kl, Comparison(net, model, text, 3)).backward()
         optimizer.step()
-    assert (acceptance(Along(net.eval(), model, text, 3)) > before + 0.05).all()
+    assert (acceptance(Comparison(net.eval(), model, text, 3)) > before + 0.05).all()
     drafter.save_pretrained(tmp_path, target=model)
-    kind = KINDS[make]
-    again = kind(tmp_path) if kind is MedusaDrafter else kind.from_pretrained(tmp_path, model)
-    assert torch.allclose(
-        acceptance(Along(again.net, model, text, 3)), acceptance(Along(net, model, text, 3)), rtol=0, atol=1e-6
-    )
-    if kind is not MedusaDrafter:
-        assert check(model, again, list(TEXTS)).taken.overlap == pytest.approx(
-            check(model, drafter, list(TEXTS)).taken.overlap, abs=1e-6
-        )
+    again = KINDS[make].from_pretrained(tmp_path, model)
+    rates = (acceptance(Comparison(each.net, model, text, 3)) for each in (again, drafter))
+    assert torch.allclose(*rates, rtol=0, atol=1e-6)
+    overlaps = [check(model, each, list(TEXTS)).taken.overlap for each in (again, drafter)]
+    assert overlaps[0] == pytest.approx(overlaps[1], abs=1e-6)
 
 
 def test_gradients_flow_to_the_network_alone():
     model = llama(dtype=torch.float32)
     model.requires_grad_(False)
     net = drafter_of(untrained.dspark, model).net
-    states_loss(distillation.tv, Along(net, model, read(model, net, TEXTS), 3)).backward()
+    states_loss(distillation.tv, Comparison(net, model, TargetTexts.read(model, net, TEXTS), 3)).backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in net.parameters())
 
@@ -85,9 +81,8 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for each in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(each, torch.Tensor):
-                self.numel = max(
-                    self.numel, each.untyped_storage().nbytes() // each.itemsize
-                )  # an expanded view is none
+                # storage, as an expanded view is not made
+                self.numel = max(self.numel, each.untyped_storage().nbytes() // each.itemsize)
         return out
 
 
@@ -99,8 +94,8 @@ def test_a_bound_on_laws_bounds_memory_and_changes_no_gradient(make, options):
     for at_once in (2**26, 6 * 3 * 2000 * 2):  # all places, or two at a time
         net.zero_grad()
         with Largest() as largest:
-            along = Along(net, model, read(model, net, TEXTS), 3)
-            loss = states_loss(distillation.lk, along, laws_at_once=at_once)
+            comparison = Comparison(net, model, TargetTexts.read(model, net, TEXTS), 3)
+            loss = states_loss(distillation.lk, comparison, laws_at_once=at_once)
             loss.backward()
         found[at_once] = loss.item(), [p.grad.clone() for p in net.parameters()], largest.numel
     (whole, gradients, most), (parts, same, least) = found.values()
@@ -113,25 +108,35 @@ def test_a_bound_on_laws_bounds_memory_and_changes_no_gradient(make, options):
 def test_texts_before_which_nothing_was_written_are_not_learnt():
     model = target()
     net = drafter_of(untrained.eagle3, model, known=torch.arange(10, 40)).net
-    along = Along(net, model, read(model, net, TEXTS, 12), 3)
-    places = along.places + 1
+    comparison = Comparison(net, model, TargetTexts.read(model, net, TEXTS, 12), 3)
+    places = comparison.places + 1
     for row in range(len(TEXTS)):
         text = torch.cat([TEXTS[row], torch.tensor([-1])])[places[row]]
         due = torch.where((places[row] >= 12) & (text >= 10) & (text < 40), text - 10, -1)
-        assert torch.equal(along.tokens[row], due)
+        assert torch.equal(comparison.tokens[row], due)
+
+
+def test_acceptance_is_that_of_all_places_whether_or_not_their_tokens_can_be_drafted():
+    model = target()
+    drafter = drafter_of(untrained.eagle3, model, known=torch.arange(10, 40))
+    overlaps = check(model, drafter, list(TEXTS), 3).taken.overlaps.view(len(TEXTS), -1, 3)
+    # beyond the text there is no token
+    due = torch.stack([overlaps[:, : TEXTS.shape[1] - 2 - depth, depth].mean() for depth in range(3)])
+    text = TargetTexts.read(model, drafter.net, TEXTS)
+    assert torch.allclose(acceptance(Comparison(drafter.net, model, text, 3)), due, rtol=0, atol=1e-6)
 
 
 def test_a_confidence_learns_how_often_its_token_is_accepted():
     model = target()
     net: Any = drafter_of(untrained.dspark, model).net
     sure: Any = net.confidence_head
-    text, optimizer = read(model, net, TEXTS), torch.optim.AdamW(sure.parameters(), 0.05)
+    text, optimizer = TargetTexts.read(model, net, TEXTS), torch.optim.AdamW(sure.parameters(), 0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        along = Along(net, model, text, 3)
-        states_loss(distillation.tv, along).backward()
+        comparison = Comparison(net, model, text, 3)
+        states_loss(distillation.tv, comparison).backward()
         optimizer.step()
-    found: Any = along.at(slice(None))
+    found: Any = comparison.at(slice(None))
     told = torch.cat([at.confidence.detach()[at.tokens >= 0] for at in found])
     rates = torch.cat([at.overlap.detach()[at.tokens >= 0] for at in found])
     assert torch.corrcoef(torch.stack([told, rates]))[0, 1] > 0.5 and float((told - rates).mean().abs()) < 0.05
@@ -159,25 +164,15 @@ def test_places_for_which_nothing_can_be_drafted_are_refused():
     model = target()
     net = drafter_of(untrained.medusa, model).net
     with pytest.raises(ValueError, match="texts of more than 4"):
-        Along(net, model, read(model, net, TEXTS[:, :4]), 3)
+        Comparison(net, model, TargetTexts.read(model, net, TEXTS[:, :4]), 3)
     with pytest.raises(ValueError, match="depth=5"):
-        Along(net, model, read(model, net, TEXTS), 5)
+        Comparison(net, model, TargetTexts.read(model, net, TEXTS), 5)
 
 
 def test_training_that_is_killed_is_taken_up_again_and_serves_what_it_expects(tmp_path):
-    options = [
-        *(
-            "task=demo",
-            "~task.count",
-            "~task.one_in",
-            "task.per_task=4",
-            "net=dspark",
-            "held_out=4",
-            "steps=6",
-            "depth=2",
-        ),
-        *("report_every=2", "new_tokens=24", "prompt_length=20", "keep_features=true", "drafted=300", "tree.length=2"),
-    ]
+    task = ["task=demo", "~task.count", "~task.one_in", "task.per_task=4", "new_tokens=24", "prompt_length=20"]
+    fitted = ["net=dspark", "drafted=300", "depth=2", "held_out=4", "steps=6", "report_every=2", "keep_features=true"]
+    options = [*task, *fitted, "tree.length=2"]
 
     def command(folder):
         return [sys.executable, str(SCRIPT), *options, f"folder={folder}", f"log.path={folder / 'result.json'}"]
@@ -196,9 +191,7 @@ def test_training_that_is_killed_is_taken_up_again_and_serves_what_it_expects(tm
     _, other = finish(whole)
     assert found["history"] == other["history"] and found["figures"] == other["figures"]
     assert [row["step"] for row in found["history"]["net"]] == [2, 4, 6]
-    assert (
-        "standard errors" in said
-        and abs(found["figures"]["served"]["mean"] - found["figures"]["expected"]["mean"]) < 0.3
-    )
+    served, expected = (found["figures"][name]["mean"] for name in ("served", "expected"))
+    assert "standard errors" in said and abs(served - expected) < 0.3
     pair = specdec.demo.load()
     assert DSparkDrafter.from_pretrained(killed / "net", pair.target).net.vocab == 300

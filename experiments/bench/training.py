@@ -20,7 +20,7 @@ from experiments.bench.inputs import Setting
 from experiments.bench.results import keep_settings, whole
 from specdec.training.self_distillation import continuations
 
-# may change in between
+# settings that change nothing that is trained, so that a run may go on with others
 FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured", "measured_tokens", "laws_at_once"}
 
 

@@ -39,10 +39,10 @@ from specdec.drafters import (
     EagleDrafter,
     MedusaDrafter,
     ModelDrafter,
-    StatesDrafter,
 )
-from specdec.drafters.feature import FeatureNet
-from specdec.prediction import Text, acceptance_length, read_along, texts
+from specdec.drafters.block import BlockDrafter
+from specdec.drafters.feature import FeatureDrafter
+from specdec.prediction import acceptance_length, texts
 from specdec.trees import Chain, TreePolicy, Widths
 
 PAIR = specdec.demo.load()
@@ -51,35 +51,31 @@ SAMPLINGS = {"greedy": Sampling(), "T = 1": Sampling(1.0)}
 TREES = [(4, 2, 1), (3, 2, 1, 1), (2, 2, 1, 1), (4, 1, 1, 1), (6, 2), (3, 3)]
 NAMES = {"eagle3": "EAGLE-3", "dspark": "DSpark", "dflash": "DFlash", "eagle": "EAGLE-1 (as an MTP layer)", "medusa": "Medusa",
          "model": "small model", "bundled": "Medusa, bundled"}  # fmt: skip
+KINDS = {"eagle3": Eagle3Drafter, "dspark": DSparkDrafter, "dflash": DFlashDrafter, "eagle": EagleDrafter,
+         "medusa": MedusaDrafter}  # fmt: skip
 TOKENS, PLACES = 64, (16, 32, 48, 64)
 
 
 def drafter(name: str, folder: Path, tree: TreePolicy) -> Drafter:
     """The drafter that was trained in `folder`/`name`."""
-    match name:
-        case "model":
-            draft = AutoModelForCausalLM.from_pretrained(folder / "model" / "kl_0").eval()
-            return ModelDrafter(draft, tree)
-        case "medusa":
-            return MedusaDrafter(folder / "medusa" / "net", tree)
-        case "bundled":
-            return MedusaDrafter(PAIR.heads, tree)
-    kinds = {"eagle3": Eagle3Drafter, "dspark": DSparkDrafter, "dflash": DFlashDrafter, "eagle": EagleDrafter}
-    return kinds[name].from_pretrained(folder / name / "net", PAIR.target, tree)
+    if name == "model":
+        return ModelDrafter(AutoModelForCausalLM.from_pretrained(folder / "model" / "kl_0").eval(), tree)
+    if name == "bundled":
+        return MedusaDrafter(PAIR.heads, tree)
+    return KINDS[name].from_pretrained(folder / name / "net", PAIR.target, tree)
 
 
 def best_tree(name: str, folder: Path) -> Widths:
     """Of `TREES`, the one of which most is expected to be accepted at temperature 1."""
-    made, one = partial(drafter, name, folder), SAMPLINGS["T = 1"]
-    deepest = getattr(getattr(made(Chain(1)), "net", None), "depth", 4)
-    found: list[Text] = []
-    for seed, prompt in enumerate(PROMPTS[::8]):
-        options = {"sampling": one, "max_new_tokens": TOKENS, "stop_tokens": ()}
-        if isinstance(each := made(Chain(1)), StatesDrafter):
-            new = specdec.generate(PAIR.target, prompt, seed=seed, **options).tokens[0]
-            found.append(read_along(PAIR.target, each, torch.cat([prompt, new]), len(prompt), one, 4))
-        else:
-            found += texts(PAIR.target, made, prompt, 1, seed=seed, **options)
+    made = partial(drafter, name, folder)
+    options = {"sampling": SAMPLINGS["T = 1"], "max_new_tokens": TOKENS, "stop_tokens": (), "depth": 4}
+    found = [
+        text
+        for seed, prompt in enumerate(PROMPTS[::8])
+        for text in texts(PAIR.target, made, prompt, 1, seed=seed, **options)
+    ]
+    each = made(Chain(1))
+    deepest = each.net.depth if isinstance(each, BlockDrafter) else 4
     trees = [Widths(widths) for widths in TREES if len(widths) <= deepest]
     return max(trees, key=lambda tree: acceptance_length(found, tree.parents, law=tree.law))
 
@@ -88,13 +84,13 @@ def best_tree(name: str, folder: Path) -> Widths:
 def counted(each: Drafter) -> Iterator[list[int]]:
     """Counts the passes of a drafter's network: over what the target accepted, and over levels or blocks."""
     net, passes = each.models[0], [0]
-    names = (
-        ["step"]
-        if isinstance(net, FeatureNet)
-        else ["follow", "block"]
-        if isinstance(each, StatesDrafter)
-        else ["forward"]
-    )
+    match each:
+        case FeatureDrafter():
+            names = ["step"]
+        case BlockDrafter():
+            names = ["follow", "block"]
+        case _:
+            names = ["forward"]
 
     def noting(method: Any) -> Any:
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -119,11 +115,9 @@ def by_place(out: Generation) -> list[float]:
         for text, emitted in zip(step.held, step.emitted, strict=True):
             if emitted:
                 part = int(np.searchsorted(PLACES, written[text], side="right"))
-                tokens[part], steps[part], written[text] = (
-                    tokens[part] + emitted,
-                    steps[part] + 1,
-                    written[text] + emitted,
-                )
+                tokens[part] += emitted
+                steps[part] += 1
+                written[text] += emitted
     return (tokens / steps).round(3).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of DFlash and DSpark, plain (z-lab, DeepSpec) and in the format of `speculators`: read and written.
+"""Checkpoints of DFlash and DSpark, plain (z-lab, DeepSpec) and in the format of `speculators`, as parts of one network.
 
 Ids of layers mean two things. Plain files count outputs of layers, so that id i is state i + 1 here, and the last is what
 the LM head reads; `speculators` counts states as this library does.
@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.checks import as_int, as_ints
-from specdec.drafters.shapes import check_names, layer_config, leave_copies, own_embedding, own_head, target_ids
+from specdec.drafters.shapes import (
+    check_names,
+    check_states,
+    layer_config,
+    leave_copies,
+    own_embedding,
+    own_head,
+    target_ids,
+)
 
 # the method of an architecture, or of a speculators_model_type, and whether the root's slot drafts if no key says so
 _METHODS = {
@@ -87,7 +95,11 @@ def block_file(
     from_anchor = _from_anchor(keys, tensors, method)
     check_names(tensors, "a block draft")
     states = _states(keys, text.num_hidden_layers) if states is None else as_ints("states", states)
-    _check_states(states, text, tensors["fc.weight"])
+    check_states(states, tensors, text)
+    if (rows := len(tensors["fc.weight"])) != text.hidden_size:
+        raise ValueError(
+            f"fc.weight has {rows} rows, and the target's hidden size is {text.hidden_size}; use a draft made for this target."
+        )
     ids = target_ids(tensors, text.vocab_size)
     leave_copies(tensors, target)
     own = own_embedding(tensors, text.hidden_size, text)
@@ -131,19 +143,6 @@ def _states(keys: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         return as_ints("aux_hidden_state_layer_ids", states)
     ids = as_ints("target_layer_ids", keys.get("target_layer_ids"), -1, cure="or pass states=...")
     return tuple(-1 if i + 1 == layers else i + 1 for i in ids)
-
-
-def _check_states(states: Sequence[int], target: PretrainedConfig, fc: Tensor) -> None:
-    count, size = target.num_hidden_layers, target.hidden_size
-    if not all(-1 <= state < count for state in states):
-        raise ValueError(
-            f"it reads the states {list(states)}, the target has 0 to {count - 1} and -1; use another draft."
-        )
-    if list(fc.shape) != [size, len(states) * size]:
-        raise ValueError(
-            f"fc.weight is {list(fc.shape)}, and {len(states)} states of a target of hidden size {size} need "
-            f"{[size, len(states) * size]}; use a draft made for this target."
-        )
 
 
 def _causal(keys: Mapping[str, Any], layers: Mapping[str, Any], count: int) -> tuple[bool, ...]:

@@ -22,7 +22,16 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_ints, check_kind
 from specdec.drafters.checkpoints import naming, read_checkpoint
-from specdec.drafters.shapes import check_names, count, layer_config, leave_copies, own_embedding, own_head, target_ids
+from specdec.drafters.shapes import (
+    check_names,
+    check_states,
+    count,
+    layer_config,
+    leave_copies,
+    own_embedding,
+    own_head,
+    target_ids,
+)
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 _BEFORE, _AFTER = (IDS, "aux_hidden_state_layer_ids"), "target_layer_ids"
@@ -76,7 +85,7 @@ def _read(
     config = layer_config(keys.get("transformer_layer_config", keys), tensors, hidden, vocab)
     config.max_position_embeddings = max(config.max_position_embeddings, getattr(goal, "max_position_embeddings", 0))
     taken = _states(keys, goal.num_hidden_layers) if states is None else as_ints("states", states, -1)
-    _check_states(taken, tensors, goal)
+    check_states(taken, tensors, goal)
     arguments = {
         "config": config,
         "states": taken,
@@ -111,21 +120,6 @@ def _states(keys: Mapping[str, Any], layers: int) -> tuple[int, ...]:
             return tuple(keys[key])
     after = (keys.get("eagle_config") or {}).get(IDS) or keys.get(_AFTER)
     return tuple(i + (i >= 0) for i in after) if after else default_states(layers)  # -1: what the LM head reads
-
-
-def _check_states(states: Sequence[int], tensors: Mapping[str, Tensor], goal: Any) -> None:
-    """Raise ValueError unless the target has these states and `fc` takes as many numbers as they are."""
-    width, size, layers = tensors["fc.weight"].shape[1], goal.hidden_size, goal.num_hidden_layers
-    if len(states) * size != width:
-        raise ValueError(
-            f"fc.weight takes {width} numbers, and states {tuple(states)} of this target are {len(states)} x {size}. "
-            "Use a draft made for this target, or pass states=, as many as fc.weight takes."
-        )
-    if not all(-1 <= state < layers for state in states):
-        raise ValueError(
-            f"it reads states {tuple(states)}, and this target has layers 0 to {layers - 1}. Use a draft made for this target, "
-            "or pass states=: i for what layer i reads, -1 for what the LM head reads."
-        )
 
 
 def _norms(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

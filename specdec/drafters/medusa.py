@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import save_file
@@ -44,28 +45,16 @@ class MedusaHeads(BlockNet):
         self.states, self.state_size, self.kept = (-1,), hidden, hidden
         self.vocab, self.depth = vocab, heads
 
-    def __len__(self) -> int:
-        return self.weight.shape[1]
-
-    def forward(self, hidden: Tensor, lm_head: nn.Module, count: int | None = None) -> Tensor:
-        """[batch, head, vocab]: logits of the first `count` heads, all by default, for states `hidden` [batch, hidden].
-
-        `lm_head` is the target's; it is used if the heads have none of their own.
-        """
-        count = len(self) if count is None else count
-        x = hidden.to(self.weight.dtype)[None].expand(count, -1, -1)  # [head, batch, hidden]
-        for weight, bias in zip(self.weight[:, :count], self.bias[:, :count], strict=True):
-            x = x + nn.functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
-        if self.lm_head is not None:
-            return torch.bmm(x, self.lm_head[:count].mT).transpose(0, 1)
-        # `device_map` may put the LM head elsewhere
-        return lm_head(x.transpose(0, 1).to(hidden.dtype)).to(hidden.device)
-
     def follow(self, tokens: Tensor, states: Tensor, level: Level, target: TargetParts) -> Tensor:
         return states[:, :, 0]
 
     def block(self, root: Tensor, last: Tensor, level: Level, depth: int, target: TargetParts) -> ByDepth:
-        return ByDepth(self(last.to(target.lm_head.weight.dtype), target.lm_head, depth))
+        x = last.to(self.weight.dtype)[None].expand(depth, -1, -1)  # [head, batch, hidden]
+        for weight, bias in zip(self.weight[:, :depth], self.bias[:, :depth], strict=True):
+            x = x + nn.functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
+        if self.lm_head is None:
+            return ByDepth(target.logits(x.transpose(0, 1)))
+        return ByDepth(torch.bmm(x, self.lm_head[:depth].mT).transpose(0, 1))
 
     @classmethod
     def load(cls, folder: str | Path) -> MedusaHeads:
@@ -102,17 +91,24 @@ class MedusaDrafter(BlockDrafter):
     any temperature.
 
     Args:
-        heads: heads trained for this target, or the folder that they are in.
+        net: heads trained for this target.
         tree: the tree policy, at most as deep as there are heads; by default a chain of as many.
     """
 
     kind = MedusaHeads
     net: MedusaHeads
 
-    def __init__(self, heads: MedusaHeads | str | Path, tree: TreePolicy | None = None):
-        check_kind("heads", heads, (MedusaHeads, str, Path), "pass MedusaHeads, or the folder they are in")
-        heads = heads if isinstance(heads, MedusaHeads) else MedusaHeads.load(heads)
-        super().__init__(heads, tree)
+    @classmethod
+    def from_pretrained(cls, source: str | Path, target: PreTrainedModel, tree: TreePolicy | None = None) -> Self:
+        """Heads as their authors write them, in the target's dtype and on its device.
+
+        Args:
+            source: the folder that they are in.
+            target: the model that they were made for.
+            tree: the tree policy.
+        """
+        check_kind("target", target, PreTrainedModel, "pass the model that it drafts for")
+        return cls(MedusaHeads.load(source).to(target.device, target.dtype), tree)
 
     def __repr__(self) -> str:
         return f"MedusaDrafter({self.net.depth} heads, {self.tree})"
@@ -121,14 +117,14 @@ class MedusaDrafter(BlockDrafter):
         """Write the published layout: `config.json` and `medusa_lm_head.safetensors`. The target is not asked for anything."""
         folder, net, tensors = Path(folder), self.net, {}
         folder.mkdir(parents=True, exist_ok=True)
-        for i in range(len(net)):
+        for i in range(net.depth):
             for j, (weight, bias) in enumerate(zip(net.weight, net.bias, strict=True)):
                 tensors[f"{i}.{j}.linear.weight"] = weight[i].detach().contiguous()
                 tensors[f"{i}.{j}.linear.bias"] = bias[i].detach().contiguous()
             if net.lm_head is not None:
                 tensors[f"{i}.{len(net.weight)}.weight"] = net.lm_head[i].detach().contiguous()
         save_file(tensors, folder / _WEIGHTS[0])
-        config = {"medusa_num_heads": len(net), "medusa_num_layers": len(net.weight)}
+        config = {"medusa_num_heads": net.depth, "medusa_num_layers": len(net.weight)}
         (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 

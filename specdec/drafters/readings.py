@@ -14,7 +14,8 @@ from specdec.checks import as_int, as_ints, as_tuple, check_kind
 from specdec.drafters.block import BlockDrafter, BlockNet
 from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import TargetParts
-from specdec.drafters.teacher_forcing import drafts_along, logits_of, read_texts
+from specdec.drafters.teacher_forcing import drafts_along
+from specdec.drafters.text_states import logits_of, read_texts
 from specdec.models.probe import cure_for
 
 

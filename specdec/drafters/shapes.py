@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,21 @@ def own_embedding(tensors: Mapping[str, Tensor], hidden: int, target: Any) -> in
             f"embed_tokens.weight knows {len(own)} tokens, the target {target.vocab_size}; use a draft made for this target."
         )
     return None if own is None else len(own)
+
+
+def check_states(states: Sequence[int], tensors: Mapping[str, Tensor], target: Any) -> None:
+    """Raise ValueError unless the target with this config has these states, and `fc` takes as many numbers as they are."""
+    width, size, layers = tensors["fc.weight"].shape[1], target.hidden_size, target.num_hidden_layers
+    if len(states) * size != width:
+        raise ValueError(
+            f"fc.weight takes {width} numbers, and states {tuple(states)} of this target are {len(states)} x {size}. "
+            "Use a draft made for this target, or pass states=, as many as fc.weight takes."
+        )
+    if not all(-1 <= state < layers for state in states):
+        raise ValueError(
+            f"it reads states {tuple(states)}, and this target has layers 0 to {layers - 1}. Use a draft made for this target, "
+            "or pass states=: i for what layer i reads, -1 for what the LM head reads."
+        )
 
 
 def leave_copies(tensors: dict[str, Tensor], target: PreTrainedModel) -> None:

@@ -39,7 +39,7 @@ class StatesDrafter(TreeDrafter):
     capturable_scores = True
 
     def __init__(self, net: StatesNet, tree: TreePolicy | None = None):
-        check_kind("net", net, self.kind, f"pass the network of a {type(self).__name__}")
+        check_kind("net", net, self.kind, f"pass the {self.kind.__name__} of a {type(self).__name__}")
         super().__init__(tree)
         self.net, self.states, self.models = net, tuple(net.states), (net,)
 

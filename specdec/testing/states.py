@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from specdec.drafters.block import BlockDrafter
 from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import StatesNet, TargetParts
-from specdec.drafters.teacher_forcing import drafts_along, read_texts
+from specdec.drafters.teacher_forcing import drafts_along
+from specdec.drafters.text_states import read_texts
 from specdec.generate import generate
 from specdec.laws import Law
 from specdec.sampling import Sampling
@@ -54,9 +55,7 @@ def drafted_logits(net: StatesNet, model: PreTrainedModel, text: Sequence[int], 
     """
     tokens, root = torch.tensor([[*text, *path]], device=model.device), len(text) - 1
     states, parts = read_texts(model, tokens, net.states)[0], TargetParts.of(model, net)
-    tokens, states = (
-        pad(tokens, (0, 1)),
-        pad(states, (0, 0, 0, 0, 0, 1)),
-    )  # a token that no law returned here depends on
+    # a token that no law returned here depends on
+    tokens, states = pad(tokens, (0, 1)), pad(states, (0, 0, 0, 0, 0, 1))
     drafts = drafts_along(net, tokens, states, parts, len(path) + 1)
     return drafts.at(slice(root - 1, root))[-1].logits[0, 0]

@@ -31,12 +31,12 @@ def kl(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
 
 def lk(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
     """-log sum min(p, q): the negative log of the rate at which a single draft is accepted."""
-    return -_mean(_overlap(target_law, draft_law).log(), tokens)
+    return -_mean(overlap(target_law, draft_law).log(), tokens)
 
 
 def tv(target_law: Tensor, draft_law: Tensor, tokens: Tensor) -> Tensor:
     """The total variation distance, 1 - sum min(p, q): the rate at which a single draft is rejected."""
-    return 1 - _mean(_overlap(target_law, draft_law), tokens)
+    return 1 - _mean(overlap(target_law, draft_law), tokens)
 
 
 def expected_tau(target_law: Tensor, draft_law: Tensor, tokens: Tensor, depth: int = 4, block: bool = False) -> Tensor:
@@ -86,14 +86,14 @@ def acceptance_by_depth(
     written = _at_tokens(target_law, tokens)
     log_ratio = torch.where(written == -torch.inf, written, _at_tokens(draft_law, tokens) - written)
     weight = ratio = torch.zeros_like(log_ratio[:, :starts])  # [batch, start]: log w, log r
-    overlap = _overlap(target_law, draft_law)
+    overlaps = overlap(target_law, draft_law)
     chances = []
     for d in range(depth):
         here = slice(d, d + starts)
         if block and d > 0:
-            chance = _overlap(weight[..., None] + target_law[:, here], ratio[..., None] + draft_law[:, here])
+            chance = overlap(weight[..., None] + target_law[:, here], ratio[..., None] + draft_law[:, here])
         else:  # r = w: one pass over the vocabulary serves all depths
-            chance = weight.exp() * overlap[:, here]
+            chance = weight.exp() * overlaps[:, here]
         chances.append(chance * (tokens[:, here] >= 0))
         ratio = ratio + log_ratio[:, here]
         weight = torch.minimum(ratio, weight)
@@ -102,8 +102,8 @@ def acceptance_by_depth(
     return torch.stack(chances, -1)
 
 
-def _overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """[...]: sum min(p, q) over the vocabulary, for logarithms [..., vocab]."""
+def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[...]: sum min(p, q) over the vocabulary, for logarithms [..., vocab]; of laws it is the rate 1 - TV of acceptance."""
     return torch.minimum(log_p, log_q).exp().sum(-1)
 
 

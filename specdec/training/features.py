@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,11 +10,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.states_net import StatesNet
-from specdec.training.states import Read, read
+from specdec.drafters.text_states import read_texts
+
+
+@dataclass(frozen=True, eq=False)
+class TargetTexts:
+    """Texts that the target wrote, and what it says of them when it reads them again.
+
+    Args:
+        tokens: [batch, t] int64.
+        states: [batch, t, state, state_size]: those that a network asks for.
+        hidden: [batch, t, hidden]: what the target's LM head reads.
+        prompt_length: how many tokens of each text the target has not written.
+    """
+
+    tokens: Tensor
+    states: Tensor
+    hidden: Tensor
+    prompt_length: int = 1
+
+    @classmethod
+    def read(cls, target: PreTrainedModel, net: StatesNet, tokens: Tensor, prompt_length: int = 1) -> TargetTexts:
+        """One pass of the target over texts [batch, t] int64, for this network."""
+        return cls(tokens, *read_texts(target, tokens, net.states), prompt_length)
 
 
 class Features:
-    """Texts of one length as the target reads them, some rows at a time.
+    """`TargetTexts` of one length, some rows at a time.
 
     Args:
         target: the target.
@@ -32,22 +55,26 @@ class Features:
         if file is not None:
             shape = (*texts.shape, len(net.states) + 1, net.state_size)
             self._kept = _mapped(file, shape, target.dtype)
-            self._known = _mapped(file.with_suffix(".known"), texts.shape[:1], torch.bool)  # written after the states
+            # [n] bool: rows whose states are in the file; written after them
+            self._known = _mapped(file.with_suffix(".known"), texts.shape[:1], torch.bool)
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, rows: Tensor) -> Read:
+    def __getitem__(self, rows: Tensor) -> TargetTexts:
         """The texts of these rows [batch] int64."""
-        tokens = self.texts[rows].to(self._target.device)
         if self._kept is None or self._known is None:
-            return read(self._target, self._net, tokens, self._prompt_length)
+            return self._read(rows)
         if len(new := rows[~self._known[rows]].unique()):
-            found = read(self._target, self._net, self.texts[new].to(self._target.device), self._prompt_length)
+            found = self._read(new)
             self._kept[new] = torch.cat([found.states, found.hidden[:, :, None]], 2).to("cpu", self._kept.dtype)
             self._known[new] = True
-        kept = self._kept[rows].to(self._target.device)
-        return Read(tokens, kept[:, :, :-1], kept[:, :, -1], self._prompt_length)
+        device = self._target.device
+        kept = self._kept[rows].to(device)
+        return TargetTexts(self.texts[rows].to(device), kept[:, :, :-1], kept[:, :, -1], self._prompt_length)
+
+    def _read(self, rows: Tensor) -> TargetTexts:
+        return TargetTexts.read(self._target, self._net, self.texts[rows].to(self._target.device), self._prompt_length)
 
 
 def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -18,29 +18,14 @@ from transformers import PreTrainedModel
 from specdec.checks import as_int
 from specdec.drafters.block import BlockNet
 from specdec.drafters.states_net import StatesNet, TargetParts
-from specdec.drafters.teacher_forcing import Drafts, drafts_along, logits_of, read_texts
-from specdec.training.distillation import Loss
+from specdec.drafters.teacher_forcing import Drafts, drafts_along
+from specdec.drafters.text_states import logits_of
+from specdec.training.distillation import Loss, overlap
+from specdec.training.features import TargetTexts
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """Texts that the target wrote, as it reads them.
-
-    Args:
-        tokens: [batch, t] int64.
-        states: [batch, t, state, state_size]: those that a network asks for.
-        hidden: [batch, t, hidden]: what the target's LM head reads.
-        prompt_length: how many tokens of each text the target has not written.
-    """
-
-    tokens: Tensor
-    states: Tensor
-    hidden: Tensor
-    prompt_length: int = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Depth:
+class DepthLaws:
     """What is drafted at one depth below some places of texts.
 
     Args:
@@ -59,10 +44,10 @@ class Depth:
     @property
     def overlap(self) -> Tensor:
         """[batch, place]: sum min(p, q), the rate at which one draft is accepted at temperature 1."""
-        return torch.minimum(self.target_law, self.draft_law).exp().sum(-1)
+        return overlap(self.target_law, self.draft_law)
 
 
-class Along:
+class Comparison:
     """What a network drafts along texts, beside what the target says there; gradients flow to the network alone.
 
     Args:
@@ -70,18 +55,21 @@ class Along:
         target: the target, which is only asked for its laws.
         text: the texts.
         depth: how deep.
-        anchors: places per text at which a `BlockNet` drafts, chosen at random; None, and for a `FeatureNet`: at all.
+        anchors: places per text at which a `BlockNet` drafts, chosen at random; None for all. A `FeatureNet` always
+            drafts at all.
         generator: of the random choice.
 
     Attributes:
-        tokens: [batch, place, depth] int64: the text's, see `Depth.tokens`.
+        places: [batch, place, depth] int64: the token above each draft.
+        written: [batch, place, depth] bool: whether the target wrote the token there.
+        tokens: [batch, place, depth] int64: the text's, see `DepthLaws.tokens`.
     """
 
     def __init__(
         self,
         net: StatesNet,
         target: PreTrainedModel,
-        text: Read,
+        text: TargetTexts,
         depth: int,
         anchors: int | None = None,
         generator: torch.Generator | None = None,
@@ -98,27 +86,30 @@ class Along:
             roots = torch.randint(1, length - depth + 1, shape, generator=generator).to(tokens.device)
         self.drafts: Drafts = drafts_along(net, tokens, text.states, TargetParts.of(target, net), depth, roots)
         self._target, self._ids, self._hidden = target, net.target_ids, text.hidden
-        self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)  # [batch, root, depth]
-        written = torch.arange(length, device=tokens.device) >= text.prompt_length
-        own = torch.where(written, self._by_network(tokens, target), -1)
+        self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)
+        written = torch.arange(length + 1, device=tokens.device) >= text.prompt_length
+        written[length] = False  # nothing comes after the text
         rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-        self.tokens = pad(own, (0, 1), value=-1)[rows, self.places + 1]  # nothing comes after the text
+        self.written = written[self.places + 1]
+        own = pad(self._by_network(tokens, target), (0, 1))[rows, self.places + 1]
+        self.tokens = torch.where(self.written, own, -1)
 
     def _by_network(self, tokens: Tensor, target: PreTrainedModel) -> Tensor:
+        """[batch, t] int64: the network's ids of the target's tokens, -1 for those that it lacks."""
         if self._ids is None:
             return tokens
         names = tokens.new_full((target.config.get_text_config().vocab_size,), -1)
         names[self._ids] = torch.arange(len(self._ids), device=tokens.device)
         return names[tokens]
 
-    def at(self, part: slice) -> list[Depth]:
+    def at(self, part: slice) -> list[DepthLaws]:
         """By depth, for some of the places."""
         rows = torch.arange(len(self.tokens), device=self.tokens.device)[:, None]
         found = []
         for d, drafted in enumerate(self.drafts.at(part)):
             law = _law(logits_of(self._target, self._hidden[rows, self.places[:, part, d]]))
             law = law if self._ids is None else law[..., self._ids]
-            found.append(Depth(law, _law(drafted.logits), self.tokens[:, part, d], drafted.confidence))
+            found.append(DepthLaws(law, _law(drafted.logits), self.tokens[:, part, d], drafted.confidence))
         return found
 
     def parts(self, laws_at_once: int) -> Iterator[slice]:
@@ -128,12 +119,7 @@ class Along:
         return (slice(start, start + size) for start in range(0, places, size))
 
 
-def read(target: PreTrainedModel, net: StatesNet, tokens: Tensor, prompt_length: int = 1) -> Read:
-    """Texts as the target reads them for a network, in one pass; arguments as in `Read`."""
-    return Read(tokens, *read_texts(target, tokens, net.states), prompt_length)
-
-
-def states_loss(loss: Loss, along: Along, decay: float = 0.8, laws_at_once: int = 2**26) -> Tensor:
+def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_once: int = 2**26) -> Tensor:
     """The sum over depths of decay ** depth times a loss, and how far confidences are from what they tell of.
 
     Laws over large vocabularies are made for some places at a time, and again when gradients are asked for, so that
@@ -141,26 +127,26 @@ def states_loss(loss: Loss, along: Along, decay: float = 0.8, laws_at_once: int 
 
     Args:
         loss: a mean over places.
-        along: what is drafted.
+        comparison: what is drafted, and what the target says there.
         decay: the weight of each depth beside the one before.
         laws_at_once: most probabilities in the laws that are kept at once, of either model.
     """
-    counts = (along.tokens >= 0).sum((0, 1)).tolist()
+    counts = (comparison.tokens >= 0).sum((0, 1)).tolist()
 
     def of(part: slice) -> Tensor:
-        total = torch.zeros((), device=along.tokens.device)
-        for d, at in enumerate(along.at(part)):
+        total = torch.zeros((), device=comparison.tokens.device)
+        for d, at in enumerate(comparison.at(part)):
             if here := int((at.tokens >= 0).sum()):
                 total = total + decay**d * here / counts[d] * (loss(at.target_law, at.draft_law, at.tokens) + _sure(at))
         return total
 
-    first, *others = along.parts(laws_at_once)
+    first, *others = comparison.parts(laws_at_once)
     if not others:
         return of(first)
     return torch.stack([checkpoint(of, part, use_reentrant=False) for part in (first, *others)]).sum()
 
 
-def _sure(at: Depth) -> Tensor:
+def _sure(at: DepthLaws) -> Tensor:
     """The cross-entropy of acceptance under the confidences, where the network tells any (DSpark, arXiv:2607.05147)."""
     if at.confidence is None:
         return torch.zeros(())
@@ -175,9 +161,11 @@ def _law(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def acceptance(along: Along, laws_at_once: int = 2**26) -> Tensor:
+def acceptance(comparison: Comparison, laws_at_once: int = 2**26) -> Tensor:
     """[depth]: the rate at which a draft is accepted at temperature 1 if those before it in the text were, 1 - TV."""
-    sums = torch.zeros(along.tokens.shape[2])
-    for part in along.parts(laws_at_once):
-        sums += torch.tensor([float(at.overlap[at.tokens >= 0].sum()) for at in along.at(part)])
-    return sums / (along.tokens >= 0).sum((0, 1)).cpu()
+    written = comparison.written
+    sums = torch.zeros(written.shape[2])
+    for part in comparison.parts(laws_at_once):
+        laws = comparison.at(part)
+        sums += torch.tensor([float(at.overlap[written[:, part, d]].sum()) for d, at in enumerate(laws)])
+    return sums / written.sum((0, 1)).cpu()

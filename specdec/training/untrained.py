@@ -15,7 +15,7 @@ from specdec.drafters.dflash import DFlashNet
 from specdec.drafters.dspark import DSparkNet
 from specdec.drafters.eagle import EagleNet
 from specdec.drafters.eagle3 import Eagle3Net
-from specdec.drafters.eagle3_files import Eagle3Reading
+from specdec.drafters.eagle3_files import Eagle3Reading, default_states
 from specdec.drafters.medusa import MedusaHeads
 from specdec.trees.base import TreePolicy
 
@@ -122,7 +122,8 @@ def _spread(target: PreTrainedModel, count: int) -> tuple[int, ...]:
     """So many of the target's states; three as EAGLE-3 reads them."""
     n = target.config.get_text_config().num_hidden_layers
     if count == 3:
-        return (2, n // 2, n - 3) if 2 < n // 2 < n - 3 else (min(2, n - 1), n // 2, n - 1)
+        usual = default_states(n)
+        return usual if usual[0] < usual[1] < usual[2] else (min(2, n - 1), n // 2, n - 1)
     return tuple(round(float(i)) for i in torch.linspace(min(2, n - 1), max(n - 2, 1), count))
 
 
