@@ -18,6 +18,8 @@ from experiments.bench import calls
 if __name__ == "__main__":
     calls.script("train_drafter", "train_drafter")
 
+import math
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +29,21 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import specdec
 from experiments.bench.inputs import Setting, begin
-from experiments.bench.report import interval, mean, per_prompt
+from experiments.bench.report import interval, per_prompt
 from experiments.bench.training import chosen, cost_of, fit, own_texts, peak_memory, take_up
 from specdec.drafters import StatesDrafter
-from specdec.prediction import read_along
+from specdec.prediction import NotForetold, read_along
 from specdec.sampling import Sampling
 from specdec.training import distillation
 from specdec.training.features import Features
 from specdec.training.states import Comparison, acceptance, states_loss
+
+NO_TOKEN = -1
 
 
 def main(config: DictConfig) -> None:
@@ -48,16 +53,16 @@ def main(config: DictConfig) -> None:
     unseen, seen = split(own_texts(chosen(setting, config), config), config)
     torch.manual_seed(config.seed)
     drafter = instantiate(config.net)(target, instantiate(config.tree), **known(seen, config))
-    net = drafter.net.train()
-    file = folder / "features" if config.keep_features else None
-    features = Features(target, net, seen, config.prompt_length, file)
+    instantiate(config.rule).check(drafter.spec(setting.sampling))  # before it is trained
+    net, rows = drafter.net.train(), torch.arange(len(seen))
+    features = Features(target, net, seen, config.prompt_length, folder if config.keep_features else None)
 
-    def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(rows: Tensor, generator: torch.Generator, features: Features = features) -> Tensor:
         comparison = Comparison(net, target, features[rows], config.depth, config.anchors, generator)
         return states_loss(weighted(config), comparison, config.decay, config.laws_at_once)
 
-    rows = torch.arange(len(seen))
-    flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator()), net)
+    computed = Features(target, net, seen, config.prompt_length)  # whatever is kept
+    flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator(), computed), net)
     steps = config.steps if config.flops is None else round(config.flops / flops)
     few = partial(by_depth, drafter, target, Features(target, net, unseen[:16], config.prompt_length), config)
     history = fit(net, loss, rows, few, config, folder / "checkpoint.pt", steps=steps, seed=config.seed)
@@ -69,25 +74,27 @@ def main(config: DictConfig) -> None:
     cost = {"steps": steps, "flops": flops * steps, "cpu_seconds": seconds * steps, "gb": peak_memory(config.device)}
     size = {"texts": len(seen), "parameters": sum(p.numel() for p in net.parameters())}
     result = {**setting.source, **size, **cost, "figures": found, "history": {"net": history}}
-    print(report(found, cost), folder / "net", setting.log.write(result), sep="\n")
+    where = setting.log.write(result)
+    print(report(found, cost), folder / "net", where, sep="\n")
 
 
 def split(texts: list[Tensor], config: DictConfig) -> tuple[Tensor, Tensor]:
-    """[n, t] int64: texts to measure on, and texts to train on; those that ended early are left out."""
-    whole = [text for text in texts if len(text) == config.prompt_length + config.new_tokens]
-    if len(whole) <= config.held_out:
+    """[n, t] int64, negative after the end of a text: texts to measure on, and texts to train on."""
+    if len(texts) <= config.held_out:
         raise SystemExit(
-            f"Of {len(texts)} texts {len(whole)} have all {config.new_tokens} new tokens, and held_out={config.held_out} of "
-            "them are not trained on: give more prompts of prompt_length or more tokens, or fewer new_tokens."
+            f"There are {len(texts)} texts, and held_out={config.held_out} of them are not trained on: give more prompts of "
+            f"prompt_length={config.prompt_length} or more tokens."
         )
-    return torch.stack(whole[: config.held_out]), torch.stack(whole[config.held_out :])
+    whole = pad_sequence(texts, True, NO_TOKEN)
+    return whole[: config.held_out], whole[config.held_out :]
 
 
 def known(texts: Tensor, config: DictConfig) -> dict[str, Tensor]:
     """The ids of the tokens to draft, the most frequent of what the target wrote, as an option; none for all tokens."""
     if config.drafted is None:
         return {}
-    counts = texts[:, config.prompt_length :].flatten().bincount()
+    new = texts[:, config.prompt_length :]
+    counts = new[new >= 0].bincount()
     return {"known": counts.topk(min(config.drafted, len(counts))).indices.sort().values}
 
 
@@ -100,11 +107,9 @@ def weighted(config: DictConfig) -> distillation.Loss:
 @torch.no_grad()
 def by_depth(drafter: StatesDrafter, target: PreTrainedModel, features: Features, config: DictConfig) -> dict[str, Any]:
     """1 - TV at each depth, after drafts that were those of the text; everywhere in these texts."""
-    parts = [
-        acceptance(Comparison(drafter.net, target, features[rows], config.depth), config.laws_at_once)
-        for rows in torch.arange(len(features)).split(config.texts_per_step)
-    ]
-    return {"accepted by depth": torch.stack(parts).mean(0).tolist()}
+    some = torch.arange(len(features)).split(config.texts_per_step)
+    comparisons = (Comparison(drafter.net, target, features[rows], config.depth) for rows in some)
+    return {"accepted by depth": acceptance(comparisons, config.laws_at_once).tolist()}
 
 
 def measured(drafter: StatesDrafter, setting: Setting, texts: Tensor, config: DictConfig) -> dict[str, Any]:
@@ -112,15 +117,27 @@ def measured(drafter: StatesDrafter, setting: Setting, texts: Tensor, config: Di
     target, first, rule = setting.models.target, config.prompt_length, instantiate(config.rule)
     found = by_depth(drafter, target, Features(target, drafter.net, texts, first), config)
     tree: Any = drafter.tree
-    if hasattr(tree, "parents"):  # of one shape: what follows for it is known
-        read = partial(read_along, target, drafter, prompt_length=first, sampling=setting.sampling)
-        steps = [read(text).starts(tree.parents, rule, tree.law).sum() for text in texts]
-        found["expected"] = mean(config.new_tokens / np.array(steps))
+    if hasattr(tree, "parents"):  # of one shape
+        spec = drafter.spec(setting.sampling)
+        options = {"prompt_length": first, "sampling": setting.sampling, "depth": spec.depth}
+        read = (read_along(target, drafter, text[text >= 0], **options) for text in texts)
+        with suppress(NotForetold):
+            steps = [text.starts(tree.parents, rule, tree.law).sum() for text in read]
+            found["expected"] = ratio((texts[:, first:] >= 0).sum(1).numpy(), np.array(steps))
     for name, sampling in {"served": setting.sampling, "served greedily": Sampling()}.items():
-        options = {"sampling": sampling, "max_new_tokens": config.new_tokens, "stop_tokens": (), "rule": rule}
+        options = {"sampling": sampling, "max_new_tokens": config.new_tokens, "rule": rule}
         out = specdec.generate(target, list(texts[:, :first]), drafter, **options)
-        found[name] = mean(per_prompt([out]))
+        tokens = np.array([len(new) for new in out.tokens])
+        found[name] = ratio(tokens, tokens / per_prompt([out]))
     return found
+
+
+def ratio(tokens: np.ndarray, steps: np.ndarray) -> dict[str, Any]:
+    """Tokens per step over all texts, its standard error (None for a single text) and its 95 % interval."""
+    mean, n = tokens.sum() / steps.sum(), len(tokens)
+    error = None if n == 1 else float(np.std(tokens - mean * steps, ddof=1) / n**0.5 / steps.mean())
+    low, high = (None if error is None else float(mean + side * 1.96 * error) for side in (-1, 1))
+    return {"mean": float(mean), "error": error, "low": low, "high": high, "n": n}
 
 
 def report(found: dict[str, Any], cost: dict[str, Any]) -> str:
@@ -128,14 +145,10 @@ def report(found: dict[str, Any], cost: dict[str, Any]) -> str:
     lines = [f"1 - TV by depth: {' '.join(f'{rate:.3f}' for rate in found['accepted by depth'])}"]
     names = [name for name in ("expected", "served", "served greedily") if name in found]
     lines += [f"acceptance length, {name}: {interval(found[name], digits=3, to=' to ')}" for name in names]
-    if "expected" in found:
-        lines[-1:-1] = [f"served less expected: {apart(found['served'], found['expected']):.1f} standard errors"]
+    if "expected" in found and found["served"]["error"] is not None:
+        served, expected = found["served"], found["expected"]
+        apart = (served["mean"] - expected["mean"]) / math.hypot(served["error"], expected["error"])
+        lines[-1:-1] = [f"served less expected: {apart:.1f} standard errors"]
     tflop, minutes = cost["flops"] / 1e12, cost["cpu_seconds"] / 60
     lines.append(f"{cost['steps']} steps, {tflop:.0f} TFLOP, {minutes:.0f} CPU minutes, at most {cost['gb']:.1f} GB")
     return "\n".join(lines)
-
-
-def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """How many standard errors lie between two means, by their 95 % intervals."""
-    errors = [(found["high"] - found["low"]) / 3.92 for found in (one, other)]
-    return (one["mean"] - other["mean"]) / float(np.hypot(*errors))

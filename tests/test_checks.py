@@ -40,7 +40,7 @@ from specdec.trees import Chain, Dynamic, Static, Widths
 
 torch.set_num_threads(1)
 
-MODEL, TABLE = llama(), TabularTarget(3)
+MODEL, TABLE = llama().requires_grad_(False), TabularTarget(3)
 HEADS = MedusaHeads(1, 1, 32).double()
 DRAFTER = TabularDrafter(Table(3, 1), Chain(2))
 CURVE = CostCurve((1, 2, 40), (1.0, 1.1, 2.0))

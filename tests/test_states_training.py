@@ -14,6 +14,7 @@ from specdec.training.states import Comparison, states_loss
 
 torch.set_num_threads(1)
 PAIR = specdec.demo.load()
+PAIR.target.requires_grad_(False)
 TEXTS = [PAIR.tokenizer(prompt.text, return_tensors="pt").input_ids[0][:60] for prompt in PAIR.prompts]
 TEXTS = torch.stack([text for text in TEXTS if len(text) == 60][:4])
 READINGS = {

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,28 +49,34 @@ def test_every_kind_learns_and_is_read_back_as_it_was_trained(make, tmp_path):
     model = target()
     drafter = drafter_of(make, model)
     net, text = drafter.net.train(), TargetTexts.read(model, drafter.net, TEXTS, 2)
-    before = acceptance(Comparison(net, model, text, 3))
+    before = acceptance([Comparison(net, model, text, 3)])
     optimizer = torch.optim.AdamW(net.parameters(), 0.01)
     for _ in range(25):
         optimizer.zero_grad()
         states_loss(distillation.kl, Comparison(net, model, text, 3)).backward()
         optimizer.step()
-    assert (acceptance(Comparison(net.eval(), model, text, 3)) > before + 0.05).all()
+    assert (acceptance([Comparison(net.eval(), model, text, 3)]) > before + 0.05).all()
     drafter.save_pretrained(tmp_path, target=model)
     again = KINDS[make].from_pretrained(tmp_path, model)
-    rates = (acceptance(Comparison(each.net, model, text, 3)) for each in (again, drafter))
+    rates = (acceptance([Comparison(each.net, model, text, 3)]) for each in (again, drafter))
     assert torch.allclose(*rates, rtol=0, atol=1e-6)
     overlaps = [check(model, each, list(TEXTS)).taken.overlap for each in (again, drafter)]
     assert overlaps[0] == pytest.approx(overlaps[1], abs=1e-6)
 
 
-def test_gradients_flow_to_the_network_alone():
-    model = llama(dtype=torch.float32)
-    model.requires_grad_(False)
+def test_a_target_that_asks_for_gradients_is_refused():
+    model = target()
     net = drafter_of(untrained.dspark, model).net
-    states_loss(distillation.tv, Comparison(net, model, TargetTexts.read(model, net, TEXTS), 3)).backward()
-    assert all(p.grad is None for p in model.parameters())
+    text = TargetTexts.read(model, net, TEXTS)
+    states_loss(distillation.tv, Comparison(net, model, text, 3)).backward()
     assert all(p.grad is not None for p in net.parameters())
+    model.get_output_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match=r"requires_grad_\(False\)"):
+        Comparison(net, model, text, 3)
+    with torch.no_grad():
+        Comparison(net, model, text, 3)
+    with pytest.raises(ValueError, match="training mode"):
+        TargetTexts.read(model.train(), net, TEXTS)
 
 
 class Largest(TorchDispatchMode):
@@ -116,19 +123,67 @@ def test_texts_before_which_nothing_was_written_are_not_learnt():
         assert torch.equal(comparison.tokens[row], due)
 
 
-def test_acceptance_is_that_of_all_places_whether_or_not_their_tokens_can_be_drafted():
-    model = target()
-    drafter = drafter_of(untrained.eagle3, model, known=torch.arange(10, 40))
+def test_acceptance_is_that_of_all_places_below_tokens_that_can_be_drafted():
+    """A token that cannot be drafted counts where it is due, and no drafts are accepted beyond it."""
+    model, known = target(), torch.arange(10, 40)
+    drafter = drafter_of(untrained.eagle3, model, known=known)
     overlaps = check(model, drafter, list(TEXTS), 3).taken.overlaps.view(len(TEXTS), -1, 3)
-    # beyond the text there is no token
-    due = torch.stack([overlaps[:, : TEXTS.shape[1] - 2 - depth, depth].mean() for depth in range(3)])
-    text = TargetTexts.read(model, drafter.net, TEXTS)
-    assert torch.allclose(acceptance(Comparison(drafter.net, model, text, 3)), due, rtol=0, atol=1e-6)
+    sums, counts = torch.zeros(3), torch.zeros(3)
+    for row, text in enumerate(TEXTS):
+        for root in range(1, overlaps.shape[1] + 1):
+            for depth in range(min(3, len(text) - 1 - root)):  # beyond the text there is no token
+                if torch.isin(text[root + 1 : root + 1 + depth], known).all():
+                    sums[depth], counts[depth] = sums[depth] + overlaps[row, root - 1, depth], counts[depth] + 1
+    texts = TargetTexts.read(model, drafter.net, TEXTS)
+    halves = [TargetTexts.read(model, drafter.net, TEXTS[part]) for part in (slice(0, 1), slice(1, None))]
+    for given in ([texts], halves):
+        found = acceptance(Comparison(drafter.net, model, each, 3) for each in given)
+        assert torch.allclose(found, sums / counts, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [untrained.eagle3, untrained.dspark], ids=lambda make: make.__name__)
+def test_what_comes_after_the_end_of_a_text_changes_nothing(make):
+    model = target()
+    net = drafter_of(make, model).net
+    short = TEXTS[:, :15]
+    longer = torch.cat([short, torch.full((len(TEXTS), 4), -1)], 1)
+    found = [
+        states_loss(distillation.kl, Comparison(net, model, TargetTexts.read(model, net, texts, 2), 2)).item()
+        for texts in (short, longer)
+    ]
+    rates = [acceptance([Comparison(net, model, TargetTexts.read(model, net, each, 2), 2)]) for each in (short, longer)]
+    # the last roots of the longer texts have their first draft alone inside the text
+    one = [acceptance([Comparison(net, model, TargetTexts.read(model, net, each, 2), 1)]) for each in (short, longer)]
+    assert torch.allclose(one[0], one[1], atol=1e-6) and found[0] > 0
+    assert torch.allclose(rates[0], rates[1], atol=0.05)
+
+
+def test_others_may_use_the_target_while_its_states_are_read():
+    model = target()
+    net = drafter_of(untrained.eagle3, model).net
+    expected = model.generate(TEXTS[:1], max_new_tokens=12, do_sample=False, eos_token_id=None)
+    ended, wrong = threading.Event(), []
+
+    def read():
+        while not ended.is_set():
+            list(Comparison(net, model, TargetTexts.read(model, net, TEXTS), 2).at(slice(0, 2)))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(6):
+            new = specdec.generate(model, TEXTS[0], max_new_tokens=12, stop_tokens=()).tokens[0]
+            plain = model.generate(TEXTS[:1], max_new_tokens=12, do_sample=False, eos_token_id=None)
+            wrong += [not torch.equal(found, expected[0, 24:]) for found in (new, plain[0, 24:])]
+    finally:
+        ended.set()
+        reader.join()
+    assert wrong == [False] * 12
 
 
 def test_a_confidence_learns_how_often_its_token_is_accepted():
     model = target()
-    net: Any = drafter_of(untrained.dspark, model).net
+    net: Any = drafter_of(untrained.dspark, model, known=torch.arange(0, 50, 2)).net
     sure: Any = net.confidence_head
     text, optimizer = TargetTexts.read(model, net, TEXTS), torch.optim.AdamW(sure.parameters(), 0.05)
     for _ in range(60):
@@ -137,27 +192,34 @@ def test_a_confidence_learns_how_often_its_token_is_accepted():
         states_loss(distillation.tv, comparison).backward()
         optimizer.step()
     found: Any = comparison.at(slice(None))
-    told = torch.cat([at.confidence.detach()[at.tokens >= 0] for at in found])
-    rates = torch.cat([at.overlap.detach()[at.tokens >= 0] for at in found])
+    told = torch.cat([at.confidence.detach()[at.reached] for at in found])
+    rates = torch.cat([at.overlap.detach()[at.reached] for at in found])
     assert torch.corrcoef(torch.stack([told, rates]))[0, 1] > 0.5 and float((told - rates).mean().abs()) < 0.05
 
 
 def test_states_that_are_kept_are_those_that_were_computed(tmp_path):
     model = target()
     net = drafter_of(untrained.eagle3, model).net
-    rows, file = torch.tensor([4, 1, 4]), tmp_path / "features"
-    fresh = Features(model, net, TEXTS, 2)[rows]
-    first = Features(model, net, TEXTS, 2, file)[rows]
-    model.lm_head.weight.data.zero_()
-    model.model.embed_tokens.weight.data.zero_()  # whatever is computed now would be another
-    again = Features(model, net, TEXTS, 2, file)[rows]
-    for other in (first, again):
+    rows, asked = torch.tensor([4, 1, 4]), []
+    model.register_forward_pre_hook(lambda *_: asked.append(1))
+
+    def kept(texts=TEXTS):
+        asked.clear()
+        found = Features(model, net, texts, 2, tmp_path)[rows]
+        fresh = TargetTexts.read(model, net, texts[rows], 2)
         assert all(
-            torch.allclose(getattr(other, part), getattr(fresh, part), atol=1e-5) for part in ("states", "hidden")
+            torch.allclose(getattr(found, part), getattr(fresh, part), atol=1e-5) for part in ("states", "hidden")
         )
-    assert not torch.allclose(Features(model, net, TEXTS, 2, file)[torch.tensor([0])].states, fresh.states[:1])
-    with pytest.raises(ValueError, match="delete it"):
-        Features(model, net, TEXTS[:, :20], 2, file)
+        return len(asked) == 1  # by `fresh` alone
+
+    assert [kept(), kept()] == [False, True]
+    assert [kept(TEXTS[:, :20]), kept()] == [False, True]
+    model.model.layers[0].mlp.up_proj.weight.data *= 2
+    assert [kept(), kept()] == [False, True]
+    for file in tmp_path.glob("states_*"):
+        if file.suffix != ".known":
+            file.unlink()  # what is said to be known is gone
+    assert [kept(), kept()] == [False, True]
 
 
 def test_places_for_which_nothing_can_be_drafted_are_refused():

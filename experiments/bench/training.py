@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import time
@@ -21,7 +22,10 @@ from experiments.bench.results import keep_settings, whole
 from specdec.training.self_distillation import continuations
 
 # settings that change nothing that is trained, so that a run may go on with others
-FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured", "measured_tokens", "laws_at_once"}
+FREE = {"folder", "log", "device", "threads", "report_every", "seeds", "measured", "measured_tokens", "laws_at_once",
+        "tree", "rule"}  # fmt: skip
+# settings that texts are made with
+OF_TEXTS = ("target", "task", "sampling", "prompt_length", "new_tokens", "texts", "seed", "texts_at_once", "dtype")
 
 
 def take_up(folder: Path, config: DictConfig) -> None:
@@ -39,11 +43,13 @@ def chosen(setting: Setting, config: DictConfig) -> Setting:
 def own_texts(setting: Setting, config: DictConfig) -> list[Tensor]:
     """Beginnings of the prompts, all of one length, with what the target makes of them.
 
-    They are kept in `texts_from`, by default `folder`, batch by batch.
+    They are kept in `folder`, batch by batch, unless another folder (`texts_from`) has them all.
     """
     path = Path(config.texts_from or config.folder) / "texts.pt"
     done: list[Tensor] = torch.load(path, weights_only=True) if path.exists() else []
     prompts = [ids[: config.prompt_length] for ids in setting.prompts if len(ids) >= config.prompt_length]
+    if config.texts_from:
+        _check_same(config, path, len(done), len(prompts))
     options = {"sampling": setting.sampling, "new_tokens": config.new_tokens, "batch": config.texts_at_once}
     with tqdm(total=len(prompts), initial=len(done), desc="the target's texts") as bar:
         for batch in continuations(setting.models.target, prompts[len(done) :], seed=len(done), **options):
@@ -51,6 +57,19 @@ def own_texts(setting: Setting, config: DictConfig) -> list[Tensor]:
             done += batch
             _save(done, path)
     return done
+
+
+def _check_same(config: DictConfig, path: Path, there: int, due: int) -> None:
+    """Exit unless the texts at `path` are all that this configuration would make: it writes nothing in another's folder."""
+    settings = path.with_name("settings.json")
+    made: Any = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+    mine: Any = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True)))
+    differing = [key for key in OF_TEXTS if key in made and key in mine and made[key] != mine[key]]
+    if differing or there != due:
+        about = (
+            f"other settings ({', '.join(differing)})" if differing else f"{there} texts where there are to be {due}"
+        )
+        raise SystemExit(f"texts_from={path.parent} has {about}: let its own run make them, or leave texts_from out.")
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from specdec.models.probe import check_ready
 
 
 @torch.no_grad()
@@ -18,15 +21,18 @@ def read_texts(model: PreTrainedModel, tokens: Tensor, which: Sequence[int]) -> 
     In a plain forward pass, by transformers' own `output_hidden_states`. Logits [batch, t, vocab] are not computed here: see
     `logits_of`.
     """
+    check_ready(model)
     read: list[Tensor] = []
 
-    def last_only(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        read.append(args[0])
-        return (args[0][:, -1:],)
+    def last_only(hidden: Tensor) -> Tensor:
+        read.append(hidden)
+        return hidden[:, -1:]
 
     with _before_head(model, last_only):
         out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-    return torch.stack([read[0] if index == -1 else out.hidden_states[index] for index in which], 2), read[0]
+    hidden = read[0].to(tokens.device)
+    states = [hidden if index == -1 else out.hidden_states[index].to(tokens.device) for index in which]
+    return torch.stack(states, 2), hidden
 
 
 @torch.no_grad()
@@ -37,14 +43,24 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     (a scale, a cap) is done to them.
     """
     one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with _before_head(model, lambda _, args: (hidden.to(args[0]),)):
+    with _before_head(model, hidden.to):
         return model(input_ids=one, use_cache=False).logits.to(hidden.device)
 
 
 @contextmanager
-def _before_head(model: PreTrainedModel, change: Callable[[Any, tuple[Tensor, ...]], Any]) -> Iterator[None]:
+def _before_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the LM head reads what `change` makes of its input, in passes of this thread; others may run the model, too."""
     head: Any = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(change)
+    mine = threading.get_ident()
+
+    # without `named` when another thread meets the hook just as it is removed
+    def changed(_: Any, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> Any:
+        if threading.get_ident() != mine:
+            return None
+        (hidden,) = (*args, *(named or {}).values())
+        return (change(hidden),), {}
+
+    hook = head.register_forward_pre_hook(changed, with_kwargs=True)
     try:
         yield
     finally:

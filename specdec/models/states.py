@@ -23,16 +23,17 @@ class _Pass(threading.local):
 _pass = _Pass()
 
 
-# Functions of the module, not closures, as torch.compile can follow these. They ignore passes of other threads.
+# Functions of the module, not closures, as torch.compile can follow these. They ignore passes of other threads, which may meet
+# them when they are just being removed, and then call them without `named`.
 # The hidden states come first, by place or by name. Copies are noted, as a model may change its states in place.
-def _catch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _catch(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
     if _pass.found is not None:
-        _pass.found.append([*args, *named.values()][0].clone())
+        _pass.found.append([*args, *(named or {}).values()][0].clone())
 
 
-def _catch_before_head(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _catch_before_head(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> Any:
     if _pass.found is not None:
-        (hidden,) = (*args, *named.values())
+        (hidden,) = (*args, *(named or {}).values())
         _pass.found.append(hidden.clone())
         return (hidden[:, -_pass.keep :],), {}
 

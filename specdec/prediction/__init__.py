@@ -29,6 +29,6 @@ law whatever was accepted. In greedy decoding s_i is 1 while the text is in the 
 """
 
 from specdec.prediction.along import read_along, texts
-from specdec.prediction.text import Text, acceptance_length
+from specdec.prediction.text import NotForetold, Text, acceptance_length
 
-__all__ = ["Text", "acceptance_length", "read_along", "texts"]
+__all__ = ["NotForetold", "Text", "acceptance_length", "read_along", "texts"]

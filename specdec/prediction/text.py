@@ -24,6 +24,10 @@ from specdec.trees.draw import draw
 _ACCEPTING: dict[type[Rule], bool] = {SiblingRejection: True, BlockVerification: False, TraversalVerification: False}
 
 
+class NotForetold(ValueError):
+    """The steps of such a run do not follow from what is known of a text; the message says why, and what to do."""
+
+
 @dataclass(frozen=True, eq=False)
 class Text:
     """A text that the target wrote, and the laws before each of its tokens.
@@ -75,20 +79,20 @@ class Text:
         return begins[:places]
 
     def _check(self, parents: Sequence[int], rule: Rule, law: Law) -> None:
-        """Raise ValueError unless the steps of such a run follow from what is known of this text."""
+        """Raise `NotForetold` unless the steps of such a run follow from what is known of this text."""
         check_kind("rule", rule, Rule)
         spec = Static(parents, law).spec(self.sampling)
         if type(rule) not in _ACCEPTING:
             names = ", ".join(known.__name__ for known in _ACCEPTING)
-            raise ValueError(f"{type(rule).__name__}: acceptance can be predicted for {names} only; run it instead.")
+            raise NotForetold(f"{type(rule).__name__}: acceptance can be predicted for {names} only; run it instead.")
         if spec.width > 1 and any(excludes_elders(each) for each in spec.laws):
-            raise ValueError(
+            raise NotForetold(
                 f"law={law.name}: the law owed after a child failed depends on its token, which is not in the text; "
                 "use SAMPLED_THEN_TOP, IID or POINT, or run it."
             )
         rule.check(spec)
         if self.draft.dim() == 3 and spec.depth > len(self.draft):
-            raise ValueError(
+            raise NotForetold(
                 f"parents={parents}: the tree is {spec.depth} deep, and the draft's laws are known to depth "
                 f"{len(self.draft)}; use a tree no deeper, or texts(..., depth={spec.depth})."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.states_net import StatesNet
 from specdec.drafters.text_states import read_texts
+from specdec.models.digest import digest, weights_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +20,7 @@ class TargetTexts:
     """Texts that the target wrote, and what it says of them when it reads them again.
 
     Args:
-        tokens: [batch, t] int64.
+        tokens: [batch, t] int64; negative after the end of a text.
         states: [batch, t, state, state_size]: those that a network asks for.
         hidden: [batch, t, hidden]: what the target's LM head reads.
         prompt_length: how many tokens of each text the target has not written.
@@ -32,7 +34,7 @@ class TargetTexts:
     @classmethod
     def read(cls, target: PreTrainedModel, net: StatesNet, tokens: Tensor, prompt_length: int = 1) -> TargetTexts:
         """One pass of the target over texts [batch, t] int64, for this network."""
-        return cls(tokens, *read_texts(target, tokens, net.states), prompt_length)
+        return cls(tokens, *read_texts(target, tokens.clamp(min=0), net.states), prompt_length)
 
 
 class Features:
@@ -41,22 +43,28 @@ class Features:
     Args:
         target: the target.
         net: the network whose states are read.
-        texts: [n, t] int64: texts that the target wrote.
+        texts: [n, t] int64: texts that the target wrote; negative after the end of a text.
         prompt_length: how many tokens of each it did not.
-        file: where states are kept, once computed, in the target's dtype: 2 bytes x (states + 1) x hidden size for every token
-            in bfloat16. None: they are computed whenever they are asked for. The file is for these texts and this network.
+        folder: where states are kept, once computed, in the target's dtype: 2 bytes x (states + 1) x hidden size for every
+            token in bfloat16. Their file is named by the texts, the states and the target's weights, so that others are never
+            taken for these. None: states are computed whenever they are asked for.
+
+    Raises:
+        OSError: there is no room for the file.
     """
 
     def __init__(
-        self, target: PreTrainedModel, net: StatesNet, texts: Tensor, prompt_length: int, file: Path | None = None
+        self, target: PreTrainedModel, net: StatesNet, texts: Tensor, prompt_length: int, folder: Path | None = None
     ):
         self._target, self._net, self.texts, self._prompt_length = target, net, texts, prompt_length
         self._kept = self._known = None
-        if file is not None:
-            shape = (*texts.shape, len(net.states) + 1, net.state_size)
-            self._kept = _mapped(file, shape, target.dtype)
-            # [n] bool: rows whose states are in the file; written after them
-            self._known = _mapped(file.with_suffix(".known"), texts.shape[:1], torch.bool)
+        if folder is not None:
+            file = folder / f"states_{_digest(target, net, texts)}"
+            known = file.with_suffix(".known")
+            if not file.exists():
+                known.unlink(missing_ok=True)
+            self._kept = _mapped(file, (*texts.shape, len(net.states) + 1, net.state_size), target.dtype)
+            self._known = _mapped(known, texts.shape[:1], torch.bool)  # rows whose states are there; written after them
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -77,10 +85,16 @@ class Features:
         return TargetTexts.read(self._target, self._net, self.texts[rows].to(self._target.device), self._prompt_length)
 
 
+def _digest(target: PreTrainedModel, net: StatesNet, texts: Tensor) -> str:
+    """A name for the states that a target has for a network along texts."""
+    about = repr((net.states, list(texts.shape), weights_digest(target)))
+    return digest(about.encode(), texts.contiguous().numpy().tobytes())
+
+
 def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that is a file; zeros where nothing has been written."""
+    """A tensor that is a file; zeros where nothing has been written. Room on the disk is taken at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     size = torch.Size(shape).numel()
-    if file.exists() and file.stat().st_size != size * dtype.itemsize:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, and {size * dtype.itemsize} are due: delete it.")
+    with open(file, "ab") as there:
+        os.posix_fallocate(there.fileno(), 0, size * dtype.itemsize)
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)

@@ -6,8 +6,9 @@ Random anchors (DFlash, DSpark): a network that drafts blocks is trained on some
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +32,16 @@ class DepthLaws:
     Args:
         target_law: [batch, place, vocab]: the target's log-probabilities of the tokens that the network can draft.
         draft_law: [batch, place, vocab]: the network's.
-        tokens: [batch, place] int64: the text's token there, by the network's ids; negative if that is none of them, or not to
-            be learnt.
+        tokens: [batch, place] int64: the text's token there, by the network's ids; negative if that is none of them, or if the
+            target did not write it.
+        reached: [batch, place] bool: whether the target wrote it, below drafts that the network could draft.
         confidence: [batch, place]: how probably the network expects its token to be accepted; None if it does not tell.
     """
 
     target_law: Tensor
     draft_law: Tensor
     tokens: Tensor
+    reached: Tensor
     confidence: Tensor | None
 
     @property
@@ -52,7 +55,7 @@ class Comparison:
 
     Args:
         net: the network.
-        target: the target, which is only asked for its laws.
+        target: the target, frozen, which is only asked for its laws.
         text: the texts.
         depth: how deep.
         anchors: places per text at which a `BlockNet` drafts, chosen at random; None for all. A `FeatureNet` always
@@ -61,8 +64,8 @@ class Comparison:
 
     Attributes:
         places: [batch, place, depth] int64: the token above each draft.
-        written: [batch, place, depth] bool: whether the target wrote the token there.
-        tokens: [batch, place, depth] int64: the text's, see `DepthLaws.tokens`.
+        reached: [batch, place, depth] bool, and
+        tokens: [batch, place, depth] int64: see `DepthLaws`.
     """
 
     def __init__(
@@ -74,7 +77,8 @@ class Comparison:
         anchors: int | None = None,
         generator: torch.Generator | None = None,
     ):
-        tokens, length = text.tokens, text.tokens.shape[1]
+        _check_frozen(target)
+        length, tokens = text.tokens.shape[1], text.tokens.clamp(min=0)
         depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
         if length <= depth + 1:
             raise ValueError(
@@ -85,14 +89,15 @@ class Comparison:
             shape = len(tokens), as_int("anchors", anchors, 1)
             roots = torch.randint(1, length - depth + 1, shape, generator=generator).to(tokens.device)
         self.drafts: Drafts = drafts_along(net, tokens, text.states, TargetParts.of(target, net), depth, roots)
-        self._target, self._ids, self._hidden = target, net.target_ids, text.hidden
+        self._target, self._ids, self._hidden, self._everywhere = target, net.target_ids, text.hidden, roots is None
         self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)
-        written = torch.arange(length + 1, device=tokens.device) >= text.prompt_length
-        written[length] = False  # nothing comes after the text
         rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-        self.written = written[self.places + 1]
+        by_target = text.tokens.where(torch.arange(length, device=tokens.device) >= text.prompt_length, -1)
+        written = pad(by_target, (0, 1), value=-1)[rows, self.places + 1] >= 0  # nothing comes after a text
         own = pad(self._by_network(tokens, target), (0, 1))[rows, self.places + 1]
-        self.tokens = torch.where(self.written, own, -1)
+        self.tokens = torch.where(written, own, -1)
+        lacking = pad((written & (own < 0))[..., :-1], (1, 0)).cumsum(-1)  # of the drafts above
+        self.reached = written & (lacking == 0)
 
     def _by_network(self, tokens: Tensor, target: PreTrainedModel) -> Tensor:
         """[batch, t] int64: the network's ids of the target's tokens, -1 for those that it lacks."""
@@ -104,13 +109,22 @@ class Comparison:
 
     def at(self, part: slice) -> list[DepthLaws]:
         """By depth, for some of the places."""
-        rows = torch.arange(len(self.tokens), device=self.tokens.device)[:, None]
-        found = []
-        for d, drafted in enumerate(self.drafts.at(part)):
-            law = _law(logits_of(self._target, self._hidden[rows, self.places[:, part, d]]))
-            law = law if self._ids is None else law[..., self._ids]
-            found.append(DepthLaws(law, _law(drafted.logits), self.tokens[:, part, d], drafted.confidence))
-        return found
+        drafted, laws = self.drafts.at(part), self._target_laws(part)
+        tokens, reached = self.tokens[:, part].unbind(2), self.reached[:, part].unbind(2)
+        parts = zip(laws, drafted, tokens, reached, strict=True)
+        return [DepthLaws(law, _law(each.logits), *its, each.confidence) for law, each, *its in parts]
+
+    def _target_laws(self, part: slice) -> list[Tensor]:
+        """By depth, [batch, n, vocab]: the target's."""
+        places = self.places[:, part]
+        rows, (n, depth) = torch.arange(len(places), device=places.device)[:, None], places.shape[1:]
+        if self._everywhere:  # depths share their places
+            law = _law(logits_of(self._target, self._hidden[:, int(places[0, 0, 0]) :][:, : n + depth - 1]))
+            laws = [law[:, d : d + n] for d in range(depth)]
+        else:
+            law = _law(logits_of(self._target, self._hidden[rows, places.flatten(1)]))
+            laws = list(law.unflatten(1, (n, depth)).unbind(2))
+        return laws if self._ids is None else [law[..., self._ids] for law in laws]
 
     def parts(self, laws_at_once: int) -> Iterator[slice]:
         """All places, as many together as have at most so many probabilities in the laws of either model; at least one."""
@@ -131,13 +145,15 @@ def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_
         decay: the weight of each depth beside the one before.
         laws_at_once: most probabilities in the laws that are kept at once, of either model.
     """
-    counts = (comparison.tokens >= 0).sum((0, 1)).tolist()
+    counts, reached = ((part.sum((0, 1))).tolist() for part in (comparison.tokens >= 0, comparison.reached))
 
     def of(part: slice) -> Tensor:
         total = torch.zeros((), device=comparison.tokens.device)
         for d, at in enumerate(comparison.at(part)):
             if here := int((at.tokens >= 0).sum()):
-                total = total + decay**d * here / counts[d] * (loss(at.target_law, at.draft_law, at.tokens) + _sure(at))
+                total = total + decay**d * here / counts[d] * loss(at.target_law, at.draft_law, at.tokens)
+            if at.confidence is not None and (here := int(at.reached.sum())):
+                total = total + decay**d * here / reached[d] * _surprise(at.confidence, at.overlap.detach(), at.reached)
         return total
 
     first, *others = comparison.parts(laws_at_once)
@@ -146,13 +162,10 @@ def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_
     return torch.stack([checkpoint(of, part, use_reentrant=False) for part in (first, *others)]).sum()
 
 
-def _sure(at: DepthLaws) -> Tensor:
-    """The cross-entropy of acceptance under the confidences, where the network tells any (DSpark, arXiv:2607.05147)."""
-    if at.confidence is None:
-        return torch.zeros(())
-    known = at.tokens >= 0
-    rates = at.overlap.detach()[known].clamp(0, 1)
-    return binary_cross_entropy(at.confidence[known].to(rates), rates)
+def _surprise(confidence: Tensor, rates: Tensor, where: Tensor) -> Tensor:
+    """The cross-entropy of being accepted at these rates under the confidences (DSpark, arXiv:2607.05147)."""
+    rates = rates[where].clamp(0, 1)
+    return binary_cross_entropy(confidence[where].to(rates), rates)
 
 
 def _law(logits: Tensor) -> Tensor:
@@ -161,11 +174,18 @@ def _law(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def acceptance(comparison: Comparison, laws_at_once: int = 2**26) -> Tensor:
-    """[depth]: the rate at which a draft is accepted at temperature 1 if those before it in the text were, 1 - TV."""
-    written = comparison.written
-    sums = torch.zeros(written.shape[2])
-    for part in comparison.parts(laws_at_once):
-        laws = comparison.at(part)
-        sums += torch.tensor([float(at.overlap[written[:, part, d]].sum()) for d, at in enumerate(laws)])
-    return sums / written.sum((0, 1)).cpu()
+def acceptance(comparisons: Iterable[Comparison], laws_at_once: int = 2**26) -> Tensor:
+    """[depth]: 1 - TV, the rate at which drafts that the text leads to are accepted at temperature 1 (`DepthLaws.reached`)."""
+    sums, counts = 0, 0
+    for comparison in comparisons:
+        counts = counts + comparison.reached.sum((0, 1)).cpu()
+        for part in comparison.parts(laws_at_once):
+            sums = sums + torch.tensor([float(at.overlap[at.reached].sum()) for at in comparison.at(part)])
+    return torch.as_tensor(sums / counts)
+
+
+def _check_frozen(target: PreTrainedModel) -> None:
+    """Raise ValueError if gradients would pile up in the parts of the target that networks share."""
+    shared: tuple[Any, ...] = (target.get_input_embeddings(), target.get_output_embeddings())
+    if torch.is_grad_enabled() and any(p.requires_grad for part in shared for p in part.parameters()):
+        raise ValueError("The target's embedding or LM head asks for gradients; call target.requires_grad_(False).")

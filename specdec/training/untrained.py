@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from specdec.checks import as_int
 from specdec.drafters import DFlashDrafter, DSparkDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter
 from specdec.drafters.block_files import BlockReading
 from specdec.drafters.dflash import DFlashNet
@@ -103,10 +104,10 @@ def _like(target: PreTrainedModel, layers: int) -> LlamaConfig:
     """A config of layers of the sizes of the target's."""
     own: Any = target.config.get_text_config()
     hidden, heads = own.hidden_size, own.num_attention_heads
-    rotary = getattr(own, "rope_parameters", None) or {}
+    rotary, wide = getattr(own, "rope_parameters", None) or {}, getattr(own, "intermediate_size", None) or 4 * hidden
     return LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=getattr(own, "intermediate_size", None) or 4 * hidden,
+        intermediate_size=max(wide) if isinstance(wide, list) else wide,  # layers may differ
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=getattr(own, "num_key_value_heads", None) or heads,
@@ -142,6 +143,9 @@ def _block(
         mask_token = ends[0] if isinstance(ends, list) else ends
     if mask_token is None:
         raise ValueError("mask_token=None: the target's config has no token for padding or the end; give one.")
+    mask_token = as_int(
+        "mask_token", mask_token, 0, config.vocab_size - 1, cure="give an id of the target's vocabulary"
+    )
     return {
         "config": config,
         "states": _spread(target, layers) if states is None else states,
