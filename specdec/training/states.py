@@ -110,9 +110,11 @@ class Comparison:
     def at(self, part: slice) -> list[DepthLaws]:
         """By depth, for some of the places."""
         drafted, laws = self.drafts.at(part), self._target_laws(part)
-        tokens, reached = self.tokens[:, part].unbind(2), self.reached[:, part].unbind(2)
-        parts = zip(laws, drafted, tokens, reached, strict=True)
-        return [DepthLaws(law, _law(each.logits), *its, each.confidence) for law, each, *its in parts]
+        own, reached = self.tokens[:, part].unbind(2), self.reached[:, part].unbind(2)
+        by_depth = zip(laws, drafted, own, reached, strict=True)
+        return [
+            DepthLaws(law, _law(each.logits), tokens, below, each.confidence) for law, each, tokens, below in by_depth
+        ]
 
     def _target_laws(self, part: slice) -> list[Tensor]:
         """By depth, [batch, n, vocab]: the target's."""
