@@ -19,10 +19,12 @@ node, and its state has 32 x 128 x 128, 85 times as many: a node takes 1.2 % of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from specdec_kernels.reference.linear_attention import by_head, path_decay, read, scores
+from specdec_kernels.reference.linear_attention import by_head, fold_linear_attention, path_decay, read, scores
 
 
 def gated_delta(
@@ -34,11 +36,16 @@ def gated_delta(
     state: Tensor,  # [batch, head, dim, value_dim]: the state before the root
     ancestors: Tensor,  # [batch, all, all] bool: whether node j is node i or an ancestor of it; parents come first
     update: Tensor,  # [batch, all, head, value_dim]: u; that of the last nodes is written
+    fold: Sequence[Tensor]
+    | None = None,  # what `fold_linear_attention` takes after the state: not in the memory of `update`
 ) -> Tensor:
     """What the last nodes read, [batch, node, head, value_dim] in the dtype of the state, in which all is computed.
 
-    Fold accepted nodes by `fold_linear_attention` with `update` in the place of values.
+    Fold accepted nodes by `fold_linear_attention` with `update` in the place of values: by itself, or before the nodes of the
+    next step read the state (see `linear_attention`).
     """
+    if fold is not None:
+        fold_linear_attention(state, *fold)
     first = key.shape[1] - query.shape[1]
     query, key, value, decay, beta, known = by_head(state, query, key, value, decay, beta, update[:, :first])
     total = path_decay(decay, ancestors)

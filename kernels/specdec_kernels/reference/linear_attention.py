@@ -15,6 +15,8 @@ arXiv:2505.14969).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,15 @@ def linear_attention(
     decay: Tensor,  # [batch, all, head], or [batch, all, head, dim]: the logarithm, at most 0
     state: Tensor,  # [batch, head, dim, value_dim]: the state before the root, as if the text ended there
     ancestors: Tensor,  # [batch, all, all] bool: whether node j is node i or an ancestor of it; parents come first
+    fold: Sequence[Tensor] | None = None,  # what `fold_linear_attention` takes after the state
 ) -> Tensor:
-    """What the last nodes read, [batch, node, head, value_dim] in the dtype of the state, in which all is computed."""
+    """What the last nodes read, [batch, node, head, value_dim] in the dtype of the state, in which all is computed.
+
+    With `fold`, that is done to the state first. A kernel then reads and writes a state once in a step: the nodes accepted in
+    the last step enter it where those of this step read it.
+    """
+    if fold is not None:
+        fold_linear_attention(state, *fold)
     query, key, value, decay = by_head(state, query, key, value, decay)
     total = path_decay(decay, ancestors)
     return read(query, key, value, total, state, ancestors).transpose(1, 2)

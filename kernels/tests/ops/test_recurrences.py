@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,18 +63,21 @@ def test_nodes_read_what_their_paths_read_token_by_token(delta, by_channel):
     decay = -random(BATCH, NODES, HEADS, *[DIM] * by_channel).exp()
     state, update = random(BATCH, HEADS, DIM, VALUE_DIM), torch.full_like(value, torch.nan)
 
-    def call(start: int, end: int) -> Tensor:
+    def call(start: int, end: int, state: Tensor = state, fold: Sequence[Tensor] | None = None) -> Tensor:
         tree = key[:, :end], decay[:, :end], state, ancestors[:, :end, :end]
         if not delta:
-            return linear_attention(query[:, start:end], tree[0], value[:, :end], *tree[1:])
+            return linear_attention(query[:, start:end], tree[0], value[:, :end], *tree[1:], fold)
         parts = query[:, start:end], tree[0], value[:, start:end], tree[1], beta[:, start:end], *tree[2:]
-        return gated_delta(*parts, update[:, :end])
+        return gated_delta(*parts, update[:, :end], fold)
 
     found = _levels(call)
     path, count = _kept(paths)
+    fold = key, update.clone() if delta else value, decay, path, count
     ends = state.clone()
-    fold_linear_attention(ends, key, update if delta else value, decay, path, count)
+    fold_linear_attention(ends, *fold)
     assert torch.equal(ends[0], state[0]), "a row that keeps nothing"
+    after = call(0, NODES, ends), call(0, NODES, state.clone(), fold)
+    assert torch.equal(*after), "a fold that goes with the next read"
 
     wide_query, wide_key = (part.repeat_interleave(HEADS // KEY_HEADS, 2) for part in (query, key))
     for row, node in [(row, node) for row in range(BATCH) for node in range(NODES)]:
