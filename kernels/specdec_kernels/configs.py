@@ -74,5 +74,5 @@ class RecurrenceConfig(NamedTuple):
 
 
 # On every chip, for every size. Products are of float32, each three of the tensor cores, whose operands are held in registers:
-# wider tiles spill with 32 nodes, and with 16 leave room for two programs on a multiprocessor in place of three.
+# wider tiles spill, or leave room for two programs on a multiprocessor in place of three.
 RECURRENCE = RecurrenceConfig(16, 32, 4, 4)

@@ -29,7 +29,7 @@ def check(op: str, state: Tensor, last: Parts, every: Parts, ancestors: Tensor |
     """
     if state.dim() != 4:
         raise ValueError(f"{op}: state is {[*state.shape]}, not [batch, head, dim, value_dim].")
-    folded = {} if fold is None else dict(zip(("key", "value", "decay"), fold[:3], strict=True))
+    folded: Parts = {} if fold is None else dict(zip(("key", "value", "decay"), fold[:3], strict=True))
     (batch, heads, *_), groups = state.shape, (*{**folded, **every}["key"].shape, 0, 0)[2]
     wrong = (
         []

@@ -46,7 +46,7 @@ def solve(b_m, b_right, PRECISION: tl.constexpr):
     o_n = tl.arange(0, TILE)
     b_apart = o_n[:, None] ^ o_n[None, :]  # its highest bit is the size of the blocks in which i and j are neighbours
     b_inverse = tl.where(b_apart == 0, 1.0, 0.0) - tl.where(b_apart == 1, b_m, 0.0)
-    for doubling in tl.static_range(1, DOUBLINGS):
+    for doubling in tl.range(1, DOUBLINGS, num_stages=1):
         b_below = tl.where((b_apart >> doubling) == 1, b_m, 0.0)
         b_below = tl.dot(b_inverse, b_below, input_precision=PRECISION)
         b_inverse -= tl.dot(b_below, b_inverse, input_precision=PRECISION)
@@ -103,14 +103,15 @@ def _gated_delta_kernel(
     tl.store(block(update, at, o_n, o_v), b_right, mask=m_new[:, None] & m_v[None, :])
     tl.store(block(out, at, o_n - first, o_v), b_grown * b_read, mask=m_new[:, None] & m_v[None, :])
 
-    for i in tl.range(first // TILE * TILE, nodes, TILE, num_stages=1):
+    # nothing is hoisted out of the loops over tiles: registers would be full of addresses
+    for i in tl.range(first // TILE * TILE, nodes, TILE, num_stages=1, disable_licm=True):
         tl.debug_barrier()  # what is loaded now other warps have stored
         o_i = i + tl.arange(0, TILE)
         m_i = (o_i >= first) & (o_i < nodes)
         b_beta = load_numbers(beta, at, o_i - first, m_i)[:, None]
         b_update = load(update, at, o_i, o_i < nodes, o_v, m_v)
         b_out = load(out, at, o_i - first, m_i, o_v, m_v)
-        for j in tl.range(0, i, TILE, num_stages=1):
+        for j in tl.range(0, i, TILE, num_stages=1, disable_licm=True):
             b_m, b_score = pairs(
                 query, key, decay, ancestors, at, key_at, first, nodes, i, j, DIM, BLOCK_N, BLOCK_K, PRECISION
             )

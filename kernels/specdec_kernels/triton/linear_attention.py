@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec_kernels.backend import chip
 from specdec_kernels.configs import RECURRENCE
+from specdec_kernels.recurrences import MAX_NODES
 
 
 @triton.jit
@@ -164,8 +165,8 @@ def tiles(state: Tensor, key: Tensor, fold: Sequence[Tensor] | None) -> tuple[tu
 
 
 def extent(count: int) -> int:
-    """Of a block with room for so many: products take powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(count))
+    """Of a block with room for so many nodes."""
+    return 16 if count <= 16 else MAX_NODES
 
 
 def strided(x: Tensor) -> tuple[Any, ...]:
