@@ -68,7 +68,7 @@ MUTANTS = {
 DELTA_MUTANTS = {
     "one doubling less": ("DOUBLINGS: tl.constexpr = tl.constexpr(4)", "DOUBLINGS: tl.constexpr = tl.constexpr(3)"),
     "a tile is not solved": ("solve(b_beta * b_m, b_update, PRECISION)", "b_update"),
-    "earlier tiles left out": ("tl.range(0, i, TILE, num_stages=1)", "tl.range(0, 0, TILE, num_stages=1)"),
+    "earlier tiles left out": ("tl.range(0, i, TILE,", "tl.range(0, 0, TILE,"),
     "earlier tiles not corrected by": ("b_beta * b_m, b_known", "0 * b_m, b_known"),
     "known nodes are forgotten": ("load(update, at, o_i, o_i < nodes", "load(update, at, o_i, m_i"),
     "what is found does not decay": ("- b_grown * b_found", "- b_found"),
