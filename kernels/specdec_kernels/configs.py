@@ -75,4 +75,4 @@ class RecurrenceConfig(NamedTuple):
 
 # On every chip, for every size. Products are of float32, each three of the tensor cores, whose operands are held in registers:
 # wider tiles spill, or leave room for two programs on a multiprocessor in place of three.
-RECURRENCE = RecurrenceConfig(16, 32, 4, 4)
+RECURRENCE = RecurrenceConfig(16, 32, 4, 3)

@@ -9,8 +9,8 @@ inverses P and Q, and C below the first, give -Q C P. No number gets larger than
 (I - M)(I + M^2)(I + M^4)... would not do: where keys are alike, as those of a repeated token are, powers of M grow like
 binomial coefficients. In float32 1e-4 is lost by that with 16 nodes, and everything with 32.
 
-By arithmetic, not measured: states take the time that they take `linear_attention`. 64 nodes of a layer of Qwen3-Next-80B are
-0.3 GFLOP a row, in three products of tf32 each: 2 us of an H200 (494 TFLOP/s), beside 1.0 us for states.
+By arithmetic, not measured: states take the time that they take `linear_attention`, 1.0 us a row for a layer of Qwen3-Next-80B
+on an H200. 16 nodes are 0.06 GFLOP a row and 64 are 0.4, in three products of tf32 each: 0.4 and 2.3 us at 494 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def pairs(
 # numbers that change with the tree are not specialised on: each variant takes seconds to compile
 @triton.jit(do_not_specialize=["ancestors", "first", "nodes"])
 def _gated_delta_kernel(
-    query, key, value, decay, beta, state, ancestors, update, out, fold, first, nodes,
+    query, key, value, decay, beta, state, ancestors, update, out,
+    kept_key, kept_value, kept_decay, path, count, steps, first, nodes,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks of value_dim, heads, batch]. Until a tile's turn comes, update holds b and out what the state gives."""
     at, key_at = (tl.program_id(2), tl.program_id(1)), (tl.program_id(2), tl.program_id(1) // GROUP)
@@ -88,11 +89,11 @@ def _gated_delta_kernel(
     m_n, m_v = o_n < nodes, o_v < VALUE_DIM
     m_new = m_n & (o_n >= first)
 
-    entering = None if fold is None else load_entering(fold, at, o_v, m_v, BLOCK_P)
+    entering = load_entering(kept_value, kept_decay, path, count, steps, at, o_v, m_v, BLOCK_P) if FOLD else None
     b_found, b_read = tl.zeros([BLOCK_N, BLOCK_V], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for start in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         o_k = start + tl.arange(0, BLOCK_K)
-        b_state = load_state(state, fold, entering, at, key_at, o_k, o_k < DIM, o_v, m_v, PRECISION)
+        b_state = load_state(state, kept_key, entering, at, key_at, o_k, o_k < DIM, o_v, m_v, FOLD, PRECISION)
         b_found = tl.dot(load(key, key_at, o_n, m_new, o_k, o_k < DIM), b_state, b_found, input_precision=PRECISION)
         b_query = load(query, key_at, o_n - first, m_new, o_k, o_k < DIM)
         b_read = tl.dot(b_query, b_state, b_read, input_precision=PRECISION)
@@ -138,6 +139,6 @@ def gated_delta(
     grid, options = tiles(state, key, fold)
     _gated_delta_kernel[grid](
         *(strided(x) for x in (query, key, value, decay, beta, state.transpose(1, 2), ancestors, update, out)),
-        of_fold(fold), nodes - new, nodes, BLOCK_N=extent(nodes), **options,
+        *of_fold(fold), nodes - new, nodes, BLOCK_N=extent(nodes), FOLD=fold is not None, **options,
     )  # fmt: skip
     return out

@@ -3,8 +3,8 @@
 No column of a state depends on another, so columns are shared out, and each is read once and written once, a tile of BLOCK_K
 rows at a time. What a node weighs its ancestors by is a matrix of nodes x nodes, which all programs of a head work out.
 
-By arithmetic, not measured: the states of a layer of Qwen3-Next-80B are 2.1 MB a row, so an H200 (4.3 TB/s) reads and writes
-them in 1.0 us where the fold goes with the read, and in 1.5 us where it is a launch of its own.
+By arithmetic, not measured: the states of a layer of Qwen3-Next-80B are 2.1 MB a row, so an H200 (4.3 TB/s) takes 1.0 us to
+read and write them where the fold goes with the read. Where the fold is a launch of its own they are read twice: 1.5 us.
 
 Names: b_ holds a block, o_ offsets, m_ masks; `at` is (row, head). A tensor comes as (pointer, *strides).
 """
@@ -64,9 +64,8 @@ def path_weights(b_seen, b_i, b_j):
 
 
 @triton.jit
-def load_entering(fold, at, o_v, m_v, BLOCK_P: tl.constexpr):
+def load_entering(value, decay, path, count, steps, at, o_v, m_v, BLOCK_P: tl.constexpr):
     """Of the nodes of a fold: number, mask, decay by those after each, decay by all, values [BLOCK_P, value_dim]."""
-    _, value, decay, path, count, steps = fold
     o_p = tl.arange(0, BLOCK_P)
     m_p = o_p < tl.minimum(tl.load(count[0] + at[0] * count[1]), steps)
     o_n = tl.load(path[0] + at[0] * path[1] + o_p * path[2], mask=m_p, other=0).to(tl.int32)
@@ -76,12 +75,12 @@ def load_entering(fold, at, o_v, m_v, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def load_state(state, fold, entering, at, key_at, o_k, m_k, o_v, m_v, PRECISION: tl.constexpr):
+def load_state(state, key, entering, at, key_at, o_k, m_k, o_v, m_v, FOLD: tl.constexpr, PRECISION: tl.constexpr):
     """A tile [key channel, value channel] of a state; if there is a fold, as it is after that, which is stored too."""
     b_state = load(state, at, o_k, m_k, o_v, m_v)
-    if fold is not None:
+    if FOLD:
         o_n, m_n, b_later, decay, b_value = entering
-        b_key = load(fold[0], key_at, o_n, m_n, o_k, m_k) * b_later[:, None]
+        b_key = load(key, key_at, o_n, m_n, o_k, m_k) * b_later[:, None]
         b_state = tl.dot(tl.trans(b_key), b_value, b_state * decay, input_precision=PRECISION)
         tl.store(block(state, at, o_k, o_v), b_state, mask=m_k[:, None] & m_v[None, :])
     return b_state
@@ -90,9 +89,9 @@ def load_state(state, fold, entering, at, key_at, o_k, m_k, o_v, m_v, PRECISION:
 # numbers that change with the tree are not specialised on: each variant takes seconds to compile
 @triton.jit(do_not_specialize=["ancestors", "first", "nodes"])
 def _linear_attention_kernel(
-    query, key, value, decay, state, ancestors, out, fold, first, nodes,
+    query, key, value, decay, state, ancestors, out, kept_key, kept_value, kept_decay, path, count, steps, first, nodes,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks of value_dim, heads, batch]."""
     at, key_at = (tl.program_id(2), tl.program_id(1)), (tl.program_id(2), tl.program_id(1) // GROUP)
@@ -100,11 +99,11 @@ def _linear_attention_kernel(
     m_n, m_v = o_n < nodes, o_v < VALUE_DIM
     m_new = m_n & (o_n >= first)
 
-    entering = None if fold is None else load_entering(fold, at, o_v, m_v, BLOCK_P)
+    entering = load_entering(kept_value, kept_decay, path, count, steps, at, o_v, m_v, BLOCK_P) if FOLD else None
     b_out, b_score = tl.zeros([BLOCK_N, BLOCK_V], tl.float32), tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
     for start in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         o_k = start + tl.arange(0, BLOCK_K)
-        b_state = load_state(state, fold, entering, at, key_at, o_k, o_k < DIM, o_v, m_v, PRECISION)
+        b_state = load_state(state, kept_key, entering, at, key_at, o_k, o_k < DIM, o_v, m_v, FOLD, PRECISION)
         b_query = load(query, key_at, o_n - first, m_new, o_k, o_k < DIM)
         b_key = load(key, key_at, o_n, m_n, o_k, o_k < DIM)
         b_out = tl.dot(b_query, b_state, b_out, input_precision=PRECISION)
@@ -120,16 +119,17 @@ def _linear_attention_kernel(
 
 @triton.jit
 def _fold_kernel(
-    state, fold, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_P: tl.constexpr,
+    state, key, value, decay, path, count, steps,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks of value_dim, heads, batch]."""
     at, key_at = (tl.program_id(2), tl.program_id(1)), (tl.program_id(2), tl.program_id(1) // GROUP)
     o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    entering = load_entering(fold, at, o_v, o_v < VALUE_DIM, BLOCK_P)
+    entering = load_entering(value, decay, path, count, steps, at, o_v, o_v < VALUE_DIM, BLOCK_P)
     for start in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         o_k = start + tl.arange(0, BLOCK_K)
-        load_state(state, fold, entering, at, key_at, o_k, o_k < DIM, o_v, o_v < VALUE_DIM, PRECISION)
+        load_state(state, key, entering, at, key_at, o_k, o_k < DIM, o_v, o_v < VALUE_DIM, True, PRECISION)
 
 
 def linear_attention(
@@ -141,8 +141,8 @@ def linear_attention(
     out = state.new_empty(len(query), new, *value.shape[2:])
     grid, options = tiles(state, key, fold)
     _linear_attention_kernel[grid](
-        *(strided(x) for x in (query, key, value, decay, state.transpose(1, 2), ancestors, out)), of_fold(fold),
-        nodes - new, nodes, BLOCK_N=extent(nodes), **options,
+        *(strided(x) for x in (query, key, value, decay, state.transpose(1, 2), ancestors, out)), *of_fold(fold),
+        nodes - new, nodes, BLOCK_N=extent(nodes), FOLD=fold is not None, **options,
     )  # fmt: skip
     return out
 
@@ -150,7 +150,7 @@ def linear_attention(
 def fold_linear_attention(state: Tensor, *fold: Tensor) -> None:
     """Launch on the current device; arguments as `reference.fold_linear_attention`, checked by the op."""
     grid, options = tiles(state, fold[0], fold)
-    _fold_kernel[grid](strided(state.transpose(1, 2)), of_fold(fold), **options)
+    _fold_kernel[grid](strided(state.transpose(1, 2)), *of_fold(fold), **options)
 
 
 def tiles(state: Tensor, key: Tensor, fold: Sequence[Tensor] | None) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -174,6 +174,6 @@ def strided(x: Tensor) -> tuple[Any, ...]:
     return x, *x.stride()
 
 
-def of_fold(fold: Sequence[Tensor] | None) -> tuple[Any, ...] | None:
-    """As kernels take it, with the length of paths."""
-    return None if fold is None else (*map(strided, fold), fold[3].shape[1])
+def of_fold(fold: Sequence[Tensor] | None) -> tuple[Any, ...]:
+    """Key, value, decay, path, count as kernels take them, and the length of paths."""
+    return (None,) * 5 + (0,) if fold is None else (*map(strided, fold), fold[3].shape[1])

@@ -47,7 +47,7 @@ def test_what_there_is_no_kernel_for_is_computed_by_the_specification(change):
     if change == "decays by channel":
         arguments["decay"] = arguments["decay"][..., None].expand(-1, -1, -1, 24)
     due: dict[str, Any] = {
-        name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()
+        n: x.double() if x is not None and x.is_floating_point() else x for n, x in arguments.items()
     }
     found = specdec_kernels.gated_delta(**(due if change == "float64" else arguments))
     assert found.dtype == (torch.float64 if change == "float64" else torch.float32)
