@@ -102,6 +102,44 @@ class Compaction:
         return 2 * 2 * 2 * self.layers * self.batch * (self.kept - 1) * self.kv_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class Recurrence:
+    """One call of an op on float32 states, of the size of a layer of Qwen3-Next-80B, and a fold of `kept` nodes."""
+
+    op: str
+    batch: int
+    nodes: int = 16  # that read; 0: a fold alone
+    kept: int = 6
+    heads: int = 32
+    key_heads: int = 16
+    dim: int = 128
+    value_dim: int = 128
+    exponentials = 0
+
+    @property
+    def reads(self) -> int:
+        """Products with the state to a node: the delta rule looks up keys too."""
+        return 2 if self.op == "gated_delta" else 1
+
+    @property
+    def bytes(self) -> int:
+        """States, read and written; keys and values of all nodes; queries, results and updates of those that read."""
+        nodes = self.nodes + self.kept
+        keys, values = nodes + self.nodes, nodes + self.reads * self.nodes
+        moved = keys * self.key_heads * self.dim + values * self.heads * self.value_dim
+        return 4 * self.batch * (2 * self.heads * self.dim * self.value_dim + moved)
+
+    @property
+    def flops(self) -> int:
+        """In units of bf16: a product of float32 takes three of tf32, each of which takes twice as long."""
+        states = (self.reads * self.nodes + self.kept) * self.dim * self.value_dim
+        pairs = self.reads * self.nodes**2 * (self.dim + self.value_dim) // 2
+        return 6 * 2 * self.batch * self.heads * (states + pairs)
+
+
+Work = Shape | Laws | Compaction | Recurrence
+
+
 class Rates(NamedTuple):
     """What a chip does in a second at best."""
 
@@ -114,7 +152,7 @@ class Rates(NamedTuple):
 RATES = {"NVIDIA H200": Rates(4.3e12, 790e12, 4.2e12)}
 
 
-def floor(shape: Shape | Laws | Compaction, rates: Rates) -> float:
+def floor(shape: Work, rates: Rates) -> float:
     """Seconds: the slowest of the three, were everything else free and the three overlapped."""
     pairs = ((shape.bytes, rates.bytes), (shape.flops, rates.flops), (shape.exponentials, rates.exponentials))
     return max(amount / rate for amount, rate in pairs)

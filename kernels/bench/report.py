@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from floors import RATES, Compaction, Laws, Shape, floor
+from floors import RATES, Work, floor
 from meter import LoadMeter
 
 from experiments.bench.report import markdown
@@ -99,7 +99,7 @@ def bandwidth(device: str) -> float:
     return 2 * COPIED[device] / measure([lambda: goal.copy_(source)], device).seconds
 
 
-def figures(shape: Shape | Laws | Compaction, timing: Timing) -> dict[str, Any]:
+def figures(shape: Work, timing: Timing) -> dict[str, Any]:
     """What a measured time amounts to."""
     rates, seconds = RATES.get(gpu()), timing.seconds
     return {

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import bench_recurrences as recurrences
 import bench_tree_attention as attention
 import bench_verify
 import processes
 import report
 import torch
 import verification
-from floors import Compaction, Laws, Shape
+from floors import Compaction, Laws, Recurrence, Shape, Work
 
 from specdec.clock import finish
 from specdec_kernels import tree_attention
 
 # by op, the riskiest first: descriptors of the copy engine, then 128 rows of warp groups, then splits; drawn laws, filters
-OPS: dict[str, list[Shape | Laws | Compaction]] = {
+OPS: dict[str, list[Work]] = {
     "tree_attention": [
         Shape(*attention.LLAMA3, 16, 1024, 1), Shape(*attention.LLAMA3, 64, 8192, 1), Shape(*attention.LLAMA3, 4, 1, 2),
         Shape(*attention.GEMMA2, 64, 8192, 1, softcap=50.0, window=4096),
@@ -31,16 +33,21 @@ OPS: dict[str, list[Shape | Laws | Compaction]] = {
     "verify": [Laws("verify", "temperature", "SAMPLED_THEN_TOP", 2), Laws("verify", "top-p", "POINT", 1)],
     "law": [Laws("law", "top-p", "", 1), Laws("law", "top-k", "", 1), Laws("law", "greedy", "", 1)],
     "compact": [Compaction("compact", 2)],
+    "gated_delta": [Recurrence("gated_delta", 2), Recurrence("gated_delta", 2, nodes=64, kept=20)],
+    "linear_attention": [Recurrence("linear_attention", 2), Recurrence("linear_attention", 2, nodes=64, kept=20)],
+    "fold_linear_attention": [Recurrence("fold_linear_attention", 2, nodes=0)],
 }  # fmt: skip
 
 
-def shapes_of(method: str, dry: bool) -> Sequence[Shape | Laws | Compaction]:
+def shapes_of(method: str, dry: bool) -> Sequence[Work]:
     if not dry:
         return OPS[method]
-    return attention.DRY if method == "tree_attention" else [s for s in bench_verify.DRY if s.op == method]
+    if method == "tree_attention":
+        return attention.DRY
+    return [s for s in (*bench_verify.DRY, *recurrences.DRY) if s.op == method]
 
 
-def figures(shape: Shape | Laws | Compaction, method: str, device: str) -> dict[str, Any]:
+def figures(shape: Work, method: str, device: str) -> dict[str, Any]:
     """Seconds of the first call (compilation), microseconds of a replay; raises with the stage that went wrong."""
     call, check, (first, second) = prepared(shape, device)
     began = time.perf_counter()
@@ -62,10 +69,11 @@ def figures(shape: Shape | Laws | Compaction, method: str, device: str) -> dict[
     return {"first call s": first_call, "captured": device == "cuda", **report.figures(shape, timing)}
 
 
-def prepared(
-    shape: Shape | Laws | Compaction, device: str
-) -> tuple[Callable[..., Any], Callable, list[tuple[Any, ...]]]:
+def prepared(shape: Work, device: str) -> tuple[Callable[..., Any], Callable, list[tuple[Any, ...]]]:
     """The call, what finds a fault in it on arguments, and two sets of those."""
+    if isinstance(shape, Recurrence):
+        turns = [recurrences.inputs(shape, device, seed) for seed in range(2)]
+        return recurrences.candidates(shape)[processes.OURS], partial(recurrences.fault, shape), turns
     if not isinstance(shape, Shape):
 
         def check(call: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:

@@ -6,11 +6,24 @@ On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `linear`
 
 from specdec_kernels.attention import attention
 from specdec_kernels.compact import compact
+from specdec_kernels.gated_delta import gated_delta
 from specdec_kernels.law import law
 from specdec_kernels.linear import linear
+from specdec_kernels.linear_attention import fold_linear_attention, linear_attention
 from specdec_kernels.tree_attention import tree_attention
 from specdec_kernels.verify import verify
 
 DEVICES = {"cuda"}  # types of devices that there are kernels for
 
-__all__ = ["DEVICES", "attention", "compact", "law", "linear", "tree_attention", "verify"]
+__all__ = [
+    "DEVICES",
+    "attention",
+    "compact",
+    "fold_linear_attention",
+    "gated_delta",
+    "law",
+    "linear",
+    "linear_attention",
+    "tree_attention",
+    "verify",
+]

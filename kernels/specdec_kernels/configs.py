@@ -62,3 +62,17 @@ def attention_config(arch: str, dim: int, rows: int, element_size: int) -> Confi
         return EXACT[dim]
     fitting = [limit for limit in (16, 64, 128) if (arch, dim, limit) in ATTENTION]
     return ATTENTION[arch, dim, next((limit for limit in fitting if rows <= limit), fitting[-1])]
+
+
+class RecurrenceConfig(NamedTuple):
+    """Tiles of block_k key channels x block_v value channels of a state."""
+
+    block_k: int
+    block_v: int
+    warps: int
+    stages: int  # of the software pipeline over the tiles of a program
+
+
+# On every chip, for every size. Products are of float32, each three of the tensor cores, whose operands are held in registers:
+# wider tiles spill, or leave room for two programs on a multiprocessor in place of three.
+RECURRENCE = RecurrenceConfig(16, 32, 4, 3)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 
 from specdec_kernels.triton.compact import compact
+from specdec_kernels.triton.gated_delta import gated_delta
 from specdec_kernels.triton.law import law
+from specdec_kernels.triton.linear_attention import fold_linear_attention, linear_attention
 from specdec_kernels.triton.tree_attention import tree_attention
 from specdec_kernels.triton.verify import verify
 
@@ -116,4 +118,39 @@ def _verification() -> list[Launch]:
     ]
 
 
-CASES = [*_tree_attention(), *_verification()]
+def _recurrence(op: str, nodes: int, dtype: torch.dtype = torch.float32, steps: int = 8) -> None:
+    """In the sizes of Qwen3-Next and Mamba-2. What is kept of nodes is in float32, as states are, whatever inputs are in."""
+    heads, groups, dim, value_dim = (64, 8, 128, 64) if op == "linear_attention" else (32, 16, 128, 128)
+    query, key = torch.empty(1, nodes, groups, dim, dtype=dtype), torch.empty(1, nodes, groups, dim)
+    value, update = torch.empty(1, nodes, heads, value_dim, dtype=dtype), torch.empty(1, nodes, heads, value_dim)
+    decay, beta = torch.empty(1, nodes, heads), torch.empty(1, nodes, heads, dtype=dtype)
+    state, ancestors = torch.empty(1, heads, dim, value_dim), torch.zeros(1, nodes, nodes, dtype=torch.bool)
+    fold = key, update, decay, torch.zeros(1, steps, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    if op == "gated_delta":
+        gated_delta(query, key, value, decay, beta, state, ancestors, update, fold)
+    elif op == "linear_attention":
+        linear_attention(query, key, update, decay, state, ancestors, fold)
+    else:
+        fold_linear_attention(state, *fold)
+
+
+def _recurrences() -> list[Launch]:
+    kernels = {"gated_delta": "_gated_delta_kernel", "linear_attention": "_linear_attention_kernel"}
+    cases = [
+        Launch(
+            f"{op} nodes{nodes}{' bfloat16' if dtype == torch.bfloat16 else ''}",
+            partial(_recurrence, op, nodes, dtype),
+            kernel,
+            (MMA if nodes == 16 or op == "gated_delta" else WIDE, PREFETCH),
+            quick=nodes == 16 and dtype == torch.float32,
+        )
+        for op, kernel in kernels.items()
+        for nodes in (16, 64)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    cases += [Launch(f"{op} long path", partial(_recurrence, op, 64, steps=64), kernels[op]) for op in kernels]
+    fold = partial(_recurrence, "fold_linear_attention", 8)
+    return [*cases, Launch("fold_linear_attention", fold, "_fold_kernel", (MMA, PREFETCH), quick=True)]
+
+
+CASES = [*_tree_attention(), *_verification(), *_recurrences()]

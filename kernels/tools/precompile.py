@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,16 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "kernels" / folder) for folder in ("", "bench", "tools"))]
 
 import ahead_of_time  # noqa: E402
+import bench_recurrences  # noqa: E402
 import bench_splits  # noqa: E402
 import bench_tree_attention  # noqa: E402
 import bench_verify  # noqa: E402
 import smoke  # noqa: E402
 import torch  # noqa: E402
 import verification  # noqa: E402
-from floors import Compaction, Laws, Shape  # noqa: E402
+from floors import Compaction, Laws, Recurrence, Shape  # noqa: E402
 
 from specdec_kernels.triton.compact import compact  # noqa: E402
+from specdec_kernels.triton.gated_delta import gated_delta  # noqa: E402
 from specdec_kernels.triton.law import law  # noqa: E402
+from specdec_kernels.triton.linear_attention import fold_linear_attention, linear_attention  # noqa: E402
 from specdec_kernels.triton.tree_attention import tree_attention  # noqa: E402
 from specdec_kernels.triton.verify import verify  # noqa: E402
 
@@ -55,12 +59,14 @@ def main() -> None:
 def launches() -> Iterator[partial]:
     """Those of the smoke call, of the sweep of splits and of the kernels' benchmarks; each once."""
     shapes = [*(s for some in smoke.OPS.values() for s in some), *bench_splits.shapes_of("", False)]
-    shapes += [*bench_tree_attention.shapes(), *bench_verify.shapes()]
+    shapes += [*bench_tree_attention.shapes(), *bench_verify.shapes(), *bench_recurrences.shapes()]
     for shape in dict.fromkeys(shapes):
         if isinstance(shape, Shape):
             yield partial(_attention, shape, getattr(shape, "splits", None))
         elif isinstance(shape, Compaction):
             yield partial(_compact, shape)
+        elif isinstance(shape, Recurrence):
+            yield partial(_recurrence, shape)
         elif isinstance(shape, Laws):
             yield partial(_law if shape.op == "law" else _verify, shape)
 
@@ -94,6 +100,16 @@ def _compact(shape) -> None:
     stack = _empty(2 * shape.layers, shape.batch, 64, shape.kv_heads, shape.head_dim, torch.bfloat16)
     counts = _empty(shape.batch, torch.int64)
     compact(stack, _empty(shape.batch, shape.kept, torch.int64), counts, counts)
+
+
+def _recurrence(shape) -> None:
+    drawn = bench_recurrences.inputs(replace(shape, batch=1), "cpu", 0)
+    arguments = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in drawn]
+    kernel = {"gated_delta": gated_delta, "linear_attention": linear_attention}.get(shape.op)
+    if kernel is None:
+        fold_linear_attention(*arguments)
+    else:
+        kernel(*arguments[: -bench_recurrences.FOLDED], arguments[-bench_recurrences.FOLDED :])
 
 
 def _empty(*what):

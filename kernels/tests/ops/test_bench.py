@@ -8,6 +8,7 @@ import types
 from importlib.metadata import version
 
 import baselines
+import bench_recurrences
 import bench_tree_attention as bench
 import bench_verify
 import floors
@@ -86,6 +87,18 @@ def test_wrong_verification_is_not_timed(op, monkeypatch):
         bench_verify.figures(shape, "wrong", "cpu")
 
 
+@pytest.mark.parametrize("shape", bench_recurrences.DRY, ids=str)
+def test_rivals_of_recurrences_compute_the_same_and_wrong_ones_are_not_timed(shape, monkeypatch):
+    monkeypatch.setattr(report, "measure", lambda calls, device: report.Timing(1e-5, 0.0))
+    for name in bench_recurrences.candidates(shape):
+        assert bench_recurrences.figures(shape, name, "cpu")["us"] == pytest.approx(10)
+    right = bench_recurrences.candidates(shape)["torch"]
+    wrong = {"torch": right, "wrong": lambda *x: right(*x[:-1], torch.ones_like(x[-1]))}  # one node is kept, not two
+    monkeypatch.setattr(bench_recurrences, "candidates", lambda shape: wrong)
+    with pytest.raises(RuntimeError, match=r"wrong: .* off by"):
+        bench_recurrences.figures(shape, "wrong", "cpu")
+
+
 def test_floors_are_those_of_the_slowest_resource():
     by_hand = {
         (64, 1024): 1.44,
@@ -101,10 +114,18 @@ def test_floors_are_those_of_the_slowest_resource():
     trees = floors.Laws("verify", "temperature", "IID", 1)
     assert (trees.internal, trees.depth) == (16, 3) and trees.bytes - laws.bytes == 16 * 128256 * 4
     assert floors.Shape("", 16, 8, 256, 64, 8192, 1, window=4096).seen == 4096 + 64
+    states = floors.Recurrence("fold_linear_attention", 32, nodes=0, kept=0)  # of a layer of Qwen3-Next-80B
+    assert states.bytes == 32 * 2 * 32 * 128 * 128 * 4 and floors.floor(states, H200) * 1e6 == pytest.approx(
+        31, rel=0.03
+    )
 
 
 def test_every_shape_is_asked_for_once():
-    for shapes, least in ((list(bench.shapes()), 40), (list(bench_verify.shapes()), 20)):
+    for shapes, least in (
+        (list(bench.shapes()), 40),
+        (list(bench_verify.shapes()), 20),
+        (list(bench_recurrences.shapes()), 10),
+    ):
         assert len(set(shapes)) == len(shapes) and len(shapes) > least
 
 
