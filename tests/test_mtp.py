@@ -16,7 +16,7 @@ from specdec import Sampling
 from specdec.drafters.mtp import MtpDrafter
 from specdec.drafters.states_net import TargetParts
 from specdec.models.attention import View
-from specdec.models.cache import Slab, TreeCache
+from specdec.models.cache import LayerShape, Slab, TreeCache
 from specdec.models.level import CachedLevel
 from specdec.testing import assert_drafter, exact_law, target_law
 from specdec.tree import chain
@@ -186,7 +186,7 @@ def test_the_layer_of_qwen3_next_is_read_and_computed_by_its_own_formula(tmp_pat
     tokens, features = PROMPTS[2][None], torch.randn(1, 9, HIDDEN, dtype=torch.float64)
     slab = Slab(*net.attention[0], torch.float64, torch.device("cpu"))
     cache, view = (
-        TreeCache([(slab, slab)], 1, 9, slab.device),
+        TreeCache([LayerShape((slab, slab))], 1, 9, slab.device),
         View(torch.zeros(1, dtype=torch.int64), chain(1, 9), 9, 9),
     )
     cache.open(view)

@@ -1,0 +1,311 @@
+"""Layers with recurrent state in a cache: a state after the committed tokens, and what each node of the tree puts into it.
+
+A forward pass is over tokens of a prompt, which enter the state at once, or over nodes of a tree. Nodes leave the state as it
+is: they read it, and what their ancestors would put in (`specdec_kernels.reference` has the arithmetic). A commit puts in what
+the accepted nodes have. So no token is read twice, nothing is taken back, and rows and trees may be of any shape.
+
+transformers' layers take their states from the cache and hand them to functions of the modelling module, which know no trees.
+These functions ask here, where `serve` has put itself before them. A layer of the cache is told of the pass first, and notes
+that for its own thread: the functions that the same thread calls next are for it. All other calls go to the functions that
+were found, so that nothing changes for the model outside of our passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from specdec.models.recurrences import KINDS, Recurrence
+from specdec.tree import chain
+from specdec_kernels.reference.convolution import convolution, fold_convolution
+
+if TYPE_CHECKING:
+    from specdec.models.cache import TreeCache
+
+_CONVOLUTION = "causal_conv1d_fn"
+_PIECE = 64  # tokens that enter a state in one product, where modelling modules' own functions cannot let them
+
+
+class _Here(threading.local):
+    """The layer that the functions which this thread calls next are for."""
+
+    def __init__(self) -> None:  # not a class attribute: torch.compile takes those to be the same in every thread
+        self.layer: RecurrentLayer | None = None
+
+
+_here = _Here()
+_lock = threading.Lock()  # of those who put themselves before functions
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The shape of some of the numbers that a layer keeps, without batch and nodes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def zeros(self, *outer: int) -> Tensor:
+        return torch.zeros(*outer, *self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class RecurrentShape:
+    """What a layer keeps.
+
+    Args:
+        size: how many inputs its convolution sees.
+        input: one token's input of the convolution.
+        kind: its recurrence; None if it has nothing but the convolution.
+        state: a row's state.
+        kept: by name, what is kept of a node.
+        fixed: by name, what is the same for all nodes of all rows.
+    """
+
+    size: int
+    input: Numbers
+    kind: type[Recurrence] | None = None
+    state: Numbers | None = None
+    kept: dict[str, Numbers] = field(default_factory=dict)
+    fixed: dict[str, Numbers] = field(default_factory=dict)
+
+    def bytes(self, nodes: int) -> int:
+        """Bytes that a row takes with room for so many nodes."""
+        node = self.input.bytes + sum(each.bytes for each in self.kept.values())
+        return (self.size - 1) * self.input.bytes + nodes * node + (self.state.bytes if self.state else 0)
+
+
+class RecurrentLayer(LinearAttentionCacheLayerMixin):
+    """One layer's convolution inputs and recurrent states.
+
+    Args:
+        cache: the cache that it is a layer of.
+        shape: what it keeps.
+        batch: number of rows.
+        nodes: nodes that a row has room for.
+    """
+
+    is_sliding = False
+
+    def __init__(self, cache: TreeCache, shape: RecurrentShape, batch: int, nodes: int):
+        LinearAttentionCacheLayerMixin.__init__(self)  # which says that there are no states to be taken
+        self.record_past = True  # else some layers would take a token alone for one that needs no convolution
+        self._owner: Any = ref(cache)
+        self._allocate(shape, batch, nodes)
+
+    def _allocate(self, shape: RecurrentShape, batch: int, nodes: int) -> None:
+        self.shape = shape
+        # the last inputs of the text, then those of all nodes
+        self.inputs = shape.input.zeros(batch, shape.size - 1 + nodes)
+        self.state = shape.state.zeros(batch) if shape.state else None
+        self.kept = {name: each.zeros(batch, nodes) for name, each in shape.kept.items()}
+        self.fixed = {name: each.zeros() for name, each in shape.fixed.items()}
+
+    @property
+    def enters(self) -> bool:
+        """Whether the tokens of this pass are of a prompt."""
+        return self._cache.entering is not None
+
+    @property
+    def _cache(self) -> TreeCache:
+        cache = self._owner()
+        assert cache is not None
+        return cache
+
+    # What transformers' layers call.
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None: ...
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+        if state_idx:
+            raise NotImplementedError("a layer with several convolutions")
+        _here.layer = self
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+        return recurrent_states
+
+    # What their functions ask for.
+
+    def convolve(
+        self,
+        original: Callable[..., Tensor],
+        hidden_states: Tensor,  # [batch, channel, node]
+        weight: Tensor,  # [channel, size]
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """[batch, channel, node]: the convolution at the tokens of this pass."""
+        cache, past = self._cache, self.shape.size - 1
+        if self.shape.kind is None:
+            _here.layer = None
+        if cache.entering is not None:
+            return self._convolve_prompt(original, hidden_states, weight, bias, activation)
+        first = cache.view.first
+        end = first + hidden_states.shape[2]
+        self.inputs[:, past + first : past + end] = hidden_states.transpose(1, 2)
+        places = cache.view.windows(self.shape.size).to(weight.device)
+        out = convolution(self.inputs[:, : past + end], weight, bias, places)
+        out = out if activation is None else ACT2FN[activation](out)
+        return out.to(hidden_states.dtype).transpose(1, 2)
+
+    def _convolve_prompt(
+        self, original: Callable[..., Tensor], new: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
+        past, real = self.shape.size - 1, self._cache.entering
+        assert real is not None
+        known = self._of_rows(self.inputs)[:, :past].transpose(1, 2)
+        inputs = torch.cat([known, new], 2)
+        last = real.to(new.device)[:, None] + torch.arange(past, device=new.device)
+        last = inputs.gather(2, last[:, None].expand(-1, inputs.shape[1], -1))
+        self._set_rows(self.inputs[:, :past], last.transpose(1, 2))
+        return original(inputs, weight, bias, activation=activation)[..., past:]
+
+    def recur(self, original: Callable[..., Any], call: Recurrence) -> tuple[Tensor, Tensor]:
+        """(what the recurrence returns at the tokens of this pass, a state that nobody needs)."""
+        cache, state = self._cache, self.state
+        assert state is not None
+        if cache.entering is not None:
+            return self._enter(original, call, cache.entering.to(state.device)), state
+        nodes = cache.view.topology.parents.shape[1]
+        for name, part in call.kept.items():
+            self.kept[name][:, cache.view.first : nodes] = part
+        for name, part in call.fixed.items():
+            self.fixed[name].copy_(part)
+        kept = {name: part[:, :nodes] for name, part in self.kept.items()}
+        return call.result(call.read(call.own, kept, self.fixed, state, cache.view.topology)), state
+
+    def _enter(self, original: Callable[..., Any], call: Recurrence, real: Tensor) -> Tensor:
+        """Let the first real[b] tokens of each row enter its state. Other functions than ours compute in float32."""
+        assert self.state is not None
+        state = self._of_rows(self.state).clone()
+        found = call.continued(original, state, real) if state.dtype == torch.float32 else None
+        out, state = (self._enter_in_pieces(call, state, real), state) if found is None else found
+        self._set_rows(self.state, state)
+        return out
+
+    def _enter_in_pieces(self, call: Recurrence, state: Tensor, real: Tensor) -> Tensor:
+        read, count = [], next(iter(call.kept.values())).shape[1]
+        for start in range(0, count, _PIECE):
+            own, kept = ({k: v[:, start : start + _PIECE] for k, v in parts.items()} for parts in (call.own, call.kept))
+            topology = chain(len(real), min(_PIECE, count - start), real.device)
+            read.append(call.read(own, kept, call.fixed, state, topology))
+            path = topology.parents + 1
+            call.fold(state, kept, call.fixed, path, (real - start).clamp(0, path.shape[1]))
+        return call.result(torch.cat(read, 1))
+
+    # What the cache calls.
+
+    def keep(self, path: Tensor, count: Tensor) -> None:
+        """Put in what the first count[b] nodes of path[b] have: path [batch, n] int64, count [batch] int64."""
+        path, count = path.to(self.inputs.device), count.to(self.inputs.device)
+        fold_convolution(self.inputs, self.shape.size, path, count)
+        if self.shape.kind is not None and self.state is not None:
+            self.shape.kind.fold(self.state, self.kept, self.fixed, path, count)
+
+    def renumber(self, count: Tensor, nodes: int) -> None:
+        """Drop the first count[b] nodes; of the first `nodes`, those after become nodes 0, 1, ..."""
+        place = torch.arange(nodes, device=self.inputs.device)
+        place = (place + count.to(place.device)[:, None]).clamp(max=nodes - 1)  # [batch, nodes]
+        rows = torch.arange(len(place), device=place.device)[:, None]
+        for part in (self.inputs[:, self.shape.size - 1 :], *self.kept.values()):
+            part[:, :nodes] = part[rows, place]
+
+    def take(self, row: int, source: tuple[Tensor, Tensor | None] | None) -> None:
+        """Begin a row with a copy of inputs and state (see `copied`), or with those of an empty text."""
+        inputs, state = source or (0, 0)
+        self.inputs[row, : self.shape.size - 1] = inputs
+        if self.state is not None and state is not None:
+            self.state[row] = state
+
+    def copied(self, row: int) -> tuple[Tensor, Tensor | None]:
+        """A copy of what is committed in a row."""
+        return self.inputs[row, : self.shape.size - 1].clone(), None if self.state is None else self.state[row].clone()
+
+    def _of_rows(self, part: Tensor) -> Tensor:
+        rows = self._cache.rows
+        return part if rows is None else part[rows.to(part.device)]
+
+    def _set_rows(self, part: Tensor, new: Tensor) -> None:
+        rows = self._cache.rows
+        part[slice(None) if rows is None else rows.to(part.device)] = new.to(part.dtype)
+
+
+class RecordingRecurrentLayer(RecurrentLayer):
+    """A layer that takes its shape from the pass that it is first in. Used once per model, to learn the shapes."""
+
+    def __init__(self, cache: Any):
+        LinearAttentionCacheLayerMixin.__init__(self)
+        self.record_past, self._owner = True, ref(cache)
+        self.shape: Any = None  # as long as it has been in no pass
+
+    def convolve(
+        self, original: Callable[..., Tensor], hidden_states: Tensor, weight: Tensor, *args: Any, **kw: Any
+    ) -> Tensor:
+        batch, _, nodes = hidden_states.shape
+        number = Numbers(tuple(hidden_states.shape[1:2]), hidden_states.dtype, hidden_states.device)
+        self._allocate(RecurrentShape(weight.shape[1], number), batch, nodes)
+        out = super().convolve(original, hidden_states, weight, *args, **kw)
+        _here.layer = self  # a recurrence may follow
+        return out
+
+    def recur(self, original: Callable[..., Any], call: Recurrence) -> tuple[Tensor, Tensor]:
+        known, (batch, nodes) = self.shape, next(iter(call.kept.values())).shape[:2]
+        device = next(iter(call.kept.values())).device
+        state = Numbers(call.state, call.dtype, device)
+        kept = {name: Numbers(tuple(part.shape[2:]), call.dtype, device) for name, part in call.kept.items()}
+        fixed = {name: Numbers(tuple(part.shape), call.dtype, device) for name, part in call.fixed.items()}
+        self._allocate(RecurrentShape(known.size, known.input, type(call), state, kept, fixed), batch, nodes)
+        return super().recur(original, call)
+
+
+class _Served:
+    """A function of a modelling module, which asks first whether a layer of ours waits for it."""
+
+    def __init__(self, name: str, found: Callable[..., Any]):
+        functools.update_wrapper(self, found)
+        self._found, self._kind = found, KINDS.get(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = _here.layer
+        if layer is None:
+            return self._found(*args, **kwargs)
+        if self._kind is None:
+            return layer.convolve(self._found, *args, **kwargs)
+        _here.layer = None
+        return layer.recur(self._found, self._kind(*args, prompt=layer.enters, **kwargs))
+
+
+def serve(model: nn.Module) -> None:
+    """Put ourselves before the functions of the modules that define the model's layers: once, for all models of these."""
+    for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+        for name in (_CONVOLUTION, *KINDS):
+            with _lock:
+                found = getattr(module, name, None)
+                if found is not None and not isinstance(found, _Served):
+                    setattr(module, name, _Served(name, found))
+
+
+@contextlib.contextmanager
+def one_pass() -> Iterator[None]:
+    """A forward pass over a cache of ours. If it fails half-way, no layer is left waiting."""
+    try:
+        yield
+    finally:
+        _here.layer = None
