@@ -38,10 +38,11 @@ _PIECE = 64  # tokens that enter a state in one product, where modelling modules
 
 
 class _Here(threading.local):
-    """The layer that the functions which this thread calls next are for."""
+    """The pass that a thread is in."""
 
-    def __init__(self) -> None:  # not a class attribute: torch.compile takes those to be the same in every thread
-        self.layer: RecurrentLayer | None = None
+    def __init__(self) -> None:  # not class attributes: torch.compile takes those to be the same in every thread
+        self.inside = False  # whether it is a pass over a cache of ours
+        self.layer: RecurrentLayer | None = None  # the one that the functions which are called next are for
 
 
 _here = _Here()
@@ -285,6 +286,8 @@ class _Served:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = _here.layer
         if layer is None:
+            if _here.inside:
+                raise NotImplementedError(f"{self.__name__} is called again, or for no layer of the cache")
             return self._found(*args, **kwargs)
         if self._kind is None:
             return layer.convolve(self._found, *args, **kwargs)
@@ -305,7 +308,8 @@ def serve(model: nn.Module) -> None:
 @contextlib.contextmanager
 def one_pass() -> Iterator[None]:
     """A forward pass over a cache of ours. If it fails half-way, no layer is left waiting."""
+    _here.inside = True
     try:
         yield
     finally:
-        _here.layer = None
+        _here.inside, _here.layer = False, None
