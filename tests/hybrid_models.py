@@ -4,6 +4,7 @@ from copy import deepcopy
 from functools import partial
 
 import torch
+import transformers
 from tiny_models import SIZES, TOKENS, build
 
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
@@ -72,9 +73,17 @@ CONVOLUTION = {
     "lfm3": partial(hybrid, "Lfm3", **{**CONVOLUTIONS, "layer_types": ["conv", "full_attention", "sliding_attention"]},
                     sliding_window=8),
 }  # fmt: skip
-HYBRIDS = {**GATED_DELTA, **STATE_SPACE, **SCAN, **CONVOLUTION}
 
-REFUSED = {
+
+def installed(models):
+    """Those of these models, or of (model, ...), whose class the installed transformers has."""
+    kinds = {name: (made[0] if isinstance(made, tuple) else made).args[0] for name, made in models.items()}
+    return {name: models[name] for name, kind in kinds.items() if hasattr(transformers, f"{kind}ForCausalLM")}
+
+
+HYBRIDS = installed({**GATED_DELTA, **STATE_SPACE, **SCAN, **CONVOLUTION})
+
+REFUSED = installed({
     "zamba": (partial(hybrid, "Zamba", **{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 5},
                       attention_hidden_size=64, attention_head_dim=16,
                       mamba_d_state=8, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1,
@@ -89,14 +98,14 @@ REFUSED = {
                      layer_types=["hybrid"] * 3), "layer 0 keeps a state that is computed by no function known here"),
     "recurrent_gemma": (partial(hybrid, "RecurrentGemma", **{**SIZES, "num_key_value_heads": 4}, lru_width=32,
                                 attention_window_size=64, block_types=["recurrent", "attention"]),
-                        "layer 0 keeps a state that is computed by no function known here"),
+                        "a text that is read in two forward passes differs by|its recurrent state is not in layers"),
     "minimax": (partial(hybrid, "MiniMax", **SIZES, num_local_experts=4, layer_types=LAYERS, block_size=8),
                 "a forward pass over our cache fails with ValueError: MiniMax uses cache of its own"),
     "rwkv": (partial(hybrid, "Rwkv", **MAMBA, attention_hidden_size=32, intermediate_size=48),
              "its recurrent state is not in layers of the cache"),
     "xlstm": (partial(hybrid, "xLSTM", **MAMBA, embedding_dim=32, num_blocks=2, num_heads=4, chunk_size=16),
               "its recurrent state is not in layers of the cache"),
-}  # fmt: skip
+})  # fmt: skip
 
 
 def disturbed(model, scale=0.02):

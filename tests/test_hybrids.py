@@ -14,7 +14,7 @@ import specdec
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.models import recurrences
 from specdec.models.attention import View
-from specdec.models.cache import GENERATE_CACHE, TreeCache
+from specdec.models.cache import TreeCache, cache_argument
 from specdec.models.cached_model import CachedModel
 from specdec.models.probe import UnsupportedModel
 from specdec.models.recurrent import RecurrentLayer
@@ -61,7 +61,7 @@ def test_ragged_trees_in_one_forward_equal_their_paths(name):
 def read_token_by_token(model, prompt, tokens):
     """The greedy tokens behind a prompt, of which all but the last token are read at once."""
     cache, text = DynamicCache(config=model.config), prompt.tolist()
-    read = {"use_cache": True, GENERATE_CACHE: cache}
+    read = {"use_cache": True, cache_argument(model): cache}
     if len(prompt) > 1:
         model(prompt[None, :-1], position_ids=torch.arange(len(prompt) - 1)[None], **read)
     for _ in range(tokens):
@@ -217,7 +217,7 @@ def test_families_that_cannot_follow_a_tree_are_refused_with_what_was_found(name
     make, reason = REFUSED[name]
     model = make()
     left, weights = state(model), copy.deepcopy(model.state_dict())
-    with pytest.raises(UnsupportedModel, match=rf"{type(model).__name__} cannot be decoded speculatively: .*{reason}"):
+    with pytest.raises(UnsupportedModel, match=rf"{type(model).__name__} cannot be decoded speculatively: .*({reason})"):
         specdec.generate(model, PROMPTS)
     with pytest.raises(UnsupportedModel, match=reason):
         ModelDrafter(model)

@@ -225,8 +225,8 @@ def score_probe_tree(model: PreTrainedModel) -> tuple[Tensor, Layout]:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
     if attends and not any(shape.slabs for shape in layout):
         raise UnsupportedModel(model, "it does not write its keys and values to the cache it is given")
-    for index, (kind, shape) in enumerate(zip(kinds, layout, strict=True)):
-        if isinstance(kind, LinearAttentionCacheLayerMixin) and shape.recurrent is None:
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "given", False) and layout[index].recurrent is None:
             raise UnsupportedModel(model, f"layer {index} keeps a state that is computed by no function known here")
     return logits, layout
 

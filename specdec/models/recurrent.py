@@ -254,7 +254,12 @@ class RecordingRecurrentLayer(RecurrentLayer):
     def __init__(self, cache: Any):
         LinearAttentionCacheLayerMixin.__init__(self)
         self.record_past, self._owner = True, ref(cache)
-        self.shape: Any = None  # as long as it has been in no pass
+        self.shape: Any = None  # as long as no function has asked
+        self.given = False  # whether it has been given a state
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.given = True
+        return super().update_conv_state(*args, **kwargs)
 
     def convolve(
         self, original: Callable[..., Tensor], hidden_states: Tensor, weight: Tensor, *args: Any, **kw: Any
