@@ -217,7 +217,9 @@ def test_families_that_cannot_follow_a_tree_are_refused_with_what_was_found(name
     make, reason = REFUSED[name]
     model = make()
     left, weights = state(model), copy.deepcopy(model.state_dict())
-    with pytest.raises(UnsupportedModel, match=rf"{type(model).__name__} cannot be decoded speculatively: .*({reason})"):
+    with pytest.raises(
+        UnsupportedModel, match=rf"{type(model).__name__} cannot be decoded speculatively: .*({reason})"
+    ):
         specdec.generate(model, PROMPTS)
     with pytest.raises(UnsupportedModel, match=reason):
         ModelDrafter(model)
