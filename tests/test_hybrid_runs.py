@@ -16,8 +16,9 @@ import specdec
 import specdec_kernels
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.models import cache
-from specdec.models.cache import LayerShape, Source, TreeCache
+from specdec.models.cache import Source, TreeCache
 from specdec.models.cached_model import CachedModel
+from specdec.models.layer_shapes import LayerShape
 from specdec.models.probe import layout_of
 from specdec.testing import Tape
 from specdec.trees import Chain, Widths

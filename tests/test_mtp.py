@@ -16,7 +16,8 @@ from specdec import Sampling
 from specdec.drafters.mtp import MtpDrafter
 from specdec.drafters.states_net import TargetParts
 from specdec.models.attention import View
-from specdec.models.cache import LayerShape, Slab, TreeCache
+from specdec.models.cache import TreeCache
+from specdec.models.layer_shapes import LayerShape, Slab
 from specdec.models.level import CachedLevel
 from specdec.testing import assert_drafter, exact_law, target_law
 from specdec.tree import chain

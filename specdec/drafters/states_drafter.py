@@ -17,9 +17,10 @@ from specdec.drafters.base import DraftRun
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.models.attention import View
-from specdec.models.cache import LayerShape, Slab, Source, TreeCache
+from specdec.models.cache import Source, TreeCache
 from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import HeldTexts, longest_beginning
+from specdec.models.layer_shapes import LayerShape, Slab
 from specdec.models.level import CachedLevel
 from specdec.models.probe import autocast_dtype
 from specdec.models.target import ModelTargetRun, TargetRun

@@ -20,11 +20,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 import specdec_kernels
 from specdec.models.attention import View
-from specdec.models.recurrent import RecordingRecurrentLayer, RecurrentLayer, RecurrentShape
+from specdec.models.layer_shapes import LayerShape, RecurrentShape, Slab
+from specdec.models.recording import RecordingLayer
+from specdec.models.recurrent import RecurrentLayer
 from specdec_kernels.reference.compact import compact
 
 # the argument's name in transformers from 5.24 on, before, and before in models without attention
@@ -42,89 +44,6 @@ def cache_argument(model: PreTrainedModel) -> str:
     """
     shown = inspect.signature(model.forward).parameters
     return next((name for name in (GENERATE_CACHE, *_NAMES) if name in shown), GENERATE_CACHE)
-
-
-@dataclass(frozen=True)
-class Slab:
-    """The shape of one token's keys or values in one layer."""
-
-    heads: int
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What a layer keeps: nothing, if it uses another layer's keys and values.
-
-    Args:
-        slabs: its keys and its values.
-        recurrent: its recurrent state, and what is kept of nodes for it.
-    """
-
-    slabs: tuple[Slab, Slab] | None = None
-    recurrent: RecurrentShape | None = None
-
-
-class RecordingCache(Cache):
-    """Keeps nothing and notes the shapes of its layers: used once per model to learn them.
-
-    Args:
-        kinds: layers of the kinds that the model makes for its own cache.
-        view: the nodes of the one pass that it is for.
-    """
-
-    rows = entering = None
-
-    def __init__(self, kinds: Sequence[Any], view: View):
-        super().__init__(layers=[_recording(kind, self) for kind in kinds])
-        self.view = view
-
-    def get_query_offset(self, layer_idx: int = 0) -> View:
-        return self.view
-
-    @property
-    def shapes(self) -> list[LayerShape]:
-        """What the layers would have kept."""
-        return [LayerShape(getattr(layer, "slabs", None), getattr(layer, "shape", None)) for layer in self.layers]
-
-
-class RecordingLayer(CacheLayerMixin):
-    """A layer that keeps nothing and notes the shapes of its keys and values."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.slabs = tuple(Slab(t.shape[1], t.shape[3], t.dtype, t.device) for t in (key_states, value_states))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.lazy_initialization(key_states, value_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class _RecordingBoth(RecordingLayer, RecordingRecurrentLayer):
-    """A layer that attends and has a recurrent state besides."""
-
-    def __init__(self, cache: Any):
-        RecordingLayer.__init__(self)
-        RecordingRecurrentLayer.__init__(self, cache)
-
-
-def _recording(kind: Any, cache: RecordingCache) -> Any:
-    if not isinstance(kind, LinearAttentionCacheLayerMixin):
-        return RecordingLayer()
-    return _RecordingBoth(cache) if isinstance(kind, CacheLayerMixin) else RecordingRecurrentLayer(cache)
 
 
 class TreeLayer(CacheLayerMixin):

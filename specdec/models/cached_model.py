@@ -23,8 +23,8 @@ from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.prepared_inputs import takes
 from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
-from specdec.models.recurrent import one_pass
 from specdec.models.routing import Route
+from specdec.models.served_functions import one_pass
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
 

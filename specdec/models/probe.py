@@ -21,12 +21,14 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from specdec.checks import wrong_kind
 from specdec.models.attention import NAME, View, attend, mask
-from specdec.models.cache import LayerShape, RecordingCache, cache_argument
+from specdec.models.cache import cache_argument
 from specdec.models.fingerprint import fingerprint
+from specdec.models.layer_shapes import LayerShape
 from specdec.models.prepared_inputs import difference_from_text, full_name, prepared_inputs, preparer_name, takes
-from specdec.models.recurrent import one_pass, serve
+from specdec.models.recording import RecordingCache
 from specdec.models.recurrent_probe import checks, over_cache
 from specdec.models.routing import Route
+from specdec.models.served_functions import one_pass, serve
 from specdec.tree import Topology
 
 Layout = list[LayerShape]

@@ -4,91 +4,30 @@ A forward pass is over tokens of a prompt, which enter the state at once, or ove
 is: they read it, and what their ancestors would put in (`specdec_kernels.reference` has the arithmetic). A commit puts in what
 the accepted nodes have. So no token is read twice, nothing is taken back, and rows and trees may be of any shape.
 
-transformers' layers take their states from the cache and hand them to functions of the modelling module, which know no trees.
-These functions ask here, where `serve` has put itself before them. A layer of the cache is told of the pass first, and notes
-that for its own thread: the functions that the same thread calls next are for it. All other calls go to the functions that
-were found, so that nothing changes for the model outside of our passes.
+Layers of transformers call what is here through `specdec.models.served_functions`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from specdec.models.recurrences import KINDS, Recurrence
+from specdec.models.layer_shapes import RecurrentShape
+from specdec.models.recurrences import Recurrence
+from specdec.models.served_functions import here
 from specdec.tree import chain
 from specdec_kernels.reference.convolution import convolution, fold_convolution
 
 if TYPE_CHECKING:
     from specdec.models.cache import TreeCache
 
-_CONVOLUTION = "causal_conv1d_fn"
 _PIECE = 64  # tokens that enter a state in one product, where modelling modules' own functions cannot let them
-
-
-class _Here(threading.local):
-    """The pass that a thread is in."""
-
-    def __init__(self) -> None:  # not class attributes: torch.compile takes those to be the same in every thread
-        self.inside = False  # whether it is a pass over a cache of ours
-        self.layer: RecurrentLayer | None = None  # the one that the functions which are called next are for
-
-
-_here = _Here()
-_lock = threading.Lock()  # of those who put themselves before functions
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The shape of some of the numbers that a layer keeps, without batch and nodes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def zeros(self, *outer: int) -> Tensor:
-        return torch.zeros(*outer, *self.shape, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True)
-class RecurrentShape:
-    """What a layer keeps.
-
-    Args:
-        size: how many inputs its convolution sees.
-        input: one token's input of the convolution.
-        kind: its recurrence; None if it has nothing but the convolution.
-        state: a row's state.
-        kept: by name, what is kept of a node.
-        fixed: by name, what is the same for all nodes of all rows.
-    """
-
-    size: int
-    input: Numbers
-    kind: type[Recurrence] | None = None
-    state: Numbers | None = None
-    kept: dict[str, Numbers] = field(default_factory=dict)
-    fixed: dict[str, Numbers] = field(default_factory=dict)
-
-    def bytes(self, nodes: int) -> int:
-        """Bytes that a row takes with room for so many nodes."""
-        node = self.input.bytes + sum(each.bytes for each in self.kept.values())
-        return (self.size - 1) * self.input.bytes + nodes * node + (self.state.bytes if self.state else 0)
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin):
@@ -135,7 +74,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
         if state_idx:
             raise NotImplementedError("a layer with several convolutions")
-        _here.layer = self
+        here.layer = self
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
@@ -155,7 +94,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         """[batch, channel, node]: the convolution at the tokens of this pass."""
         cache, past = self._cache, self.shape.size - 1
         if self.shape.kind is None:
-            _here.layer = None
+            here.layer = None
         if cache.entering is not None:
             return self._convolve_prompt(original, hidden_states, weight, bias, activation)
         first = cache.view.first
@@ -246,75 +185,3 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def _set_rows(self, part: Tensor, new: Tensor) -> None:
         rows = self._cache.rows
         part[slice(None) if rows is None else rows.to(part.device)] = new.to(part.dtype)
-
-
-class RecordingRecurrentLayer(RecurrentLayer):
-    """A layer that takes its shape from the pass that it is first in. Used once per model, to learn the shapes."""
-
-    def __init__(self, cache: Any):
-        LinearAttentionCacheLayerMixin.__init__(self)
-        self.record_past, self._owner = True, ref(cache)
-        self.shape: Any = None  # as long as no function has asked
-        self.given = False  # whether it has been given a state
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.given = True
-        return super().update_conv_state(*args, **kwargs)
-
-    def convolve(
-        self, original: Callable[..., Tensor], hidden_states: Tensor, weight: Tensor, *args: Any, **kw: Any
-    ) -> Tensor:
-        batch, _, nodes = hidden_states.shape
-        number = Numbers(tuple(hidden_states.shape[1:2]), hidden_states.dtype, hidden_states.device)
-        self._allocate(RecurrentShape(weight.shape[1], number), batch, nodes)
-        out = super().convolve(original, hidden_states, weight, *args, **kw)
-        _here.layer = self  # a recurrence may follow
-        return out
-
-    def recur(self, original: Callable[..., Any], call: Recurrence) -> tuple[Tensor, Tensor]:
-        known, (batch, nodes) = self.shape, next(iter(call.kept.values())).shape[:2]
-        device = next(iter(call.kept.values())).device
-        state = Numbers(call.state, call.dtype, device)
-        kept = {name: Numbers(tuple(part.shape[2:]), call.dtype, device) for name, part in call.kept.items()}
-        fixed = {name: Numbers(tuple(part.shape), call.dtype, device) for name, part in call.fixed.items()}
-        self._allocate(RecurrentShape(known.size, known.input, type(call), state, kept, fixed), batch, nodes)
-        return super().recur(original, call)
-
-
-class _Served:
-    """A function of a modelling module, which asks first whether a layer of ours waits for it."""
-
-    def __init__(self, name: str, found: Callable[..., Any]):
-        functools.update_wrapper(self, found)
-        self._found, self._kind = found, KINDS.get(name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = _here.layer
-        if layer is None:
-            if _here.inside:
-                raise NotImplementedError(f"{self.__name__} is called again, or for no layer of the cache")
-            return self._found(*args, **kwargs)
-        if self._kind is None:
-            return layer.convolve(self._found, *args, **kwargs)
-        _here.layer = None
-        return layer.recur(self._found, self._kind(*args, prompt=layer.enters, **kwargs))
-
-
-def serve(model: nn.Module) -> None:
-    """Put ourselves before the functions of the modules that define the model's layers: once, for all models of these."""
-    for module in {sys.modules[type(part).__module__] for part in model.modules()}:
-        for name in (_CONVOLUTION, *KINDS):
-            with _lock:
-                found = getattr(module, name, None)
-                if found is not None and not isinstance(found, _Served):
-                    setattr(module, name, _Served(name, found))
-
-
-@contextlib.contextmanager
-def one_pass() -> Iterator[None]:
-    """A forward pass over a cache of ours. If it fails half-way, no layer is left waiting."""
-    _here.inside = True
-    try:
-        yield
-    finally:
-        _here.inside, _here.layer = False, None

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.models.attention import NAME, View
-from specdec.models.cache import LayerShape, Source, TreeCache, cache_argument
+from specdec.models.cache import Source, TreeCache, cache_argument
+from specdec.models.layer_shapes import LayerShape
 from specdec.models.prepared_inputs import takes
-from specdec.models.recurrent import one_pass
 from specdec.models.routing import Route
+from specdec.models.served_functions import one_pass
 from specdec.tree import Topology, chain
 
 _LONG, _SHORT = (1, 2, 3), (2,)  # the prompts of rows in turn; every vocabulary has these ids
