@@ -22,6 +22,7 @@ from specdec.huggingface.generation_config import split
 from specdec.huggingface.stopping import Criteria
 from specdec.loop import Decoding
 from specdec.models.cache import GENERATE_CACHE
+from specdec.models.prepared_inputs import holds_text
 from specdec.notes import Note, raw_logits, warped_scores
 from specdec.processors import Processors, check_copies
 from specdec.rules import SiblingRejection
@@ -206,7 +207,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
             f"{unread}: only input_ids and attention_mask are read; leave out what a text alone does not need."
         )
     cache = model_kwargs.get(GENERATE_CACHE)
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or holds_text(cache)):
         raise ValueError(
             f"{GENERATE_CACHE}: specdec has a cache of its own and does not go on from another; leave it out."
         )
