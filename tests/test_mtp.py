@@ -270,3 +270,18 @@ def test_an_older_transformers_is_refused(monkeypatch, tmp_path):
     monkeypatch.delattr(modeling_layers.MtpModel, "forward_layer")
     with pytest.raises(ValueError, match=r"has no MtpModel\.forward_layer; install transformers>=5\.20"):
         MtpDrafter.from_target(target)
+
+
+def test_a_target_with_recurrent_states_and_its_layer_serve_many_prompts_and_later_turns(tmp_path):
+    target, _ = published(tmp_path, "Qwen3_5", FAMILIES["Qwen3_5"])
+    drafter, budgets = MtpDrafter.from_target(target, Widths((2, 1))), [3, 14, 6, 9, 5]
+    prompts = [*PROMPTS, *PROMPTS[:2]]
+    expected = [reference(target, p, max_new_tokens=n).tolist() for p, n in zip(prompts, budgets, strict=True)]
+    found = specdec.generate(target, prompts, drafter, max_new_tokens=budgets, batch_size=3)
+    assert [text.tolist() for text in found.tokens] == expected
+    last = specdec.generate(target, PROMPTS, drafter, max_new_tokens=6, keep=True)
+    turns = [torch.cat([p, text, p[:1]]) for p, text in zip(PROMPTS, last.tokens, strict=True)]
+    expected = [reference(target, turn, max_new_tokens=6).tolist() for turn in turns]
+    assert [
+        text.tolist() for text in specdec.generate(target, turns, drafter, max_new_tokens=6, resume=last).tokens
+    ] == expected
