@@ -193,11 +193,13 @@ def _probe(model: PreTrainedModel) -> Layout:
 def _probe_recurrent(model: PreTrainedModel) -> Layout:
     for first in (True, False):
         _inputs_for(model, _rows(model, *_PROBE), first)
+    # Some models give float32 logits in any dtype, and transformers' recurrences compute in float32 in wider ones.
+    dtypes = autocast_dtype(device_of(model)), embedding(model).dtype, torch.float32
+    inside = min((dtype for dtype in dtypes if dtype), key=lambda dtype: dtype.itemsize)
     try:
         layout = score_probe_tree(model)[1]
         for what, found, alone in checks(model, layout, partial(_rows, model, least=2)):
-            # Functions of transformers for recurrences compute in float32 whatever the model's dtype.
-            if apart := _apart(model, found, alone, torch.float32):
+            if apart := _apart(model, found, alone, inside):
                 raise UnsupportedModel(
                     model, f"{what} differs by {apart}, from what its own cache gives token by token"
                 )

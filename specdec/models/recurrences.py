@@ -97,7 +97,7 @@ class GatedDelta(Recurrence):
 
     @staticmethod
     def read(own: Parts, kept: Parts, fixed: Parts, state: Tensor, topology: Topology) -> Tensor:
-        return gated_delta(**own, **kept, state=state, ancestors=topology.ancestors)
+        return gated_delta(**own, **kept, state=state, ancestors=topology.ancestors.to(state.device))
 
     @staticmethod
     def fold(state: Tensor, kept: Parts, fixed: Parts, path: Tensor, count: Tensor) -> None:
@@ -159,7 +159,7 @@ class StateSpace(Recurrence):
 
     @staticmethod
     def read(own: Parts, kept: Parts, fixed: Parts, state: Tensor, topology: Topology) -> Tensor:
-        return linear_attention(**own, **kept, state=state, ancestors=topology.ancestors)
+        return linear_attention(**own, **kept, state=state, ancestors=topology.ancestors.to(state.device))
 
     @staticmethod
     def fold(state: Tensor, kept: Parts, fixed: Parts, path: Tensor, count: Tensor) -> None:
@@ -206,7 +206,7 @@ class SelectiveScan(Recurrence):
 
     @staticmethod
     def read(own: Parts, kept: Parts, fixed: Parts, state: Tensor, topology: Topology) -> Tensor:
-        return selective_scan(**own, **kept, **fixed, state=state, parents=topology.parents)
+        return selective_scan(**own, **kept, **fixed, state=state, parents=topology.parents.to(state.device))
 
     @staticmethod
     def fold(state: Tensor, kept: Parts, fixed: Parts, path: Tensor, count: Tensor) -> None:

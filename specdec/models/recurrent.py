@@ -129,7 +129,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         for name, part in call.fixed.items():
             self.fixed[name].copy_(part)
         kept = {name: part[:, :nodes] for name, part in self.kept.items()}
-        return call.result(call.read(call.own, kept, self.fixed, state, cache.view.topology)), state
+        with _as_stored(state):
+            read = call.read(call.own, kept, self.fixed, state, cache.view.topology)
+        return call.result(read), state
 
     def _enter(self, original: Callable[..., Any], call: Recurrence, real: Tensor) -> Tensor:
         """Let the first real[b] tokens of each row enter its state. Other functions than ours compute in float32."""
@@ -145,9 +147,10 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         for start in range(0, count, _PIECE):
             own, kept = ({k: v[:, start : start + _PIECE] for k, v in parts.items()} for parts in (call.own, call.kept))
             topology = chain(len(real), min(_PIECE, count - start), real.device)
-            read.append(call.read(own, kept, call.fixed, state, topology))
             path = topology.parents + 1
-            call.fold(state, kept, call.fixed, path, (real - start).clamp(0, path.shape[1]))
+            with _as_stored(state):
+                read.append(call.read(own, kept, call.fixed, state, topology))
+                call.fold(state, kept, call.fixed, path, (real - start).clamp(0, path.shape[1]))
         return call.result(torch.cat(read, 1))
 
     # What the cache calls.
@@ -157,7 +160,8 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         path, count = path.to(self.inputs.device), count.to(self.inputs.device)
         fold_convolution(self.inputs, self.shape.size, path, count)
         if self.shape.kind is not None and self.state is not None:
-            self.shape.kind.fold(self.state, self.kept, self.fixed, path, count)
+            with _as_stored(self.state):
+                self.shape.kind.fold(self.state, self.kept, self.fixed, path, count)
 
     def renumber(self, count: Tensor, nodes: int) -> None:
         """Drop the first count[b] nodes; of the first `nodes`, those after become nodes 0, 1, ..."""
@@ -185,3 +189,8 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def _set_rows(self, part: Tensor, new: Tensor) -> None:
         rows = self._cache.rows
         part[slice(None) if rows is None else rows.to(part.device)] = new.to(part.dtype)
+
+
+def _as_stored(state: Tensor) -> torch.autocast:
+    """Products with a state are in its own dtype, whatever autocast says: what is rounded in it stays."""
+    return torch.autocast(state.device.type, enabled=False)

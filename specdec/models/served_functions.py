@@ -58,7 +58,7 @@ class _Served:
 
 def serve(model: nn.Module) -> None:
     """Put ourselves before the functions of the modules that define the model's layers: once, for all models of these."""
-    for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+    for module in {sys.modules.get(type(part).__module__) for part in model.modules()}:
         for name in (_CONVOLUTION, *KINDS):
             with _lock:
                 found = getattr(module, name, None)
