@@ -30,10 +30,10 @@ from specdec.models.recurrent import RecurrentLayer
 from specdec_kernels.reference.compact import compact
 
 # the argument's name in transformers from 5.24 on, before, and before in models without attention
-_NAMES = "cache", "past_key_values", "cache_params"
+CACHE_NAMES = "cache", "past_key_values", "cache_params"
 _mixin: Any = GenerationMixin  # Any: its annotations ask for a model
 _inputs = inspect.signature(_mixin.prepare_inputs_for_generation).parameters
-GENERATE_CACHE = next(name for name in _NAMES if name in _inputs)  # the name that `model.generate` itself uses
+GENERATE_CACHE = next(name for name in CACHE_NAMES if name in _inputs)  # the name that `model.generate` itself uses
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -43,7 +43,7 @@ def cache_argument(model: PreTrainedModel) -> str:
     its arguments to a model of transformers.
     """
     shown = inspect.signature(model.forward).parameters
-    return next((name for name in (GENERATE_CACHE, *_NAMES) if name in shown), GENERATE_CACHE)
+    return next((name for name in (GENERATE_CACHE, *CACHE_NAMES) if name in shown), GENERATE_CACHE)
 
 
 class TreeLayer(CacheLayerMixin):
