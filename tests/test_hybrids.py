@@ -52,6 +52,14 @@ def test_greedy_text_equals_transformers_generate(name, dtype):
     assert state(model) == left
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "mamba2", "mamba"])
+def test_prompts_longer_than_a_chunk_are_read_beside_short_ones(name, dtype):
+    made = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(8, 50, (length,), generator=made) for length in (70, 3, 150)]
+    assert_text_of_transformers(HYBRIDS[name](dtype), NgramDrafter(), prompts, tokens=4)
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_ragged_trees_in_one_forward_equal_their_paths(name):
     assert max(Walk(HYBRIDS[name](), steps=4).differences()) < TOLERANCE
