@@ -61,7 +61,7 @@ class Recurrence(ABC):
         """(result, state) by the modelling module's own function, or None if that does not go on from a state.
 
         Args:
-            original: the function.
+            original: the function, or a kernel in its place, which may name its first arguments otherwise.
             state: the state before the first token.
             real: [batch] int64: so many tokens of each row count; those after leave the state as it is.
         """
@@ -85,7 +85,7 @@ class GatedDelta(Recurrence):
         prompt: bool,
         **_: Any,
     ):
-        self._given = {"query": query, "key": key, "value": value, "g": g, "beta": beta}
+        self._given, self._g, self._beta = (query, key, value), g, beta
         self._normed = use_qk_l2norm_in_kernel
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         query, key = query.to(self.dtype), key.to(self.dtype)
@@ -104,14 +104,13 @@ class GatedDelta(Recurrence):
         fold_linear_attention(state, kept["key"], kept["update"], kept["decay"], path, count)
 
     def result(self, read: Tensor) -> Tensor:
-        return read.to(self._given["query"].dtype)
+        return read.to(self._given[0].dtype)
 
     def continued(self, original: Callable[..., Any], state: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        given, counts = dict(self._given), _counts(self._given["beta"], real)
-        given["g"] = given["g"].masked_fill(~(counts if given["g"].dim() == 3 else counts[..., None]), 0)
-        given["beta"] = given["beta"].masked_fill(~counts, 0)
+        counts = _counts(self._beta, real)
+        decay = self._g.masked_fill(~(counts if self._g.dim() == 3 else counts[..., None]), 0)
         options = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": self._normed}
-        return original(**given, **options)
+        return original(*self._given, g=decay, beta=self._beta.masked_fill(~counts, 0), **options)
 
 
 class StateSpace(Recurrence):
@@ -142,15 +141,7 @@ class StateSpace(Recurrence):
         step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         step = softplus(step) if dt_softplus else step
         step = step.clamp(*dt_limit) if prompt else step
-        self._given = {
-            "hidden_states": hidden_states,
-            "dt": step,
-            "A": A,
-            "B": B,
-            "C": C,
-            "chunk_size": chunk_size,
-            "D": D,
-        }
+        self._given, self._skip, self._chunk_size = (hidden_states, step, A, B, C), D, chunk_size
         self.dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         step = step.to(self.dtype)
         self.own = {"query": C}
@@ -166,12 +157,15 @@ class StateSpace(Recurrence):
         fold_linear_attention(state, **kept, path=path, count=count)
 
     def result(self, read: Tensor) -> Tensor:
-        skip, inputs = self._given["D"], self._given["hidden_states"]
+        inputs, skip = self._given[0], self._skip
         return (read if skip is None else read + inputs * skip[:, None]).contiguous()
 
     def continued(self, original: Callable[..., Any], state: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        given = {**self._given, "dt": self._given["dt"].masked_fill(~_counts(self._given["dt"], real), 0)}
-        out, state = original(**given, initial_states=state.transpose(2, 3), return_final_states=True)
+        inputs, step, *others = self._given
+        options = {"chunk_size": self._chunk_size, "D": self._skip, "return_final_states": True}
+        state = state.transpose(2, 3).contiguous()
+        step = step.masked_fill(~_counts(step, real), 0)
+        out, state = original(inputs, step, *others, initial_states=state, **options)
         return out, state.transpose(2, 3)
 
 
