@@ -1,9 +1,11 @@
-"""Times on the CPU of what is our own in a step: sampling laws, rules, products and attention of compiled forward passes.
+"""Times on the CPU of what is our own in a step: sampling laws, rules, products and attention of compiled forward passes, and
+nodes of a tree in models with recurrent state.
 
     python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
 
 Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
-matrices, attention with reading keys and values, each round in the fastest of the ways of `experiments/bench/reading.py`.
+matrices, attention with reading keys and values, each round in the fastest of the ways of `experiments/bench/reading.py`, and
+nodes of recurrences with one token through transformers.
 Everything is run once per round; figures are medians over the rounds, ratios are taken within a round.
 """
 
@@ -23,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from experiments.bench import reading
+from experiments.bench import reading, recurrent
 from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
@@ -167,11 +169,14 @@ def table(title: str, found: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="a part of the titles of the tables that are made")
     parser.add_argument("--output", default="outputs/hot_paths.json", help="where the figures go")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     jobs = {f"law of {ROWS} x {LAW_VOCAB:,}": (laws, "top-p 0.9 | specdec")}
+    for name in ("gated_delta_rule", "state_space", "whole_model"):
+        jobs[f"recurrent: {name}"] = (getattr(recurrent, name), "one token | transformers")
     for rows, columns in MATRICES:
         jobs[f"tokens times {rows} x {columns}, {READ >> 20} MB"] = (partial(products, rows, columns), "reading")
     for sizes in CACHES:
@@ -181,6 +186,7 @@ def main() -> None:
     for (batch, vocab), (shape, tree) in ((b, s) for b in BATCHES for s in SHAPES.items()):
         title = f"{shape}, batch {batch}, vocabulary {vocab:,}"
         jobs[title] = (partial(decisions, batch, vocab, tree), "SiblingRejection")
+    jobs = {title: job for title, job in jobs.items() if options.only in title}
     source, found = provenance("experiments/hot_paths.py", [], vars(options), "cpu"), {}
     for title, (make, base) in tqdm(jobs.items(), leave=False):
         found[title] = measure(make(), options.rounds, base)

@@ -108,6 +108,11 @@ class Batch:
         """Tokens that a row has room for."""
         return self.tokens.shape[1]
 
+    @property
+    def largest_tree(self) -> int:
+        """Nodes that a row has room for behind the longest text."""
+        return self.capacity - self.stages.rounded(self.max_length)
+
     def text(self, row: int) -> np.ndarray:
         """[length] int64: the committed tokens of one row, which is `texts[row]`."""
         return self._host[row][: self.host_lengths[row]]

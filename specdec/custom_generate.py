@@ -21,7 +21,8 @@ from specdec.huggingface.call import LoopWithTokenizer, arguments_of_generate
 from specdec.huggingface.generation_config import split
 from specdec.huggingface.stopping import Criteria
 from specdec.loop import Decoding
-from specdec.models.cache import GENERATE_CACHE
+from specdec.models.cache import CACHE_NAMES
+from specdec.models.prepared_inputs import holds_text
 from specdec.notes import Note, raw_logits, warped_scores
 from specdec.processors import Processors, check_copies
 from specdec.rules import SiblingRejection
@@ -29,7 +30,7 @@ from specdec.rules.base import Rule
 from specdec.sampling import Sampling
 from specdec.trace.trace import Trace
 
-_READ = {"attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "cache_position"}
+_READ = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "cache_position"}
 _OTHER_CACHES = {"quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"}
 _REFUSED_OUTPUTS = ("attentions", "hidden_states")
 # By the field of the output: what the run notes for it.
@@ -205,11 +206,10 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any], call: dict[st
         raise ValueError(
             f"{unread}: only input_ids and attention_mask are read; leave out what a text alone does not need."
         )
-    cache = model_kwargs.get(GENERATE_CACHE)
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        raise ValueError(
-            f"{GENERATE_CACHE}: specdec has a cache of its own and does not go on from another; leave it out."
-        )
+    for name in CACHE_NAMES:
+        cache = model_kwargs.get(name)
+        if cache is not None and (getattr(cache, "_is_user_defined", False) or holds_text(cache)):
+            raise ValueError(f"{name}: specdec has a cache of its own and does not go on from another; leave it out.")
 
 
 def _wanted(config: GenerationConfig, fields: Iterable[str]) -> list[str]:

@@ -6,6 +6,7 @@ from functools import partial, wraps
 
 import pytest
 import torch
+from hybrid_models import HYBRIDS
 from tiny_models import GATE, PROMPTS, VOCAB, llama, padded, state
 from tiny_models import REFUSED as REFUSED_MODELS
 from transformers import (
@@ -514,7 +515,17 @@ def test_arguments_in_the_wrong_place_are_told_theirs():
         specdec.custom_generate(NgramDrafter(), sampling=Sampling(0.7))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["mamba", "jamba", "bloom", "t5"])
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba", "jamba"])
+def test_models_with_recurrent_state_decode_in_their_own_call(name):
+    model, options = HYBRIDS[name](), {"max_new_tokens": 12, "do_sample": False}
+    ids = torch.arange(3, 12)[None]
+    expected = model.generate(ids, **options)
+    assert torch.equal(
+        model.generate(ids, **options, custom_generate=specdec.custom_generate(NgramDrafter())), expected
+    )
+
+
+@pytest.mark.parametrize("kind", ["bloom", "t5"])
 def test_a_model_that_is_not_supported_is_refused_by_name(kind):
     model = REFUSED_MODELS[kind][0]()
     with pytest.raises(UnsupportedModel, match=type(model).__name__):

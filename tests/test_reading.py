@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import hot_paths
-from experiments.bench import reading
+from experiments.bench import reading, recurrent
 
 TENSORS = [torch.arange(24.0).view(4, 6) - 3, torch.tensor([5.0, -7.0, 1.0]), torch.full((2, 4096), 0.5)]
 
@@ -45,3 +45,11 @@ def test_ratios_are_to_the_fastest_reading_of_each_round(monkeypatch):
         "reading | sums": 1.5,  # 2 and 1
         "5 | ours": 2.5,  # 3 and 2
     }
+
+
+@pytest.mark.parametrize("make", [recurrent.gated_delta_rule, recurrent.state_space])
+def test_nodes_whose_time_is_taken_compute_what_tokens_one_by_one_do(make):
+    timed = make()
+    one_by_one = timed["5 tokens, one by one | transformers"]()
+    torch.testing.assert_close(timed["5 nodes | specdec"](), one_by_one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(timed["5 nodes and a commit | specdec"](), one_by_one, rtol=1e-4, atol=1e-4)

@@ -44,7 +44,7 @@ def texts(folder, **loading):
         options = {"sampling": Sampling(temperature), "max_new_tokens": 12, "seed": 3, "keep": True, "resume": last}
         last = specdec.generate(target, PROMPTS, drafter, **options)
         runs.append([tokens.tolist() for tokens in last.tokens])
-    return target.lm.layout(None)[0][0].heads, runs
+    return target.lm.layout(None)[0].slabs[0].heads, runs
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")

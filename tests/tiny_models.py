@@ -100,12 +100,7 @@ LIMITED = {  # with the longest text whose cache stays valid
     "llama4_tuned": lambda: (build("Llama4", **LLAMA4, floor_scale=20, attn_scale=2.0), 19),
 }
 
-INTERFACE, BIAS, STATE = (
-    "attention does not go through",
-    "position bias follows the slot",
-    "recurrent state cannot be rolled",
-)
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+INTERFACE, BIAS = "attention does not go through", "position bias follows the slot"
 REFUSED = {
     "bloom": (partial(build, "Bloom", **TOKENS, hidden_size=32, n_layer=2, n_head=4), BIAS),
     "mpt": (partial(build, "Mpt", **TOKENS, d_model=32, n_layers=2, n_heads=4), BIAS),
@@ -113,16 +108,6 @@ REFUSED = {
     "gptj": (partial(build, "GPTJ", **TOKENS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4), INTERFACE),
     "gpt_neo": (partial(build, "GPTNeo", **TOKENS, hidden_size=32, num_layers=2, num_heads=4,
                         attention_types=[[["global", "local"], 1]]), INTERFACE),
-    "mamba": (partial(build, "Mamba", **TOKENS, hidden_size=32, num_hidden_layers=2), STATE),
-    "mamba2": (partial(build, "Mamba2", **TOKENS, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
-                       n_groups=1), STATE),
-    "jamba": (partial(build, "Jamba", **SIZES, num_experts=2), STATE),
-    "qwen3_next": (partial(build, "Qwen3Next", **{**SIZES, "num_hidden_layers": 4}, num_experts=4, num_experts_per_tok=2,
-                           moe_intermediate_size=8, linear_num_key_heads=2, linear_num_value_heads=2,
-                           linear_key_head_dim=8, linear_value_head_dim=8), STATE),
-    "lfm2": (partial(build, "Lfm2", **SIZES, layer_types=["conv", "full_attention", "conv"]), STATE),
-    "bamba": (partial(build, "Bamba", **SIZES, **MAMBA, attn_layer_indices=[1]), STATE),
-    "falcon_h1": (partial(build, "FalconH1", **SIZES, **MAMBA, mamba_d_ssm=64), STATE),
     "t5": (partial(build, "T5ForConditionalGeneration", vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=4, d_ff=48,
                    d_kv=8), "encoder-decoder"),
 }  # fmt: skip

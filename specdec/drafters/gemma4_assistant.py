@@ -137,7 +137,7 @@ class Gemma4AssistantDrafter(StatesDrafter):
             )
         layout = lm.layout(autocast_dtype(lm.device))
         for kind, (heads, size) in net.heads.items():
-            keys = layout[layers[kind]][0]
+            keys, _ = layout[layers[kind]].slabs
             if (keys.heads, keys.dim) != (heads, size):
                 raise ValueError(
                     f"{self} reads keys of {heads} heads of size {size} in {kind} layers, the target's have {keys.heads} of "

@@ -56,7 +56,7 @@ class ModelDrafter(TreeDrafter):
             )
         nodes = self.spec(batch.sampling).nodes
         known = last.cached if isinstance(last, ModelDraftRun) else None
-        cached = lm.start(len(batch), batch.capacity + nodes, (), known)
+        cached = lm.start(len(batch), batch.capacity + nodes, max(nodes, _AFTER_OWN_DRAFT), (), known)
         return ModelDraftRun(self, batch, cached, last).begun(last)
 
     def _in_tokens_of(self, vocab: int, target_tokenizer: Any) -> CausalLM:
@@ -98,8 +98,12 @@ class ModelDraftRun(TreeDraftRun):
             return longest
         # At least 1: the root, perhaps an accepted leaf before it, and tokens of steps in which it did not draft.
         unread = _AFTER_OWN_DRAFT if batch.static else int((batch.lengths - self.cached.cache.lengths).max())
+        if unread > self.cached.cache.room:
+            self.cached.read(batch.tokens, {row: length - 1 for row, length in enumerate(batch.host_lengths)})
+            unread = 1
         if batch.stages.static_shapes:
-            unread = min(1 << (unread - 1).bit_length(), longest)  # a power of 2: every shape is compiled or captured
+            # A power of 2, as every shape is compiled or captured.
+            unread = min(1 << (unread - 1).bit_length(), longest, self.cached.cache.room)
         self._unread = unread
         return longest, unread
 
@@ -114,11 +118,9 @@ class ModelDraftRun(TreeDraftRun):
     def _read_root(self) -> Tensor:
         """Read all unread tokens up to the root, and return the logits [batch, 1, vocab] after the root."""
         batch, cache, unread = self.batch, self.cached.cache, self._unread
-        # Shorter rows re-read their last tokens, so that all rows read `unread`.
-        start = (batch.lengths - unread).clamp(min=0)
-        cache.rewind(start)
         tokens = self.cached.pending(batch.tokens, unread)
-        logits = self.cached.forward(tokens, batch.chain(unread), max(batch.longest - unread, 0))
-        last = batch.lengths - 1 - start
-        cache.rewind(batch.lengths - 1)
-        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
+        # In rows with fewer unread tokens, those after the root are of no account.
+        logits = self.cached.forward(tokens, batch.chain(unread), batch.longest - 1)
+        before = batch.lengths - 1 - cache.lengths
+        cache.advance(before)
+        return logits.gather(1, before[:, None, None].expand(-1, 1, logits.shape[2]))

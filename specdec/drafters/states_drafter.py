@@ -17,9 +17,10 @@ from specdec.drafters.base import DraftRun
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.models.attention import View
-from specdec.models.cache import Slab, Source, TreeCache
+from specdec.models.cache import Source, TreeCache
 from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import HeldTexts, longest_beginning
+from specdec.models.layer_shapes import LayerShape, Slab
 from specdec.models.level import CachedLevel
 from specdec.models.probe import autocast_dtype
 from specdec.models.target import ModelTargetRun, TargetRun
@@ -188,8 +189,8 @@ def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:
         return last.cache
     place = _dtype(net, batch.device), batch.device
     layers = zip(net.attention, net.values or net.attention, strict=True)
-    slabs = [(Slab(*keys, *place), Slab(*values, *place)) for keys, values in layers]
-    return TreeCache([*slabs], len(batch), batch.capacity + net.slots, batch.device)
+    shapes = [LayerShape((Slab(*keys, *place), Slab(*values, *place))) for keys, values in layers]
+    return TreeCache(shapes, len(batch), batch.capacity + net.slots, batch.device)
 
 
 def _place(net: nn.Module) -> torch.device:

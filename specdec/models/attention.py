@@ -8,7 +8,7 @@ kernel for it, else a dense bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 import specdec_kernels
 from specdec.tree import Topology
 from specdec_kernels import tree_attention
+from specdec_kernels.reference import convolution
 from specdec_kernels.reference import tree_attention as reference
 from specdec_kernels.tree_attention import MAX_NODES, supports
 
@@ -40,14 +41,34 @@ class View:
     count: int  # the last `count` nodes of the topology are the queries
     slots: int  # slots attended to: a host bound on every row's lengths + nodes
 
+    @property
+    def first(self) -> int:
+        """The first of the queries among the nodes."""
+        return self.topology.parents.shape[1] - self.count
+
     @cached_property
     def positions(self) -> Tensor:
         """[batch, count] int64: the position of each query in its text."""
         return self.lengths[:, None] + self.topology.depths[:, -self.count :]
 
-    def prepare(self) -> None:
-        """Compute the cached properties that masks are made of: torch.compile cannot follow `cached_property`."""
+    def prepare(self, sizes: Iterable[int] = ()) -> None:
+        """Compute the cached properties that masks are made of: torch.compile cannot follow `cached_property`.
+
+        Args:
+            sizes: of `windows` that will be asked for.
+        """
         _ = self.positions, self._allowed, self._slot_positions, self.topology.ancestors, self.topology.depths
+        _ = [self.windows(size) for size in sizes]
+
+    def windows(self, size: int) -> Tensor:
+        """[batch, count, size] int64: where a convolution finds the inputs that each query sees."""
+        if size not in self._windows:
+            self._windows[size] = convolution.windows(self.topology.parents, size)[:, self.first :]
+        return self._windows[size]
+
+    @cached_property
+    def _windows(self) -> dict[int, Tensor]:
+        return {}
 
     def packed_mask(self, window: int | None) -> Tensor | None:
         """[batch, 1, count, 2 + word] int32: the mask for the kernel; None for trees and patterns that it does not support.

@@ -1,8 +1,9 @@
-"""The KV cache: allocated once, each row with its own length. Rejected nodes are simply not counted.
+"""The cache: allocated once, each row with its own length. Rejected nodes are simply not counted.
 
 Slot s < lengths[b] of row b holds the committed token s. The slots after these are scratch for the nodes of the current tree,
 in node order. Committing moves the accepted nodes to the front of the scratch and counts them; nothing is ever shifted, padded
 or concatenated. All keys and values of one shape are in one tensor, so that a commit moves them all at once.
+Layers with recurrent state (`specdec.models.recurrent`) have a state in place of the committed slots.
 """
 
 from __future__ import annotations
@@ -23,67 +24,26 @@ from transformers.cache_utils import CacheLayerMixin
 
 import specdec_kernels
 from specdec.models.attention import View
+from specdec.models.layer_shapes import LayerShape, RecurrentShape, Slab
+from specdec.models.recording import RecordingLayer
+from specdec.models.recurrent import RecurrentLayer
 from specdec_kernels.reference.compact import compact
 
-_NAMES = "cache", "past_key_values"  # the argument's name in transformers from 5.24 on, and before
+# the argument's name in transformers from 5.24 on, before, and before in models without attention
+CACHE_NAMES = "cache", "past_key_values", "cache_params"
 _mixin: Any = GenerationMixin  # Any: its annotations ask for a model
 _inputs = inspect.signature(_mixin.prepare_inputs_for_generation).parameters
-GENERATE_CACHE = next(name for name in _NAMES if name in _inputs)  # the name that `model.generate` itself uses
+GENERATE_CACHE = next(name for name in CACHE_NAMES if name in _inputs)  # the name that `model.generate` itself uses
 
 
 def cache_argument(model: PreTrainedModel) -> str:
     """The name by which `model.forward` takes its cache.
 
-    A user's own model may still say `past_key_values` where transformers says `cache`. A `forward(self, **kwargs)` is taken
-    to hand its arguments to a model of transformers.
+    A user's own model may still use an old name where transformers says `cache`. A `forward(self, **kwargs)` is taken to hand
+    its arguments to a model of transformers.
     """
     shown = inspect.signature(model.forward).parameters
-    return next((name for name in (GENERATE_CACHE, *_NAMES) if name in shown), GENERATE_CACHE)
-
-
-@dataclass(frozen=True)
-class Slab:
-    """The shape of one token's keys or values in one layer."""
-
-    heads: int
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-class RecordingCache(Cache):
-    """Keeps nothing and notes the shapes of its layers: used once per model to learn them."""
-
-    def __init__(self, layers: int, view: View):
-        self.records = [RecordingLayer() for _ in range(layers)]
-        super().__init__(layers=list(self.records))
-        self._view = view
-
-    def get_query_offset(self, layer_idx: int = 0) -> View:
-        return self._view
-
-
-class RecordingLayer(CacheLayerMixin):
-    """A layer that keeps nothing and notes the shapes of its keys and values."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.slabs = [Slab(t.shape[1], t.shape[3], t.dtype, t.device) for t in (key_states, value_states)]
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.lazy_initialization(key_states, value_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
+    return next((name for name in (GENERATE_CACHE, *CACHE_NAMES) if name in shown), GENERATE_CACHE)
 
 
 class TreeLayer(CacheLayerMixin):
@@ -139,6 +99,14 @@ class TreeLayer(CacheLayerMixin):
         return self._cache.capacity
 
 
+class TreeRecurrentLayer(TreeLayer, RecurrentLayer):
+    """A layer that attends and has a recurrent state besides."""
+
+    def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor, *recurrent: Any):
+        TreeLayer.__init__(self, cache, keys, values)
+        RecurrentLayer.__init__(self, cache, *recurrent)
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """The first `count` slots of a row of a cache."""
@@ -155,21 +123,24 @@ class TreeCache(Cache):
     `ModelTarget(model, cache=...)`. Whatever it stores of a token must be in that token's slot, as slots are moved.
 
     Args:
-        layout: (key slab, value slab) of each cache layer; None for layers that store nothing (shared KV).
+        layout: what each layer keeps.
         batch: number of rows.
         capacity: slots per row: committed tokens plus the largest tree.
         device: where lengths and slot numbers are.
+        nodes: nodes of the largest tree: so many have room beside recurrent states.
     """
 
-    def __init__(self, layout: list[tuple[Slab, Slab] | None], batch: int, capacity: int, device: torch.device):
+    def __init__(self, layout: Sequence[LayerShape], batch: int, capacity: int, device: torch.device, nodes: int = 0):
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
         self.rows: Tensor | None = None  # [rows] int64: the rows that forward passes run over; None: all
+        self.entering: Tensor | None = None  # [rows] int64, in a pass over prompts: how many of its tokens each row has
         self.write_slots = self.lengths
         self._starts = torch.arange(batch, device=device)[:, None] * capacity  # [batch, 1]: first flat slot of each row
-        layout = [pair and (self.stored(pair[0]), self.stored(pair[1])) for pair in layout]
-        slabs = [slab for pair in layout if pair for slab in pair]
-        _check_memory(slabs, batch, capacity)
+        pairs = [shape.slabs and (self.stored(shape.slabs[0]), self.stored(shape.slabs[1])) for shape in layout]
+        slabs = [slab for pair in pairs if pair for slab in pair]
+        states = [shape.recurrent for shape in layout if shape.recurrent]
+        _check_memory(slabs, states, batch, capacity, nodes)
         self._stacks = {
             slab: torch.empty(
                 slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device
@@ -177,16 +148,21 @@ class TreeCache(Cache):
             for slab in dict.fromkeys(slabs)
         }
         views = {slab: iter(stack) for slab, stack in self._stacks.items()}
-        layers: list[Any] = [
-            TreeLayer(self, next(views[pair[0]]), next(views[pair[1]])) if pair else _Absent() for pair in layout
-        ]
+        layers: list[Any] = []
+        for shape, pair in zip(layout, pairs, strict=True):
+            stored = [next(views[slab]) for slab in pair or ()]
+            recurrent = (shape.recurrent, batch, nodes) if shape.recurrent else ()
+            kind = _KINDS[bool(stored), bool(recurrent)]
+            layers.append(kind(self, *stored, *recurrent))
         super().__init__(layers=layers)
+        self.recurrent = [layer for layer in layers if isinstance(layer, RecurrentLayer)]
+        self.room = nodes if self.recurrent else capacity  # nodes that one pass may be over
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TreeCache:
         memo[id(self)] = made = copy(self)
         made.__dict__.update(deepcopy(vars(self), memo))
         for layer in made.layers:
-            if isinstance(layer, TreeLayer):
+            if isinstance(layer, TreeLayer | RecurrentLayer):
                 layer._owner = ref(made)
         return made
 
@@ -216,16 +192,31 @@ class TreeCache(Cache):
         """[rows] int64: the committed slots of the rows that forward passes run over."""
         return self.lengths if self.rows is None else self.lengths[self.rows]
 
-    def open(self, view: View) -> None:
-        """Direct the next forward pass to the slots of the view's queries, attending to what they see."""
-        last = view.topology.parents.shape[1]
-        nodes = torch.arange(last - view.count, last, device=self.lengths.device)
+    def open(self, view: View, entering: Tensor | None = None) -> None:
+        """Direct the next forward pass to the slots of the view's queries, attending to what they see.
+
+        Args:
+            view: the queries. Those beyond the end of a row, which are of no account, share its last slot.
+            entering: [rows] int64, in a pass over prompts: so many of the view's tokens enter each row's states at once. They
+                are counted as committed by `rewind`.
+        """
+        nodes = torch.arange(view.first, view.topology.parents.shape[1], device=self.lengths.device)
         starts = self._starts if self.rows is None else self._starts[self.rows]
-        self.write_slots = (starts + view.lengths[:, None] + nodes).flatten()
-        self.view = view
+        self.write_slots = (starts + (view.lengths[:, None] + nodes).clamp(max=self.capacity - 1)).flatten()
+        self.view, self.entering = view, entering
+
+    def reaches(self, count: int, wanted: int) -> int:
+        """How many of the first `wanted` tokens a text can go on from, if `count` are committed in a row.
+
+        A recurrent state is kept at the end alone.
+        """
+        return min(count, wanted) if not self.recurrent or wanted >= count else 0
 
     def rewind(self, lengths: Tensor) -> None:
-        """Count the first slots of each row as committed; all of them hold tokens. lengths: [rows] int64."""
+        """Count the first slots of each row as committed; all of them hold tokens. lengths: [rows] int64.
+
+        Recurrent states must be those after these tokens already.
+        """
         if self.rows is None:
             self.lengths.copy_(lengths)
         else:
@@ -244,8 +235,17 @@ class TreeCache(Cache):
                 if row in found:
                     stack[:, row, : source.count] = found[row]
                 stack[:, row, source.count :] = 0  # a hidden slot has weight 0, and 0 times garbage could be NaN
+        self._take_states(sources)
         for row, source in sources.items():
             self.lengths[row] = source.count
+
+    def _take_states(self, sources: Mapping[int, Source]) -> None:
+        moved = {row: s for row, s in sources.items() if s.count and (s.cache, s.row) != (self, row)}
+        for index, layer in enumerate(self.recurrent):
+            found = {row: source.cache.recurrent[index].copied(source.row) for row, source in moved.items()}
+            for row, source in sources.items():
+                if row in found or not source.count:
+                    layer.take(row, found.get(row))
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         """The view, which transformers passes to the function that makes masks."""
@@ -259,6 +259,16 @@ class TreeCache(Cache):
         for slab, stack in self._stacks.items():
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
+        for layer in self.recurrent:
+            layer.keep(path, count)
+        self.lengths += count
+
+    def advance(self, count: Tensor) -> None:
+        """Commit the first count[b] nodes of the chain that the last pass was over; those after are nodes 0, 1, ... now."""
+        nodes = self.view.topology.parents.shape[1]
+        for layer in self.recurrent:
+            layer.keep(self.view.topology.parents + 1, count)
+            layer.renumber(count, nodes)
         self.lengths += count
 
 
@@ -266,15 +276,22 @@ class DoesNotFit(ValueError):
     """So many rows do not fit into the memory of a device."""
 
 
-def _check_memory(slabs: Sequence[Slab], batch: int, capacity: int) -> None:
+def _check_memory(
+    slabs: Sequence[Slab], states: Sequence[RecurrentShape], batch: int, capacity: int, nodes: int
+) -> None:
     """Raise DoesNotFit if so many rows cannot fit into the memory of a device."""
-    for device in {slab.device for slab in slabs}:
-        row = capacity * sum(slab.heads * slab.dim * slab.dtype.itemsize for slab in slabs if slab.device == device)
+    rows: dict[torch.device, int] = {}  # bytes that a row takes
+    for slab in slabs:
+        rows[slab.device] = rows.get(slab.device, 0) + capacity * slab.heads * slab.dim * slab.dtype.itemsize
+    for state in states:
+        rows[state.input.device] = rows.get(state.input.device, 0) + state.bytes(nodes)
+    what = f"Recurrent states, trees of {nodes} nodes, keys" if states else "Keys"
+    for device, row in rows.items():
         free = free_memory(device)
         if free is not None and row * batch > free:
             cure = f"pass batch_size={free // row}" if free >= row else "shorten the prompts or lower max_new_tokens"
             raise DoesNotFit(
-                f"Keys and values of {batch} texts of up to {capacity} tokens take {row * batch / 1e9:.1f} GB on {device}, "
+                f"{what} and values of {batch} texts of up to {capacity} tokens take {row * batch / 1e9:.1f} GB on {device}, "
                 f"where {free / 1e9:.1f} GB can be had; {cure}."
             )
 
@@ -290,4 +307,16 @@ def free_memory(device: torch.device) -> int | None:
 
 
 class _Absent(RecordingLayer):
-    """A layer that uses another layer's keys and values (Gemma 3n, Gemma 4) and so is never written to."""
+    """A layer that uses another layer's keys and values (Gemma 3n, Gemma 4), or none (experts), and so is never written to."""
+
+    def __init__(self, cache: TreeCache):
+        super().__init__()
+
+
+# by whether a layer keeps keys and values, and whether it keeps a recurrent state
+_KINDS: dict[tuple[bool, bool], Any] = {
+    (False, False): _Absent,
+    (True, False): TreeLayer,
+    (False, True): RecurrentLayer,
+    (True, True): TreeRecurrentLayer,
+}

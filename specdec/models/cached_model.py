@@ -24,6 +24,7 @@ from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.prepared_inputs import takes
 from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
 from specdec.models.routing import Route
+from specdec.models.served_functions import one_pass
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
 
@@ -57,19 +58,20 @@ class CausalLM:
         self.device, self._home = device_of(model), _home(model)
         # By the dtype of autocast, as keys and values have that dtype.
         self._layouts = {autocast_dtype(self.device): layout_of(model)}
-        self.layers = len(next(iter(self._layouts.values())))
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length, self.context_reason = context_limit_of(model)
         self.cache_argument, self.keeps_logits = cache_argument(model), takes(model, "logits_to_keep")
+        self.takes_positions = takes(model, "position_ids")
 
     def start(
-        self, rows: int, capacity: int, states: Sequence[int] = (), last: CachedModel | None = None
+        self, rows: int, capacity: int, nodes: int, states: Sequence[int] = (), last: CachedModel | None = None
     ) -> CachedModel:
         """A run with room for `capacity` slots per row.
 
         Args:
             rows: size of the batch.
             capacity: slots per row.
+            nodes: most nodes of a tree.
             states: which states are noted in every pass: see `Drafter.states`.
             last: an earlier run. It is returned if it has the same sizes; else the new run may take over its cache.
         """
@@ -78,7 +80,7 @@ class CausalLM:
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
         if last is not None and last.lm.kind != self.kind:
             last = None
-        made = (rows, capacity, tuple(states), autocast_dtype(self.device))
+        made = (rows, capacity, nodes, tuple(states), autocast_dtype(self.device))
         if last is None or last.made != made:
             return CachedModel(self, *made, last)
         last.capture.look_up(self.model)
@@ -91,9 +93,9 @@ class CausalLM:
         return self.model, self.cache, self.reads
 
     def layout(self, autocast: torch.dtype | None) -> Any:
-        """The shapes of the model's key-value layers under this autocast."""
+        """What the model's layers keep under this autocast."""
         if autocast not in self._layouts:
-            self._layouts[autocast] = score_probe_tree(self.model, self.layers)[1]
+            self._layouts[autocast] = score_probe_tree(self.model)[1]
         return self._layouts[autocast]
 
     def translate(self, tokens: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class CachedModel:
 
     Args:
         lm: the model.
-        rows, capacity, states: as for `CausalLM.start`.
+        rows, capacity, nodes, states: as for `CausalLM.start`.
         autocast: the dtype of autocast; None outside of it.
         last: a run to take over from.
     """
@@ -120,15 +122,16 @@ class CachedModel:
         lm: CausalLM,
         rows: int,
         capacity: int,
+        nodes: int,
         states: tuple[int, ...],
         autocast: torch.dtype | None,
         last: CachedModel | None,
     ):
-        self.lm, self.made = lm, (rows, capacity, states, autocast)
+        self.lm, self.made = lm, (rows, capacity, nodes, states, autocast)
         self._autocast = autocast
-        self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device)
+        self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes)
         self.capture = Capture(lm.model, states, lm.device)
-        self.compiles = False  # whether passes are compiled: those of steps, whose shapes recur
+        self.compiles = False  # whether passes over nodes are compiled: their shapes recur
         self._held = HeldTexts(self.cache)
         # The fingerprint of the model that wrote the cache; None if no later run will ask.
         self.computed: Any = None
@@ -162,7 +165,7 @@ class CachedModel:
         known = draft.states_known([*rows]) if draft is not None and listen else batch.host_lengths
         goals = {row: batch.host_lengths[row] - 1 for row in rows}
         most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
-        self.compiles, waiting = False, list(rows)
+        waiting = list(rows)
         while waiting:
             sources = self._sources(batch, waiting, most, earlier)
             self._held.forget(sources)  # if this fails half-way, nobody goes on from it
@@ -197,7 +200,9 @@ class CachedModel:
             text = batch.text(row)
             best = longest_beginning(held, Source(self.cache, row, 0), text, most[row])
             same = beginnings.setdefault(text[:_WORTH_WAITING].tobytes(), [])
-            soon = max((min(common_length(batch.text(other), text), most[row]) for other in same), default=0)
+            ends = {other: batch.host_lengths[other] - 1 for other in same}
+            shared = {other: min(common_length(batch.text(other), text), most[row]) for other in same}
+            soon = max((self.cache.reaches(ends[other], shared[other]) for other in same), default=0)
             if soon < best.count + _WORTH_WAITING:
                 sources[row] = best
                 same.append(row)
@@ -210,20 +215,18 @@ class CachedModel:
         most = max(_TOKENS // len(tokens if listen else rows), 1)
         with self.cache.only(rows):
             part = tokens if self.cache.rows is None else tokens[self.cache.rows]
-            now = self.cache.committed
+            now = self.cache.committed.clone()
             while missing := int((goal - now).max()):
                 count = min(most, missing)
-                # Shorter rows re-read their last tokens, so that all rows read `count`.
-                start = now.minimum((goal - count).clamp(min=0))
-                self.cache.rewind(start)
+                # Tokens beyond a row's goal are of no account.
+                fresh = (goal - now).clamp(max=count)
                 topology = chain(len(rows), count, self.lm.device)
-                self.forward(self.pending(part, count), topology, int(start.max()), logits_to_keep=1)
-                end = (start + count).minimum(goal)
+                self.forward(self.pending(part, count), topology, int(now.max()), logits_to_keep=1, entering=fresh)
                 if listen is not None and self.states is not None:
-                    listen(*(self._of_batch(part) for part in (self.states, start, end - start)))
-                self.tokens_read += int((end - now).sum())
-                self.cache.rewind(end)
-                now = end
+                    listen(*(self._of_batch(part) for part in (self.states, now, fresh)))
+                self.tokens_read += int(fresh.sum())
+                now = now + fresh
+                self.cache.rewind(now)
 
     def _of_batch(self, part: Tensor) -> Tensor:
         """[batch, ...]: what rows [rows, ...] were given, and 0 in all others."""
@@ -236,7 +239,14 @@ class CachedModel:
         index = self.cache.committed[:, None] + torch.arange(count, device=self.lm.device)
         return tokens.gather(1, index.clamp_(max=tokens.shape[1] - 1))
 
-    def forward(self, tokens: Tensor, topology: Topology, longest: int, logits_to_keep: int | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        topology: Topology,
+        longest: int,
+        logits_to_keep: int | None = None,
+        entering: Tensor | None = None,
+    ) -> Tensor:
         """Score the last nodes of a tree whose earlier nodes were scored before.
 
         Args:
@@ -244,21 +254,22 @@ class CachedModel:
             topology: the tree so far; node i is in the i-th slot after the committed ones.
             longest: a host bound on the committed slots of any row.
             logits_to_keep: how many of the last nodes get logits; all by default.
+            entering: see `TreeCache.open`.
 
         Returns:
             [batch, count, vocab] logits.
         """
         count, nodes = tokens.shape[1], topology.parents.shape[1]
         view = View(self.cache.committed, topology, count, min(longest + nodes, self.cache.capacity))
-        self.cache.open(view)
+        self.cache.open(view, entering)
         positions = view.positions
         if self.lm.context_length is not None:
             # Nodes beyond their row's budget are never used, but their positions must be valid.
             positions = positions.clamp(max=self.lm.context_length - 1)
         tokens, keep = self.lm.translate(tokens), logits_to_keep or count
-        with self.lm.route, self.capture.of_pass(keep):
-            if self.compiles:
-                view.prepare()
+        with self.lm.route, self.capture.of_pass(keep), one_pass():
+            if self.compiles and entering is None:
+                view.prepare(layer.shape.size for layer in self.cache.recurrent)
                 logits = self._compiled((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
             else:
                 logits = self._logits(tokens, positions, self.cache, keep)
@@ -269,7 +280,9 @@ class CachedModel:
         # To note the LM head's input at all nodes, the head is handed all of them; it still computes only `keep`.
         handed = tokens.shape[1] if -1 in self.capture.which else keep
         named: dict[str, Any] = {lm.cache_argument: cache, **({"logits_to_keep": handed} if lm.keeps_logits else {})}
-        return lm.model(input_ids=tokens, position_ids=positions, use_cache=True, **named).logits[:, -keep:]
+        if lm.takes_positions:
+            named["position_ids"] = positions
+        return lm.model(input_ids=tokens, use_cache=True, **named).logits[:, -keep:]
 
 
 def _home(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:

@@ -27,8 +27,9 @@ class Held(NamedTuple):
     def beginning(self, text: np.ndarray, most: int) -> Source:
         """The slots, at most so many, that are those of this text too."""
         ahead = len(self.tokens) - self.source.count
-        count = max(min(common_length(self.tokens, text) - ahead, most), 0)
-        return Source(self.source.cache, self.source.row, count)
+        wanted = max(min(common_length(self.tokens, text) - ahead, most), 0)
+        cache, row, count = self.source.cache, self.source.row, self.source.count
+        return Source(cache, row, cache.reaches(count, wanted))
 
 
 class HeldTexts:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 
 def takes(model: PreTrainedModel, name: str) -> bool:
@@ -31,6 +32,13 @@ def prepared_inputs(model: PreTrainedModel, tokens: Tensor, first: bool) -> dict
     return prepare(tokens, use_cache=False, is_first_iteration=first, **options)
 
 
+def holds_text(cache: Cache) -> bool:
+    """Whether a cache of transformers holds the beginning of a text."""
+    attending = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    states = [flag for layer in cache.layers for flag in getattr(layer, "has_previous_state", {}).values()]
+    return any(layer.get_seq_length() for layer in attending) or any(states)
+
+
 def preparer_name(model: PreTrainedModel) -> str:
     """The qualified name of the model's `prepare_inputs_for_generation`, for messages."""
     return full_name(model.prepare_inputs_for_generation)
@@ -48,7 +56,7 @@ def difference_from_text(inputs: dict[str, Any], tokens: Tensor) -> str | None:
         return "embeddings in place of tokens"
     if ids is None or ids.shape != tokens.shape or not torch.equal(ids.to(tokens), tokens):
         return "other tokens than those of the text"
-    if any(isinstance(value, Cache) and value.get_seq_length() for value in inputs.values()):
+    if any(isinstance(value, Cache) and holds_text(value) for value in inputs.values()):
         return "keys and values to go before the text"
     if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.shape != tokens.shape or not mask.all()):
         return "a mask that is not of the text alone"

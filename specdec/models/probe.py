@@ -1,7 +1,8 @@
 """Which models can be targets: they are run once, and no list of names is needed.
 
 A model is supported when its attention goes through transformers' attention interface, its cache is made of plain
-key-value layers, and a small tree scored in one forward pass gives the logits of the paths scored one by one.
+key-value layers and of recurrent ones, and a small tree scored in one forward pass gives the logits of the paths scored one
+by one. With recurrent layers, more is checked: see `specdec.models.recurrent_probe`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from specdec.checks import wrong_kind
 from specdec.models.attention import NAME, View, attend, mask
-from specdec.models.cache import RecordingCache, Slab, cache_argument
+from specdec.models.cache import cache_argument
 from specdec.models.fingerprint import fingerprint
+from specdec.models.layer_shapes import LayerShape
 from specdec.models.prepared_inputs import difference_from_text, full_name, prepared_inputs, preparer_name, takes
+from specdec.models.recording import RecordingCache
+from specdec.models.recurrent_probe import checks, over_cache
 from specdec.models.routing import Route
+from specdec.models.served_functions import one_pass, serve
 from specdec.tree import Topology
 
-Layout = list[tuple[Slab, Slab] | None]
+Layout = list[LayerShape]
 
 # Largest difference between a tree and its paths, as a fraction of the largest logit. Rounding stays orders of
 # magnitude below (measured: 1e-6 in float32); a wrong mask or position changes logits by a tenth or more.
@@ -36,17 +42,17 @@ _PROBE = (1, 2, 3)  # a root and its two children; every vocabulary has these id
 
 _OUTSIDE_INTERFACE = "its attention does not go through transformers' attention interface"
 _SLOT_BIAS = "its position bias follows the slot in the cache, not the position in the text"
-_RECURRENT = "its recurrent state cannot be rolled back after a rejection"
 _REFUSED = {
     **dict.fromkeys(["bloom", "mpt"], _SLOT_BIAS),
     **dict.fromkeys(["falcon", "gptj", "gpt_neo"], _OUTSIDE_INTERFACE),
-    **dict.fromkeys(
-        ["qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "jamba", "bamba", "falcon_h1", "minimax"], _RECURRENT
-    ),
 }
+_STATE_ELSEWHERE = "its recurrent state is not in layers of the cache that it is given"
 _PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
-_SUPPORTED = "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2."
+_SUPPORTED = (
+    "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2, or with recurrent "
+    "states in transformers' cache, such as Qwen3.5, Mamba, Nemotron-H or LFM2."
+)
 _TOKENS_ALONE = (
     "Only the tokens of a text are read here: train what goes beside them into the weights (LoRA does), give it as tokens of "
     "the prompt, or call model.generate without specdec."
@@ -156,7 +162,12 @@ def _probe(model: PreTrainedModel) -> Layout:
         raise UnsupportedModel(model, "it is an encoder-decoder model")
     if not model.can_generate():
         raise UnsupportedModel(model, "it has no LM head", "Load it as one that has: AutoModelForCausalLM.")
-    if not takes(model, "position_ids"):
+    layers = DynamicCache(config=model.config).layers
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if model._is_stateful and not recurrent:
+        raise UnsupportedModel(model, _STATE_ELSEWHERE)
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if attends and not takes(model, "position_ids"):
         raise UnsupportedModel(
             model, "its forward pass takes no position_ids, and nodes of a tree side by side need them"
         )
@@ -164,39 +175,63 @@ def _probe(model: PreTrainedModel) -> Layout:
     if not full_name(updates).startswith("transformers."):
         reason = f"{full_name(updates)} may change what later steps compute, and is not asked here"
         raise UnsupportedModel(model, reason, "Call model.generate without specdec.")
-    if not model._can_set_attn_implementation():
+    if attends and not model._can_set_attn_implementation():
         raise UnsupportedModel(model, _OUTSIDE_INTERFACE)
-    layers = DynamicCache(config=model.config).layers
-    odd = sorted({type(layer).__name__ for layer in layers} - _PLAIN_LAYERS)
-    if model._is_stateful or any("Linear" in name for name in odd):
-        raise UnsupportedModel(model, f"{_RECURRENT} (cache layers: {', '.join(odd) or 'stateful'})")
-    if odd:
+    odd = {type(layer).__name__ for layer in layers if not isinstance(layer, LinearAttentionCacheLayerMixin)}
+    if odd := sorted(odd - _PLAIN_LAYERS):
         raise UnsupportedModel(
             model, f"its cache holds more than plain keys and values (cache layers: {', '.join(odd)})"
         )
     with torch.inference_mode():
-        logits, layout = score_probe_tree(model, len(layers))
+        if recurrent:
+            return _probe_recurrent(model)
+        logits, layout = score_probe_tree(model)
         _compare_with_own_attention(model, logits)
     return layout
 
 
-def score_probe_tree(model: PreTrainedModel, layers: int) -> tuple[Tensor, Layout]:
-    """Score a small tree in one pass: logits [row, node, vocab], and the layout of the cache."""
+def _probe_recurrent(model: PreTrainedModel) -> Layout:
+    for first in (True, False):
+        _inputs_for(model, _rows(model, *_PROBE), first)
+    # Some models give float32 logits in any dtype, and transformers' recurrences compute in float32 in wider ones.
+    dtypes = autocast_dtype(device_of(model)), embedding(model).dtype, torch.float32
+    inside = min((dtype for dtype in dtypes if dtype), key=lambda dtype: dtype.itemsize)
+    try:
+        layout = score_probe_tree(model)[1]
+        for what, found, alone in checks(model, layout, partial(_rows, model, least=2)):
+            if apart := _apart(model, found, alone, inside):
+                raise UnsupportedModel(
+                    model, f"{what} differs by {apart}, from what its own cache gives token by token"
+                )
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # whatever its own code raises
+        summary = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        raise UnsupportedModel(model, f"a forward pass over our cache fails with {summary}") from error
+    return layout
+
+
+def score_probe_tree(model: PreTrainedModel) -> tuple[Tensor, Layout]:
+    """Score a small tree in one pass: logits [row, node, vocab], and what the layers keep."""
     tokens = _rows(model, *_PROBE)
     batch, device = len(tokens), tokens.device
     topology = Topology(torch.tensor([[-1, 0, 0]] * batch, device=device), depth=1, width=2)
     view = View(torch.zeros(batch, dtype=torch.int64, device=device), topology, count=3, slots=3)
-    cache = RecordingCache(layers, view)
+    kinds = DynamicCache(config=model.config).layers
+    cache = RecordingCache(kinds, view)
+    serve(model)
     _calls.names.clear()
-    with Route(model, _COUNTED):
-        logits = model(
-            input_ids=tokens, position_ids=view.positions, use_cache=True, **{cache_argument(model): cache}
-        ).logits
-    if not _calls.names:
+    with Route(model, _COUNTED), one_pass():
+        logits = over_cache(model, cache, tokens, view.positions)
+    layout = cache.shapes
+    attends = any(isinstance(kind, CacheLayerMixin) for kind in kinds)
+    if attends and not _calls.names:
         raise UnsupportedModel(model, f"{_OUTSIDE_INTERFACE} ({NAME} was never called)")
-    layout: Layout = [(r.slabs[0], r.slabs[1]) if r.is_initialized else None for r in cache.records]
-    if not any(layout):
+    if attends and not any(shape.slabs for shape in layout):
         raise UnsupportedModel(model, "it does not write its keys and values to the cache it is given")
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "given", False) and layout[index].recurrent is None:
+            raise UnsupportedModel(model, f"layer {index} keeps a state that is computed by no function known here")
     return logits, layout
 
 
@@ -243,11 +278,16 @@ def _over_cache(model: PreTrainedModel, path: Tensor, inputs: dict[str, Any]) ->
     return model(**{**inputs, **last, **cache}).logits[:, -1]
 
 
-def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor) -> str | None:
-    """How far the tree's logits are from its path's, both [row, vocab]; None if near enough."""
+def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor, inside: torch.dtype | None = None) -> str | None:
+    """How far the tree's logits are from its path's, both [row, vocab]; None if near enough.
+
+    Args:
+        inside: a dtype that the model computes some of it in.
+    """
+    dtype = alone.dtype if inside is None or alone.dtype.itemsize < inside.itemsize else inside
     difference = float((found - alone).abs().max() / alone.abs().max())
     quantised = getattr(model, "is_quantized", False)
-    limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(alone.dtype, _LOW_PRECISION_TOLERANCE)
+    limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
     near = difference <= limit or not bool(alone.isfinite().all())
     return None if near else f"{difference:.1e} of the largest logit, of which rounding is at most {limit:.0e}"
 
@@ -273,9 +313,9 @@ def _beside(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def _rows(model: PreTrainedModel, *ids: int) -> Tensor:
+def _rows(model: PreTrainedModel, *ids: int, least: int = 1) -> Tensor:
     """[row, length] int64: the same text in as many rows as the caller's hooks expect."""
-    rows = len(_given_by_hooks(model).get("adapter_names") or [0])
+    rows = len(_given_by_hooks(model).get("adapter_names") or [0] * least)
     return torch.tensor([ids] * rows, device=device_of(model)) % embedding(model).shape[0]
 
 

@@ -138,7 +138,7 @@ class ModelTarget(Target):
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
         last = last if isinstance(last, ModelTargetRun) else None
-        cached = self.lm.start(len(batch), batch.capacity, states, last and last.cached)
+        cached = self.lm.start(len(batch), batch.capacity, batch.largest_tree, states, last and last.cached)
         if last is not None and last.batch is batch and last.cached is cached:
             return last
         return ModelTargetRun(self, batch, cached)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec_kernels.reference.linear_attention import by_head, fold_linear_attention, path_decay, read, scores
+from specdec_kernels.reference.linear_attention import by_head, fold_linear_attention, path_decay, scores
 
 
 def gated_delta(
@@ -49,11 +49,13 @@ def gated_delta(
     first = key.shape[1] - query.shape[1]
     query, key, value, decay, beta, known = by_head(state, query, key, value, decay, beta, update[:, :first])
     total = path_decay(decay, ancestors)
-    asked = key[:, :, first:]
-    found = (asked * total[:, :, first:].exp()) @ state  # [batch, head, node, value_dim]
+    asked, own = key[:, :, first:], total[:, :, first:].exp()
+    # [batch, head, node, value_dim]: by one product, as states are large
+    found, read = (torch.cat([asked * own, query * own], 2) @ state).chunk(2, 2)
     weight = scores(asked, key, total, ancestors)
     right = beta * (value - found - weight[..., :first] @ known)
-    own = (beta * weight[..., first:]).tril(-1)
-    solved = torch.linalg.solve_triangular(own, right, upper=False, unitriangular=True)
+    system = (beta * weight[..., first:]).tril(-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     update[:, first:] = solved.transpose(1, 2)
-    return read(query, key, torch.cat([known, solved], 2), total, state, ancestors).transpose(1, 2)
+    read = read + scores(query, key, total, ancestors) @ torch.cat([known, solved], 2)
+    return read.transpose(1, 2)

@@ -39,11 +39,12 @@ def linear_attention(
         fold_linear_attention(state, *fold)
     query, key, value, decay = by_head(state, query, key, value, decay)
     total = path_decay(decay, ancestors)
-    return read(query, key, value, total, state, ancestors).transpose(1, 2)
+    read = (query * total[:, :, -query.shape[2] :].exp()) @ state
+    return (read + scores(query, key, total, ancestors) @ value).transpose(1, 2)
 
 
 def fold_linear_attention(
-    state: Tensor,  # [batch, head, dim, value_dim]: changed
+    state: Tensor,  # [batch, head, dim, value_dim], contiguous: changed
     key: Tensor,  # [batch, all, key_head, dim]
     value: Tensor,  # [batch, all, head, value_dim]
     decay: Tensor,  # [batch, all, head], or [batch, all, head, dim]
@@ -56,8 +57,9 @@ def fold_linear_attention(
     key, value, decay = by_head(state, key[rows, path], value[rows, path], decay[rows, path])
     decay = decay.masked_fill(~kept, 0)
     later = decay.flip(2).cumsum(2).flip(2) - decay  # [batch, head, n, 1 or dim]: of the nodes after each
-    added = (key * later.exp()).masked_fill(~kept, 0).transpose(2, 3) @ value.masked_fill(~kept, 0)
-    state.mul_(decay.sum(2).exp()[..., None]).add_(added)
+    key, value = (key * later.exp()).masked_fill(~kept, 0), value.masked_fill(~kept, 0)
+    state.mul_(decay.sum(2).exp()[..., None])
+    state.view(-1, *state.shape[2:]).baddbmm_(key.transpose(2, 3).flatten(0, 1), value.flatten(0, 1))
 
 
 def by_head(state: Tensor, *parts: Tensor) -> list[Tensor]:
@@ -72,14 +74,8 @@ def path_decay(decay: Tensor, ancestors: Tensor) -> Tensor:
     return ancestors[:, None].to(decay.dtype) @ decay
 
 
-def read(query: Tensor, key: Tensor, value: Tensor, total: Tensor, state: Tensor, ancestors: Tensor) -> Tensor:
-    """y, [batch, head, node, value_dim]: the sum over the state and the nodes. All arguments are by head."""
-    own = total[:, :, -query.shape[2] :].exp()
-    return (query * own) @ state + scores(query, key, total, ancestors) @ value
-
-
 def scores(query: Tensor, key: Tensor, total: Tensor, ancestors: Tensor) -> Tensor:
-    """exp(G_i - G_j) (q_i . k_j), [batch, head, node, all]; 0 where j is not on the path to i."""
+    """exp(G_i - G_j) (q_i . k_j), [batch, head, node, all]; 0 where j is not on the path to i. Arguments are by head."""
     count = query.shape[2]
     seen = ancestors[:, None, -count:]  # [batch, 1, node, all]
     if total.shape[3] == 1:

@@ -12,7 +12,7 @@ the sum over i and its ancestors.
 
 Decays differ by c and n, so pairs of nodes do not separate into matrices as in `linear_attention`: the sum would need an
 exponential for every pair, channel and n. Nodes are gone through in order instead, each from its parent's state. These states
-live only as long as the call: what is kept of a node is dt, dt x and B.
+live only as long as the call: what is kept of a node is dt, dt x and B, about an eighth of a state of 16 numbers a channel.
 """
 
 from __future__ import annotations

@@ -1,0 +1,189 @@
+"""Runs over recurrent states: what later turns and other rows can go on from, engines, threads, memory."""
+
+import copy
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hybrid_models import HYBRIDS, disturbed
+from test_graphs import reads_of
+from test_hybrids import ONE_OF_EACH
+from test_threads import Gate
+from tiny_models import PROMPTS, reference, state
+
+import specdec
+import specdec_kernels
+from specdec.drafters import ModelDrafter, NgramDrafter
+from specdec.models import cache
+from specdec.models.cache import Source, TreeCache
+from specdec.models.cached_model import CachedModel
+from specdec.models.layer_shapes import LayerShape
+from specdec.models.probe import layout_of
+from specdec.testing import Tape
+from specdec.trees import Chain, Widths
+
+torch.set_num_threads(1)
+OPTIONS = {"max_new_tokens": 10, "stop_tokens": ()}
+ENGINES = {"static": specdec.Graphs, "tape": lambda: specdec.Graphs(capture=Tape)}
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """How many tokens entered states, pass by pass."""
+    found, forward = [], CachedModel.forward
+
+    def noting(run, *args, entering=None, **kwargs):
+        found.extend([] if entering is None else [int(entering.sum())])
+        return forward(run, *args, entering=entering, **kwargs)
+
+    monkeypatch.setattr(CachedModel, "forward", noting)
+    return found
+
+
+def texts(generation):
+    return [text.tolist() for text in generation.tokens]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_turn_goes_on_where_the_last_one_ended_and_from_no_other_place(name, entered):
+    model, said = HYBRIDS[name](), torch.tensor([11, 12, 13])
+    last = specdec.generate(model, PROMPTS, NgramDrafter(), keep=True, **OPTIONS)
+    goes_on = [torch.cat([prompt, text, said]) for prompt, text in zip(PROMPTS, last.tokens, strict=True)]
+    expected = texts(specdec.generate(model, goes_on, **OPTIONS))
+    entered.clear()
+    last = specdec.generate(model, goes_on, NgramDrafter(), keep=True, resume=last, **OPTIONS)
+    assert texts(last) == expected
+    assert sum(entered) == len(PROMPTS) * len(said), (
+        "the last token of the answer, and what was said but for its last token"
+    )
+
+    cut = [text[:-1] for text in goes_on]
+    expected = texts(specdec.generate(model, cut, **OPTIONS))
+    entered.clear()
+    assert texts(specdec.generate(model, cut, NgramDrafter(), resume=last, **OPTIONS)) == expected
+    assert sum(entered) == sum(len(text) - 1 for text in cut), "no state is kept there, so that all is read again"
+
+
+def test_equal_prompts_are_read_once_and_prompts_that_part_are_read_each(entered):
+    model, prompt = HYBRIDS["qwen3_5"](), torch.arange(2, 45)
+    found = specdec.generate(model, [prompt] * 3, **OPTIONS)
+    assert sum(entered) == len(prompt) - 1
+    assert texts(found) == [reference(model, prompt, max_new_tokens=10, eos_token_id=None).tolist()] * 3
+    entered.clear()
+    parting = [torch.cat([prompt, torch.tensor([end, 5])]) for end in (3, 4)]
+    specdec.generate(model, parting, **OPTIONS)
+    assert sum(entered) == 2 * (len(prompt) + 1)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_texts_that_enter_while_others_go_on_and_batches_that_shrink_give_the_same(name, monkeypatch):
+    model = HYBRIDS[name]()
+    drafter, prompts = ModelDrafter(disturbed(model), Widths([2, 1])), [*PROMPTS, torch.arange(3, 29), *PROMPTS[::-1]]
+    budgets = [4, 17, 9, 12, 6, 3, 14, 8, 25]
+    alone = [
+        specdec.generate(model, [prompt], max_new_tokens=budget, stop_tokens=()).tokens[0].tolist()
+        for prompt, budget in zip(prompts, budgets, strict=True)
+    ]
+    found = specdec.generate(model, prompts, drafter, max_new_tokens=budgets, stop_tokens=(), batch_size=4)
+    assert texts(found) == alone
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "falcon_h1", "mamba", "lfm2"])
+def test_every_engine_gives_the_same_text(name, engine):
+    model = HYBRIDS[name]()
+    drafter = ModelDrafter(disturbed(model), Widths([2, 1]))
+    expected, found = (
+        specdec.generate(model, PROMPTS, drafter, engine=made, **OPTIONS) for made in ("eager", ENGINES[engine]())
+    )
+    assert texts(found) == texts(expected)
+
+
+@pytest.mark.parametrize(("name", "depth"), [("qwen3_5", 0), ("mamba2", 1), ("mamba", 0)])
+def test_compiled_passes_over_nodes_give_the_same_text(name, depth, monkeypatch):
+    """Code generation is left out: it takes long."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model = HYBRIDS[name]()
+    drafter = ModelDrafter(disturbed(model), Chain(depth)) if depth else None
+    expected, found = (
+        specdec.generate(model, PROMPTS, drafter, engine=engine, **OPTIONS) for engine in ("eager", "compile")
+    )
+    assert texts(found) == texts(expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "mamba"])
+def test_steps_do_not_wait_for_the_host(name, monkeypatch):
+    monkeypatch.setattr(specdec_kernels, "DEVICES", {"meta"})
+    model = HYBRIDS[name]()
+    assert not reads_of(model, None)
+    assert not reads_of(model, ModelDrafter(disturbed(model), Widths([2, 1])))
+
+
+def test_threads_that_run_one_model_get_the_texts_that_they_would_get_alone():
+    model = HYBRIDS["qwen3_5"]()
+    gate, left = Gate(model.model.layers[2]), state(model)
+    drafter = ModelDrafter(disturbed(model), Chain(2))
+    alone = texts(specdec.generate(model, PROMPTS, drafter, **OPTIONS))
+    plain = reference(model, PROMPTS[2], max_new_tokens=10).tolist()
+    ours = gate.stopped(lambda: specdec.generate(model, PROMPTS, drafter, **OPTIONS))  # stands within a pass
+    assert reference(model, PROMPTS[2], max_new_tokens=10).tolist() == plain
+    assert texts(specdec.generate(model, PROMPTS, drafter, **OPTIONS)) == alone
+    theirs = gate.stopped(lambda: reference(model, PROMPTS[2], max_new_tokens=10))
+    assert texts(ours.end()) == alone
+    assert theirs.end().tolist() == plain
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: texts(specdec.generate(model, PROMPTS, drafter, **OPTIONS)), range(4)))
+    assert found == [alone] * 4
+    assert state(model) == left
+
+
+def test_a_pass_that_fails_half_way_leaves_no_layer_waiting():
+    model = HYBRIDS["qwen3_5"]()
+    target, plain = specdec.ModelTarget(model), reference(model, PROMPTS[2])
+    norm = model.model.layers[0].linear_attn.norm
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    for part in (norm, model.model.layers[0].linear_attn.conv1d):
+        handle = part.register_forward_pre_hook(fail)
+        if part is norm:
+            with pytest.raises(RuntimeError, match="planted"):
+                specdec.generate(target, PROMPTS, **OPTIONS)
+        handle.remove()
+        assert torch.equal(reference(model, PROMPTS[2]), plain)
+
+
+def test_a_copied_cache_goes_on_by_itself():
+    layout = layout_of(HYBRIDS["falcon_h1"]())
+    made = TreeCache(layout, 2, 8, torch.device("cpu"), 3)
+    made.take({row: Source(made, row, 0) for row in range(2)})
+    copied = copy.deepcopy(made)
+    assert all(layer._cache is copied for layer in copied.layers)
+    for layer in copied.recurrent:
+        layer.state += 1
+    assert all(int(layer.state.count_nonzero()) == 0 for layer in made.recurrent)
+
+
+def test_what_a_node_takes_is_small_beside_a_state():
+    """By arithmetic, in the sizes of Qwen3-Next-80B: 2 * 16 + 32 heads of 128 are convolved, and 32 have a state."""
+    config = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 128,
+              "linear_value_head_dim": 128}  # fmt: skip
+    [shape, *_] = (each.recurrent for each in layout_of(HYBRIDS["qwen3_5"](**config)))
+    node, whole = sum(each.bytes for each in shape.kept.values()), shape.state.bytes
+    assert (whole, node) == (8 * 128 * 128 * 4, (4 * 128 + 8 * 128 + 8) * 4)
+    assert node < 0.02 * whole  # every quarter of the heads has the same share
+    assert shape.bytes(5) - shape.bytes(4) == node + shape.input.bytes
+
+
+def test_states_that_do_not_fit_into_memory_are_refused_before_the_run_with_their_size(monkeypatch):
+    model, tree = HYBRIDS["mamba"](), Widths([2, 1])
+    [shape] = {repr(each): each.recurrent for each in layout_of(model)}.values()
+    row = 2 * shape.bytes(nodes=5)
+    monkeypatch.setattr(cache, "free_memory", lambda device: int(2.5 * row))
+    match = r"Recurrent states, trees of 5 nodes, keys and values of 4 texts .*; pass batch_size=2"
+    with pytest.raises(ValueError, match=match):
+        specdec.generate(model, PROMPTS, ModelDrafter(disturbed(model), tree), **OPTIONS)
+    assert TreeCache([LayerShape(recurrent=shape)], 1, 99, torch.device("cpu"), 5).room == 5
