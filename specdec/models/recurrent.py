@@ -10,6 +10,7 @@ Layers of transformers call what is here through `specdec.models.served_function
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -191,6 +192,6 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         part[slice(None) if rows is None else rows.to(part.device)] = new.to(part.dtype)
 
 
-def _as_stored(state: Tensor) -> torch.autocast:
+def _as_stored(state: Tensor) -> AbstractContextManager[Any]:
     """Products with a state are in its own dtype, whatever autocast says: what is rounded in it stays."""
-    return torch.autocast(state.device.type, enabled=False)
+    return nullcontext() if state.is_meta else torch.autocast(state.device.type, enabled=False)
