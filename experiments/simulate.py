@@ -132,7 +132,7 @@ def simulate(
     for name, (shape, rule) in tqdm(runs.items(), desc="simulating", leave=False):
         left = range(settings["max_new_tokens"], 0, -1)
         step = np.array([costs[rule].step(parents_of(shape[: n - 1])) for n in left])  # as deep as is of use
-        starts = [[text.starts(parents_of(shape), getattr(rules, rule)()) for text in own] for own in recorded]
+        starts = [[text.starts(Widths(shape), getattr(rules, rule)()) for text in own] for own in recorded]
         steps = np.array([[begun.sum() for begun in own] for own in starts]).T
         took = np.array([[begun @ step[: len(begun)] for begun in own] for own in starts]).T
         length, error = pooled(tokens, steps)

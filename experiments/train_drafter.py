@@ -2,11 +2,12 @@
 
     python experiments/train_drafter.py                    # EAGLE-3, for the demo target: half an hour on one CPU core
     python experiments/train_drafter.py net=dspark         # or dflash, eagle, medusa
+    python experiments/train_drafter.py task.count=80 texts=64 held_out=8 new_tokens=64 steps=40 report_every=20  # a try
     python experiments/train_drafter.py target=hub target.target=NAME task=file task.path=FILE net=eagle3 drafted=32000
 
-Everything is kept in `folder`: the target's texts, the newest checkpoint, and at the end the network as engines read it. While
-it trains it prints how often drafts are accepted by depth, 1 - TV; at the end, on texts not trained on, the acceptance length
-that follows for the rule and the tree chosen, and the one that is served, which must agree. Settings are in
+Everything is kept in `folder`: the target's texts, the newest checkpoint, and at the end, in `net`, the network as engines read
+it. While it trains it prints how often drafts are accepted by depth, 1 - TV; at the end, on texts not trained on, the
+acceptance length that follows for the rule and the tree chosen, and the one that is served, which must agree. Settings are in
 `conf/train_drafter.yaml`; `texts_from=FOLDER` takes the texts of another folder.
 """
 
@@ -42,6 +43,7 @@ from specdec.sampling import Sampling
 from specdec.training import distillation
 from specdec.training.features import Features
 from specdec.training.states import Comparison, acceptance, states_loss
+from specdec.trees import Static, Widths
 
 NO_TOKEN = -1
 
@@ -49,11 +51,11 @@ NO_TOKEN = -1
 def main(config: DictConfig) -> None:
     setting, folder = begin("experiments/train_drafter.py", config), Path(config.folder)
     target = setting.models.target.requires_grad_(False)
+    check(config, setting)
     take_up(folder, config)
     unseen, seen = split(own_texts(chosen(setting, config), config), config)
     torch.manual_seed(config.seed)
     drafter = instantiate(config.net)(target, instantiate(config.tree), **known(seen, config))
-    instantiate(config.rule).check(drafter.spec(setting.sampling))  # before it is trained
     net, rows = drafter.net.train(), torch.arange(len(seen))
     features = Features(target, net, seen, config.prompt_length, folder if config.keep_features else None)
 
@@ -65,7 +67,7 @@ def main(config: DictConfig) -> None:
     flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator(), computed), net)
     steps = config.steps if config.flops is None else round(config.flops / flops)
     few = partial(by_depth, drafter, target, Features(target, net, unseen[:16], config.prompt_length), config)
-    history = fit(net, loss, rows, few, config, folder / "checkpoint.pt", steps=steps, seed=config.seed)
+    history = fit(net, loss, rows, few, config, folder / "training.pt", steps=steps, seed=config.seed)
     net.eval().to(torch.bfloat16)
     if calls.leads():
         drafter.save_pretrained(folder / "net", target=target)
@@ -75,15 +77,33 @@ def main(config: DictConfig) -> None:
     size = {"texts": len(seen), "parameters": sum(p.numel() for p in net.parameters())}
     result = {**setting.source, **size, **cost, "figures": found, "history": {"net": history}}
     where = setting.log.write(result)
-    print(report(found, cost), folder / "net", where, sep="\n")
+    load = f'specdec.drafters.{type(drafter).__name__}.from_pretrained("{folder / "net"}", target)'
+    print(report(found, cost), f"load it: {load}", where, sep="\n")
+
+
+def check(config: DictConfig, setting: Setting) -> None:
+    """Exit, before anything is computed, if this would end in an error."""
+    if not 1 <= config.held_out < config.texts:
+        raise SystemExit(
+            f"held_out={config.held_out}: must be from 1 to {config.texts - 1}, fewer than texts={config.texts}."
+        )
+    drafter = instantiate(config.net)(setting.models.target, instantiate(config.tree))
+    if not hasattr(drafter, "save_pretrained"):
+        raise SystemExit(
+            f"{type(drafter).__name__} has no save_pretrained(folder, target=...) to keep what is trained."
+        )
+    try:
+        instantiate(config.rule).check(drafter.spec(setting.sampling))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def split(texts: list[Tensor], config: DictConfig) -> tuple[Tensor, Tensor]:
     """[n, t] int64, negative after the end of a text: texts to measure on, and texts to train on."""
     if len(texts) <= config.held_out:
         raise SystemExit(
-            f"There are {len(texts)} texts, and held_out={config.held_out} of them are not trained on: give more prompts of "
-            f"prompt_length={config.prompt_length} or more tokens."
+            f"There are {len(texts)} texts, and held_out={config.held_out} of them are not trained on: raise texts= and "
+            f"task.count=, lower held_out=, or give more prompts of prompt_length={config.prompt_length} or more tokens."
         )
     whole = pad_sequence(texts, True, NO_TOKEN)
     return whole[: config.held_out], whole[config.held_out :]
@@ -117,12 +137,12 @@ def measured(drafter: StatesDrafter, setting: Setting, texts: Tensor, config: Di
     target, first, rule = setting.models.target, config.prompt_length, instantiate(config.rule)
     found = by_depth(drafter, target, Features(target, drafter.net, texts, first), config)
     tree: Any = drafter.tree
-    if hasattr(tree, "parents"):  # of one shape
+    if isinstance(tree, (Static, Widths)):
         spec = drafter.spec(setting.sampling)
         options = {"prompt_length": first, "sampling": setting.sampling, "depth": spec.depth}
         read = (read_along(target, drafter, text[text >= 0], **options) for text in texts)
         with suppress(NotForetold):
-            steps = [text.starts(tree.parents, rule, tree.law).sum() for text in read]
+            steps = [text.starts(tree, rule).sum() for text in read]
             found["expected"] = ratio((texts[:, first:] >= 0).sum(1).numpy(), np.array(steps))
     for name, sampling in {"served": setting.sampling, "served greedily": Sampling()}.items():
         options = {"sampling": sampling, "max_new_tokens": config.new_tokens, "rule": rule}
@@ -150,5 +170,5 @@ def report(found: dict[str, Any], cost: dict[str, Any]) -> str:
         apart = (served["mean"] - expected["mean"]) / math.hypot(served["error"], expected["error"])
         lines[-1:-1] = [f"served less expected: {apart:.1f} standard errors"]
     tflop, minutes = cost["flops"] / 1e12, cost["cpu_seconds"] / 60
-    lines.append(f"{cost['steps']} steps, {tflop:.0f} TFLOP, {minutes:.0f} CPU minutes, at most {cost['gb']:.1f} GB")
+    lines.append(f"{cost['steps']} steps, {tflop:.0f} TFLOP, {minutes:.1f} CPU minutes, at most {cost['gb']:.1f} GB")
     return "\n".join(lines)

@@ -233,7 +233,7 @@ SEQUENCES = {
     "expected_length: parents": lambda v: theory.expected_length(v, [[0.5]]),
     "expected_length: acceptance": lambda v: theory.expected_length([-1, 0], v),
     "chain_speed_ups: rates": lambda v: theory.chain_speed_ups(v, COSTS),
-    "acceptance_length: texts": lambda v: prediction.acceptance_length(v, [-1, 0]),
+    "acceptance_length: texts": lambda v: prediction.acceptance_length(v, Chain(1)),
     "search: layers": lambda v: next(skip_search.search(lambda s: s, v, 1, 2)),
 }
 

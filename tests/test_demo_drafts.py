@@ -5,7 +5,7 @@ import torch
 
 import specdec
 from specdec import Sampling
-from specdec.drafters import MedusaDrafter, check
+from specdec.drafters import DSparkDrafter, Eagle3Drafter, MedusaDrafter, check
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)
@@ -40,3 +40,10 @@ def test_a_bundled_draft_changes_no_greedy_text(draft):
     out = specdec.generate(PAIR.target, PROMPTS[::4], drafter, max_new_tokens=24)
     alone = specdec.generate(PAIR.target, PROMPTS[::4], max_new_tokens=24)
     assert [t.tolist() for t in out.tokens] == [t.tolist() for t in alone.tokens]
+
+
+def test_a_draft_of_another_kind_is_told():
+    with pytest.raises(ValueError, match=r"Qwen3DSparkModel; use DSparkDrafter\.from_pretrained"):
+        Eagle3Drafter.from_pretrained(specdec.demo.FOLDER / "dspark", PAIR.target)
+    with pytest.raises(ValueError, match="Eagle3"):
+        DSparkDrafter.from_pretrained(specdec.demo.FOLDER / "eagle3", PAIR.target)

@@ -246,7 +246,7 @@ def test_training_that_is_killed_is_taken_up_again_and_serves_what_it_expects(tm
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with subprocess.Popen(command(killed), cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
-        while not (killed / "checkpoint.pt").exists() and first.poll() is None:
+        while not (killed / "training.pt").exists() and first.poll() is None:
             time.sleep(0.01)
         first.kill()
     said, found = finish(killed)

@@ -105,7 +105,9 @@ class Csv:
 
 @dataclass(frozen=True)
 class Nothing:
-    """Nothing is kept."""
+    """Nothing is kept, wherever other logs would keep it."""
+
+    path: str | None = None
 
     def write(self, result: dict[str, Any]) -> str:
         """Returns that."""

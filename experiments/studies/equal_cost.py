@@ -77,7 +77,7 @@ def best_tree(name: str, folder: Path) -> Widths:
     each = made(Chain(1))
     deepest = each.net.depth if isinstance(each, BlockDrafter) else 4
     trees = [Widths(widths) for widths in TREES if len(widths) <= deepest]
-    return max(trees, key=lambda tree: acceptance_length(found, tree.parents, law=tree.law))
+    return max(trees, key=lambda tree: acceptance_length(found, tree))
 
 
 @contextmanager

@@ -123,6 +123,10 @@ class DSparkDrafter(DFlashDrafter):
         if kind not in ("vanilla", "gated"):
             raise ValueError(f"a Markov head of type {kind} cannot be read; vanilla and gated ones can.")
         first, sure = (tensors.get(f"{name}.weight") for name in ("markov_head.markov_w1", "confidence_head.proj"))
+        if first is not None and len(first) != file.vocab:
+            raise ValueError(
+                f"it knows {len(first)} tokens, the target {file.vocab}; use a draft made for this target."
+            )
         rank = 0 if first is None else first.shape[1]
         of_tokens = sure is not None and sure.shape[1] > file.arguments["state_size"]
         heads = {

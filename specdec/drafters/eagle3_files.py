@@ -104,6 +104,10 @@ def _check_draft(keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None
     kind = keys.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
         raise ValueError(f"speculators_model_type is {kind!r}; read it with the drafter of that kind.")
+    block = [name for name in keys.get("architectures") or () if "DSpark" in name or "DFlash" in name]
+    if block:
+        name = "DSparkDrafter" if "DSpark" in block[0] else "DFlashDrafter"
+        raise ValueError(f"it is of architecture {block[0]}; use {name}.from_pretrained.")
     family = keys.get("transformer_layer_config", keys).get("model_type", "llama")
     if "gemma" in family:  # norms by 1 + weight, embeddings times a scale
         raise ValueError(f"model_type is {family!r}; drafts with layers of Llama or Qwen3 are read, and no others.")

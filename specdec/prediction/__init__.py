@@ -11,7 +11,9 @@ gives the chance b that a step begins at each place. These chances add up to the
 of steps.
 
 >>> found = texts(target, partial(ModelDrafter, draft), prompt, sampling=Sampling(1.0))
->>> acceptance_length(found, [-1, 0, 0, 1], TraversalVerification())  # of a tree that nobody ran
+>>> acceptance_length(found, Widths([3, 2]), TraversalVerification())  # of a tree that nobody ran
+
+With a network on the target's states: `texts(target, partial(specdec.demo.eagle3, target), prompt)`.
 
 The s_i follow the text's next tokens down the tree. What the rules here do at a node depends only on which children failed, and
 the law owed to a later child does not depend on their tokens. So let a node be entered, with the target's law p after it, and

@@ -17,7 +17,7 @@ from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVe
 from specdec.rules.residual import residual
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, RowTree, Topology
-from specdec.trees import Static
+from specdec.trees import Static, Widths
 from specdec.trees.draw import draw
 
 # for each rule, whether it enters a child only after accepting it
@@ -44,15 +44,16 @@ class Text:
     draft: Tensor
     sampling: Sampling
 
-    def starts(self, parents: Sequence[int], rule: Rule, law: Law = Law.SAMPLED_THEN_TOP) -> np.ndarray:
+    def starts(self, tree: Static | Widths, rule: Rule) -> np.ndarray:
         """[place]: the chance, given the text, that a step begins there in a run that drafts such trees.
 
         Args:
-            parents: of the trees' nodes, as for `specdec.trees.Static`.
+            tree: trees of one shape; siblings are drawn WITHOUT_REPLACEMENT in chains only.
             rule: sibling rejection, block or traversal verification.
-            law: how siblings are drawn; WITHOUT_REPLACEMENT for chains only.
         """
-        self._check(parents, rule, law)
+        check_kind("tree", tree, (Static, Widths), "give a tree of one shape: Static, Widths or Chain")
+        parents, law = tree.parents, tree.law
+        self._check(tree, rule)
         children = [[child for child, parent in enumerate(parents) if parent == node] for node in range(len(parents))]
         forest = cache(partial(self._forest, law))
         laws, accepting = self.target.double().numpy(force=True), _ACCEPTING[type(rule)]
@@ -78,23 +79,23 @@ class Text:
             begins[start + 1 : start + 1 + len(survival)] -= begins[start] * np.diff([*survival, 0])
         return begins[:places]
 
-    def _check(self, parents: Sequence[int], rule: Rule, law: Law) -> None:
+    def _check(self, tree: Static | Widths, rule: Rule) -> None:
         """Raise `NotForetold` unless the steps of such a run follow from what is known of this text."""
         check_kind("rule", rule, Rule)
-        spec = Static(parents, law).spec(self.sampling)
+        spec = tree.spec(self.sampling)
         if type(rule) not in _ACCEPTING:
             names = ", ".join(known.__name__ for known in _ACCEPTING)
             raise NotForetold(f"{type(rule).__name__}: acceptance can be predicted for {names} only; run it instead.")
         if spec.width > 1 and any(excludes_elders(each) for each in spec.laws):
             raise NotForetold(
-                f"law={law.name}: the law owed after a child failed depends on its token, which is not in the text; "
+                f"law={tree.law.name}: the law owed after a child failed depends on its token, which is not in the text; "
                 "use SAMPLED_THEN_TOP, IID or POINT, or run it."
             )
         rule.check(spec)
         if self.draft.dim() == 3 and spec.depth > len(self.draft):
             raise NotForetold(
-                f"parents={parents}: the tree is {spec.depth} deep, and the draft's laws are known to depth "
-                f"{len(self.draft)}; use a tree no deeper, or texts(..., depth={spec.depth})."
+                f"{tree} is {spec.depth} deep, and the draft's laws are known to depth {len(self.draft)}; use a tree no "
+                f"deeper, or, if it is no block that ends there, texts(..., depth={spec.depth})."
             )
 
     def _entered(
@@ -126,13 +127,11 @@ class Text:
         return DraftTree(tokens, topology, laws, drawn.draft_probs).row(0)
 
 
-def acceptance_length(
-    texts: Sequence[Text], parents: Sequence[int], rule: Rule = SiblingRejection(), law: Law = Law.SAMPLED_THEN_TOP
-) -> float:
+def acceptance_length(texts: Sequence[Text], tree: Static | Widths, rule: Rule = SiblingRejection()) -> float:
     """Tokens per expected step, as in `Trace.summary`; arguments as for `Text.starts`."""
     texts = as_tuple("texts", texts, "texts, as from specdec.prediction.texts")
     if not texts:
         raise ValueError("texts=[]: must be at least one.")
     for i, text in enumerate(texts):
         check_kind(f"texts[{i}]", text, Text)
-    return sum(len(text.tokens) for text in texts) / sum(text.starts(parents, rule, law).sum() for text in texts)
+    return sum(len(text.tokens) for text in texts) / sum(text.starts(tree, rule).sum() for text in texts)
