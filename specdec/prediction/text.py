@@ -134,4 +134,4 @@ def acceptance_length(texts: Sequence[Text], tree: Static | Widths, rule: Rule =
         raise ValueError("texts=[]: must be at least one.")
     for i, text in enumerate(texts):
         check_kind(f"texts[{i}]", text, Text)
-    return sum(len(text.tokens) for text in texts) / sum(text.starts(tree, rule).sum() for text in texts)
+    return sum(len(text.tokens) for text in texts) / sum(float(text.starts(tree, rule).sum()) for text in texts)
