@@ -50,9 +50,10 @@ PROMPTS = [torch.tensor(PAIR.tokenizer(prompt.text)["input_ids"]) for prompt in 
 SAMPLINGS = {"greedy": Sampling(), "T = 1": Sampling(1.0)}
 TREES = [(4, 2, 1), (3, 2, 1, 1), (2, 2, 1, 1), (4, 1, 1, 1), (6, 2), (3, 3)]
 NAMES = {"eagle3": "EAGLE-3", "dspark": "DSpark", "dflash": "DFlash", "eagle": "EAGLE-1 (as an MTP layer)", "medusa": "Medusa",
-         "model": "small model", "bundled": "Medusa, bundled"}  # fmt: skip
+         "model": "small model", "bundled": "Medusa, bundled", "draft": "small model, bundled"}  # fmt: skip
 KINDS = {"eagle3": Eagle3Drafter, "dspark": DSparkDrafter, "dflash": DFlashDrafter, "eagle": EagleDrafter,
          "medusa": MedusaDrafter}  # fmt: skip
+BUNDLED = ("bundled", "draft")  # trained before: see specdec/demo/CARD.md
 TOKENS, PLACES = 64, (16, 32, 48, 64)
 
 
@@ -62,6 +63,8 @@ def drafter(name: str, folder: Path, tree: TreePolicy) -> Drafter:
         return ModelDrafter(AutoModelForCausalLM.from_pretrained(folder / "model" / "kl_0").eval(), tree)
     if name == "bundled":
         return MedusaDrafter(PAIR.heads, tree)
+    if name == "draft":
+        return ModelDrafter(PAIR.draft, tree)
     return KINDS[name].from_pretrained(folder / name / "net", PAIR.target, tree)
 
 
@@ -135,7 +138,7 @@ def decoded(each: Drafter, sampling: Sampling, prompts: list[Tensor]) -> dict[st
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    names = [name for name in NAMES if name == "bundled" or (folder / name).exists()]
+    names = [name for name in NAMES if name in BUNDLED or (folder / name).exists()]
     found: dict[str, Any] = {}
     for name in tqdm(names):
         trees = {"chain of 4": Chain(4), "tree": best_tree(name, folder)}
@@ -159,7 +162,7 @@ def main(folder: Path) -> None:
 
 def trained(name: str, folder: Path) -> dict[str, Any] | None:
     """What training took, and what it foretold."""
-    if name == "bundled":
+    if name in BUNDLED:
         return None
     result = json.loads((folder / name / "result.json").read_text())
     if name == "model":
@@ -196,7 +199,7 @@ def page(found: dict[str, Any], speeds: dict[str, Any]) -> str:
     tables = [lengths, rates, places, foretold, faster]
     about = (
         "# Drafters of equal cost\n\nEach was trained on the same text of the demo target's own making with the same floating "
-        f"point operations (the bundled heads: before, on fewer texts), and drafts for {len(PROMPTS)} prompts that nothing was "
+        f"point operations (what is bundled: before, see the demo pair's card), and drafts for {len(PROMPTS)} prompts that nothing was "
         f"trained on, {TOKENS} tokens each. Intervals are over prompts. The trees are those of at most 22 nodes, of "
         f"{len(TREES)} tried, that the laws foretell most of at temperature 1. How: `experiments/studies/equal_cost.py`."
     )
