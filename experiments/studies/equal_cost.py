@@ -200,8 +200,8 @@ def page(found: dict[str, Any], speeds: dict[str, Any]) -> str:
     about = (
         "# Drafters of equal cost\n\nEach was trained on the same text of the demo target's own making with the same floating "
         f"point operations (what is bundled: before, see the demo pair's card). It drafts for {len(PROMPTS)} prompts that "
-        f"nothing was trained on, {TOKENS} tokens each. Intervals are over prompts. The trees are those of at most 22 nodes, of "
-        f"{len(TREES)} tried, that the laws foretell most of at temperature 1. How: `experiments/studies/equal_cost.py`."
+        f"nothing was trained on, {TOKENS} tokens each. Intervals are over prompts. The trees are those of at most 22 nodes of "
+        f"{len(TREES)} tried that the laws foretell most of at temperature 1. How: `experiments/studies/equal_cost.py`."
     )
     return "\n\n".join([about, *map(markdown, tables)]) + "\n"
 
