@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,6 +21,7 @@ from specdec.models.cache import Source, TreeCache
 from specdec.models.cached_model import CachedModel
 from specdec.models.layer_shapes import LayerShape
 from specdec.models.probe import layout_of
+from specdec.models.recurrent import RecurrentLayer
 from specdec.testing import Tape
 from specdec.trees import Chain, Widths
 
@@ -139,21 +141,96 @@ def test_threads_that_run_one_model_get_the_texts_that_they_would_get_alone():
     assert state(model) == left
 
 
-def test_a_pass_that_fails_half_way_leaves_no_layer_waiting():
-    model = HYBRIDS["qwen3_5"]()
+def once(counter, number, error):
+    """A hook that raises the error when it is called for the `number`-th time."""
+
+    def hook(*_):
+        counter.append(None)
+        if len(counter) == number:
+            raise error
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("planted"), KeyboardInterrupt("planted")], ids=lambda e: type(e).__name__
+)
+@pytest.mark.parametrize("part", ["x_proj", "convolve", "recur"])
+def test_a_pass_that_fails_within_a_recurrent_layer_leaves_no_layer_waiting(part, error, monkeypatch):
+    """x_proj is computed between the convolution and the recurrence; the others fail inside of these."""
+    model, calls = HYBRIDS["mamba"](), []
     target, plain = specdec.ModelTarget(model), reference(model, PROMPTS[2])
-    norm = model.model.layers[0].linear_attn.norm
+    expected = texts(specdec.generate(target, PROMPTS, **OPTIONS))
+    with monkeypatch.context() as patch:
+        if part == "x_proj":
+            handle = model.backbone.layers[1].mixer.x_proj.register_forward_hook(once(calls, 3, error))
+        else:
+            handle = None
+            whole, fail = getattr(RecurrentLayer, part), once(calls, 3, error)
+            patch.setattr(RecurrentLayer, part, lambda *args, **kw: fail() or whole(*args, **kw))
+        with pytest.raises(type(error), match="planted"):
+            specdec.generate(target, PROMPTS, **OPTIONS)
+        assert len(calls) == 3
+        if handle:
+            handle.remove()
+    assert torch.equal(reference(model, PROMPTS[2]), plain)
+    assert texts(specdec.generate(target, PROMPTS, **OPTIONS)) == expected
 
-    def fail(*_):
-        raise RuntimeError("planted")
 
-    for part in (norm, model.model.layers[0].linear_attn.conv1d):
-        handle = part.register_forward_pre_hook(fail)
-        if part is norm:
-            with pytest.raises(RuntimeError, match="planted"):
-                specdec.generate(target, PROMPTS, **OPTIONS)
-        handle.remove()
-        assert torch.equal(reference(model, PROMPTS[2]), plain)
+FUNCTIONS = {  # of modelling modules
+    "qwen3_5": ["causal_conv1d_fn", "torch_chunk_gated_delta_rule"],
+    "mamba2": ["causal_conv1d_fn", "mamba2_chunk_scan"],
+    "lfm2": ["causal_conv1d_fn"],
+}
+
+
+@pytest.mark.parametrize(("name", "function"), [(name, each) for name in FUNCTIONS for each in FUNCTIONS[name]])
+def test_functions_that_others_wrap_around_a_run_and_take_away_again_change_no_text(name, function, monkeypatch):
+    model = HYBRIDS[name]()
+    module, calls = sys.modules[type(model).__module__], []
+    expected = [reference(model, prompt, max_new_tokens=10, eos_token_id=None).tolist() for prompt in PROMPTS]
+    found = getattr(module, function)
+    plain = getattr(found, "__wrapped__", found)  # as the module has it where nobody has served
+    monkeypatch.setattr(module, function, plain)
+    for inner in (plain, found):  # a profiler comes before us or after us
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, lambda *args, _inner=inner, **kw: calls.append(None) or _inner(*args, **kw))
+            assert texts(specdec.generate(model, PROMPTS, **OPTIONS)) == expected
+        assert texts(specdec.generate(model, PROMPTS, **OPTIONS)) == expected
+    assert calls
+
+
+@pytest.mark.parametrize(("name", "function"), [(name, each) for name in FUNCTIONS for each in FUNCTIONS[name]])
+def test_a_function_that_is_replaced_in_the_midst_of_a_run_ends_it_with_an_error(name, function, monkeypatch):
+    model, calls = HYBRIDS[name](), []
+    target = specdec.ModelTarget(model)
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, function, served := getattr(module, function))
+
+    def rebind(*_):
+        calls.append(None)
+        if len(calls) == 4:
+            setattr(module, function, served.__wrapped__)
+
+    handle = model.get_input_embeddings().register_forward_hook(rebind)
+    with pytest.raises(RuntimeError, match="function of the modelling module replaced during the run"):
+        specdec.generate(target, PROMPTS, **OPTIONS)
+    handle.remove()
+    expected = [reference(model, prompt, max_new_tokens=10, eos_token_id=None).tolist() for prompt in PROMPTS]
+    assert texts(specdec.generate(target, PROMPTS, **OPTIONS)) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba", "lfm2"])
+def test_a_hook_may_run_another_model_of_the_class_within_a_pass(name):
+    model = HYBRIDS[name]()
+    other = disturbed(model)
+    expected = [reference(model, prompt, max_new_tokens=10, eos_token_id=None).tolist() for prompt in PROMPTS]
+    heard = other(torch.tensor([[1, 2, 3]])).logits
+    found = []
+    layer = next(part for each, part in model.named_modules() if each.endswith("layers.1"))
+    layer.register_forward_hook(lambda *_: found.append(other(torch.tensor([[1, 2, 3]])).logits))
+    assert texts(specdec.generate(model, PROMPTS, **OPTIONS)) == expected
+    assert found and all(torch.equal(each, heard) for each in found)
 
 
 def test_a_copied_cache_goes_on_by_itself():

@@ -14,7 +14,6 @@ from specdec.models.attention import View
 from specdec.models.layer_shapes import LayerShape, Numbers, RecurrentShape, Slab
 from specdec.models.recurrences import Recurrence
 from specdec.models.recurrent import RecurrentLayer
-from specdec.models.served_functions import here
 
 
 class RecordingCache(Cache):
@@ -66,6 +65,9 @@ class RecordingLayer(CacheLayerMixin):
 class RecordingRecurrentLayer(RecurrentLayer):
     """A layer that takes its shape from the pass that it is first in. Used once per model, to learn the shapes."""
 
+    may_wait = True  # which functions there are is not known yet
+    recurs: Any = True
+
     def __init__(self, cache: Any):
         LinearAttentionCacheLayerMixin.__init__(self)
         self.record_past, self._owner = True, ref(cache)
@@ -82,9 +84,7 @@ class RecordingRecurrentLayer(RecurrentLayer):
         batch, _, nodes = hidden_states.shape
         number = Numbers(tuple(hidden_states.shape[1:2]), hidden_states.dtype, hidden_states.device)
         self._allocate(RecurrentShape(weight.shape[1], number), batch, nodes)
-        out = super().convolve(original, hidden_states, weight, *args, **kw)
-        here.layer = self  # a recurrence may follow
-        return out
+        return super().convolve(original, hidden_states, weight, *args, **kw)
 
     def recur(self, original: Callable[..., Any], call: Recurrence) -> tuple[Tensor, Tensor]:
         known, (batch, nodes) = self.shape, next(iter(call.kept.values())).shape[:2]
