@@ -166,6 +166,8 @@ class CachedModel:
         known = draft.states_known([*rows]) if draft is not None and listen else batch.host_lengths
         goals = {row: batch.host_lengths[row] - 1 for row in rows}
         most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
+        for row in rows:
+            self.cache.prompts[row] = batch.prompts[row]
         waiting = list(rows)
         while waiting:
             sources = self._sources(batch, waiting, most, earlier)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
@@ -28,7 +29,7 @@ class RecordingCache(Cache):
 
     def __init__(self, kinds: Sequence[Any], view: View):
         super().__init__(layers=[_recording(kind, self) for kind in kinds])
-        self.view = view
+        self.view, self.in_prompt = view, torch.zeros_like(view.positions, dtype=torch.bool)
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         return self.view

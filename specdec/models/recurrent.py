@@ -59,9 +59,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         self.fixed = {name: each.zeros() for name, each in shape.fixed.items()}
 
     @property
-    def enters(self) -> bool:
-        """Whether the tokens of this pass are of a prompt."""
-        return self._cache.entering is not None
+    def in_prompt(self) -> Tensor:
+        """[rows, node] bool: which tokens of this pass are of a prompt."""
+        return self._cache.in_prompt
 
     @property
     def recurs(self) -> bool:

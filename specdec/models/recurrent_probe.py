@@ -41,6 +41,7 @@ def checks(model: PreTrainedModel, layout: Sequence[LayerShape], rows: Callable[
     even, ours = ~odd, _Ours(model, layout, rows(1))
     text = rows(*_LONG).where(even[:, None], rows(*_SHORT, *_LONG[len(_SHORT) :]))
     length = torch.where(even, len(_LONG), len(_SHORT))
+    ours.cache.prompts.copy_(length)
     for start, size in zip((0, *accumulate(_PIECES)), _PIECES, strict=False):
         ours.enter(text[:, start : start + size], (length - start).clamp(0, size))
     tree = Topology(torch.tensor([[-1, 0, 0]] * len(odd), device=odd.device), depth=1, width=2)

@@ -75,7 +75,7 @@ class _Served:
         if layer is None:
             out = self._found(*args, **kwargs)
         else:
-            out = layer.recur(self._found, self._kind(*args, prompt=layer.enters, **kwargs))
+            out = layer.recur(self._found, self._kind(*args, in_prompt=layer.in_prompt, **kwargs))
         here.convolved = False
         return out
 
