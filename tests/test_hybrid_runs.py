@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from hybrid_models import HYBRIDS, disturbed
+from peft import LoraConfig, get_peft_model
 from test_graphs import reads_of
 from test_hybrids import ONE_OF_EACH
 from test_threads import Gate
@@ -231,6 +232,23 @@ def test_a_hook_may_run_another_model_of_the_class_within_a_pass(name):
     layer.register_forward_hook(lambda *_: found.append(other(torch.tensor([[1, 2, 3]])).logits))
     assert texts(specdec.generate(model, PROMPTS, **OPTIONS)) == expected
     assert found and all(torch.equal(each, heard) for each in found)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks transformers for it
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # a second adapter
+@pytest.mark.parametrize("names", [["two"], ["one", "two", "__base__"]], ids="-".join)
+@pytest.mark.parametrize("name", ["mamba2", "lfm2"])
+def test_each_row_may_have_its_own_adapter_and_there_may_be_one_row(name, names):
+    options = LoraConfig(r=4, target_modules=["in_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(HYBRIDS[name](), options, adapter_name="one")
+    model.add_adapter("two", options)
+    model.eval()
+    tokens = torch.arange(1, 31).reshape(3, 10)[: len(names)]
+    call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 10}
+    found = model.generate(**call, adapter_names=names, custom_generate=specdec.custom_generate(NgramDrafter()))
+    assert torch.equal(found, expected := model.generate(**call, adapter_names=names))
+    assert not torch.equal(expected, model.generate(**call))
 
 
 def test_a_copied_cache_goes_on_by_itself():
