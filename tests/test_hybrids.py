@@ -128,11 +128,13 @@ def test_a_hybrid_draft_catches_up_after_steps_in_which_it_did_not_draft():
     assert_text_of_transformers(model, drafter, [*PROMPTS, prompt], tokens=30)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrid_drafts_for_itself_without_some_of_its_layers(name):
     model = HYBRIDS[name]()
+    left = state(model)
     assert_text_of_transformers(model, LayerSkipDrafter(exit_layer=1, tree=Widths([2, 1])))
     assert_text_of_transformers(model, LayerSkipDrafter(skip=[0], tree=Chain(2)))
+    assert state(model) == left
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
