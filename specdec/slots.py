@@ -97,8 +97,9 @@ class Slots:
                 self.held[row] = -1 if row in self._partial else text.index
 
     def _readable(self, text: Text) -> int:
-        """How much of a text can be begun now: what some row has read already, and a chunk more."""
-        shared = max(common_length(other, text.tokens) for other in self.runs.batch.texts)
+        """How much of a text can be begun now: what can be copied from some row, and a chunk more."""
+        reaches, others = self.runs.target.reaches, self.runs.batch.texts
+        shared = max(reaches(len(other), common_length(other, text.tokens)) for other in others)
         return min(shared + _CHUNK, len(text.tokens))
 
     def _move(self, going: Sequence[int]) -> None:

@@ -88,7 +88,7 @@ REFUSED = installed({
                       attention_hidden_size=64, attention_head_dim=16,
                       mamba_d_state=8, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1,
                       layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]),
-              "a forward pass over our cache fails with NotImplementedError: mamba_selective_scan is called again"),
+              "a forward pass over our cache fails with RuntimeError: mamba_selective_scan is called again"),
     "inkling2": (partial(hybrid, "Inkling2", **SIZES, unpadded_vocab_size=50, swa_num_attention_heads=4,
                          swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=16, d_rel=4, rel_extent=16,
                          layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"], n_routed_experts=4,

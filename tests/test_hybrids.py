@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from hybrid_models import CONVOLUTION, GATED_DELTA, HYBRIDS, REFUSED, SCAN, STATE_SPACE, disturbed
+from test_medusa import heads
 from test_models import WRONG, Walk
 from tiny_models import PROMPTS, llama, reference, state
-from transformers import DynamicCache
 
 import specdec
-from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
+from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.models import recurrences
 from specdec.models.attention import View
-from specdec.models.cache import TreeCache, cache_argument
+from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
 from specdec.models.probe import UnsupportedModel
 from specdec.models.recurrent import RecurrentLayer
@@ -74,34 +74,43 @@ def test_in_bfloat16_trees_are_as_near_to_their_paths_as_rounding_lets_them_be(n
         assert max(Walk(model, steps=2).differences()) < 0.15
 
 
-@torch.inference_mode()
-def read_token_by_token(model, prompt, tokens):
-    """The greedy tokens behind a prompt, of which all but the last token are read at once."""
-    cache, text = DynamicCache(config=model.config), prompt.tolist()
-    read = {"use_cache": True, cache_argument(model): cache}
-    if len(prompt) > 1:
-        model(prompt[None, :-1], position_ids=torch.arange(len(prompt) - 1)[None], **read)
-    for _ in range(tokens):
-        place = torch.tensor([[len(text) - 1]])
-        text.append(int(model(torch.tensor([text[-1:]]), position_ids=place, **read).logits[0, -1].argmax()))
-    return text[len(prompt) :]
-
-
-@pytest.mark.parametrize("name", ["nemotron_h", "zamba2"])
-def test_where_prompts_bound_the_step_and_single_tokens_do_not_nodes_are_as_single_tokens(name):
-    model, free = HYBRIDS[name](), HYBRIDS[name]()
+def with_bound(model):
+    """The model with a bound on the step of its recurrence that matters everywhere."""
     for part in model.modules():
         if hasattr(part, "time_step_limit"):
-            part.time_step_limit = (30.0, torch.inf)
-    prompts = PROMPTS[:1] + PROMPTS[2:]  # a prompt of one token alone is read by the other function there, and not here
+            part.time_step_limit = 30.0, torch.inf
+    return model
+
+
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_a_step_that_is_bounded_in_prompts_alone_is_bounded_there_and_nowhere_else(name):
+    model, free = with_bound(HYBRIDS[name]()), HYBRIDS[name]()
     with torch.inference_mode():
-        bounded, unbounded = (each(prompts[1][None]).logits for each in (model, free))
+        bounded, unbounded = (each(PROMPTS[2][None]).logits for each in (model, free))
         assert (bounded - unbounded).abs().max() > WRONG * bounded.abs().max()
-    drafter = ModelDrafter(disturbed(model), Widths([2, 1]))
-    found = specdec.generate(model, prompts, drafter, max_new_tokens=TOKENS, stop_tokens=()).tokens
-    expected = [read_token_by_token(model, prompt, TOKENS) for prompt in prompts]
+    assert_text_of_transformers(model, ModelDrafter(disturbed(model), Widths([2, 1])))
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "mamba2"])
+def test_tokens_that_were_written_have_no_bound_where_they_are_read_again(name, monkeypatch):
+    """Where a drafter hears the target's states, a smaller batch reads its texts again."""
+    model = with_bound(HYBRIDS[name]())
+    read, forward = [], CachedModel.forward
+
+    def noting(run, *args, entering=None, **kwargs):
+        read.append(0 if entering is None else int(entering.sum()))
+        return forward(run, *args, entering=entering, **kwargs)
+
+    monkeypatch.setattr(CachedModel, "forward", noting)
+    drafter = MedusaDrafter(heads(dtype=torch.float32), Widths([2, 1]))
+    budgets = [4, 30, 5, 30]
+    found = specdec.generate(model, PROMPTS, drafter, max_new_tokens=budgets, stop_tokens=(), batch_size=4).tokens
+    expected = [
+        reference(model, prompt, max_new_tokens=budget, eos_token_id=None).tolist()
+        for prompt, budget in zip(PROMPTS, budgets, strict=True)
+    ]
     assert [text.tolist() for text in found] == expected
-    assert expected != [read_token_by_token(free, prompt, TOKENS) for prompt in prompts]
+    assert sum(read) > sum(len(prompt) for prompt in PROMPTS), "some were read again"
 
 
 def test_a_hybrid_drafts_for_another_model_and_another_model_for_it():
@@ -119,11 +128,13 @@ def test_a_hybrid_draft_catches_up_after_steps_in_which_it_did_not_draft():
     assert_text_of_transformers(model, drafter, [*PROMPTS, prompt], tokens=30)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrid_drafts_for_itself_without_some_of_its_layers(name):
     model = HYBRIDS[name]()
+    left = state(model)
     assert_text_of_transformers(model, LayerSkipDrafter(exit_layer=1, tree=Widths([2, 1])))
     assert_text_of_transformers(model, LayerSkipDrafter(skip=[0], tree=Chain(2)))
+    assert state(model) == left
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -8,6 +8,7 @@ tokens are scratch, which verification overwrites; those of the text so far are 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence, Set
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +18,8 @@ from specdec.checks import as_int, as_ints
 from specdec.drafters.base import DraftRun
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.models.cached_model import CachedModel
-from specdec.models.routing import passing_through
+from specdec.models.probe import run_alone
+from specdec.models.routing import learn_outputs, passing_through
 from specdec.models.states import decoder_layers
 from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.trees.base import Frontier, TreePolicy
@@ -62,6 +64,7 @@ class LayerSkipDrafter(TreeDrafter):
             raise ValueError(
                 f"Later layers use the keys and values of layers {needed}, which therefore cannot be skipped."
             )
+        learn_outputs(layers, partial(run_alone, model))
         return LayerSkipRun(self, batch, target.cached, [layers[i] for i in sorted(skipped)], last).begun(last)
 
 

@@ -133,6 +133,7 @@ class TreeCache(Cache):
     def __init__(self, layout: Sequence[LayerShape], batch: int, capacity: int, device: torch.device, nodes: int = 0):
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
+        self.prompts = torch.zeros_like(self.lengths)  # [batch]: how many tokens of each row are its prompt
         self.rows: Tensor | None = None  # [rows] int64: the rows that forward passes run over; None: all
         self.entering: Tensor | None = None  # [rows] int64, in a pass over prompts: how many of its tokens each row has
         self.write_slots = self.lengths
@@ -204,6 +205,11 @@ class TreeCache(Cache):
         starts = self._starts if self.rows is None else self._starts[self.rows]
         self.write_slots = (starts + (view.lengths[:, None] + nodes).clamp(max=self.capacity - 1)).flatten()
         self.view, self.entering = view, entering
+        if self.recurrent:
+            prompts = self.prompts if self.rows is None else self.prompts[self.rows]
+            self.in_prompt = (
+                view.positions < prompts[:, None]
+            )  # [rows, count] bool: which tokens of the pass are of a prompt
 
     def reaches(self, count: int, wanted: int) -> int:
         """How many of the first `wanted` tokens a text can go on from, if `count` are committed in a row.

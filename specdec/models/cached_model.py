@@ -24,7 +24,7 @@ from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.prepared_inputs import takes
 from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
 from specdec.models.routing import Route
-from specdec.models.served_functions import one_pass
+from specdec.models.served_functions import one_pass, serve
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
 
@@ -78,6 +78,7 @@ class CausalLM:
         check_ready(self.model)
         if _home(self.model) != self._home:
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
+        serve(self.model)
         if last is not None and last.lm.kind != self.kind:
             last = None
         made = (rows, capacity, nodes, tuple(states), autocast_dtype(self.device))
@@ -165,6 +166,8 @@ class CachedModel:
         known = draft.states_known([*rows]) if draft is not None and listen else batch.host_lengths
         goals = {row: batch.host_lengths[row] - 1 for row in rows}
         most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
+        for row in rows:
+            self.cache.prompts[row] = batch.prompts[row]
         waiting = list(rows)
         while waiting:
             sources = self._sources(batch, waiting, most, earlier)

@@ -235,6 +235,12 @@ def score_probe_tree(model: PreTrainedModel) -> tuple[Tensor, Layout]:
     return logits, layout
 
 
+def run_alone(model: PreTrainedModel) -> None:
+    """Run the model over a token, with no cache."""
+    with torch.inference_mode():
+        model(input_ids=_rows(model, _PROBE[0]), use_cache=False)
+
+
 def _compare_with_own_attention(model: PreTrainedModel, logits: Tensor) -> None:
     """Compare the tree's logits with those of its paths, under the attention that the model is set to, else under eager."""
     try:

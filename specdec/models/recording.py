@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
@@ -14,7 +15,6 @@ from specdec.models.attention import View
 from specdec.models.layer_shapes import LayerShape, Numbers, RecurrentShape, Slab
 from specdec.models.recurrences import Recurrence
 from specdec.models.recurrent import RecurrentLayer
-from specdec.models.served_functions import here
 
 
 class RecordingCache(Cache):
@@ -29,7 +29,7 @@ class RecordingCache(Cache):
 
     def __init__(self, kinds: Sequence[Any], view: View):
         super().__init__(layers=[_recording(kind, self) for kind in kinds])
-        self.view = view
+        self.view, self.in_prompt = view, torch.zeros_like(view.positions, dtype=torch.bool)
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         return self.view
@@ -66,6 +66,9 @@ class RecordingLayer(CacheLayerMixin):
 class RecordingRecurrentLayer(RecurrentLayer):
     """A layer that takes its shape from the pass that it is first in. Used once per model, to learn the shapes."""
 
+    may_wait = True  # which functions there are is not known yet
+    recurs: Any = True
+
     def __init__(self, cache: Any):
         LinearAttentionCacheLayerMixin.__init__(self)
         self.record_past, self._owner = True, ref(cache)
@@ -82,9 +85,7 @@ class RecordingRecurrentLayer(RecurrentLayer):
         batch, _, nodes = hidden_states.shape
         number = Numbers(tuple(hidden_states.shape[1:2]), hidden_states.dtype, hidden_states.device)
         self._allocate(RecurrentShape(weight.shape[1], number), batch, nodes)
-        out = super().convolve(original, hidden_states, weight, *args, **kw)
-        here.layer = self  # a recurrence may follow
-        return out
+        return super().convolve(original, hidden_states, weight, *args, **kw)
 
     def recur(self, original: Callable[..., Any], call: Recurrence) -> tuple[Tensor, Tensor]:
         known, (batch, nodes) = self.shape, next(iter(call.kept.values())).shape[:2]

@@ -80,8 +80,6 @@ class GatedDelta(Recurrence):
         g: Tensor,  # [batch, node, head] or [batch, node, head, dim]
         beta: Tensor,  # [batch, node, head]
         use_qk_l2norm_in_kernel: bool = False,
-        *,
-        prompt: bool,
         **_: Any,
     ):
         self._given, self._g, self._beta = (query, key, value), g, beta
@@ -115,8 +113,8 @@ class GatedDelta(Recurrence):
 class StateSpace(Recurrence):
     """SSD, the recurrence of Mamba-2.
 
-    Some models bound the step dt from below in prompts and not where they read one token at a time. So do we: tokens of a
-    prompt have the bound, nodes have not.
+    Some models bound the step dt where they read many tokens, as `model.generate` has them read prompts, and not where they
+    read one at a time. So tokens of a prompt have the bound here, in whatever pass they are read, and those written have not.
     """
 
     functions = ("mamba2_chunk_scan",)
@@ -134,12 +132,12 @@ class StateSpace(Recurrence):
         dt_softplus: bool = False,
         dt_limit: tuple[float, float] = (0.0, float("inf")),
         *,
-        prompt: bool,
+        in_prompt: Tensor,  # [batch, node] bool: which tokens are of a prompt
         **_: Any,
     ):
         step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         step = softplus(step) if dt_softplus else step
-        step = step.clamp(*dt_limit) if prompt else step
+        step = step.clamp(*dt_limit).where(in_prompt.to(step.device)[..., None], step)
         self._given, self._skip, self._chunk_size = (hidden_states, step, A, B, C), D, chunk_size
         self.dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         step = step.to(self.dtype)
@@ -184,8 +182,6 @@ class SelectiveScan(Recurrence):
         z: Tensor | None = None,  # [batch, channel, node]
         delta_bias: Tensor | None = None,  # [channel]
         delta_softplus: bool = False,
-        *,
-        prompt: bool,
         **_: Any,
     ):
         step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[:, None]

@@ -21,7 +21,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from specdec.models.layer_shapes import RecurrentShape
 from specdec.models.recurrences import Recurrence
-from specdec.models.served_functions import here
+from specdec.models.served_functions import wait_for
 from specdec.tree import chain
 from specdec_kernels.reference.convolution import convolution, fold_convolution
 
@@ -42,6 +42,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     """
 
     is_sliding = False
+    may_wait = False  # whether its functions may go uncalled in a pass
 
     def __init__(self, cache: TreeCache, shape: RecurrentShape, batch: int, nodes: int):
         LinearAttentionCacheLayerMixin.__init__(self)  # which says that there are no states to be taken
@@ -58,9 +59,14 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         self.fixed = {name: each.zeros() for name, each in shape.fixed.items()}
 
     @property
-    def enters(self) -> bool:
-        """Whether the tokens of this pass are of a prompt."""
-        return self._cache.entering is not None
+    def in_prompt(self) -> Tensor:
+        """[rows, node] bool: which tokens of this pass are of a prompt."""
+        return self._cache.in_prompt
+
+    @property
+    def recurs(self) -> bool:
+        """Whether a recurrence follows the convolution."""
+        return self.shape.kind is not None
 
     @property
     def _cache(self) -> TreeCache:
@@ -75,7 +81,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
         if state_idx:
             raise NotImplementedError("a layer with several convolutions")
-        here.layer = self
+        wait_for(self)
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
@@ -94,8 +100,6 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     ) -> Tensor:
         """[batch, channel, node]: the convolution at the tokens of this pass."""
         cache, past = self._cache, self.shape.size - 1
-        if self.shape.kind is None:
-            here.layer = None
         if cache.entering is not None:
             return self._convolve_prompt(original, hidden_states, weight, bias, activation)
         first = cache.view.first

@@ -35,12 +35,21 @@ def checks(model: PreTrainedModel, layout: Sequence[LayerShape], rows: Callable[
     Args:
         model: the model.
         layout: what its layers keep.
-        rows: gives [row, length] int64: these ids in every row, of which there are two at least.
+        rows: gives [row, length] int64: these ids in every row.
     """
-    odd = torch.arange(len(rows(1)), device=rows(1).device) % 2 > 0  # [row] bool: rows with the short prompt
+    odd = torch.arange(len(rows(1)), device=rows(1).device) % 2 > 0
+    parts = [odd] if len(odd) > 1 else [odd, ~odd]  # a row alone has both prompts, one after the other
+    return [check for part in parts for check in _checks(model, layout, rows, part) if len(check[1])]
+
+
+def _checks(
+    model: PreTrainedModel, layout: Sequence[LayerShape], rows: Callable[..., Tensor], odd: Tensor
+) -> list[Check]:
+    """The checks with the short prompt in the rows `odd` and the long one in the others: [row] bool."""
     even, ours = ~odd, _Ours(model, layout, rows(1))
     text = rows(*_LONG).where(even[:, None], rows(*_SHORT, *_LONG[len(_SHORT) :]))
     length = torch.where(even, len(_LONG), len(_SHORT))
+    ours.cache.prompts.copy_(length)
     for start, size in zip((0, *accumulate(_PIECES)), _PIECES, strict=False):
         ours.enter(text[:, start : start + size], (length - start).clamp(0, size))
     tree = Topology(torch.tensor([[-1, 0, 0]] * len(odd), device=odd.device), depth=1, width=2)

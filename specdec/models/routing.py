@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,6 +86,9 @@ setattr(PreTrainedConfig, _STORED, property(_implementation, _store))
 
 _lock = threading.Lock()  # guards `_watched`
 _watched: dict[nn.Module, _Watched] = {}  # layers that some thread leaves out
+_lengths: WeakKeyDictionary[nn.Module, int] = (
+    WeakKeyDictionary()
+)  # of the tuples that layers return; 0 for a tensor alone
 
 
 @dataclass
@@ -96,9 +100,29 @@ class _Watched:
     users: int = 0  # how many `passing_through` contexts leave it out
 
 
+def learn_outputs(layers: Iterable[nn.Module], run: Callable[[], object]) -> None:
+    """Have `passing_through` hand on a tuple where a layer does, with None for what is beside the states there.
+
+    Args:
+        run: runs the layers; it is called at most once.
+    """
+    if all(layer in _lengths for layer in layers):
+        return
+    handles = [layer.register_forward_hook(_note_output) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_output(layer: nn.Module, _: Any, output: Any) -> None:
+    _lengths[layer] = len(output) if isinstance(output, tuple) else 0
+
+
 @contextlib.contextmanager
 def passing_through(layers: Collection[nn.Module]) -> Iterator[None]:
-    """Inside, in this thread, these layers hand their input on unchanged."""
+    """Inside, in this thread, these layers hand their input on unchanged. See `learn_outputs` for layers that return tuples."""
     found = _here.left_out
     for layer in layers:
         _watch(layer)
@@ -136,10 +160,12 @@ def _unwatch(layer: nn.Module) -> None:
 
 
 def _asking(layer: nn.Module, found: Callable[..., Any] | None) -> Callable[..., Any]:
-    run, key = layer.forward, id(layer)
+    run, key, length = layer.forward, id(layer), _lengths.get(layer, 0)
 
     def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states if key in _here.left_out else run(hidden_states, *args, **kwargs)
+        if key not in _here.left_out:
+            return run(hidden_states, *args, **kwargs)
+        return (hidden_states, *[None] * (length - 1)) if length else hidden_states
 
     forward.__wrapped__ = found  # type: ignore[attr-defined] - `fingerprint` looks through it
     return forward

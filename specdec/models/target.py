@@ -92,6 +92,10 @@ class TargetRun(ABC):
         for all rows when a drafter is begun anew.
         """
 
+    def reaches(self, count: int, wanted: int) -> int:
+        """How many of the first `wanted` tokens a text need not read if they are those of a row that has read `count`."""
+        return min(count, wanted)
+
     @abstractmethod
     def score(self, tree: DraftTree) -> Scores:
         """The logits after the path to each node, and the states there if the drafter asks for some."""
@@ -155,6 +159,9 @@ class ModelTargetRun(TargetRun):
         for row in rows:
             check_text(self.cached.lm.model, self.batch.text(row).tolist())
         self.cached.enter(self.batch, rows, draft)
+
+    def reaches(self, count: int, wanted: int) -> int:
+        return self.cached.cache.reaches(count, wanted)
 
     def score(self, tree: DraftTree) -> Scores:
         logits = self.cached.forward(tree.tokens, tree.topology, self.batch.longest - 1)

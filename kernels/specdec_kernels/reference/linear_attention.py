@@ -81,5 +81,10 @@ def scores(query: Tensor, key: Tensor, total: Tensor, ancestors: Tensor) -> Tens
     if total.shape[3] == 1:
         gap = total[:, :, -count:] - total.transpose(2, 3)
         return (query @ key.transpose(2, 3)) * gap.masked_fill(~seen, -torch.inf).exp()
-    gap = total[:, :, -count:, None] - total[:, :, None]  # [batch, head, node, all, dim]
-    return torch.einsum("bhid,bhjd,bhijd->bhij", query, key, gap.masked_fill(~seen[..., None], -torch.inf).exp())
+    # Node by node: all gaps at once would take as much memory as `count` times all keys.
+    found = []
+    for node in range(count):
+        gap = total[:, :, node - count, None] - total  # [batch, head, all, dim]
+        weight = gap.masked_fill(~seen[:, :, node, :, None], -torch.inf).exp()
+        found.append((weight * key) @ query[:, :, node, :, None])
+    return torch.cat(found, 3).transpose(2, 3)
