@@ -126,7 +126,7 @@ def test_folders_import_each_other_in_no_circle():
 def test_all_that_the_readme_and_the_pages_name_is_there_after_the_import():
     pages = [ROOT / "README.md", *({*ROOT.glob("notebooks/*.md")} - {ROOT / "notebooks" / "api.md"})]
     text = "".join(page.read_text("utf-8") for page in pages)
-    names = sorted(set(re.findall(r"\bspecdec(?!\.adapters)(?:\.[a-zA-Z_]+)+(?=[^\w/])", text)))
+    names = sorted(set(re.findall(r"\bspecdec(?!\.adapters|\.training)(?:\.[a-zA-Z_]+)+(?=[^\w/])", text)))
     assert {"specdec.prediction", "specdec.theory"} <= {*names}
     fresh_python(f"import specdec; {'; '.join(names)}")
 

@@ -11,7 +11,7 @@ from tiny_models import PROMPTS, llama
 
 import specdec
 from specdec import Sampling
-from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter
+from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter, TargetParts
 from specdec.testing import Tape
 from specdec.trees import Chain, Widths
 
@@ -43,7 +43,8 @@ def train(target, draft, heads):
     """One step of each: large, so that texts and drafts change."""
     text = torch.cat(PROMPTS)[None]
     states = target(text, output_hidden_states=True, labels=text)
-    guessed = heads(states.hidden_states[-1][0].detach(), target.lm_head).flatten(0, 1)
+    hidden, parts = states.hidden_states[-1][0].detach(), TargetParts.of(target, heads)
+    guessed = heads.block(None, hidden, None, heads.depth, parts).logits.flatten(0, 1)
     losses = states.loss, draft(text, labels=text).loss, guessed.logsumexp(-1).mean() - guessed[:, 3].mean()
     models = target, draft, heads
     gradients = [

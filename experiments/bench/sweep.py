@@ -51,7 +51,7 @@ def job(config: DictConfig, compare: Callable[..., tuple[Any, dict[str, Any]]]) 
 def identity(config: DictConfig) -> str:
     """The same for two configurations if they measure the same; another for every change of what is measured."""
     whole = OmegaConf.create(OmegaConf.to_container(config))  # type: ignore[arg-type] - of dictionaries only
-    whole.models = {"draft": "draft", "heads": "heads"}
+    whole.models = {name: name for name in ("target", "draft", "heads")}
     options: Any = OmegaConf.to_container(whole, resolve=True)
     measured = {key: value for key, value in options.items() if key not in (*PARTS, "log", "models")}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]

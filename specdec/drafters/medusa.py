@@ -91,12 +91,15 @@ class MedusaDrafter(BlockDrafter):
     any temperature.
 
     Args:
-        net: heads trained for this target.
+        heads: trained for this target.
         tree: the tree policy, at most as deep as there are heads; by default a chain of as many.
     """
 
     kind = MedusaHeads
     net: MedusaHeads
+
+    def __init__(self, heads: MedusaHeads, tree: TreePolicy | None = None):
+        super().__init__(heads, tree)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, target: PreTrainedModel, tree: TreePolicy | None = None) -> Self:
