@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from hybrid_models import HYBRIDS
 from tiny_models import MATRIX, llama
 
 import specdec
@@ -151,3 +152,10 @@ def test_other_models_can_be_searched(name):
     rehearsal = Rehearsal(model, own_texts(model, Sampling(1.0), count=2), 1, Sampling(1.0))
     reach = {i: rehearsal.reach(frozenset({i})) for i in free}
     assert all(0 < r[0] <= 1 for r in reach.values())
+
+
+def test_layers_that_return_more_than_a_tensor_are_left_out_too():
+    model = HYBRIDS["falcon_h1"]()
+    rehearsal = Rehearsal(model, own_texts(model, Sampling(1.0), count=4), 2, Sampling(1.0))
+    assert rehearsal.reach(frozenset()) == pytest.approx([1.0] * 2, abs=1e-5)  # float32
+    assert all(0 < chance < 0.999 for chance in rehearsal.reach(frozenset({0})))

@@ -53,7 +53,7 @@ class LayerSkipDrafter(TreeDrafter):
                 f"The target is a {type(target.target).__name__}; only a transformers model has layers to skip."
             )
         model = target.cached.lm.model
-        layers = decoder_layers(model)
+        layers = layers_of(model)
         end = len(layers) if self.exit_layer is None else self.exit_layer
         skipped = {*self.skip, *range(end, len(layers))}
         if not skipped < set(range(len(layers))) or not skipped or end > len(layers):
@@ -64,7 +64,6 @@ class LayerSkipDrafter(TreeDrafter):
             raise ValueError(
                 f"Later layers use the keys and values of layers {needed}, which therefore cannot be skipped."
             )
-        learn_outputs(layers, partial(run_alone, model))
         return LayerSkipRun(self, batch, target.cached, [layers[i] for i in sorted(skipped)], last).begun(last)
 
 
@@ -91,6 +90,13 @@ class LayerSkipRun(TreeDraftRun):
     def score(self, frontier: Frontier) -> Tensor:
         with passing_through(self._skipped):
             return self.cached.forward(frontier.tokens, frontier.topology, self.batch.longest - 1)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers; `passing_through` knows from now on what they return."""
+    layers = decoder_layers(model)
+    learn_outputs(layers, partial(run_alone, model))
+    return layers
 
 
 def skippable(model: PreTrainedModel) -> range:

@@ -26,7 +26,7 @@ import specdec_kernels
 from specdec.models.attention import View
 from specdec.models.layer_shapes import LayerShape, RecurrentShape, Slab
 from specdec.models.recording import RecordingLayer
-from specdec.models.recurrent import RecurrentLayer
+from specdec.models.recurrent import OfCache, RecurrentLayer
 from specdec_kernels.reference.compact import compact
 
 # the argument's name in transformers from 5.24 on, before, and before in models without attention
@@ -46,26 +46,19 @@ def cache_argument(model: PreTrainedModel) -> str:
     return next((name for name in (GENERATE_CACHE, *CACHE_NAMES) if name in shown), GENERATE_CACHE)
 
 
-class TreeLayer(CacheLayerMixin):
+class TreeLayer(CacheLayerMixin, OfCache):
     """One layer's keys and values, [batch, slot, head, dim] each."""
 
     is_sliding = False  # sliding layers keep every slot too; the mask hides old ones
 
     def __init__(self, cache: TreeCache, keys: Tensor, values: Tensor):
         super().__init__()
-        # weak: in a circle with its layers a cache would keep its memory until Python next looks for circles
-        self._owner: Any = ref(cache)
+        self._owner = ref(cache)
         # [batch * slot, head, dim]. The only views of their memory: compiled code would have to allow for overlaps.
         self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
         # Models with cross-attention ask whether these are empty.
         self.keys, self.values = self._keys, self._values
         self.is_initialized = True
-
-    @property
-    def _cache(self) -> TreeCache:
-        cache = self._owner()
-        assert cache is not None
-        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
@@ -207,9 +200,8 @@ class TreeCache(Cache):
         self.view, self.entering = view, entering
         if self.recurrent:
             prompts = self.prompts if self.rows is None else self.prompts[self.rows]
-            self.in_prompt = (
-                view.positions < prompts[:, None]
-            )  # [rows, count] bool: which tokens of the pass are of a prompt
+            # [rows, count] bool: which tokens of the pass are of a prompt
+            self.in_prompt = view.positions < prompts[:, None]
 
     def reaches(self, count: int, wanted: int) -> int:
         """How many of the first `wanted` tokens a text can go on from, if `count` are committed in a row.

@@ -58,6 +58,7 @@ class CausalLM:
         self.device, self._home = device_of(model), _home(model)
         # By the dtype of autocast, as keys and values have that dtype.
         self._layouts = {autocast_dtype(self.device): layout_of(model)}
+        self._recurs = any(shape.recurrent for layout in self._layouts.values() for shape in layout)
         self.vocab: int = model.config.get_text_config().vocab_size
         self.context_length, self.context_reason = context_limit_of(model)
         self.cache_argument, self.keeps_logits = cache_argument(model), takes(model, "logits_to_keep")
@@ -78,7 +79,8 @@ class CausalLM:
         check_ready(self.model)
         if _home(self.model) != self._home:
             raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
-        serve(self.model)
+        if self._recurs:
+            serve(self.model)
         if last is not None and last.lm.kind != self.kind:
             last = None
         made = (rows, capacity, nodes, tuple(states), autocast_dtype(self.device))
@@ -166,7 +168,7 @@ class CachedModel:
         known = draft.states_known([*rows]) if draft is not None and listen else batch.host_lengths
         goals = {row: batch.host_lengths[row] - 1 for row in rows}
         most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
-        for row in rows:
+        for row in rows if self.cache.recurrent else ():
             self.cache.prompts[row] = batch.prompts[row]
         waiting = list(rows)
         while waiting:

@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 _PIECE = 64  # tokens that enter a state in one product, where modelling modules' own functions cannot let them
 
 
-class RecurrentLayer(LinearAttentionCacheLayerMixin):
+class OfCache:
+    """A layer of a cache of ours."""
+
+    # weak: in a circle with its layers a cache would keep its memory until Python next looks for circles
+    _owner: Any
+
+    @property
+    def _cache(self) -> TreeCache:
+        cache = self._owner()
+        assert cache is not None
+        return cache
+
+
+class RecurrentLayer(LinearAttentionCacheLayerMixin, OfCache):
     """One layer's convolution inputs and recurrent states.
 
     Args:
@@ -47,7 +60,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def __init__(self, cache: TreeCache, shape: RecurrentShape, batch: int, nodes: int):
         LinearAttentionCacheLayerMixin.__init__(self)  # which says that there are no states to be taken
         self.record_past = True  # else some layers would take a token alone for one that needs no convolution
-        self._owner: Any = ref(cache)
+        self._owner = ref(cache)
         self._allocate(shape, batch, nodes)
 
     def _allocate(self, shape: RecurrentShape, batch: int, nodes: int) -> None:
@@ -67,12 +80,6 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def recurs(self) -> bool:
         """Whether a recurrence follows the convolution."""
         return self.shape.kind is not None
-
-    @property
-    def _cache(self) -> TreeCache:
-        cache = self._owner()
-        assert cache is not None
-        return cache
 
     # What transformers' layers call.
 

@@ -86,9 +86,8 @@ setattr(PreTrainedConfig, _STORED, property(_implementation, _store))
 
 _lock = threading.Lock()  # guards `_watched`
 _watched: dict[nn.Module, _Watched] = {}  # layers that some thread leaves out
-_lengths: WeakKeyDictionary[nn.Module, int] = (
-    WeakKeyDictionary()
-)  # of the tuples that layers return; 0 for a tensor alone
+# of the tuples that layers return; 0 for a tensor alone
+_lengths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass

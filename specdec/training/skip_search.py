@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
-from specdec.drafters.layer_skip import skippable
+from specdec.drafters.layer_skip import layers_of, skippable
 from specdec.models.cached_model import CausalLM
 from specdec.models.routing import passing_through
-from specdec.models.states import decoder_layers
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
 from specdec.training.distillation import acceptance_by_depth
@@ -47,7 +46,7 @@ class Rehearsal:
         depth = as_int("depth", depth, 1)
         check_kind("sampling", sampling, Sampling)
         lm, self._sampling = CausalLM(model), sampling
-        self.layers = decoder_layers(model)
+        self.layers = layers_of(model)
         lengths = torch.tensor([len(text) for text in texts])
         if int(lengths.min()) < depth + 2:
             raise ValueError(f"A text has {int(lengths.min())} tokens: chains of {depth} need {depth + 2} or more.")
@@ -109,7 +108,7 @@ class LayerCosts:
 def measure_layer_costs(model: PreTrainedModel, nodes: int, context: int, repeats: int = 15) -> LayerCosts:
     """Measure passes through all layers and through as few as possible; `nodes`, `context` as in `measure_costs`."""
     nodes = as_int("nodes", nodes, 1)
-    layers, free = decoder_layers(model), skippable(model)
+    layers, free = layers_of(model), skippable(model)
     sizes = range(1, nodes + 1)
     whole = measure_costs(model, nodes=sizes, context=context, repeats=repeats).verify
     with passing_through([layers[i] for i in free[1:]]):

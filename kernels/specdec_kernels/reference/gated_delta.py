@@ -37,8 +37,8 @@ def gated_delta(
     state: Tensor,  # [batch, head, dim, value_dim]: the state before the root
     ancestors: Tensor,  # [batch, all, all] bool: whether node j is node i or an ancestor of it; parents come first
     update: Tensor,  # [batch, all, head, value_dim]: u; that of the last nodes is written
-    fold: Sequence[Tensor]
-    | None = None,  # what `fold_linear_attention` takes after the state: not in the memory of `update`
+    # what `fold_linear_attention` takes after the state: not in the memory of `update`
+    fold: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """What the last nodes read, [batch, node, head, value_dim] in the dtype of the state, in which all is computed.
 
