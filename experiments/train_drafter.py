@@ -23,7 +23,7 @@ import math
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 import specdec
 from experiments.bench.inputs import Setting, begin
 from experiments.bench.report import interval, per_prompt
-from experiments.bench.training import chosen, cost_of, fit, own_texts, peak_memory, take_up
+from experiments.bench.training import beginnings, chosen, cost_of, fit, own_texts, peak_memory, take_up
 from specdec.drafters import StatesDrafter
 from specdec.prediction import NotForetold, read_along
 from specdec.sampling import Sampling
@@ -53,20 +53,21 @@ def main(config: DictConfig) -> None:
     target = setting.models.target.requires_grad_(False)
     check(config, setting)
     take_up(folder, config)
-    unseen, seen = split(own_texts(chosen(setting, config), config), config)
+    setting = chosen(setting, config)
+    unseen, seen = split(own_texts(setting, config), [len(ids) for ids in beginnings(setting, config)], config)
     torch.manual_seed(config.seed)
     drafter = instantiate(config.net)(target, instantiate(config.tree), **known(seen, config))
-    net, rows = drafter.net.train(), torch.arange(len(seen))
-    features = Features(target, net, seen, config.prompt_length, folder if config.keep_features else None)
+    net, rows = drafter.net.train(), torch.arange(len(seen.tokens))
+    features = Features(target, net, *seen, folder if config.keep_features else None)
 
     def loss(rows: Tensor, generator: torch.Generator, features: Features = features) -> Tensor:
         comparison = Comparison(net, target, features[rows], config.depth, config.anchors, generator)
         return states_loss(weighted(config), comparison, config.decay, config.laws_at_once)
 
-    computed = Features(target, net, seen, config.prompt_length)  # whatever is kept
+    computed = Features(target, net, *seen)  # whatever is kept
     flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator(), computed), net)
     steps = config.steps if config.flops is None else round(config.flops / flops)
-    few = partial(by_depth, drafter, target, Features(target, net, unseen[:16], config.prompt_length), config)
+    few = partial(by_depth, drafter, target, Features(target, net, *(part[:16] for part in unseen)), config)
     history = fit(net, loss, rows, few, config, folder / "training.pt", steps=steps, seed=config.seed)
     net.eval().to(torch.bfloat16)
     if calls.leads():
@@ -74,7 +75,7 @@ def main(config: DictConfig) -> None:
     net.to(target.dtype)  # rounded, as it will be loaded
     found = measured(drafter, setting, unseen, config)
     cost = {"steps": steps, "flops": flops * steps, "cpu_seconds": seconds * steps, "gb": peak_memory(config.device)}
-    size = {"texts": len(seen), "parameters": sum(p.numel() for p in net.parameters())}
+    size = {"texts": len(rows), "parameters": sum(p.numel() for p in net.parameters())}
     result = {**setting.source, **size, **cost, "figures": found, "history": {"net": history}}
     where = setting.log.write(result)
     load = f'specdec.drafters.{type(drafter).__name__}.from_pretrained("{folder / "net"}", target)'
@@ -98,24 +99,37 @@ def check(config: DictConfig, setting: Setting) -> None:
         raise SystemExit(str(error)) from None
 
 
-def split(texts: list[Tensor], config: DictConfig) -> tuple[Tensor, Tensor]:
-    """[n, t] int64, negative after the end of a text: texts to measure on, and texts to train on."""
+class Texts(NamedTuple):
+    """What the target wrote: token ids [n, t] int64, negative after the end of a text, and tokens per prompt [n] int64."""
+
+    tokens: Tensor
+    firsts: Tensor
+
+
+def split(texts: list[Tensor], firsts: list[int], config: DictConfig) -> tuple[Texts, Texts]:
+    """Texts to measure on, and texts to train on."""
     if len(texts) <= config.held_out:
         raise SystemExit(
             f"There are {len(texts)} texts, and held_out={config.held_out} of them are not trained on: raise texts= and "
             f"task.count=, lower held_out=, or give more prompts of prompt_length={config.prompt_length} or more tokens."
         )
-    whole = pad_sequence(texts, True, NO_TOKEN)
-    return whole[: config.held_out], whole[config.held_out :]
+    whole, lengths = pad_sequence(texts, True, NO_TOKEN), torch.tensor(firsts)
+    parts = slice(config.held_out), slice(config.held_out, None)
+    unseen, seen = (Texts(whole[part], lengths[part]) for part in parts)
+    return unseen, seen
 
 
-def known(texts: Tensor, config: DictConfig) -> dict[str, Tensor]:
+def known(texts: Texts, config: DictConfig) -> dict[str, Tensor]:
     """The ids of the tokens to draft, the most frequent of what the target wrote, as an option; none for all tokens."""
     if config.drafted is None:
         return {}
-    new = texts[:, config.prompt_length :]
-    counts = new[new >= 0].bincount()
+    counts = texts.tokens[written(texts)].bincount()
     return {"known": counts.topk(min(config.drafted, len(counts))).indices.sort().values}
+
+
+def written(texts: Texts) -> Tensor:
+    """[n, t] bool: where the target wrote."""
+    return (texts.tokens >= 0) & (torch.arange(texts.tokens.shape[1]) >= texts.firsts[:, None])
 
 
 def weighted(config: DictConfig) -> distillation.Loss:
@@ -132,21 +146,22 @@ def by_depth(drafter: StatesDrafter, target: PreTrainedModel, features: Features
     return {"accepted by depth": acceptance(comparisons, config.laws_at_once).tolist()}
 
 
-def measured(drafter: StatesDrafter, setting: Setting, texts: Tensor, config: DictConfig) -> dict[str, Any]:
+def measured(drafter: StatesDrafter, setting: Setting, texts: Texts, config: DictConfig) -> dict[str, Any]:
     """On texts not trained on: acceptance by depth, the acceptance length that follows, and those of decoding."""
-    target, first, rule = setting.models.target, config.prompt_length, instantiate(config.rule)
-    found = by_depth(drafter, target, Features(target, drafter.net, texts, first), config)
+    target, rule = setting.models.target, instantiate(config.rule)
+    found = by_depth(drafter, target, Features(target, drafter.net, *texts), config)
     tree: Any = drafter.tree
+    pairs = [(text[text >= 0], int(first)) for text, first in zip(*texts, strict=True)]
     if isinstance(tree, (Static, Widths)):
         spec = drafter.spec(setting.sampling)
-        options = {"prompt_length": first, "sampling": setting.sampling, "depth": spec.depth}
-        read = (read_along(target, drafter, text[text >= 0], **options) for text in texts)
+        options = {"sampling": setting.sampling, "depth": spec.depth}
+        read = (read_along(target, drafter, text, first, **options) for text, first in pairs)
         with suppress(NotForetold):
             steps = [text.starts(tree, rule).sum() for text in read]
-            found["expected"] = ratio((texts[:, first:] >= 0).sum(1).numpy(), np.array(steps))
+            found["expected"] = ratio(written(texts).sum(1).numpy(), np.array(steps))
     for name, sampling in {"served": setting.sampling, "served greedily": Sampling()}.items():
         options = {"sampling": sampling, "max_new_tokens": config.new_tokens, "rule": rule}
-        out = specdec.generate(target, list(texts[:, :first]), drafter, **options)
+        out = specdec.generate(target, [text[:first] for text, first in pairs], drafter, **options)
         tokens = np.array([len(new) for new in out.tokens])
         found[name] = ratio(tokens, tokens / per_prompt([out]))
     return found

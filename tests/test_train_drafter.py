@@ -205,7 +205,7 @@ def test_states_that_are_kept_are_those_that_were_computed(tmp_path):
 
     def kept(texts=TEXTS):
         asked.clear()
-        found = Features(model, net, texts, 2, tmp_path)[rows]
+        found = Features(model, net, texts, torch.full((len(texts),), 2), tmp_path)[rows]
         fresh = TargetTexts.read(model, net, texts[rows], 2)
         assert all(
             torch.allclose(getattr(found, part), getattr(fresh, part), atol=1e-5) for part in ("states", "hidden")

@@ -40,19 +40,27 @@ def chosen(setting: Setting, config: DictConfig) -> Setting:
     return replace(setting, prompts=[setting.prompts[i] for i in order[: config.texts].tolist()])
 
 
-def own_texts(setting: Setting, config: DictConfig) -> list[Tensor]:
-    """Beginnings of the prompts, all of one length, with what the target makes of them.
+def beginnings(setting: Setting, config: DictConfig) -> list[Tensor]:
+    """What the target continues: the prompts, or as many tokens of each if `config.prompt_length` says so."""
+    length = config.prompt_length
+    if length is None:
+        return setting.prompts
+    return [ids[:length] for ids in setting.prompts if len(ids) >= length]
 
-    They are kept in `folder`, batch by batch, unless another folder (`texts_from`) has them all.
+
+def own_texts(setting: Setting, config: DictConfig) -> list[Tensor]:
+    """The `beginnings`, with what the target makes of them.
+
+    They are kept in `folder`, some batches at a time, unless another folder (`texts_from`) has them all.
     """
     path = Path(config.texts_from or config.folder) / "texts.pt"
     done: list[Tensor] = torch.load(path, weights_only=True) if path.exists() else []
-    prompts = [ids[: config.prompt_length] for ids in setting.prompts if len(ids) >= config.prompt_length]
+    prompts = beginnings(setting, config)
     if config.texts_from:
         _check_same(config, path, len(done), len(prompts))
     options = {"sampling": setting.sampling, "new_tokens": config.new_tokens, "batch": config.texts_at_once}
     with tqdm(total=len(prompts), initial=len(done), desc="the target's texts") as bar:
-        for batch in continuations(setting.models.target, prompts[len(done) :], seed=len(done), **options):
+        for batch in continuations(setting.models.target, prompts[len(done) :], first_index=len(done), **options):
             bar.update(len(batch))
             done += batch
             _save(done, path)

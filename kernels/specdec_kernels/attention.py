@@ -8,11 +8,15 @@ from torch import Tensor
 from specdec_kernels.cpu import define
 
 WIDTH = 16  # floats of the widest vectors: value_dim is a multiple of it
+NODES = 24  # most nodes for which it is known to be faster than torch's
+DTYPES = {torch.float32, torch.bfloat16}
 _op = define("attention", "(Tensor query, Tensor key, Tensor value, Tensor bias, float scale) -> Tensor")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """See `specdec_kernels.reference.tree_attention.biased_attention`, without softcap and sinks; float32.
+    """See `specdec_kernels.reference.tree_attention.biased_attention`, without softcap and sinks.
+
+    All operands are float32, or all bfloat16; sums are float32.
 
     Slots before the first and behind the last that a batch row's nodes see are not read. A node that sees nothing gets zeros.
     """
@@ -27,7 +31,11 @@ def refusals(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> list[st
     tensors = {"query": query, "key": key, "value": value, "bias": bias}
     if any(x.dim() != 4 for x in tensors.values()):
         return [f"{name} {[*x.shape]}: expected four dimensions" for name, x in tensors.items() if x.dim() != 4]
-    wrong = [f"{name} {x.dtype}: only float32 has a kernel" for name, x in tensors.items() if x.dtype != torch.float32]
+    dtypes = {x.dtype for x in tensors.values()}
+    wrong = []
+    if len(dtypes) > 1 or not dtypes <= DTYPES:
+        each = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        wrong.append(f"{each}: there are kernels for float32 and for bfloat16 throughout")
     batch, heads, nodes, dim = query.shape
     kv_heads, slots, value_dim = key.shape[1], *value.shape[2:]
     if key.shape != (batch, kv_heads, slots, dim) or value.shape != (batch, kv_heads, slots, value_dim):

@@ -20,7 +20,9 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 
 import specdec_kernels
 from specdec.tree import Topology
-from specdec_kernels import tree_attention
+from specdec_kernels import attention, tree_attention
+from specdec_kernels.attention import NODES, refusals
+from specdec_kernels.cpu import can_load
 from specdec_kernels.reference import convolution
 from specdec_kernels.reference import tree_attention as reference
 from specdec_kernels.tree_attention import MAX_NODES, supports
@@ -179,11 +181,20 @@ def attend(
         )
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if attention_mask.is_floating_point():
+        if options[1:] == (None, None) and _few(query, key, value, attention_mask):
+            return attention(query, key, value, attention_mask, options[0]), None
         return reference.biased_attention(query, key, value, attention_mask, *options), None
     first, lengths, ancestors = attention_mask[:, 0, :, 0], attention_mask[:, 0, 0, 1], attention_mask[:, 0, :, 2:]
     fits = supports(query.dtype, query.shape[3], value.shape[3])
     kernel = tree_attention if fits else reference.tree_attention
     return kernel(query, key, value, first, lengths, ancestors, *options)[0], None
+
+
+def _few(query: Tensor, *others: Tensor) -> bool:
+    """Whether the CPU's own kernel is for this. In compiled code it is put in later, where that pays."""
+    if query.device.type != "cpu" or query.shape[2] > NODES or torch.compiler.is_compiling():
+        return False
+    return not refusals(query, *others) and can_load()
 
 
 AttentionInterface.register(NAME, attend)

@@ -9,22 +9,17 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tqdm import tqdm
 
-from specdec_kernels.attention import refusals
+from specdec_kernels.attention import NODES, refusals
+from specdec_kernels.linear import pays
 
 _SHAPES = 256  # most shapes compiled of one model; torch's own limit is 8
-# Our product is faster than MKL's for so many tokens and at least so many weights (measured on an AVX-512 Xeon).
-_FEW = range(4, 25)
-_LARGE = 1 << 17
-# Our attention is faster than torch's for at most so many nodes and at least so many queries per key (measured there too).
-_NODES = 24
-_QUERIES = 4
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _not_compiled: WeakSet[nn.Module] = WeakSet()
 
@@ -91,7 +86,7 @@ def _replace_product(graph: fx.Graph, node: fx.Node) -> None:
     """Replace a product by `specdec_kernels.linear` where that pays."""
     operands: Any = node.args
     x, weight = operands[0], _untransposed(operands[1])
-    if weight is None or not _pays(x.meta["val"], weight.meta["val"]):
+    if weight is None or not pays(len(x.meta["val"]), x.meta["val"], weight.meta["val"]):
         return
     with graph.inserting_before(node):
         result = graph.call_function(torch.ops.specdec.linear.default, (x, weight))
@@ -109,9 +104,7 @@ def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
     operands = arguments["query"], arguments["key"], arguments["value"], bias
     query, key, *others = (operand.meta["val"] for operand in operands)
     batch, heads, nodes, dim = query.shape
-    if query.device.type != "cpu" or nodes > _NODES or refusals(query, key, *others):
-        return
-    if nodes * heads < _QUERIES * key.shape[1]:
+    if query.device.type != "cpu" or nodes > NODES or refusals(query, key, *others):
         return
     scale = arguments.get("scale")
     scale = dim**-0.5 if scale is None else scale
@@ -124,11 +117,6 @@ def _replace_attention(graph: fx.Graph, node: fx.Node) -> None:
         result.replace_all_uses_with(by_head)
         graph.erase_node(result)
     graph.erase_node(node)
-
-
-def _pays(x: Tensor, weight: Tensor) -> bool:
-    suits = x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()
-    return suits and x.shape[0] in _FEW and weight.numel() >= _LARGE
 
 
 def _untransposed(node: Any) -> fx.Node | None:

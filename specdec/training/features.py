@@ -23,28 +23,31 @@ class TargetTexts:
         tokens: [batch, t] int64; negative after the end of a text.
         states: [batch, t, state, state_size]: those that a network asks for.
         hidden: [batch, t, hidden]: what the target's LM head reads.
-        prompt_length: how many tokens of each text the target has not written.
+        prompt_lengths: [batch] int64: how many tokens of each text the target has not written.
     """
 
     tokens: Tensor
     states: Tensor
     hidden: Tensor
-    prompt_length: int = 1
+    prompt_lengths: Tensor
 
     @classmethod
-    def read(cls, target: PreTrainedModel, net: StatesNet, tokens: Tensor, prompt_length: int = 1) -> TargetTexts:
-        """One pass of the target over texts [batch, t] int64, for this network."""
-        return cls(tokens, *read_texts(target, tokens.clamp(min=0), net.states), prompt_length)
+    def read(
+        cls, target: PreTrainedModel, net: StatesNet, tokens: Tensor, prompt_lengths: Tensor | int = 1
+    ) -> TargetTexts:
+        """One pass of the target over texts [batch, t] int64, for this network; one number if prompts are of one length."""
+        lengths = torch.as_tensor(prompt_lengths, device=tokens.device).expand(len(tokens))
+        return cls(tokens, *read_texts(target, tokens.clamp(min=0), net.states), lengths)
 
 
 class Features:
-    """`TargetTexts` of one length, some rows at a time.
+    """`TargetTexts`, some rows at a time, as long as the longest of them.
 
     Args:
         target: the target.
         net: the network whose states are read.
         texts: [n, t] int64: texts that the target wrote; negative after the end of a text.
-        prompt_length: how many tokens of each it did not.
+        prompt_lengths: [n] int64: how many tokens of each it did not.
         folder: where states are kept, once computed, in the target's dtype: 2 bytes x (states + 1) x hidden size for every
             token in bfloat16. Their file is named by the texts, the states and the target's weights, so that others are never
             taken for these. None: states are computed whenever they are asked for.
@@ -54,9 +57,9 @@ class Features:
     """
 
     def __init__(
-        self, target: PreTrainedModel, net: StatesNet, texts: Tensor, prompt_length: int, folder: Path | None = None
+        self, target: PreTrainedModel, net: StatesNet, texts: Tensor, prompt_lengths: Tensor, folder: Path | None = None
     ):
-        self._target, self._net, self.texts, self._prompt_length = target, net, texts, prompt_length
+        self._target, self._net, self.texts, self._prompt_lengths = target, net, texts, prompt_lengths
         self._kept = self._known = None
         if folder is not None:
             file = folder / f"states_{_digest(target, net, texts)}"
@@ -75,14 +78,22 @@ class Features:
             return self._read(rows)
         if len(new := rows[~self._known[rows]].unique()):
             found = self._read(new)
-            self._kept[new] = torch.cat([found.states, found.hidden[:, :, None]], 2).to("cpu", self._kept.dtype)
+            states = torch.cat([found.states, found.hidden[:, :, None]], 2).to("cpu", self._kept.dtype)
+            self._kept[new, : states.shape[1]] = states
             self._known[new] = True
-        device = self._target.device
-        kept = self._kept[rows].to(device)
-        return TargetTexts(self.texts[rows].to(device), kept[:, :, :-1], kept[:, :, -1], self._prompt_length)
+        device, texts = self._target.device, self._texts(rows)
+        kept = self._kept[rows, : texts.shape[1]].to(device)
+        return TargetTexts(texts.to(device), kept[:, :, :-1], kept[:, :, -1], self._prompt_lengths[rows].to(device))
+
+    def _texts(self, rows: Tensor) -> Tensor:
+        """[batch, t] int64: those texts, without columns that none of them reaches."""
+        texts = self.texts[rows]
+        return texts[:, : int((texts >= 0).sum(1).max())]
 
     def _read(self, rows: Tensor) -> TargetTexts:
-        return TargetTexts.read(self._target, self._net, self.texts[rows].to(self._target.device), self._prompt_length)
+        device = self._target.device
+        texts, lengths = self._texts(rows).to(device), self._prompt_lengths[rows].to(device)
+        return TargetTexts.read(self._target, self._net, texts, lengths)
 
 
 def _digest(target: PreTrainedModel, net: StatesNet, texts: Tensor) -> str:

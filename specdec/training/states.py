@@ -92,7 +92,7 @@ class Comparison:
         self._target, self._ids, self._hidden, self._everywhere = target, net.target_ids, text.hidden, roots is None
         self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-        by_target = text.tokens.where(torch.arange(length, device=tokens.device) >= text.prompt_length, -1)
+        by_target = text.tokens.where(torch.arange(length, device=tokens.device) >= text.prompt_lengths[:, None], -1)
         written = pad(by_target, (0, 1), value=-1)[rows, self.places + 1] >= 0  # nothing comes after a text
         own = pad(self._by_network(tokens, target), (0, 1))[rows, self.places + 1]
         self.tokens = torch.where(written, own, -1)

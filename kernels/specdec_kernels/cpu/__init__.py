@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -19,6 +20,20 @@ def load(*macros: str) -> None:
     sources = [files(__name__).joinpath(name).read_text("utf-8") for name in SOURCES]
     fused = "-ffp-contract=fast"  # products into sums, which torch leaves apart in its own
     CppCodeCache.load("\n".join([*macros, *sources]), extra_flags=(fused,))
+
+
+@cache
+def can_load() -> bool:
+    """Whether the ops can be compiled here. Says once why they cannot: most likely there is no C++ compiler."""
+    try:
+        load()
+    except (RuntimeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"The CPU's own products and attention cannot be compiled, and torch's are used: {reason}", stacklevel=2
+        )
+        return False
+    return True
 
 
 def define(name: str, schema: str) -> Any:

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <memory>
+#include <type_traits>
 
 constexpr int BLOCK = 64;                      // slots at a time
 constexpr int KEYS = 8;                        // whose products are summed in registers
@@ -11,8 +12,9 @@ constexpr int MIXED = LANES == 16 ? 6 : 3;     // rows of results that are, each
 constexpr int WIDE = 4;                        // vectors wide
 constexpr float NONE = -INFINITY;
 
+template <class E>
 struct View {
-  const float* data;
+  const E* data;
   int64_t batch, head, row;  // strides; what is in a row lies together
 };
 
@@ -42,16 +44,30 @@ static inline Vector exp(Vector x) {
 }
 
 // Rows as they lie in the caches of a text, some way apart: the hardware does not see them coming.
+template <class E>
 struct Rows {
-  const float* data;
+  const E* data;
   int64_t stride;
-  const float* operator[](int64_t i) const { return data + i * stride; }
+  const E* operator[](int64_t i) const { return data + i * stride; }
   Rows from(int64_t i) const { return {data + i * stride, stride}; }
+  Rows from_column(int64_t i) const { return {data + i, stride}; }
 };
 
+// The rows of a block in float32: where they lie, or converted into `room`.
+static Rows<float> as_float(Rows<float> x, float*, int64_t, int64_t) { return x; }
+
+static Rows<float> as_float(Rows<Bfloat16> x, float* room, int64_t count, int64_t dim) {
+  for (int64_t s = 0; s < count; s++) {
+    int64_t i = 0;
+    for (; i + LANES <= dim; i += LANES) store(room + s * dim + i, load(x[s] + i));
+    for (; i < dim; i++) room[s * dim + i] = widened(x[s][i]);
+  }
+  return {room, dim};
+}
+
 // scores[slot, width] = k[slot, dim] q[dim, width], of U slots and V vectors of queries. `next` is prefetched meanwhile.
-template <int U, int V>
-static void products(const float* q, Rows k, Rows next, float* scores, int64_t dim, int64_t width) {
+template <int U, int V, class E>
+static void products(const float* q, Rows<float> k, Rows<E> next, float* scores, int64_t dim, int64_t width) {
   for (int u = 0; u < U; u++)
     for (int64_t i = 0; i < dim; i += LANES) __builtin_prefetch(next[u] + i, 0, 2);
   Vector sums[U][V] = {};
@@ -65,8 +81,9 @@ static void products(const float* q, Rows k, Rows next, float* scores, int64_t d
     for (int v = 0; v < V; v++) store(scores + u * width + v * LANES, sums[u][v]);
 }
 
-template <int V>
-static void products(const float* q, Rows k, Rows next, float* scores, int64_t count, int64_t dim, int64_t width) {
+template <int V, class E>
+static void products(const float* q, Rows<float> k, Rows<E> next, float* scores, int64_t count, int64_t dim,
+                     int64_t width) {
   constexpr int U = LANES == 16 ? KEYS : KEYS / V;
   int64_t s = 0;
   for (; s + U <= count; s += U) products<U, V>(q, k.from(s), next.from(s), scores + s * width, dim, width);
@@ -74,8 +91,8 @@ static void products(const float* q, Rows k, Rows next, float* scores, int64_t c
 }
 
 // sums[T, N vectors] = sums * fix + weights[slot, T]^T v[slot, N vectors].
-template <int T, int N>
-static void mix(const float* weights, int64_t width, Rows v, Rows next, float* sums, int64_t dim, const float* fix,
+template <int T, int N, class E>
+static void mix(const float* weights, int64_t width, Rows<float> v, Rows<E> next, float* sums, int64_t dim, const float* fix,
                 int64_t count) {
   Vector mixed[T][N];
   for (int t = 0; t < T; t++)
@@ -90,14 +107,14 @@ static void mix(const float* weights, int64_t width, Rows v, Rows next, float* s
     for (int n = 0; n < N; n++) store(sums + t * dim + n * LANES, mixed[t][n]);
 }
 
-template <int T>
-static void mix(const float* weights, int64_t width, Rows v, Rows next, float* sums, int64_t dim, const float* fix,
+template <int T, class E>
+static void mix(const float* weights, int64_t width, Rows<float> v, Rows<E> next, float* sums, int64_t dim, const float* fix,
                 int64_t count) {
   int64_t i = 0;
   for (; i + WIDE * LANES <= dim; i += WIDE * LANES)
-    mix<T, WIDE>(weights, width, {v[0] + i, v.stride}, {next[0] + i, next.stride}, sums + i, dim, fix, count);
+    mix<T, WIDE>(weights, width, v.from_column(i), next.from_column(i), sums + i, dim, fix, count);
   for (; i < dim; i += LANES)
-    mix<T, 1>(weights, width, {v[0] + i, v.stride}, {next[0] + i, next.stride}, sums + i, dim, fix, count);
+    mix<T, 1>(weights, width, v.from_column(i), next.from_column(i), sums + i, dim, fix, count);
 }
 
 // The packed scores of a block become weights: `most` and `total` are the largest score and the sum of weights so far, and
@@ -121,39 +138,45 @@ static void soften(float* scores, int64_t width, int64_t count, float* most, flo
 }
 
 // Most slots of most texts are seen by all nodes: their bias of 0 need not be added.
-static void add(Rows bias, float* scores, int64_t width, int64_t count, int64_t group, int64_t nodes) {
+template <class E>
+static void add(Rows<E> bias, float* scores, int64_t width, int64_t count, int64_t group, int64_t nodes) {
   for (int64_t t = 0; t < nodes; t++) {
-    const float* row = bias[t];
+    const E* row = bias[t];
     int hidden = 0;
-    for (int64_t s = 0; s < count; s++) hidden |= row[s] != 0;
+    for (int64_t s = 0; s < count; s++) hidden |= widened(row[s]) != 0;
     if (!hidden) continue;
     for (int64_t s = 0; s < count; s++)
-      for (int64_t h = 0; h < group; h++) scores[s * width + h * nodes + t] += row[s];
+      for (int64_t h = 0; h < group; h++) scores[s * width + h * nodes + t] += widened(row[s]);
   }
 }
 
 // The heads that share the keys k and values v, slots `first` to `end`; y[node, heads of all, value_dim].
-static void attend(const float* q, int64_t q_head, int64_t q_row, Rows k, Rows v, Rows bias, float* y, const Sizes& z,
-                   int64_t first, int64_t end, float scale) {
+template <class E>
+static void attend(const E* q, int64_t q_head, int64_t q_row, Rows<E> k, Rows<E> v, Rows<E> bias, E* y,
+                   const Sizes& z, int64_t first, int64_t end, float scale) {
   const int64_t group = z.heads / z.kv_heads, rows = group * z.nodes, width = (rows + LANES - 1) / LANES * LANES;
-  std::unique_ptr<float[]> memory(new float[width * (z.dim + BLOCK + 3) + rows * z.value_dim + LANES]());
+  const int64_t room = std::is_same<E, float>::value ? 0 : BLOCK * (z.dim > z.value_dim ? z.dim : z.value_dim);
+  std::unique_ptr<float[]> memory(new float[width * (z.dim + BLOCK + 3) + rows * z.value_dim + room + LANES]());
   uintptr_t start = (reinterpret_cast<uintptr_t>(memory.get()) + sizeof(Vector) - 1) / sizeof(Vector) * sizeof(Vector);
   float *packed = reinterpret_cast<float*>(start), *scores = packed + width * z.dim, *most = scores + width * BLOCK;
   float *total = most + width, *fix = total + width, *sums = fix + width;
+  float* converted = sums + rows * z.value_dim;
   for (int64_t r = 0; r < rows; r++) {
-    const float* from = q + r / z.nodes * q_head + r % z.nodes * q_row;
-    for (int64_t i = 0; i < z.dim; i++) packed[i * width + r] = scale * from[i];
+    const E* from = q + r / z.nodes * q_head + r % z.nodes * q_row;
+    for (int64_t i = 0; i < z.dim; i++) packed[i * width + r] = scale * widened(from[i]);
   }
   for (int64_t r = 0; r < width; r++) most[r] = NONE;
 
   for (int64_t s = first; s < end; s += BLOCK) {
     const int64_t count = end - s < BLOCK ? end - s : BLOCK;
-    const Rows keys = k.from(s), later = k.from(s + BLOCK), values = v.from(s);
+    const Rows<E> later = k.from(s + BLOCK), raw = v.from(s);
+    const Rows<float> keys = as_float(k.from(s), converted, count, z.dim);
     int64_t r = 0;
-    for (; r + 2 * LANES <= width; r += 2 * LANES) products<2>(packed + r, keys, values, scores + r, count, z.dim, width);
-    if (r < width) products<1>(packed + r, keys, values, scores + r, count, z.dim, width);
-    add({bias[0] + s, bias.stride}, scores, width, count, group, z.nodes);
+    for (; r + 2 * LANES <= width; r += 2 * LANES) products<2>(packed + r, keys, raw, scores + r, count, z.dim, width);
+    if (r < width) products<1>(packed + r, keys, raw, scores + r, count, z.dim, width);
+    add(bias.from_column(s), scores, width, count, group, z.nodes);
     for (r = 0; r < width; r += LANES) soften(scores + r, width, count, most + r, total + r, fix + r);
+    const Rows<float> values = as_float(raw, converted, count, z.value_dim);
     for (r = 0; r < rows; r += MIXED) {
       float* mixed = sums + r * z.value_dim;
       switch (rows - r < MIXED ? rows - r : MIXED) {
@@ -170,30 +193,32 @@ static void attend(const float* q, int64_t q_head, int64_t q_row, Rows k, Rows v
   }
   for (int64_t r = 0; r < rows; r++) {
     const float share = total[r] == 0 ? 0 : 1 / total[r];  // 0: it sees nothing
-    float* to = y + (r % z.nodes * z.heads + r / z.nodes) * z.value_dim;
-    for (int64_t i = 0; i < z.value_dim; i++) to[i] = share * sums[r * z.value_dim + i];
+    E* to = y + (r % z.nodes * z.heads + r / z.nodes) * z.value_dim;
+    for (int64_t i = 0; i < z.value_dim; i++) narrow(share * sums[r * z.value_dim + i], to[i]);
   }
 }
 
 // The slots from the first to behind the last that any node sees: buffers are longer than texts, windows shorter.
-static void seen(Rows bias, const Sizes& z, int64_t& first, int64_t& end) {
+template <class E>
+static void seen(Rows<E> bias, const Sizes& z, int64_t& first, int64_t& end) {
   first = z.slots, end = 0;
   for (int64_t t = 0; t < z.nodes; t++) {
     int64_t a = 0, b = z.slots;
-    while (a < first && bias[t][a] == NONE) a++;
-    while (b > end && bias[t][b - 1] == NONE) b--;
+    while (a < first && widened(bias[t][a]) == NONE) a++;
+    while (b > end && widened(bias[t][b - 1]) == NONE) b--;
     first = a, end = b;
   }
 }
 
 // y[batch, node, heads, value_dim]
-static void attention(View q, View k, View v, View bias, float* y, const Sizes& z, float scale, int threads) {
+template <class E>
+static void attention(View<E> q, View<E> k, View<E> v, View<E> bias, E* y, const Sizes& z, float scale, int threads) {
   const int64_t group = z.heads / z.kv_heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < z.batch * z.kv_heads; i++) {
     const int64_t b = i / z.kv_heads, h = i % z.kv_heads;
-    const Rows keys{k.data + b * k.batch + h * k.head, k.row}, values{v.data + b * v.batch + h * v.head, v.row};
-    const Rows hidden{bias.data + b * bias.batch, bias.row};
+    const Rows<E> keys{k.data + b * k.batch + h * k.head, k.row}, values{v.data + b * v.batch + h * v.head, v.row};
+    const Rows<E> hidden{bias.data + b * bias.batch, bias.row};
     int64_t first, end;
     seen(hidden, z, first, end);
     attend(q.data + b * q.batch + h * group * q.head, q.head, q.row, keys, values, hidden,
