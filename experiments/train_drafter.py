@@ -61,8 +61,10 @@ def main(config: DictConfig) -> None:
     features = Features(target, net, *seen, folder if config.keep_features else None)
 
     def loss(rows: Tensor, generator: torch.Generator, features: Features = features) -> Tensor:
-        comparison = Comparison(net, target, features[rows], config.depth, config.anchors, generator)
-        return states_loss(weighted(config), comparison, config.decay, config.laws_at_once)
+        text, dtype = features[rows], config.autocast and getattr(torch, config.autocast)
+        with torch.autocast(target.device.type, dtype, enabled=dtype is not None):
+            comparison = Comparison(net, target, text, config.depth, config.anchors, generator)
+            return states_loss(weighted(config), comparison, config.decay, config.laws_at_once)
 
     computed = Features(target, net, *seen)  # whatever is kept
     flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator(), computed), net)

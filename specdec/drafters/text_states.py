@@ -43,6 +43,8 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     (a scale, a cap) is done to them.
     """
     one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    # Of part of a tensor torch would compute the product row by row of the batch, with a copy of the LM head for each.
+    hidden = hidden.contiguous()
     with _before_head(model, hidden.to):
         return model(input_ids=one, use_cache=False).logits.to(hidden.device)
 
