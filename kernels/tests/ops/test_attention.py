@@ -64,6 +64,23 @@ def test_machines_with_fewer_registers_get_the_same(shape):
     assert near(with_fewer_registers("attention")(*drawn, shape[2] ** -0.5), *drawn)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("registers", ["this machine's", "fewer"])
+def test_bfloat16_is_rounded_only_at_the_end(shape, registers):
+    """So the result is the bfloat16 number nearest to what float32 gives, or the one next to it where it is in between."""
+    half: Any = [x.bfloat16() for x in draw(*shape)]
+    run = attention if registers == "this machine's" else with_fewer_registers("attention")
+    found, exact = run(*half, shape[2] ** -0.5), reference(*(x.double() for x in half))
+    assert found.dtype == torch.bfloat16
+    assert ((found - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(dtype):
+    drawn: Any = [x.to(dtype) for x in draw(6, 2, 64, 5, 130, 3)]
+    assert torch.equal(attention(*(x[1:2] for x in drawn)), attention(*drawn)[1:2])
+
+
 def test_wrong_attention_is_seen():
     drawn = draw(4, 2, 64, 5, 100)
     assert not near(attention(*drawn) + 1e-3, *drawn)
@@ -153,7 +170,7 @@ def test_shapes_that_do_not_fit_are_refused(changes, refused):
 def test_other_types_are_refused(place):
     drawn: Any = [*draw(4, 2, 32, 5, 9)]
     drawn[place] = drawn[place].double()
-    with pytest.raises(ValueError, match="float64.*: there are kernels for float32 and for bfloat16"):
+    with pytest.raises(ValueError, match=r"float64.*: there are kernels for float32 and for bfloat16"):
         attention(*drawn)
 
 

@@ -33,6 +33,14 @@ def test_products_are_right(tokens, rows, columns, threads):
         torch.set_num_threads(before)
 
 
+def test_a_row_does_not_depend_on_the_others():
+    x, weight = torch.randn(25, 40), torch.randn(9, 40)
+    whole = linear(x, weight)
+    assert all(
+        torch.equal(linear(x[first:last], weight), whole[first:last]) for first, last in ((0, 1), (3, 7), (5, 25))
+    )
+
+
 def test_a_wrong_product_is_seen():
     x, weight = torch.randn(5, 16), torch.randn(4, 16)
     assert not near(linear(x, weight) + 1e-3, x, weight)
