@@ -69,7 +69,8 @@ def main(config: DictConfig) -> None:
     computed = Features(target, net, *seen)  # whatever is kept
     flops, seconds = cost_of(partial(loss, rows[: config.texts_per_step], torch.Generator(), computed), net)
     steps = config.steps if config.flops is None else round(config.flops / flops)
-    few = partial(by_depth, drafter, target, Features(target, net, *(part[:16] for part in unseen)), config)
+    some = Texts(unseen.tokens[:16], unseen.firsts[:16])
+    few = partial(by_depth, drafter, target, Features(target, net, *some), config)
     history = fit(net, loss, rows, few, config, folder / "training.pt", steps=steps, seed=config.seed)
     net.eval().to(torch.bfloat16)
     if calls.leads():

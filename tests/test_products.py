@@ -10,7 +10,7 @@ from torch import nn
 
 import specdec
 import specdec_kernels.cpu
-from specdec.models import cached_model, products
+from specdec.models import products
 from specdec.models.products import FewRows
 
 torch.set_num_threads(1)
@@ -124,4 +124,3 @@ def test_without_a_compiler_torch_does_it_and_that_is_said_once(monkeypatch, cou
     finally:
         specdec_kernels.cpu.can_load.cache_clear()
     assert len(said) == 1 and not counted and all(map(torch.equal, found, expected))
-    assert cached_model.can_load is specdec_kernels.cpu.can_load

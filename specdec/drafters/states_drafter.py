@@ -23,6 +23,7 @@ from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.layer_shapes import LayerShape, Slab
 from specdec.models.level import CachedLevel
 from specdec.models.probe import autocast_dtype
+from specdec.models.products import few_rows
 from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.tree import Topology, chain
 from specdec.trees.base import Frontier, TreePolicy
@@ -102,6 +103,7 @@ class StatesRun(TreeDraftRun):
         self.cache = _cache(net, batch, last)
         super().__init__(drafter, batch, last, net, self.cache, target)
         self.net, self._target = net, target
+        self._few_rows = few_rows(batch.device, net, target.cached.lm.model)
         self._held = HeldTexts(self.cache, net.ahead)
         self._earlier: StatesRun | None = None
         self._computed: Any = None  # by which weights the cache was written; None if no later run will ask
@@ -151,7 +153,7 @@ class StatesRun(TreeDraftRun):
         n, rows = states.shape[1], range(len(self.batch))
         if n > self._nodes:  # behind the texts of other rows there is room for a tree, but not for a prompt
             rows = count.nonzero()[:, 0].tolist()
-        with self.cache.only(rows):
+        with self.cache.only(rows), self._few_rows:
             part = self.cache.rows
             tensors = (self.batch.tokens, states, start, count, self.last)
             tokens, states, start, count, last = tensors if part is None else (t[part] for t in tensors)
@@ -181,6 +183,10 @@ class StatesRun(TreeDraftRun):
 
     def prepare(self, frontier: Frontier) -> Hashable:
         return self.batch.longest
+
+    def _scored(self, frontier: Frontier) -> Tensor:
+        with self._few_rows:
+            return super()._scored(frontier)
 
 
 def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:

@@ -7,7 +7,6 @@ Targets and draft models both run in it. A `CausalLM` is a model and what was fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +23,11 @@ from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.prepared_inputs import takes
 from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
-from specdec.models.products import FewRows
+from specdec.models.products import few_rows
 from specdec.models.routing import Route
 from specdec.models.served_functions import one_pass, serve
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
-from specdec_kernels.cpu import can_load
 
 if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
@@ -138,8 +136,7 @@ class CachedModel:
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes over nodes are compiled: their shapes recur
-        plain = lm.device.type == "cpu" and autocast is None and can_load()
-        self._products = FewRows(lm.model) if plain else nullcontext()
+        self._few_rows = few_rows(lm.device, lm.model)
         self._held = HeldTexts(self.cache)
         # The fingerprint of the model that wrote the cache; None if no later run will ask.
         self.computed: Any = None
@@ -282,7 +279,7 @@ class CachedModel:
                 view.prepare(layer.shape.size for layer in self.cache.recurrent)
                 logits = self._compiled((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
             else:
-                with self._products:
+                with self._few_rows:
                     logits = self._logits(tokens, positions, self.cache, keep)
         return self.lm.translate_back(logits)
 

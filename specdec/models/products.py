@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as of_torch
 
+from specdec_kernels.cpu import can_load
 from specdec_kernels.linear import linear, pays
 
 
@@ -22,7 +25,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _lock = threading.Lock()  # of `_known`, and of the counts in its values
-_known: WeakKeyDictionary[nn.Module, _Few] = WeakKeyDictionary()  # by model; a layer does not keep its model alive
+_known: WeakKeyDictionary[nn.Module, _Few] = WeakKeyDictionary()  # by model
 
 
 class _Few:
@@ -31,28 +34,35 @@ class _Few:
     def __init__(self, model: nn.Module):
         # Subclasses may compute something else, and a forward function of its own may be a hook of accelerate.
         layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
-        self._forwards = [(vars(layer), _forward_of(layer)) for layer in layers]
+        self._forwards = [
+            (ref(layer), _forward_of(ref(layer))) for layer in layers
+        ]  # weights may be replaced, and freed
         self._passes = 0
 
     def enter(self) -> None:
         self._passes += 1
         if self._passes == 1:
-            for layer, forward in self._forwards:
-                layer.setdefault("forward", forward)
+            for known, forward in self._forwards:
+                if (layer := known()) is not None:
+                    vars(layer).setdefault("forward", forward)
 
     def leave(self) -> None:
         self._passes -= 1
         if self._passes == 0:
-            for layer, forward in self._forwards:
-                if layer.get("forward") is forward:  # else somebody has replaced it meanwhile
-                    del layer["forward"]
+            for known, forward in self._forwards:
+                if (layer := known()) is not None and vars(layer).get(
+                    "forward"
+                ) is forward:  # else somebody replaced it
+                    del vars(layer)["forward"]
 
 
-def _forward_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _forward_of(known: ref[nn.Linear]) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:
-        weight, bias = layer.weight, layer.bias
-        rows = input.shape[:-1]
-        if not (_here.passes and type(weight) is nn.Parameter and pays(rows.numel(), input, weight)):
+        layer = known()
+        assert layer is not None
+        weight, bias, rows = layer.weight, layer.bias, input.shape[:-1]
+        mine = _here.passes and not torch.is_autocast_enabled("cpu")
+        if not (mine and type(weight) is nn.Parameter and pays(rows.numel(), input, weight)):
             return of_torch(input, weight, bias)
         found = linear(input.reshape(-1, input.shape[-1]), weight).view(*rows, -1)
         return found if bias is None else found.add_(bias)
@@ -60,24 +70,31 @@ def _forward_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-class FewRows:
-    """A context for a forward pass of a model: its products of a few float32 rows are ours, in this thread.
+def few_rows(device: torch.device, *models: nn.Module) -> AbstractContextManager[object]:
+    """A context for passes of these models over a few tokens: `FewRows` where that is faster."""
+    return FewRows(*models) if device.type == "cpu" and can_load() else nullcontext()
 
-    Only while some pass is in progress do its linear layers have forward functions of their own. Other threads that run the
-    model meanwhile compute what they did.
+
+class FewRows:
+    """A context in which models' products of a few float32 rows are ours, in this thread.
+
+    Only while some thread is inside do their linear layers have forward functions of their own. Other threads that run the
+    models meanwhile compute what they did.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, *models: nn.Module):
+        self._models = models
 
     def __enter__(self) -> None:
         with _lock:
-            if self._model not in _known:
-                _known[self._model] = _Few(self._model)
-            _known[self._model].enter()
+            for model in self._models:
+                if model not in _known:
+                    _known[model] = _Few(model)
+                _known[model].enter()
         _here.passes += 1
 
     def __exit__(self, *_: object) -> None:
         _here.passes -= 1
         with _lock:
-            _known[self._model].leave()
+            for model in self._models:
+                _known[model].leave()
