@@ -121,12 +121,15 @@ class Comparison:
         places = self.places[:, part]
         rows, (n, depth) = torch.arange(len(places), device=places.device)[:, None], places.shape[1:]
         if self._everywhere:  # depths share their places
-            law = _law(logits_of(self._target, self._hidden[:, int(places[0, 0, 0]) :][:, : n + depth - 1]))
-            laws = [law[:, d : d + n] for d in range(depth)]
-        else:
-            law = _law(logits_of(self._target, self._hidden[rows, places.flatten(1)]))
-            laws = list(law.unflatten(1, (n, depth)).unbind(2))
-        return laws if self._ids is None else [law[..., self._ids] for law in laws]
+            law = self._law_where(self._hidden[:, int(places[0, 0, 0]) :][:, : n + depth - 1])
+            return [law[:, d : d + n] for d in range(depth)]
+        law = self._law_where(self._hidden[rows, places.flatten(1)])
+        return list(law.unflatten(1, (n, depth)).unbind(2))
+
+    def _law_where(self, hidden: Tensor) -> Tensor:
+        """[batch, n, vocab]: the target's, of the tokens that the network can draft, where its LM head reads these."""
+        law = _law(logits_of(self._target, hidden))
+        return law if self._ids is None else law[..., self._ids]
 
     def parts(self, laws_at_once: int) -> Iterator[slice]:
         """All places, as many together as have at most so many probabilities in the laws of either model; at least one."""
