@@ -243,6 +243,22 @@ def test_a_pass_that_fails_within_a_recurrent_layer_leaves_no_layer_waiting(part
     assert texts(specdec.generate(target, PROMPTS, **OPTIONS)) == expected
 
 
+@pytest.mark.parametrize("number", [4, 5])  # of the call that is interrupted: of the first commit, or of the second
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "mamba"])
+def test_a_run_that_is_interrupted_while_states_change_may_be_resumed(name, number, monkeypatch):
+    model, calls, keep = HYBRIDS[name](), [], RecurrentLayer.keep
+    fail = once(calls, number, KeyboardInterrupt())
+    stream = specdec.stream(model, PROMPTS, keep=True, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecurrentLayer, "keep", lambda *args: fail() or keep(*args))
+        with pytest.raises(KeyboardInterrupt):
+            [*stream]
+    written = stream.generation.tokens
+    goes_on = [torch.cat(each) for each in zip(PROMPTS, written, strict=True)]
+    expected = texts(specdec.generate(model, goes_on, **OPTIONS))
+    assert texts(specdec.generate(model, goes_on, resume=stream.generation, **OPTIONS)) == expected
+
+
 FUNCTIONS = {  # of modelling modules
     "qwen3_5": ["causal_conv1d_fn", "torch_chunk_gated_delta_rule"],
     "mamba2": ["causal_conv1d_fn", "mamba2_chunk_scan"],

@@ -297,17 +297,17 @@ class TreeCache(Cache):
         for slab, stack in self._stacks.items():
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
+        self.lengths += count  # before states change: if that fails half-way, they are not taken for those of a shorter text
         for layer in self.recurrent:
             layer.keep(path, count)
-        self.lengths += count
 
     def advance(self, count: Tensor) -> None:
         """Commit the first count[b] nodes of the chain that the last pass was over; those after are nodes 0, 1, ... now."""
         nodes = self.view.topology.parents.shape[1]
+        self.lengths += count
         for layer in self.recurrent:
             layer.keep(self.view.topology.parents + 1, count)
             layer.renumber(count, nodes)
-        self.lengths += count
 
 
 class _Absent(RecordingLayer):
