@@ -252,7 +252,7 @@ def test_a_run_that_is_interrupted_while_states_change_may_be_resumed(name, numb
     with monkeypatch.context() as patch:
         patch.setattr(RecurrentLayer, "keep", lambda *args: fail() or keep(*args))
         with pytest.raises(KeyboardInterrupt):
-            [*stream]
+            list(stream)
     written = stream.generation.tokens
     goes_on = [torch.cat(each) for each in zip(PROMPTS, written, strict=True)]
     expected = texts(specdec.generate(model, goes_on, **OPTIONS))

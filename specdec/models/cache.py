@@ -297,7 +297,8 @@ class TreeCache(Cache):
         for slab, stack in self._stacks.items():
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
-        self.lengths += count  # before states change: if that fails half-way, they are not taken for those of a shorter text
+        # Before states change: if that fails half-way, they are not taken for those of the shorter text.
+        self.lengths += count
         for layer in self.recurrent:
             layer.keep(path, count)
 

@@ -22,7 +22,8 @@ from specdec.models.context_limit import context_limit_of
 from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import Entry, HeldTexts, next_readings
 from specdec.models.prepared_inputs import takes
-from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
+from specdec.models.probe import layout_of, score_probe_tree
+from specdec.models.ready import autocast_dtype, check_ready, device_of, embedding
 from specdec.models.routing import Route
 from specdec.models.served_functions import one_pass, serve
 from specdec.models.states import Capture
