@@ -199,7 +199,7 @@ class CachedModel:
         for row, stop in stops.items():
             self._held.note(row, batch.records[row])
             entry = entries[row]
-            if self.cache.marked and (stop < entry.goal or stop == entry.mark):
+            if self.cache.marked and stop and (stop < entry.goal or stop == entry.mark):
                 self.cache.mark(row, stop, anew=batch.resume)
             entry.most = max(entry.most, stop)
             if stop == entry.goal:

@@ -102,14 +102,16 @@ def next_readings(
         best = longest_beginning(held, Source(cache, row, 0), entry.text, entry.most)
         same = beginnings.setdefault(entry.text[:_WORTH_WAITING].tobytes(), [])
         shared = {
-            min(common_length(entries[other].text, entry.text), entries[other].goal, entry.most): other
+            other: min(common_length(entries[other].text, entry.text), entries[other].goal, entry.most)
             for other in same
         }
-        soon = max((count for count, other in shared.items() if count >= sources[other].count), default=0)
-        if soon < best.count + _WORTH_WAITING:
+        # one that goes on from behind the place where they part cannot stop there
+        before = [other for other in same if shared[other] >= sources[other].count]
+        nearest = max(before, key=lambda other: shared[other], default=None)
+        if nearest is None or shared[nearest] < best.count + _WORTH_WAITING:
             sources[row] = best
             stops[row] = entry.mark if best.count < entry.mark < entry.goal else entry.goal
             same.append(row)
         elif cache.recurrent:
-            stops[shared[soon]] = min(stops[shared[soon]], soon)
+            stops[nearest] = min(stops[nearest], shared[nearest])
     return sources, stops
