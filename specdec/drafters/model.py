@@ -14,7 +14,8 @@ from specdec.checks import wrong_kind
 from specdec.drafters.base import DraftRun
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.drafters.vocabulary import TranslatedModel
-from specdec.models.cached_model import CachedModel, CausalLM
+from specdec.models.cached_model import CachedModel
+from specdec.models.causal_lm import CausalLM
 from specdec.models.target import TargetRun
 from specdec.outcome import Outcome
 from specdec.trees.base import Frontier, TreePolicy

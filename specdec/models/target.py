@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from specdec.batch import Batch
 from specdec.models.cache import TreeCache
-from specdec.models.cached_model import CachedModel, CausalLM
+from specdec.models.cached_model import CachedModel
+from specdec.models.causal_lm import CausalLM
 from specdec.models.path_probe import check_text
 from specdec.models.prepared_inputs import preparer_name
 from specdec.outcome import Outcome
