@@ -86,6 +86,16 @@ def test_a_turn_goes_on_where_the_last_one_ended_and_from_no_other_place(name, e
     assert sum(entered) == sum(len(text) - 1 for text in cut), "no state is kept there, so that all is read again"
 
 
+def test_a_last_turn_that_nobody_will_resume_stays_in_the_caches_of_the_turn_before(monkeypatch):
+    model, made, build = HYBRIDS["mamba2"](), [], TreeCache.__init__
+    monkeypatch.setattr(TreeCache, "__init__", lambda *args: made.append(args) or build(*args))
+    target = specdec.ModelTarget(model)
+    made.clear()  # those of the probe
+    last = specdec.generate(target, PROMPTS, keep=True, **OPTIONS)
+    specdec.generate(target, PROMPTS, resume=last, **OPTIONS)
+    assert len(made) == 1
+
+
 DRAFTERS = {
     "none": lambda model: None,
     "model": lambda model: ModelDrafter(disturbed(model), Chain(2)),

@@ -53,7 +53,7 @@ class CachedModel:
         marks: bool,
         last: CachedModel | None,
     ):
-        self.lm, self.made = lm, (rows, capacity, nodes, states, autocast, marks)
+        self.lm, self.made = lm, (rows, capacity, nodes, states, autocast)
         self._autocast = autocast
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes, marks)
         self.capture = Capture(lm.model, states, lm.device)

@@ -61,7 +61,7 @@ class CausalLM:
             capacity: slots per row.
             nodes: most nodes of a tree.
             states: which states are noted in every pass: see `Drafter.states`.
-            last: an earlier run. It is returned if it has the same sizes; else the new run may take over its cache.
+            last: an earlier run. It is returned if it has room for all that; else the new run may take over its cache.
             marks: whether recurrent states are kept where texts to come may go on from: see `TreeCache.mark`.
         """
         check_ready(self.model)
@@ -71,9 +71,9 @@ class CausalLM:
             serve(self.model)
         if last is not None and last.lm.kind != self.kind:
             last = None
-        made = (rows, capacity, nodes, tuple(states), autocast_dtype(self.device), marks and self._recurs)
-        if last is None or last.made != made:
-            return CachedModel(self, *made, last)
+        made, marks = (rows, capacity, nodes, tuple(states), autocast_dtype(self.device)), marks and self._recurs
+        if last is None or last.made != made or last.cache.marked < marks:
+            return CachedModel(self, *made, marks, last)
         last.capture.look_up(self.model)
         last.begin(last)
         return last
