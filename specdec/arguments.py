@@ -17,7 +17,7 @@ from specdec.drafters import Drafter, NoDrafter
 from specdec.engines.base import Engine
 from specdec.engines.graphs import Graphs
 from specdec.huggingface.stopping import StopStrings
-from specdec.models.probe import cure_for
+from specdec.models.ready import cure_for
 from specdec.models.target import ModelTarget, Target
 from specdec.notes import logprob, raw_logprob
 from specdec.prompts import Prompts, as_list, as_prompts

@@ -130,7 +130,9 @@ def generate(
         engine: "eager" runs every step as it stands; "graph" captures it as CUDA graphs, "compile" compiles forward passes
             too (worth it on a CPU as well). Pass one `specdec.Graphs` to several calls to capture and compile only once.
         resume: an earlier generation, made with keep=True, whose caches to go on in. Each prompt is read from where it differs
-            from the text of its row there: in a conversation, only what was said since. The text is the same as without.
+            from the text of its row there: in a conversation, only what was said since. Models with recurrent state read from
+            the last place before that where a state was kept: the row's end or that of its prompt. The text is the same as
+            without.
             If a model was changed in between by training, loading or a switch of adapters, this is noticed. Not noticed are
             writes into `weight.data`, which torch does not count (`weight.data = ...` is noticed), and changes inside of hooks
             and other objects that are no modules.

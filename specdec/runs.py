@@ -19,7 +19,7 @@ from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.engines.base import Stages
 from specdec.models.fingerprint import fingerprint
-from specdec.models.probe import autocast_dtype
+from specdec.models.ready import autocast_dtype
 from specdec.models.target import Target, TargetRun
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec import runs
 from specdec.batch import common_length
-from specdec.models.cache import DoesNotFit
+from specdec.models.memory import DoesNotFit
 from specdec.request import Request, Text, Written
 from specdec.runs import Runs
 
@@ -98,8 +98,10 @@ class Slots:
 
     def _readable(self, text: Text) -> int:
         """How much of a text can be begun now: what can be copied from some row, and a chunk more."""
-        reaches, others = self.runs.target.reaches, self.runs.batch.texts
-        shared = max(reaches(len(other), common_length(other, text.tokens)) for other in others)
+        parts, shared = (self.runs.target, self.runs.drafter), 0
+        for row, other in enumerate(self.runs.batch.texts):
+            common = common_length(other, text.tokens)
+            shared = max(shared, min(part.reaches(row, common) for part in parts))
         return min(shared + _CHUNK, len(text.tokens))
 
     def _move(self, going: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from tiny_models import llama, reference
 import specdec
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.models.cached_model import CachedModel
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 from specdec.testing import Tape
 from specdec.trees import Widths
 

@@ -32,7 +32,7 @@ from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.huggingface.generation_config import split
 from specdec.models.cache import GENERATE_CACHE
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 from specdec.rules import BlockVerification
 from specdec.trees import Chain, Widths
 

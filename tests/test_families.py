@@ -10,7 +10,7 @@ from transformers import MllamaTextConfig, MusicgenDecoderConfig, MusicgenForCau
 
 import specdec
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 from specdec.trees import Widths
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from transformers import (
 import specdec
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.models.cache import GENERATE_CACHE
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 from specdec.trees import Widths
 
 torch.set_num_threads(1)

@@ -11,15 +11,16 @@ from hybrid_models import HYBRIDS, disturbed
 from peft import LoraConfig, get_peft_model
 from test_graphs import reads_of
 from test_hybrids import ONE_OF_EACH
+from test_medusa import heads
 from test_threads import Gate
-from tiny_models import PROMPTS, reference, state
+from tiny_models import PROMPTS, llama, reference, state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import specdec
 import specdec_kernels
-from specdec.drafters import ModelDrafter, NgramDrafter
-from specdec.models import cache
+from specdec.drafters import Fallback, MedusaDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
+from specdec.models import memory
 from specdec.models.cache import Source, TreeCache
 from specdec.models.cached_model import CachedModel
 from specdec.models.layer_shapes import LayerShape
@@ -37,11 +38,11 @@ ENGINES = {"static": specdec.Graphs, "tape": lambda: specdec.Graphs(capture=Tape
 
 @pytest.fixture
 def entered(monkeypatch):
-    """How many tokens entered states, pass by pass."""
+    """How many tokens entered states, pass by pass; those of all models but of llamas."""
     found, forward = [], CachedModel.forward
 
     def noting(run, *args, entering=None, **kwargs):
-        found.extend([] if entering is None else [int(entering.sum())])
+        found.extend([] if entering is None or not run.cache.recurrent else [int(entering.sum())])
         return forward(run, *args, entering=entering, **kwargs)
 
     monkeypatch.setattr(CachedModel, "forward", noting)
@@ -50,6 +51,19 @@ def entered(monkeypatch):
 
 def texts(generation):
     return [text.tolist() for text in generation.tokens]
+
+
+def plain(model, prompts, tokens=10):
+    """What `model.generate` writes after each prompt."""
+    return [reference(model, each, max_new_tokens=tokens, eos_token_id=None).tolist() for each in prompts]
+
+
+BEGINNING = torch.arange(2, 45)
+
+
+def ending(*ids, beginning=BEGINNING):
+    """Prompts with one beginning of 43 tokens: each goes on with one of these ids, and another token."""
+    return [torch.cat([beginning, torch.tensor([each, 5])]) for each in ids]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -72,15 +86,72 @@ def test_a_turn_goes_on_where_the_last_one_ended_and_from_no_other_place(name, e
     assert sum(entered) == sum(len(text) - 1 for text in cut), "no state is kept there, so that all is read again"
 
 
-def test_equal_prompts_are_read_once_and_prompts_that_part_are_read_each(entered):
-    model, prompt = HYBRIDS["qwen3_5"](), torch.arange(2, 45)
-    found = specdec.generate(model, [prompt] * 3, **OPTIONS)
-    assert sum(entered) == len(prompt) - 1
-    assert texts(found) == [reference(model, prompt, max_new_tokens=10, eos_token_id=None).tolist()] * 3
-    entered.clear()
-    parting = [torch.cat([prompt, torch.tensor([end, 5])]) for end in (3, 4)]
-    specdec.generate(model, parting, **OPTIONS)
-    assert sum(entered) == 2 * (len(prompt) + 1)
+def test_a_last_turn_that_nobody_will_resume_stays_in_the_caches_of_the_turn_before(monkeypatch):
+    model, made, build = HYBRIDS["mamba2"](), [], TreeCache.__init__
+    monkeypatch.setattr(TreeCache, "__init__", lambda *args: made.append(args) or build(*args))
+    target = specdec.ModelTarget(model)
+    made.clear()  # those of the probe
+    last = specdec.generate(target, PROMPTS, keep=True, **OPTIONS)
+    specdec.generate(target, PROMPTS, resume=last, **OPTIONS)
+    assert len(made) == 1
+
+
+DRAFTERS = {
+    "none": lambda model: None,
+    "model": lambda model: ModelDrafter(disturbed(model), Chain(2)),
+    "heads": lambda model: MedusaDrafter(heads(dtype=torch.float32), Chain(2)),
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "mamba"])
+def test_an_answer_is_written_anew_from_the_end_of_its_prompt(name, drafter, entered):
+    model, prompts = HYBRIDS[name](), [torch.arange(start, 45) for start in (2, 9)]
+    draft, models = DRAFTERS[drafter](model), 2 if drafter == "model" else 1
+    replaced = [torch.cat([prompt, torch.tensor([3, 5])]) for prompt in prompts]
+    for later, read in ((prompts, 0), (replaced, 2)):
+        last = specdec.generate(model, prompts, draft, keep=True, **OPTIONS)
+        entered.clear()
+        last = specdec.generate(model, later, draft, keep=True, resume=last, **OPTIONS)
+        # the state of the last token that is read is what heads draft from: that token is read in any case
+        assert sum(entered) == models * len(later) * (read + (drafter == "heads"))
+        assert texts(last) == plain(model, later)
+        goes_on = [torch.cat([*each, torch.tensor([9])]) for each in zip(later, last.tokens, strict=True)]
+        expected = texts(specdec.generate(model, goes_on, **OPTIONS))
+        assert texts(specdec.generate(model, goes_on, draft, resume=last, **OPTIONS)) == expected
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_prompts_of_one_call_share_is_read_once(name, drafter, entered):
+    model, longer = HYBRIDS[name](), torch.cat([BEGINNING, torch.arange(10, 45)])
+    prompts = [*ending(3), *ending(4, beginning=longer), *ending(6), *ending(7, beginning=longer), *ending(3)]
+    found = specdec.generate(model, prompts, DRAFTERS[drafter](model), **OPTIONS)
+    assert texts(found) == plain(model, prompts)
+    # and the last token of each: nobody waits for so few
+    assert sum(entered) == (2 if drafter == "model" else 1) * (len(longer) + len(prompts))
+    assert (
+        texts(specdec.generate(model, prompts[::-1], DRAFTERS[drafter](model), **OPTIONS))
+        == plain(model, prompts)[::-1]
+    )
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_samples_that_come_later_begin_where_their_prompt_ended(batch_size, drafter, entered):
+    model, prompts = HYBRIDS["qwen3_5"](), [torch.arange(start, 45) for start in (2, 2, 2, 3, 3, 3)]
+    draft = DRAFTERS[drafter](model)
+    found = specdec.generate(model, prompts, draft, batch_size=batch_size, **OPTIONS)
+    assert texts(found) == plain(model, prompts)
+    heard = 4 if drafter == "heads" else 0
+    assert sum(entered) == (2 if drafter == "model" else 1) * (42 + 41 + heard)
+
+
+def test_texts_that_come_later_begin_where_others_parted(entered):
+    model, prompts = HYBRIDS["mamba2"](), ending(3, 4, 6, 7, 8, 9)
+    found = specdec.generate(model, prompts, batch_size=2, **OPTIONS)
+    assert texts(found) == plain(model, prompts)
+    assert sum(entered) == 43 + len(prompts), "what they share, and one token of each"
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -182,6 +253,22 @@ def test_a_pass_that_fails_within_a_recurrent_layer_leaves_no_layer_waiting(part
     assert texts(specdec.generate(target, PROMPTS, **OPTIONS)) == expected
 
 
+@pytest.mark.parametrize("number", [4, 5])  # of the call that is interrupted: of the first commit, or of the second
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "mamba"])
+def test_a_run_that_is_interrupted_while_states_change_may_be_resumed(name, number, monkeypatch):
+    model, calls, keep = HYBRIDS[name](), [], RecurrentLayer.keep
+    fail = once(calls, number, KeyboardInterrupt())
+    stream = specdec.stream(model, PROMPTS, keep=True, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecurrentLayer, "keep", lambda *args: fail() or keep(*args))
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    written = stream.generation.tokens
+    goes_on = [torch.cat(each) for each in zip(PROMPTS, written, strict=True)]
+    expected = texts(specdec.generate(model, goes_on, **OPTIONS))
+    assert texts(specdec.generate(model, goes_on, resume=stream.generation, **OPTIONS)) == expected
+
+
 FUNCTIONS = {  # of modelling modules
     "qwen3_5": ["causal_conv1d_fn", "torch_chunk_gated_delta_rule"],
     "mamba2": ["causal_conv1d_fn", "mamba2_chunk_scan"],
@@ -255,19 +342,23 @@ def test_each_row_may_have_its_own_adapter_and_there_may_be_one_row(name, names)
     assert not torch.equal(expected, model.generate(**call))
 
 
-def test_a_newcomer_is_read_in_chunks_though_its_beginning_was_read_in_another_row(entered, monkeypatch):
-    """A state is kept at the end of a row alone, so that no part of the beginning can be copied."""
+WRAPPERS = {
+    "itself": lambda drafter: drafter,
+    "fallback": lambda drafter: Fallback(SuffixDrafter(), drafter),
+    "paused": lambda drafter: Paused(drafter, patience=99),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+def test_a_draft_that_must_read_what_its_target_copies_reads_it_in_chunks(wrapped, entered, monkeypatch):
+    """The target's keys are there for the whole beginning, but the draft has a state where a prompt ended alone."""
     monkeypatch.setattr("specdec.slots._CHUNK", 4)
-    model, shared = HYBRIDS["mamba2"](), torch.arange(2, 45)
-    prompts = [torch.cat([shared, torch.tensor([end, 5])]) for end in (3, 4, 6)]
-    found = specdec.generate(model, prompts, max_new_tokens=[40, 5, 3], stop_tokens=(), batch_size=2)
-    expected = [
-        reference(model, prompt, max_new_tokens=tokens, eos_token_id=None).tolist()
-        for prompt, tokens in zip(prompts, [40, 5, 3], strict=True)
-    ]
-    assert texts(found) == expected
-    assert sum(entered) == sum(len(prompt) - 1 for prompt in prompts)
-    assert sum(count <= 4 for count in entered) >= len(shared) // 4, "the one that came late"
+    target, draft = llama(dtype=torch.float32), HYBRIDS["mamba2"]()
+    prompts, tokens = [*ending(3), torch.tensor([9]), *ending(4)], [40, 5, 3]
+    drafter = WRAPPERS[wrapped](ModelDrafter(draft, Chain(2)))
+    found = specdec.generate(target, prompts, drafter, max_new_tokens=tokens, stop_tokens=(), batch_size=2)
+    assert texts(found) == [plain(target, [each], n)[0] for each, n in zip(prompts, tokens, strict=True)]
+    assert entered[0] == 44 and max(entered[1:]) <= 4 and sum(entered[1:]) >= 44
 
 
 def test_a_copied_cache_goes_on_by_itself():
@@ -298,11 +389,16 @@ def test_what_a_node_takes_is_small_beside_a_state(dtype, share):
 def test_states_that_do_not_fit_into_memory_are_refused_before_the_run_with_their_size(monkeypatch):
     model, tree = HYBRIDS["mamba"](), Widths([2, 1])
     [shape] = {repr(each): each.recurrent for each in layout_of(model)}.values()
-    row = 2 * shape.bytes(nodes=5)
-    monkeypatch.setattr(cache, "free_memory", lambda device: int(2.5 * row))
-    match = r"Recurrent states, trees of 5 nodes, keys and values of 4 texts .*; pass batch_size=2"
-    with pytest.raises(ValueError, match=match):
-        specdec.generate(model, PROMPTS, ModelDrafter(disturbed(model), tree), **OPTIONS)
+    one, two = (2 * shape.bytes(5, states) for states in (1, 2))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 3 * one)
+    assert one < two and 3 * one // two == 2
+    match = r"Recurrent states, {}trees of 5 nodes, keys and values of {} texts .*; pass batch_size=2"
+    drafter = ModelDrafter(disturbed(model), tree)
+    with pytest.raises(ValueError, match=match.format("", 4)):
+        specdec.generate(model, PROMPTS, drafter, **OPTIONS)
+    with pytest.raises(ValueError, match=match.format("two a row, ", 3)):
+        specdec.generate(model, PROMPTS, drafter, batch_size=3, **OPTIONS)
+    assert len(specdec.generate(model, PROMPTS, drafter, batch_size=2, **OPTIONS).tokens) == len(PROMPTS)
     assert TreeCache([LayerShape(recurrent=shape)], 1, 99, torch.device("cpu"), 5).room == 5
 
 

@@ -16,7 +16,7 @@ from specdec.models import recurrences
 from specdec.models.attention import View
 from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 from specdec.models.recurrent import RecurrentLayer
 from specdec.tree import Topology
 from specdec.trees import Chain, Widths

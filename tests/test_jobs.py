@@ -26,7 +26,7 @@ from specdec import Sampling, journal
 from specdec.batch import Batch
 from specdec.drafters import MedusaDrafter, MedusaHeads, ModelDrafter, NgramDrafter, SuffixDrafter
 from specdec.loop import Decoding
-from specdec.models import cache
+from specdec.models import memory
 from specdec.models.cached_model import CachedModel
 from specdec.trees import Chain, Widths
 
@@ -209,7 +209,7 @@ def test_prompts_that_cannot_be_decoded_are_skipped_with_the_reason(tmp_path):
 def test_rows_that_cannot_fit_into_memory_are_refused_before_the_run(monkeypatch):
     made = specdec.generate(TARGET, PROMPTS[:1], keep=True, max_new_tokens=16).runs.target.cached.cache
     row = sum(stack.nbytes for stack in made._stacks.values())
-    monkeypatch.setattr(cache, "free_memory", lambda device: int(3.5 * row))
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(3.5 * row))
     with pytest.raises(ValueError, match=rf"of 9 texts of up to {made.capacity} tokens .* pass batch_size=3"):
         specdec.generate(TARGET, PROMPTS[:1] * 9, max_new_tokens=16)
     assert len(specdec.generate(TARGET, PROMPTS[:1] * 9, batch_size=3, max_new_tokens=16).tokens) == 9

@@ -18,7 +18,7 @@ from specdec.drafters import ModelDrafter, NoDrafter
 from specdec.engines.base import Stages
 from specdec.models.attention import View
 from specdec.models.cache import TreeCache
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 from specdec.models.target import ModelTarget
 from specdec.outcome import Outcome
 from specdec.rules.base import Decisions

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaF
 
 import specdec
 from specdec.drafters import NgramDrafter
-from specdec.models.probe import UnsupportedModel
+from specdec.models.ready import UnsupportedModel
 
 torch.set_num_threads(1)
 PROMPT = torch.arange(1, 13)

@@ -36,7 +36,7 @@ def test_a_smaller_batch_that_finds_no_room_is_done_without(monkeypatch):
     prompts, budgets = [prompt[:12] for prompt in MANY], [2, 20, 3, 2, 3, 9, 2, 2, 3, 3, 2]
     options = {**SAMPLED, "max_new_tokens": budgets, "stop_tokens": ()}
     expected, rooms = texts(prompts, **options), iter([1 << 40])
-    monkeypatch.setattr("specdec.models.cache.free_memory", lambda device: next(rooms, 1))
+    monkeypatch.setattr("specdec.models.memory.free_memory", lambda device: next(rooms, 1))
     with pytest.warns(UserWarning, match="The last texts are decoded in a batch of 8: Keys and values of 4 texts"):
         out = specdec.generate(TARGET, prompts, batch_size=8, **options)
     assert [text.tolist() for text in out.tokens] == expected

@@ -14,7 +14,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from specdec.models.cache import GENERATE_CACHE
-from specdec.models.cached_model import CausalLM
+from specdec.models.causal_lm import CausalLM
 from specdec.tree import chain
 from specdec_kernels.reference.gated_delta import gated_delta
 from specdec_kernels.reference.linear_attention import fold_linear_attention, linear_attention

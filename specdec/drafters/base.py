@@ -96,6 +96,10 @@ class DraftRun(ABC):
         A row holds a new text, or a longer part of one whose prompt is still being read (`left` is 0 until it is whole).
         """
 
+    def reaches(self, row: int, wanted: int) -> int:
+        """As for `TargetRun`: how many of the first `wanted` tokens of a row a text that begins with them need not read."""
+        return wanted
+
     @abstractmethod
     def propose(self, coins: Coins) -> DraftTree:
         """Draft trees for the batch, no deeper than `batch.max_depth`. Draw by `coins.picks` only.

@@ -74,6 +74,9 @@ class _FallbackRun(DraftRun):
         self.first.enter(rows)
         self.second.enter(rows)
 
+    def reaches(self, row: int, wanted: int) -> int:
+        return min(self.first.reaches(row, wanted), self.second.reaches(row, wanted))
+
     def propose(self, coins: Coins) -> DraftTree:
         tree = self.first.propose(coins)
         drafted = (tree.laws[:, 1:] != Law.PADDING).any(1)

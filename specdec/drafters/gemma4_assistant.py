@@ -15,7 +15,7 @@ from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.attention import NAME
 from specdec.models.cache import TreeLayer
 from specdec.models.level import Level
-from specdec.models.probe import autocast_dtype
+from specdec.models.ready import autocast_dtype
 from specdec.models.routing import Route
 from specdec.models.target import ModelTargetRun
 from specdec.trees.base import Frontier, TreePolicy

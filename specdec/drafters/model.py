@@ -14,7 +14,8 @@ from specdec.checks import wrong_kind
 from specdec.drafters.base import DraftRun
 from specdec.drafters.tree_drafter import TreeDrafter, TreeDraftRun
 from specdec.drafters.vocabulary import TranslatedModel
-from specdec.models.cached_model import CachedModel, CausalLM
+from specdec.models.cached_model import CachedModel
+from specdec.models.causal_lm import CausalLM
 from specdec.models.target import TargetRun
 from specdec.outcome import Outcome
 from specdec.trees.base import Frontier, TreePolicy
@@ -56,7 +57,9 @@ class ModelDrafter(TreeDrafter):
             )
         nodes = self.spec(batch.sampling).nodes
         known = last.cached if isinstance(last, ModelDraftRun) else None
-        cached = lm.start(len(batch), batch.capacity + nodes, max(nodes, _AFTER_OWN_DRAFT), (), known)
+        cached = lm.start(
+            len(batch), batch.capacity + nodes, max(nodes, _AFTER_OWN_DRAFT), last=known, marks=batch.keep
+        )
         return ModelDraftRun(self, batch, cached, last).begun(last)
 
     def _in_tokens_of(self, vocab: int, target_tokenizer: Any) -> CausalLM:
@@ -83,6 +86,9 @@ class ModelDraftRun(TreeDraftRun):
 
     def enter(self, rows: list[int]) -> None:
         self.cached.enter(self.batch, rows)
+
+    def reaches(self, row: int, wanted: int) -> int:
+        return self.cached.cache.reaches(row, self.batch.host_lengths[row] - 1, wanted)
 
     def commit(self, outcome: Outcome) -> None:
         super().commit(outcome)

@@ -118,6 +118,9 @@ class _PausedRun(DraftRun):
     def enter(self, rows: list[int]) -> None:
         self.drafting.enter(rows)
 
+    def reaches(self, row: int, wanted: int) -> int:
+        return self.drafting.reaches(row, wanted)
+
     def propose(self, coins: Coins) -> DraftTree:
         if self._nodes is not None:
             # a row that a stop token ends has not come so far by its draft

@@ -16,7 +16,7 @@ from specdec.drafters.feature import FeatureDrafter
 from specdec.drafters.states_net import TargetParts
 from specdec.drafters.teacher_forcing import drafts_along
 from specdec.drafters.text_states import logits_of, read_texts
-from specdec.models.probe import cure_for
+from specdec.models.ready import cure_for
 
 
 @dataclass(frozen=True, eq=False)

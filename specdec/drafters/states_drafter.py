@@ -22,8 +22,8 @@ from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import HeldTexts, longest_beginning
 from specdec.models.layer_shapes import LayerShape, Slab
 from specdec.models.level import CachedLevel
-from specdec.models.probe import autocast_dtype
 from specdec.models.products import few_rows
+from specdec.models.ready import autocast_dtype
 from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.tree import Topology, chain
 from specdec.trees.base import Frontier, TreePolicy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.models.probe import check_ready
+from specdec.models.ready import check_ready
 
 
 @torch.no_grad()

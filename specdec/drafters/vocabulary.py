@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.models.cached_model import CausalLM
+from specdec.models.causal_lm import CausalLM
 
 _LEAST = 0.05  # least share of the target's tokens: with fewer, a draft rarely has the token that comes next
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -9,7 +9,6 @@ Layers with recurrent state (`specdec.models.recurrent`) have a state in place o
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -24,7 +23,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 import specdec_kernels
 from specdec.models.attention import View
-from specdec.models.layer_shapes import LayerShape, RecurrentShape, Slab
+from specdec.models.layer_shapes import LayerShape, Slab
+from specdec.models.memory import check_memory
 from specdec.models.recording import RecordingLayer
 from specdec.models.recurrent import OfCache, RecurrentLayer
 from specdec_kernels.reference.compact import compact
@@ -109,6 +109,14 @@ class Source:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """What recurrent layers held after the first `count` tokens of a row, layer by layer: see `RecurrentLayer.copied`."""
+
+    count: int
+    states: list[tuple[Tensor, Tensor | None]]
+
+
 class TreeCache(Cache):
     """The cache of a batch. It stores keys and values as the model gives them.
 
@@ -121,9 +129,18 @@ class TreeCache(Cache):
         capacity: slots per row: committed tokens plus the largest tree.
         device: where lengths and slot numbers are.
         nodes: nodes of the largest tree: so many have room beside recurrent states.
+        marks: whether rows keep a second recurrent state, at a place within their texts: see `mark`.
     """
 
-    def __init__(self, layout: Sequence[LayerShape], batch: int, capacity: int, device: torch.device, nodes: int = 0):
+    def __init__(
+        self,
+        layout: Sequence[LayerShape],
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        nodes: int = 0,
+        marks: bool = False,
+    ):
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [batch]: committed slots
         self.prompts = torch.zeros_like(self.lengths)  # [batch]: how many tokens of each row are its prompt
@@ -134,7 +151,7 @@ class TreeCache(Cache):
         pairs = [shape.slabs and (self.stored(shape.slabs[0]), self.stored(shape.slabs[1])) for shape in layout]
         slabs = [slab for pair in pairs if pair for slab in pair]
         states = [shape.recurrent for shape in layout if shape.recurrent]
-        _check_memory(slabs, states, batch, capacity, nodes)
+        check_memory(slabs, states, batch, capacity, nodes, marks)
         self._stacks = {
             slab: torch.empty(
                 slabs.count(slab), batch, capacity, slab.heads, slab.dim, dtype=slab.dtype, device=slab.device
@@ -151,6 +168,8 @@ class TreeCache(Cache):
         super().__init__(layers=layers)
         self.recurrent = [layer for layer in layers if isinstance(layer, RecurrentLayer)]
         self.room = nodes if self.recurrent else capacity  # nodes that one pass may be over
+        self.marked = marks and bool(self.recurrent)
+        self._marks: dict[int, Mark] = {}  # by row
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TreeCache:
         memo[id(self)] = made = copy(self)
@@ -203,12 +222,25 @@ class TreeCache(Cache):
             # [rows, count] bool: which tokens of the pass are of a prompt
             self.in_prompt = view.positions < prompts[:, None]
 
-    def reaches(self, count: int, wanted: int) -> int:
-        """How many of the first `wanted` tokens a text can go on from, if `count` are committed in a row.
+    def mark(self, row: int, count: int, anew: bool) -> None:
+        """Keep the recurrent states of a row, which has `count` committed tokens, for texts that will begin with these.
 
-        A recurrent state is kept at the end alone.
+        Args:
+            anew: whether it replaces a mark that the row has.
         """
-        return min(count, wanted) if not self.recurrent or wanted >= count else 0
+        if anew or row not in self._marks:
+            self._marks.pop(row, None)  # first, so that there is memory
+            self._marks[row] = Mark(count, [layer.copied(row) for layer in self.recurrent])
+
+    def reaches(self, row: int, count: int, wanted: int) -> int:
+        """How many of the first `wanted` tokens of a row, of which `count` are committed, a text can go on from.
+
+        Recurrent states are there at the end and at the mark alone.
+        """
+        if not self.recurrent:
+            return min(count, wanted)
+        places = count, self._marks[row].count if row in self._marks else 0
+        return max((place for place in places if place <= wanted), default=0)
 
     def rewind(self, lengths: Tensor) -> None:
         """Count the first slots of each row as committed; all of them hold tokens. lengths: [rows] int64.
@@ -238,12 +270,20 @@ class TreeCache(Cache):
             self.lengths[row] = source.count
 
     def _take_states(self, sources: Mapping[int, Source]) -> None:
-        moved = {row: s for row, s in sources.items() if s.count and (s.cache, s.row) != (self, row)}
         for index, layer in enumerate(self.recurrent):
-            found = {row: source.cache.recurrent[index].copied(source.row) for row, source in moved.items()}
-            for row, source in sources.items():
-                if row in found or not source.count:
-                    layer.take(row, found.get(row))
+            # copies, as above
+            found = {row: source.cache._state(index, source) for row, source in sources.items() if source.count}
+            for row in sources:
+                layer.take(row, found.get(row))
+        for row, source in sources.items():
+            mark, own = self._marks.get(row), (source.cache, source.row) == (self, row)
+            if mark and not (own and source.count >= mark.count):
+                del self._marks[row]
+
+    def _state(self, index: int, source: Source) -> tuple[Tensor, Tensor | None]:
+        """A copy of what a recurrent layer holds there."""
+        mark = self._marks.get(source.row)
+        return mark.states[index] if mark and mark.count == source.count else self.recurrent[index].copied(source.row)
 
     def get_query_offset(self, layer_idx: int = 0) -> View:
         """The view, which transformers passes to the function that makes masks."""
@@ -257,51 +297,18 @@ class TreeCache(Cache):
         for slab, stack in self._stacks.items():
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
+        # Before states change: if that fails half-way, they are not taken for those of the shorter text.
+        self.lengths += count
         for layer in self.recurrent:
             layer.keep(path, count)
-        self.lengths += count
 
     def advance(self, count: Tensor) -> None:
         """Commit the first count[b] nodes of the chain that the last pass was over; those after are nodes 0, 1, ... now."""
         nodes = self.view.topology.parents.shape[1]
+        self.lengths += count
         for layer in self.recurrent:
             layer.keep(self.view.topology.parents + 1, count)
             layer.renumber(count, nodes)
-        self.lengths += count
-
-
-class DoesNotFit(ValueError):
-    """So many rows do not fit into the memory of a device."""
-
-
-def _check_memory(
-    slabs: Sequence[Slab], states: Sequence[RecurrentShape], batch: int, capacity: int, nodes: int
-) -> None:
-    """Raise DoesNotFit if so many rows cannot fit into the memory of a device."""
-    rows: dict[torch.device, int] = {}  # bytes that a row takes
-    for slab in slabs:
-        rows[slab.device] = rows.get(slab.device, 0) + capacity * slab.heads * slab.dim * slab.dtype.itemsize
-    for state in states:
-        rows[state.input.device] = rows.get(state.input.device, 0) + state.bytes(nodes)
-    what = f"Recurrent states, trees of {nodes} nodes, keys" if states else "Keys"
-    for device, row in rows.items():
-        free = free_memory(device)
-        if free is not None and row * batch > free:
-            cure = f"pass batch_size={free // row}" if free >= row else "shorten the prompts or lower max_new_tokens"
-            raise DoesNotFit(
-                f"{what} and values of {batch} texts of up to {capacity} tokens take {row * batch / 1e9:.1f} GB on {device}, "
-                f"where {free / 1e9:.1f} GB can be had; {cure}."
-            )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a GPU, or all that a CPU has; None where it is not known."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 class _Absent(RecordingLayer):

@@ -1,7 +1,6 @@
-"""A Hugging Face causal LM over rows of different lengths: it reads texts and scores tree nodes.
+"""A run of a Hugging Face causal LM over rows of different lengths: it reads texts and scores tree nodes.
 
-Targets and draft models both run in it. A `CausalLM` is a model and what was found out about it, and may be shared;
-`CachedModel` is one run of it, and owns its cache.
+Targets and draft models both run in it. It owns its cache; what is known of the model is in a `CausalLM`, which may be shared.
 """
 
 from __future__ import annotations
@@ -12,103 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from specdec.batch import Batch, common_length
-from specdec.models.attention import NAME, View
-from specdec.models.cache import Source, TreeCache, cache_argument
+from specdec.batch import Batch
+from specdec.models.attention import View
+from specdec.models.cache import TreeCache
 from specdec.models.compilation import Compiled
-from specdec.models.context_limit import context_limit_of
 from specdec.models.fingerprint import fingerprint
-from specdec.models.held_texts import HeldTexts, longest_beginning
-from specdec.models.prepared_inputs import takes
-from specdec.models.probe import autocast_dtype, check_ready, device_of, embedding, layout_of, score_probe_tree
+from specdec.models.held_texts import Entry, HeldTexts, next_readings
 from specdec.models.products import few_rows
-from specdec.models.routing import Route
-from specdec.models.served_functions import one_pass, serve
+from specdec.models.served_functions import one_pass
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
 
 if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
+    from specdec.models.causal_lm import CausalLM
 
 _TOKENS = 4096  # most prompt tokens per forward pass, all rows together: it bounds the memory for masks and activations
 
-# A row waits for another that is read before it if it can then copy so many tokens more: fewer are read as fast as copied.
-_WORTH_WAITING = 32
-
 Listen = Callable[[Tensor, Tensor, Tensor], None]  # `DraftRun.read`
-
-
-class CausalLM:
-    """A supported model, and what is known of it.
-
-    Args:
-        model: the model; it is left as it is found.
-        cache: the kind of cache that its runs own.
-
-    Raises:
-        UnsupportedModel: trees cannot be scored with it.
-    """
-
-    reads: Any = None  # identifies the tokens it reads, if they are not those of its own tokenizer
-
-    def __init__(self, model: PreTrainedModel, cache: type[TreeCache] = TreeCache):
-        check_ready(model)
-        self.model, self.route, self.cache = model, Route(model, NAME), cache
-        self.device, self._home = device_of(model), _home(model)
-        # By the dtype of autocast, as keys and values have that dtype.
-        self._layouts = {autocast_dtype(self.device): layout_of(model)}
-        self._recurs = any(shape.recurrent for layout in self._layouts.values() for shape in layout)
-        self.vocab: int = model.config.get_text_config().vocab_size
-        self.context_length, self.context_reason = context_limit_of(model)
-        self.cache_argument, self.keeps_logits = cache_argument(model), takes(model, "logits_to_keep")
-        self.takes_positions = takes(model, "position_ids")
-
-    def start(
-        self, rows: int, capacity: int, nodes: int, states: Sequence[int] = (), last: CachedModel | None = None
-    ) -> CachedModel:
-        """A run with room for `capacity` slots per row.
-
-        Args:
-            rows: size of the batch.
-            capacity: slots per row.
-            nodes: most nodes of a tree.
-            states: which states are noted in every pass: see `Drafter.states`.
-            last: an earlier run. It is returned if it has the same sizes; else the new run may take over its cache.
-        """
-        check_ready(self.model)
-        if _home(self.model) != self._home:
-            raise ValueError(f"{type(self.model).__name__} has been moved or cast since it was wrapped; wrap it anew.")
-        if self._recurs:
-            serve(self.model)
-        if last is not None and last.lm.kind != self.kind:
-            last = None
-        made = (rows, capacity, nodes, tuple(states), autocast_dtype(self.device))
-        if last is None or last.made != made:
-            return CachedModel(self, *made, last)
-        last.capture.look_up(self.model)
-        last.begin(last)
-        return last
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """All that a cache's contents depend on, but for the text: runs of one kind can take over from each other."""
-        return self.model, self.cache, self.reads
-
-    def layout(self, autocast: torch.dtype | None) -> Any:
-        """What the model's layers keep under this autocast."""
-        if autocast not in self._layouts:
-            self._layouts[autocast] = score_probe_tree(self.model)[1]
-        return self._layouts[autocast]
-
-    def translate(self, tokens: Tensor) -> Tensor:
-        """The model's own ids for the text's tokens, as the other model of a pair may have a longer vocabulary."""
-        return tokens.clamp(max=self.vocab - 1)
-
-    def translate_back(self, logits: Tensor) -> Tensor:
-        """Logits over the text's tokens, from logits over the model's own."""
-        return logits
 
 
 class CachedModel:
@@ -118,6 +39,7 @@ class CachedModel:
         lm: the model.
         rows, capacity, nodes, states: as for `CausalLM.start`.
         autocast: the dtype of autocast; None outside of it.
+        marks: as for `CausalLM.start`.
         last: a run to take over from.
     """
 
@@ -129,11 +51,12 @@ class CachedModel:
         nodes: int,
         states: tuple[int, ...],
         autocast: torch.dtype | None,
+        marks: bool,
         last: CachedModel | None,
     ):
         self.lm, self.made = lm, (rows, capacity, nodes, states, autocast)
         self._autocast = autocast
-        self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes)
+        self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes, marks)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes over nodes are compiled: their shapes recur
         self._few_rows = few_rows(lm.device, lm.model)
@@ -160,7 +83,7 @@ class CachedModel:
         """Read the texts of these rows but for their last tokens, while the other rows go on.
 
         Beginnings that some row has read already are copied from there: what samples of one prompt share, a system prompt, or
-        an earlier turn.
+        an earlier turn. Recurrent states are marked where rows part, else at the end of a prompt.
 
         Args:
             draft: is told the states, if some were asked for: of each row the last at least.
@@ -168,21 +91,37 @@ class CachedModel:
         earlier = self._earlier(batch)
         listen = draft.read if draft is not None and self.capture.which else None
         known = draft.states_known([*rows]) if draft is not None and listen else batch.host_lengths
-        goals = {row: batch.host_lengths[row] - 1 for row in rows}
-        most = {row: min(goal - bool(listen), known[row]) for row, goal in goals.items()}
-        for row in rows if self.cache.recurrent else ():
-            self.cache.prompts[row] = batch.prompts[row]
-        waiting = list(rows)
-        while waiting:
-            sources = self._sources(batch, waiting, most, earlier)
-            self._held.forget(sources)  # if this fails half-way, nobody goes on from it
-            self.cache.take(sources)
-            self.read(batch.tokens, {row: goals[row] for row in sources}, listen)
-            for row, source in sources.items():
-                self._held.note(row, batch.records[row])
-                self.tokens_copied += source.count
-                waiting.remove(row)
+        # a state can only be told where its token is read
+        entries = {row: self._entry(batch, row, known[row], told=bool(listen)) for row in rows}
+        goals, before = sum(entry.goal for entry in entries.values()), self.tokens_read
+        while entries:
+            self._enter_some(batch, entries, earlier, listen)
+        self.tokens_copied += goals - (self.tokens_read - before)
         self.compiles = batch.stages.compiles
+
+    def _entry(self, batch: Batch, row: int, known: int, told: bool) -> Entry:
+        goal = batch.host_lengths[row] - 1
+        if self.cache.recurrent:
+            self.cache.prompts[row] = batch.prompts[row]
+        mark = batch.prompts[row] - 1 - told if self.cache.marked else 0
+        return Entry(batch.text(row), goal, min(goal - told, known), mark)
+
+    def _enter_some(
+        self, batch: Batch, entries: dict[int, Entry], earlier: CachedModel | None, listen: Listen | None
+    ) -> None:
+        """Read what can be read next of these texts, and take those from `entries` that have been read to their ends."""
+        sources, stops = next_readings(self.cache, entries, [*self._held, *(earlier._held if earlier else ())])
+        self._held.forget(sources)  # if this fails half-way, nobody goes on from it
+        self.cache.take(sources)
+        self.read(batch.tokens, stops, listen)
+        for row, stop in stops.items():
+            self._held.note(row, batch.records[row])
+            entry = entries[row]
+            if self.cache.marked and stop and (stop < entry.goal or stop == entry.mark):
+                self.cache.mark(row, stop, anew=batch.resume)
+            entry.most = max(entry.most, stop)
+            if stop == entry.goal:
+                del entries[row]
 
     def _earlier(self, batch: Batch) -> CachedModel | None:
         """When a run begins: another one that it may go on from. Forgets what has been read if it may not."""
@@ -195,25 +134,6 @@ class CachedModel:
         if not (goes_on and last is self):
             self._held.forget(range(len(batch)))
         return last if goes_on and last is not self else None
-
-    def _sources(
-        self, batch: Batch, rows: Sequence[int], most: Mapping[int, int], earlier: CachedModel | None
-    ) -> dict[int, Source]:
-        """For rows that are read next, what each begins with. Rows that can soon copy much of another are left for later."""
-        sources: dict[int, Source] = {}
-        beginnings: dict[bytes, list[int]] = {}  # rows of `sources` by their first tokens
-        held = [*self._held, *(earlier._held if earlier else ())]
-        for row in rows:
-            text = batch.text(row)
-            best = longest_beginning(held, Source(self.cache, row, 0), text, most[row])
-            same = beginnings.setdefault(text[:_WORTH_WAITING].tobytes(), [])
-            ends = {other: batch.host_lengths[other] - 1 for other in same}
-            shared = {other: min(common_length(batch.text(other), text), most[row]) for other in same}
-            soon = max((self.cache.reaches(ends[other], shared[other]) for other in same), default=0)
-            if soon < best.count + _WORTH_WAITING:
-                sources[row] = best
-                same.append(row)
-        return sources
 
     def read(self, tokens: Tensor, goals: Mapping[int, int], listen: Listen | None = None) -> None:
         """Read and commit the tokens of each row b of `goals` up to goals[b]. tokens: [batch, capacity] int64."""
@@ -291,8 +211,3 @@ class CachedModel:
         if lm.takes_positions:
             named["position_ids"] = positions
         return lm.model(input_ids=tokens, use_cache=True, **named).logits[:, -keep:]
-
-
-def _home(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
-    weight = embedding(model)
-    return weight.dtype, weight.device

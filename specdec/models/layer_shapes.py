@@ -56,10 +56,11 @@ class RecurrentShape:
     kept: dict[str, Numbers] = field(default_factory=dict)
     fixed: dict[str, Numbers] = field(default_factory=dict)
 
-    def bytes(self, nodes: int) -> int:
-        """Bytes that a row takes with room for so many nodes."""
+    def bytes(self, nodes: int, states: int = 1) -> int:
+        """Bytes that a row takes with room for so many nodes, and with so many states."""
         node = self.input.bytes + sum(each.bytes for each in self.kept.values())
-        return (self.size - 1) * self.input.bytes + nodes * node + (self.state.bytes if self.state else 0)
+        state = (self.size - 1) * self.input.bytes + (self.state.bytes if self.state else 0)
+        return states * state + nodes * node
 
 
 @dataclass(frozen=True)

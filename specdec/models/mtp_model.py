@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, modeling_layers
 
 from specdec.models.level import Level
-from specdec.models.probe import device_of
+from specdec.models.ready import device_of
 
 _SHOWN = 4  # names of tensors in a message
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from specdec.batch import Batch
 from specdec.models.cache import TreeCache
-from specdec.models.cached_model import CachedModel, CausalLM
+from specdec.models.cached_model import CachedModel
+from specdec.models.causal_lm import CausalLM
+from specdec.models.path_probe import check_text
 from specdec.models.prepared_inputs import preparer_name
-from specdec.models.probe import check_text
 from specdec.outcome import Outcome
 from specdec.tree import DraftTree
 
@@ -92,9 +93,9 @@ class TargetRun(ABC):
         for all rows when a drafter is begun anew.
         """
 
-    def reaches(self, count: int, wanted: int) -> int:
-        """How many of the first `wanted` tokens a text need not read if they are those of a row that has read `count`."""
-        return min(count, wanted)
+    def reaches(self, row: int, wanted: int) -> int:
+        """How many of the first `wanted` tokens of a row a text that begins with them need not read."""
+        return wanted
 
     @abstractmethod
     def score(self, tree: DraftTree) -> Scores:
@@ -142,7 +143,9 @@ class ModelTarget(Target):
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
         last = last if isinstance(last, ModelTargetRun) else None
-        cached = self.lm.start(len(batch), batch.capacity, batch.largest_tree, states, last and last.cached)
+        cached = self.lm.start(
+            len(batch), batch.capacity, batch.largest_tree, states, last and last.cached, marks=batch.keep
+        )
         if last is not None and last.batch is batch and last.cached is cached:
             return last
         return ModelTargetRun(self, batch, cached)
@@ -160,8 +163,8 @@ class ModelTargetRun(TargetRun):
             check_text(self.cached.lm.model, self.batch.text(row).tolist())
         self.cached.enter(self.batch, rows, draft)
 
-    def reaches(self, count: int, wanted: int) -> int:
-        return self.cached.cache.reaches(count, wanted)
+    def reaches(self, row: int, wanted: int) -> int:
+        return self.cached.cache.reaches(row, self.batch.host_lengths[row] - 1, wanted)
 
     def score(self, tree: DraftTree) -> Scores:
         logits = self.cached.forward(tree.tokens, tree.topology, self.batch.longest - 1)

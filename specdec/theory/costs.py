@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind, put
 from specdec.clock import finish
-from specdec.models.cached_model import CausalLM
+from specdec.models.causal_lm import CausalLM
 from specdec.tree import chain
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
 from specdec.drafters.layer_skip import layers_of, skippable
-from specdec.models.cached_model import CausalLM
+from specdec.models.causal_lm import CausalLM
 from specdec.models.routing import passing_through
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve, Costs, measure_costs, predicted_speed_up
