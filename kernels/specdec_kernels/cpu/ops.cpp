@@ -31,7 +31,44 @@ static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor&
   return y;
 }
 
+static const uint8_t* bytes(const Tensor& x) { return static_cast<const uint8_t*>(x.data_ptr()); }
+
+static Tensor outputs(const Tensor& x, int64_t out) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out;
+  return torch::stable::new_empty(x, sizes);
+}
+
+static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out) {
+  const Tensor a = dense(x), y = outputs(a, out);
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, width = 4 * weight.size(1);
+  std::vector<uint8_t> q(m * width);
+  stored::linear(stored::Bf16(data(a), q.data(), m, k, width), q.data(), bytes(weight), static_cast<float*>(y.data_ptr()), m,
+                 out, width, threads());
+  return y;
+}
+
+static Tensor linear_int8_op(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t out) {
+  const Tensor a = dense(x), y = outputs(a, out);
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, width = 4 * weight.size(1);
+  std::vector<uint8_t> q(m * width);
+  stored::linear(stored::Int8(data(a), data(scale), q.data(), m, k, width), q.data(), bytes(weight),
+                 static_cast<float*>(y.data_ptr()), m, out, width, threads());
+  return y;
+}
+
+static Tensor linear_int4_op(const Tensor& x, const Tensor& weight, const Tensor& scales, int64_t out) {
+  const Tensor a = dense(x), y = outputs(a, out);
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, groups = weight.size(1);
+  stored::grouped_linear(stored::Groups(data(a), m, k, groups), bytes(weight), static_cast<const uint16_t*>(scales.data_ptr()),
+                         static_cast<float*>(y.data_ptr()), m, out, groups, threads());
+  return y;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("linear_bf16", TORCH_BOX(&linear_bf16_op));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8_op));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4_op));
   m.impl("attention", TORCH_BOX(&attention_op));
 }

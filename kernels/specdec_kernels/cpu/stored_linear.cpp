@@ -1,0 +1,258 @@
+// x W^T for a few rows of x, with W stored in fewer bits than float32; `reference/stored_linear.py` says how it lies.
+// 64 bytes of W hold 4 bytes of each of 16 outputs: two numbers in bfloat16, or four integers. They are multiplied with the same
+// 4 bytes of x, so that each output has a lane of its own and no lanes are summed. Whatever the number of rows, the products
+// of a row are summed in one order.
+
+#include <vector>
+
+#if defined(__AVX512F__) && (defined(__AVX512VNNI__) || defined(__AVX512BF16__))
+#include <immintrin.h>
+#endif
+
+namespace stored {
+
+constexpr int OUTPUTS = 16;
+constexpr int GROUP = 32;  // inputs that share a scale in 4 bits
+constexpr int TILES = LANES == 16 ? 4 : 1;
+constexpr int TOKENS = LANES == 16 ? 6 : 3;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+template <class V>
+static inline V get(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline Floats broadcast(float x) { return Floats{} + x; }
+
+// The vectors are machine words of one size, which casts reinterpret.
+static inline Ints add_products_of_bytes(Ints sum, Bits w, const uint8_t* x) {
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(get<int32_t>(x)));
+#else
+  for (int b = 0; b < 4; b++) sum += (Ints)((w >> (8 * b)) & 255) * (int32_t)(int8_t)x[b];
+  return sum;
+#endif
+}
+
+static inline Floats add_products_of_halves(Floats sum, Bits w, const uint8_t* x) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+  const __m512i both = _mm512_set1_epi32(get<int32_t>(x));
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)w, (__m512bh)both);
+#else
+  const uint32_t both = get<uint32_t>(x), low = both << 16, high = both & 0xffff0000u;
+  sum += (Floats)(w << 16) * get<float>(&low);
+  sum += (Floats)(w & 0xffff0000u) * get<float>(&high);
+  return sum;
+#endif
+}
+
+// 16 finite numbers in float16.
+static inline Floats widen(const uint16_t* p) {
+#if defined(__AVX512F__) && (defined(__AVX512VNNI__) || defined(__AVX512BF16__))
+  return (Floats)_mm512_cvtph_ps(get<__m256i>(p));
+#else
+  const Bits h = __builtin_convertvector(get<Halves>(p), Bits);
+  const Floats size = (Floats)((h & 0x7fff) << 13) * 0x1p112f;
+  return (Floats)((Bits)size | (h & 0x8000) << 16);
+#endif
+}
+
+// Finds the largest size of n numbers; as bits, so that what is no number is larger than all numbers.
+static inline uint32_t largest(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t size = get<uint32_t>(x + i) & 0x7fffffffu;
+    most = size > most ? size : most;
+  }
+  return most;
+}
+
+// Rounds n numbers to integers of up to 127 times the scale that it returns, and adds those to `sum`.
+static inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& sum) {
+  const uint32_t found = largest(x, n);
+  const float most = get<float>(&found), inverse = found == 0 ? 0 : 127 / most;
+  sum = 0;
+  if (found >= 0x7f800000u) {
+    std::memset(q, 0, n);
+    return __builtin_nanf("");
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const int32_t whole = (int32_t)__builtin_rintf(x[i] * inverse);
+    q[i] = (uint8_t)whole;
+    sum += whole;
+  }
+  return most / 127;
+}
+
+struct Bf16 {
+  typedef Floats Sum;
+  static Sum add(Sum sum, Bits w, const uint8_t* x) { return add_products_of_halves(sum, w, x); }
+  Floats finish(Sum sum, int64_t, int64_t) const { return sum; }
+
+  Bf16(const float* x, uint8_t* q, int64_t m, int64_t k, int64_t width) {
+    for (int64_t t = 0; t < m; t++, x += k, q += width)
+      for (int64_t i = 0; i < k; i++) {
+        const uint32_t b = get<uint32_t>(x + i);
+        const bool number = (b & 0x7fffffffu) <= 0x7f800000u;
+        const uint16_t half = number ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : 0x7fc0;
+        std::memcpy(q + 2 * i, &half, 2);
+      }
+  }
+};
+
+struct Int8 {
+  typedef Ints Sum;
+  static Sum add(Sum sum, Bits w, const uint8_t* x) { return add_products_of_bytes(sum, w, x); }
+  // W is stored with 128 added.
+  Floats finish(Sum sum, int64_t t, int64_t tile) const {
+    const Ints products = sum - 128 * sums[t];
+    return __builtin_convertvector(products, Floats) * get<Floats>(of_outputs + tile * OUTPUTS) * of_rows[t];
+  }
+
+  const float* of_outputs;
+  std::vector<float> of_rows;
+  std::vector<int32_t> sums;
+
+  Int8(const float* x, const float* scale, uint8_t* q, int64_t m, int64_t k, int64_t width)
+      : of_outputs(scale), of_rows(m), sums(m) {
+    for (int64_t t = 0; t < m; t++) of_rows[t] = round_bytes(x + t * k, q + t * width, k, sums[t]);
+  }
+};
+
+static inline void put(float* y, Floats v, int64_t count) {
+  std::memcpy(y, &v, 4 * (count < OUTPUTS ? count : OUTPUTS));
+}
+
+// R tiles of 16 outputs times T rows. x: [T][width]; w: [R][width / 4][64]; y: rows of n.
+template <class Format, int R, int T>
+static void tile(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t t0, int64_t tile0, int64_t n,
+                 int64_t width) {
+  typename Format::Sum sums[R][T] = {};
+  for (int64_t i = 0; i < width; i += 4) {
+    Bits a[R];
+    for (int r = 0; r < R; r++) {
+      a[r] = get<Bits>(w + OUTPUTS * (r * width + i));
+      __builtin_prefetch(w + OUTPUTS * ((R + r) * width + i));
+    }
+    for (int t = 0; t < T; t++)
+      for (int r = 0; r < R; r++) sums[r][t] = Format::add(sums[r][t], a[r], x + t * width + i);
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) {
+      const int64_t first = (tile0 + r) * OUTPUTS;
+      put(y + (t0 + t) * n + first, format.finish(sums[r][t], t0 + t, tile0 + r), n - first);
+    }
+}
+
+template <class Format, int R>
+static void tiles(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n,
+                  int64_t width) {
+  const int64_t parts = (m + TOKENS - 1) / TOKENS;
+  w += i * OUTPUTS * width;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t t = m * part / parts;
+    const uint8_t* from = x + t * width;
+    switch (m * (part + 1) / parts - t) {
+      case 1: tile<Format, R, 1>(format, from, w, y, t, i, n, width); break;
+      case 2: tile<Format, R, 2>(format, from, w, y, t, i, n, width); break;
+      case 3: tile<Format, R, 3>(format, from, w, y, t, i, n, width); break;
+#ifdef __AVX512F__
+      case 4: tile<Format, R, 4>(format, from, w, y, t, i, n, width); break;
+      case 5: tile<Format, R, 5>(format, from, w, y, t, i, n, width); break;
+      case 6: tile<Format, R, 6>(format, from, w, y, t, i, n, width); break;
+#endif
+    }
+  }
+}
+
+// x: [m][width], rounded; w: [tile][width / 4][64]; y: [m][n].
+template <class Format>
+static void linear(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t width,
+                   int threads) {
+  const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, whole = all / TILES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < whole; i++) tiles<Format, TILES>(format, x, w, y, m, i * TILES, n, width);
+  for (int64_t i = whole * TILES; i < all; i++) tiles<Format, 1>(format, x, w, y, m, i, n, width);
+}
+
+// Rows of x in groups: integers, their scale, and their sum times it.
+struct Groups {
+  std::vector<uint8_t> q;
+  std::vector<float> scale, sum;
+
+  Groups(const float* x, int64_t m, int64_t k, int64_t groups)
+      : q(m * groups * GROUP), scale(m * groups), sum(m * groups) {
+    for (int64_t t = 0; t < m; t++)
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = t * groups + g, left = k - g * GROUP;
+        int32_t total;
+        scale[at] = round_bytes(x + t * k + g * GROUP, q.data() + at * GROUP, left < GROUP ? left : GROUP, total);
+        sum[at] = scale[at] * total;
+      }
+  }
+};
+
+// 16 outputs times T rows, in groups of 4 bits. w: [groups][4][64], scales: [groups][2][16] in float16.
+template <int T>
+static void grouped_tile(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t t0, int64_t n,
+                         int64_t first, int64_t groups) {
+  constexpr int VECTORS = GROUP / 8;
+  Floats sums[T] = {};
+  for (int64_t g = 0; g < groups; g++, w += 64 * VECTORS, scales += 2 * OUTPUTS) {
+    Bits low[VECTORS], high[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+      const Bits both = get<Bits>(w + 64 * v);
+      low[v] = both & 0x0f0f0f0f;
+      high[v] = (both >> 4) & 0x0f0f0f0f;
+      __builtin_prefetch(w + 64 * (v + VECTORS * 16));
+    }
+    __builtin_prefetch(scales + 2 * OUTPUTS * 16);
+    const Floats step = widen(scales), least = widen(scales + OUTPUTS);
+    for (int t = 0; t < T; t++) {
+      const int64_t at = (t0 + t) * groups + g;
+      const uint8_t* q = x.q.data() + at * GROUP;
+      Ints a = {}, b = {};
+      for (int v = 0; v < VECTORS; v++) {
+        a = add_products_of_bytes(a, low[v], q + 4 * v);
+        b = add_products_of_bytes(b, high[v], q + 4 * (v + VECTORS));
+      }
+      sums[t] += __builtin_convertvector(a + b, Floats) * (step * x.scale[at]);
+      sums[t] += least * x.sum[at];
+    }
+  }
+  for (int t = 0; t < T; t++) put(y + (t0 + t) * n + first, sums[t], n - first);
+}
+
+static void grouped_linear(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t m, int64_t n,
+                           int64_t groups, int threads) {
+  constexpr int MOST = LANES == 16 ? 8 : 2;
+  const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, parts = (m + MOST - 1) / MOST;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < all; i++) {
+    const uint8_t* tile = w + i * groups * 8 * GROUP;
+    const uint16_t* its = scales + i * groups * 2 * OUTPUTS;
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t t = m * part / parts, first = i * OUTPUTS;
+      switch (m * (part + 1) / parts - t) {
+        case 1: grouped_tile<1>(x, tile, its, y, t, n, first, groups); break;
+        case 2: grouped_tile<2>(x, tile, its, y, t, n, first, groups); break;
+#ifdef __AVX512F__
+        case 3: grouped_tile<3>(x, tile, its, y, t, n, first, groups); break;
+        case 4: grouped_tile<4>(x, tile, its, y, t, n, first, groups); break;
+        case 5: grouped_tile<5>(x, tile, its, y, t, n, first, groups); break;
+        case 6: grouped_tile<6>(x, tile, its, y, t, n, first, groups); break;
+        case 7: grouped_tile<7>(x, tile, its, y, t, n, first, groups); break;
+        case 8: grouped_tile<8>(x, tile, its, y, t, n, first, groups); break;
+#endif
+      }
+    }
+  }
+}
+
+}  // namespace stored

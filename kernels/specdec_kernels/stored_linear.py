@@ -1,0 +1,49 @@
+"""The ops `specdec::linear_bf16`, `linear_int8` and `linear_int4`: a few tokens times a matrix that is stored in fewer bits, on a
+CPU, as fast as memory gives what is stored.
+
+They are fastest with AVX-512 and its instructions for such products (VNNI, BF16), and right on every CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.cpu import define
+
+_bf16 = define("linear_bf16", "(Tensor x, Tensor weight, int out) -> Tensor")
+_int8 = define("linear_int8", "(Tensor x, Tensor weight, Tensor scale, int out) -> Tensor")
+_int4 = define("linear_int4", "(Tensor x, Tensor weight, Tensor scales, int out) -> Tensor")
+
+
+def linear_bf16(x: Tensor, weight: Tensor, out: int) -> Tensor:
+    """See `specdec_kernels.reference.linear_bf16`."""
+    _check(x, weight, weight.shape[1] * 2, out)
+    return _bf16(x, weight, out)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, out: int) -> Tensor:
+    """See `specdec_kernels.reference.linear_int8`."""
+    _check(x, weight, weight.shape[1] * 4, out)
+    return _int8(x, weight, scale, out)
+
+
+def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, out: int) -> Tensor:
+    """See `specdec_kernels.reference.linear_int4`."""
+    _check(x, weight, weight.shape[1] * 32, out)
+    return _int4(x, weight, scales, out)
+
+
+def _check(x: Tensor, weight: Tensor, inputs: int, out: int) -> None:
+    if x.dtype != torch.float32:
+        raise ValueError(f"x {x.dtype}: only float32 has a kernel; pass x.float().")
+    if not 0 <= inputs - x.shape[-1] < inputs // weight.shape[1] or not 0 <= len(weight) * 16 - out < 16:
+        raise ValueError(f"x {[*x.shape]}, out {out}: the matrix has up to {len(weight) * 16} outputs, {inputs} inputs.")
+
+
+def _empty(x: Tensor, *stored: Tensor | int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], stored[-1])
+
+
+for _name in ("linear_bf16", "linear_int8", "linear_int4"):
+    torch.library.register_fake(f"specdec::{_name}")(_empty)
