@@ -1,10 +1,12 @@
-"""The ops `specdec::linear_bf16`, `linear_int8` and `linear_int4`: a few tokens times a matrix that is stored in fewer bits, on a
-CPU, as fast as memory gives what is stored.
+"""The ops `specdec::linear_bf16`, `linear_int8`, `linear_int4`: a few tokens times a matrix stored in fewer bits, on a CPU.
 
-They are fastest with AVX-512 and its instructions for such products (VNNI, BF16), and right on every CPU.
+They are as fast as memory gives what is stored with AVX-512 and its instructions for such products (VNNI, BF16), and right on
+every CPU.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +40,12 @@ def _check(x: Tensor, weight: Tensor, inputs: int, out: int) -> None:
     if x.dtype != torch.float32:
         raise ValueError(f"x {x.dtype}: only float32 has a kernel; pass x.float().")
     if not 0 <= inputs - x.shape[-1] < inputs // weight.shape[1] or not 0 <= len(weight) * 16 - out < 16:
-        raise ValueError(f"x {[*x.shape]}, out {out}: the matrix has up to {len(weight) * 16} outputs, {inputs} inputs.")
+        raise ValueError(
+            f"x {[*x.shape]}, out {out}: the matrix has up to {len(weight) * 16} outputs, {inputs} inputs."
+        )
 
 
-def _empty(x: Tensor, *stored: Tensor | int) -> Tensor:
+def _empty(x: Tensor, *stored: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], stored[-1])
 
 

@@ -3,6 +3,7 @@
 // 4 bytes of x, so that each output has a lane of its own and no lanes are summed. Whatever the number of rows, the products
 // of a row are summed in one order.
 
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__) && (defined(__AVX512VNNI__) || defined(__AVX512BF16__))
@@ -10,11 +11,13 @@
 #endif
 
 namespace stored {
+namespace {  // a library for another CPU has the same names
 
 constexpr int OUTPUTS = 16;
 constexpr int GROUP = 32;  // inputs that share a scale in 4 bits
-constexpr int TILES = LANES == 16 ? 4 : 1;
-constexpr int TOKENS = LANES == 16 ? 6 : 3;
+constexpr int TILES = LANES == 16 ? 2 : 1;
+constexpr int TOKENS = LANES == 16 ? 12 : 3;
+constexpr int GROUPED_TOKENS = LANES == 16 ? 8 : 2;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -22,16 +25,14 @@ typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 template <class V>
-static inline V get(const void* p) {
+inline V get(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-static inline Floats broadcast(float x) { return Floats{} + x; }
-
 // The vectors are machine words of one size, which casts reinterpret.
-static inline Ints add_products_of_bytes(Ints sum, Bits w, const uint8_t* x) {
+inline Ints add_products_of_bytes(Ints sum, Bits w, const uint8_t* x) {
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(get<int32_t>(x)));
 #else
@@ -40,7 +41,7 @@ static inline Ints add_products_of_bytes(Ints sum, Bits w, const uint8_t* x) {
 #endif
 }
 
-static inline Floats add_products_of_halves(Floats sum, Bits w, const uint8_t* x) {
+inline Floats add_products_of_halves(Floats sum, Bits w, const uint8_t* x) {
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
   const __m512i both = _mm512_set1_epi32(get<int32_t>(x));
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)w, (__m512bh)both);
@@ -53,7 +54,7 @@ static inline Floats add_products_of_halves(Floats sum, Bits w, const uint8_t* x
 }
 
 // 16 finite numbers in float16.
-static inline Floats widen(const uint16_t* p) {
+inline Floats widen(const uint16_t* p) {
 #if defined(__AVX512F__) && (defined(__AVX512VNNI__) || defined(__AVX512BF16__))
   return (Floats)_mm512_cvtph_ps(get<__m256i>(p));
 #else
@@ -64,7 +65,7 @@ static inline Floats widen(const uint16_t* p) {
 }
 
 // Finds the largest size of n numbers; as bits, so that what is no number is larger than all numbers.
-static inline uint32_t largest(const float* x, int64_t n) {
+inline uint32_t largest(const float* x, int64_t n) {
   uint32_t most = 0;
   for (int64_t i = 0; i < n; i++) {
     const uint32_t size = get<uint32_t>(x + i) & 0x7fffffffu;
@@ -74,7 +75,7 @@ static inline uint32_t largest(const float* x, int64_t n) {
 }
 
 // Rounds n numbers to integers of up to 127 times the scale that it returns, and adds those to `sum`.
-static inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& sum) {
+inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& sum) {
   const uint32_t found = largest(x, n);
   const float most = get<float>(&found), inverse = found == 0 ? 0 : 127 / most;
   sum = 0;
@@ -125,13 +126,29 @@ struct Int8 {
   }
 };
 
-static inline void put(float* y, Floats v, int64_t count) {
+void put(float* y, Floats v, int64_t count) {
   std::memcpy(y, &v, 4 * (count < OUTPUTS ? count : OUTPUTS));
+}
+
+template <int MOST, class Run>
+void with_count(int64_t count, Run run) {
+  if (count == MOST) run(std::integral_constant<int, MOST>());
+  else if constexpr (MOST > 1) with_count<MOST - 1>(count, run);
+}
+
+// Calls run(first row, number of rows as a type) for m rows, in parts of about one size.
+template <int MOST, class Run>
+void in_parts(int64_t m, Run run) {
+  const int64_t parts = (m + MOST - 1) / MOST;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t t = m * part / parts;
+    with_count<MOST>(m * (part + 1) / parts - t, [&](auto count) { run(t, count); });
+  }
 }
 
 // R tiles of 16 outputs times T rows. x: [T][width]; w: [R][width / 4][64]; y: rows of n.
 template <class Format, int R, int T>
-static void tile(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t t0, int64_t tile0, int64_t n,
+void tile(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t t0, int64_t tile0, int64_t n,
                  int64_t width) {
   typename Format::Sum sums[R][T] = {};
   for (int64_t i = 0; i < width; i += 4) {
@@ -151,29 +168,17 @@ static void tile(const Format& format, const uint8_t* x, const uint8_t* w, float
 }
 
 template <class Format, int R>
-static void tiles(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n,
+void tiles(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n,
                   int64_t width) {
-  const int64_t parts = (m + TOKENS - 1) / TOKENS;
   w += i * OUTPUTS * width;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t t = m * part / parts;
-    const uint8_t* from = x + t * width;
-    switch (m * (part + 1) / parts - t) {
-      case 1: tile<Format, R, 1>(format, from, w, y, t, i, n, width); break;
-      case 2: tile<Format, R, 2>(format, from, w, y, t, i, n, width); break;
-      case 3: tile<Format, R, 3>(format, from, w, y, t, i, n, width); break;
-#ifdef __AVX512F__
-      case 4: tile<Format, R, 4>(format, from, w, y, t, i, n, width); break;
-      case 5: tile<Format, R, 5>(format, from, w, y, t, i, n, width); break;
-      case 6: tile<Format, R, 6>(format, from, w, y, t, i, n, width); break;
-#endif
-    }
-  }
+  in_parts<TOKENS>(m, [&](int64_t t, auto count) {
+    tile<Format, R, decltype(count)::value>(format, x + t * width, w, y, t, i, n, width);
+  });
 }
 
 // x: [m][width], rounded; w: [tile][width / 4][64]; y: [m][n].
 template <class Format>
-static void linear(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t width,
+void linear(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t width,
                    int threads) {
   const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, whole = all / TILES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -200,7 +205,7 @@ struct Groups {
 
 // 16 outputs times T rows, in groups of 4 bits. w: [groups][4][64], scales: [groups][2][16] in float16.
 template <int T>
-static void grouped_tile(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t t0, int64_t n,
+void grouped_tile(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t t0, int64_t n,
                          int64_t first, int64_t groups) {
   constexpr int VECTORS = GROUP / 8;
   Floats sums[T] = {};
@@ -229,30 +234,16 @@ static void grouped_tile(const Groups& x, const uint8_t* w, const uint16_t* scal
   for (int t = 0; t < T; t++) put(y + (t0 + t) * n + first, sums[t], n - first);
 }
 
-static void grouped_linear(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t m, int64_t n,
+void grouped_linear(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t m, int64_t n,
                            int64_t groups, int threads) {
-  constexpr int MOST = LANES == 16 ? 8 : 2;
-  const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, parts = (m + MOST - 1) / MOST;
+  const int64_t all = (n + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < all; i++) {
-    const uint8_t* tile = w + i * groups * 8 * GROUP;
-    const uint16_t* its = scales + i * groups * 2 * OUTPUTS;
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t t = m * part / parts, first = i * OUTPUTS;
-      switch (m * (part + 1) / parts - t) {
-        case 1: grouped_tile<1>(x, tile, its, y, t, n, first, groups); break;
-        case 2: grouped_tile<2>(x, tile, its, y, t, n, first, groups); break;
-#ifdef __AVX512F__
-        case 3: grouped_tile<3>(x, tile, its, y, t, n, first, groups); break;
-        case 4: grouped_tile<4>(x, tile, its, y, t, n, first, groups); break;
-        case 5: grouped_tile<5>(x, tile, its, y, t, n, first, groups); break;
-        case 6: grouped_tile<6>(x, tile, its, y, t, n, first, groups); break;
-        case 7: grouped_tile<7>(x, tile, its, y, t, n, first, groups); break;
-        case 8: grouped_tile<8>(x, tile, its, y, t, n, first, groups); break;
-#endif
-      }
-    }
-  }
+  for (int64_t i = 0; i < all; i++)
+    in_parts<GROUPED_TOKENS>(m, [&](int64_t t, auto count) {
+      grouped_tile<decltype(count)::value>(x, w + i * groups * 8 * GROUP, scales + i * groups * 2 * OUTPUTS, y, t, n,
+                                           i * OUTPUTS, groups);
+    });
 }
 
+}  // namespace
 }  // namespace stored

@@ -7,8 +7,8 @@ Outputs and inputs that are missing in the last tile and step are 0.
 - int8: n = 4, integers from -127 to 127, with 128 added, and a scale of each output. x is rounded to integers with one scale of
   each token, and sums are exact: results are the same number on every CPU.
 - int4: integers from 0 to 15 in groups of 32 inputs, each with a scale and a least value in float16: a weight is
-  integer * scale + least, as in GGUF's Q4_1, and in Q4_0 with least = -8 * scale. A weight on such a grid stays exactly as it is.
-  x is rounded to integers with a scale of each group. A group is [4, 16, 4]: byte (v, output, i) holds inputs 4 v + i and, in its
+  integer * scale + least, as in GGUF's Q4_1, and in Q4_0 with least = -8 * scale. A weight on such a grid stays as it is. x is
+  rounded to integers with a scale of each group. A group is [4, 16, 4]: byte (v, output, i) holds input 4 v + i and, in its
   upper half, 16 + 4 v + i.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 OUTPUTS, GROUP = 16, 32
-LARGEST = 65504.0  # of float16
 
 
 def pack_bf16(weight: Tensor) -> tuple[Tensor]:
@@ -38,32 +37,32 @@ def linear_bf16(x: Tensor, weight: Tensor, out: int) -> Tensor:
 
 
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: [out, in] floating point; returns [tile, step, 16, 4] uint8, and scales [16 * tile] float32."""
+    """weight: [out, in] floating point; returns [tile, step, 16, 4] uint8, and scales [tile, 16] float32."""
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
     whole = (weight / torch.where(scale > 0, scale, 1)[:, None]).round() + 128
     stored = _tiles(pad(whole.to(torch.uint8), (0, -weight.shape[1] % 4), value=128), 4)
-    return stored.contiguous(), pad(scale, (0, -len(scale) % OUTPUTS))
+    return stored.contiguous(), pad(scale, (0, -len(scale) % OUTPUTS)).view(-1, OUTPUTS)
 
 
 def unpack_int8(weight: Tensor, scale: Tensor) -> Tensor:
     """[16 * tile, 4 * step] float32."""
-    return (weight.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * scale[:, None]
+    return (weight.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * scale.view(-1, 1)
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight, scale: of `pack_int8`; returns [..., out]."""
     whole, size = _rounded(x)
     integers = unpack_int8(weight, torch.ones_like(scale))
-    products = _product(whole.double(), integers.double(), len(scale))
-    return (products.float() * scale * size)[..., :out]
+    products = _product(whole.double(), integers.double(), scale.numel())
+    return (products.float() * scale.view(-1) * size)[..., :out]
 
 
 def pack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight: [out, in] floating point; returns [tile, group, 4, 16, 4] uint8, and [tile, group, 2, 16] float16.
 
-    Each group takes the better of two grids: from its least to its largest weight, or from its largest in size to 7/8 of that on
-    the other side of 0.
+    Each group takes the better of two grids: from its least to its largest weight, or from its largest in size to 7/8 of that
+    on the other side of 0.
     """
     weight = weight.float()
     weight = pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % OUTPUTS))
@@ -91,6 +90,12 @@ def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight, scales: of `pack_int4`; returns [..., out]."""
     whole, size = _rounded(pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)))
     return _product((whole * size).flatten(-2), unpack_int4(weight, scales), out)
+
+
+def rows(ids: Tensor, weight: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
+    """What is stored of the outputs `ids` [n] int64, in n tiles of one output; `unpack_...` unpacks it."""
+    at = ids // OUTPUTS, ids % OUTPUTS
+    return weight.movedim(-2, 1)[at].unsqueeze(-2), *(each.movedim(-1, 1)[at].unsqueeze(-1) for each in scales)
 
 
 def _tiles(weight: Tensor, n: int) -> Tensor:
