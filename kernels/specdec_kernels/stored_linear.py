@@ -1,7 +1,7 @@
 """The ops `specdec::linear_bf16`, `linear_int8`, `linear_int4`: a few tokens times a matrix stored in fewer bits, on a CPU.
 
-They are as fast as memory gives what is stored with AVX-512 and its instructions for such products (VNNI, BF16), and right on
-every CPU.
+They are as fast as memory gives what is stored with AVX-512, integers with its instructions for them (VNNI), and right on every
+CPU.
 """
 
 from __future__ import annotations

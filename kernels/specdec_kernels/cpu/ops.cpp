@@ -41,27 +41,26 @@ static Tensor outputs(const Tensor& x, int64_t out) {
 
 static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out) {
   const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, width = 4 * weight.size(1);
-  std::vector<uint8_t> q(m * width);
-  stored::linear(stored::Bf16(data(a), q.data(), m, k, width), q.data(), bytes(weight), static_cast<float*>(y.data_ptr()), m,
-                 out, width, threads());
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, steps = weight.size(1);
+  const stored::Bf16 format(data(a), m, k, steps);
+  stored::linear(format, bytes(weight), static_cast<float*>(y.data_ptr()), m, out, steps, threads());
   return y;
 }
 
 static Tensor linear_int8_op(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t out) {
   const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, width = 4 * weight.size(1);
-  std::vector<uint8_t> q(m * width);
-  stored::linear(stored::Int8(data(a), data(scale), q.data(), m, k, width), q.data(), bytes(weight),
-                 static_cast<float*>(y.data_ptr()), m, out, width, threads());
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, steps = weight.size(1);
+  const stored::Int8 format(data(a), data(scale), m, k, steps);
+  stored::linear(format, bytes(weight), static_cast<float*>(y.data_ptr()), m, out, steps, threads());
   return y;
 }
 
 static Tensor linear_int4_op(const Tensor& x, const Tensor& weight, const Tensor& scales, int64_t out) {
   const Tensor a = dense(x), y = outputs(a, out);
   const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, groups = weight.size(1);
-  stored::grouped_linear(stored::Groups(data(a), m, k, groups), bytes(weight), static_cast<const uint16_t*>(scales.data_ptr()),
-                         static_cast<float*>(y.data_ptr()), m, out, groups, threads());
+  const stored::Groups rows(data(a), m, k, groups);
+  const auto* halves = static_cast<const uint16_t*>(scales.data_ptr());
+  stored::grouped_linear(rows, bytes(weight), halves, static_cast<float*>(y.data_ptr()), m, out, groups, threads());
   return y;
 }
 

@@ -1,12 +1,12 @@
 // x W^T for a few rows of x, with W stored in fewer bits than float32; `reference/stored_linear.py` says how it lies.
 // 64 bytes of W hold 4 bytes of each of 16 outputs: two numbers in bfloat16, or four integers. They are multiplied with the same
-// 4 bytes of x, so that each output has a lane of its own and no lanes are summed. Whatever the number of rows, the products
+// numbers of x, so that each output has a lane of its own and no lanes are summed. Whatever the number of rows, the products
 // of a row are summed in one order.
 
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__) && (defined(__AVX512VNNI__) || defined(__AVX512BF16__))
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
 
@@ -41,21 +41,9 @@ inline Ints add_products_of_bytes(Ints sum, Bits w, const uint8_t* x) {
 #endif
 }
 
-inline Floats add_products_of_halves(Floats sum, Bits w, const uint8_t* x) {
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
-  const __m512i both = _mm512_set1_epi32(get<int32_t>(x));
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)w, (__m512bh)both);
-#else
-  const uint32_t both = get<uint32_t>(x), low = both << 16, high = both & 0xffff0000u;
-  sum += (Floats)(w << 16) * get<float>(&low);
-  sum += (Floats)(w & 0xffff0000u) * get<float>(&high);
-  return sum;
-#endif
-}
-
 // 16 finite numbers in float16.
 inline Floats widen(const uint16_t* p) {
-#if defined(__AVX512F__) && (defined(__AVX512VNNI__) || defined(__AVX512BF16__))
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
   return (Floats)_mm512_cvtph_ps(get<__m256i>(p));
 #else
   const Bits h = __builtin_convertvector(get<Halves>(p), Bits);
@@ -91,23 +79,26 @@ inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& sum) {
   return most / 127;
 }
 
+// A format says how products are summed, and what they give. It holds rows of x as they are multiplied: INPUTS numbers a step.
 struct Bf16 {
+  static constexpr int INPUTS = 2;
   typedef Floats Sum;
-  static Sum add(Sum sum, Bits w, const uint8_t* x) { return add_products_of_halves(sum, w, x); }
+  static Sum add(Sum sum, Bits w, const float* x) {
+    sum += (Floats)(w << 16) * x[0];
+    sum += (Floats)(w & 0xffff0000u) * x[1];
+    return sum;
+  }
   Floats finish(Sum sum, int64_t, int64_t) const { return sum; }
 
-  Bf16(const float* x, uint8_t* q, int64_t m, int64_t k, int64_t width) {
-    for (int64_t t = 0; t < m; t++, x += k, q += width)
-      for (int64_t i = 0; i < k; i++) {
-        const uint32_t b = get<uint32_t>(x + i);
-        const bool number = (b & 0x7fffffffu) <= 0x7f800000u;
-        const uint16_t half = number ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : 0x7fc0;
-        std::memcpy(q + 2 * i, &half, 2);
-      }
+  std::vector<float> x;
+
+  Bf16(const float* rows, int64_t m, int64_t k, int64_t steps) : x(m * steps * INPUTS) {
+    for (int64_t t = 0; t < m; t++) std::memcpy(x.data() + t * steps * INPUTS, rows + t * k, 4 * k);
   }
 };
 
 struct Int8 {
+  static constexpr int INPUTS = 4;
   typedef Ints Sum;
   static Sum add(Sum sum, Bits w, const uint8_t* x) { return add_products_of_bytes(sum, w, x); }
   // W is stored with 128 added.
@@ -117,12 +108,13 @@ struct Int8 {
   }
 
   const float* of_outputs;
+  std::vector<uint8_t> x;
   std::vector<float> of_rows;
   std::vector<int32_t> sums;
 
-  Int8(const float* x, const float* scale, uint8_t* q, int64_t m, int64_t k, int64_t width)
-      : of_outputs(scale), of_rows(m), sums(m) {
-    for (int64_t t = 0; t < m; t++) of_rows[t] = round_bytes(x + t * k, q + t * width, k, sums[t]);
+  Int8(const float* rows, const float* scale, int64_t m, int64_t k, int64_t steps)
+      : of_outputs(scale), x(m * steps * INPUTS), of_rows(m), sums(m) {
+    for (int64_t t = 0; t < m; t++) of_rows[t] = round_bytes(rows + t * k, x.data() + t * steps * INPUTS, k, sums[t]);
   }
 };
 
@@ -146,19 +138,20 @@ void in_parts(int64_t m, Run run) {
   }
 }
 
-// R tiles of 16 outputs times T rows. x: [T][width]; w: [R][width / 4][64]; y: rows of n.
+// R tiles of 16 outputs, of which tile0 is the first, times T rows, of which t0 is the first. w: [tile][steps][64]; y: [m][n].
 template <class Format, int R, int T>
-void tile(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t t0, int64_t tile0, int64_t n,
-                 int64_t width) {
+void tile(const Format& format, const uint8_t* w, float* y, int64_t t0, int64_t tile0, int64_t n, int64_t steps) {
   typename Format::Sum sums[R][T] = {};
-  for (int64_t i = 0; i < width; i += 4) {
+  const auto* x = format.x.data() + t0 * steps * Format::INPUTS;
+  w += 64 * tile0 * steps;
+  for (int64_t i = 0; i < steps; i++) {
     Bits a[R];
     for (int r = 0; r < R; r++) {
-      a[r] = get<Bits>(w + OUTPUTS * (r * width + i));
-      __builtin_prefetch(w + OUTPUTS * ((R + r) * width + i));
+      a[r] = get<Bits>(w + 64 * (r * steps + i));
+      __builtin_prefetch(w + 64 * ((R + r) * steps + i));
     }
     for (int t = 0; t < T; t++)
-      for (int r = 0; r < R; r++) sums[r][t] = Format::add(sums[r][t], a[r], x + t * width + i);
+      for (int r = 0; r < R; r++) sums[r][t] = Format::add(sums[r][t], a[r], x + (t * steps + i) * Format::INPUTS);
   }
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) {
@@ -168,22 +161,16 @@ void tile(const Format& format, const uint8_t* x, const uint8_t* w, float* y, in
 }
 
 template <class Format, int R>
-void tiles(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n,
-                  int64_t width) {
-  w += i * OUTPUTS * width;
-  in_parts<TOKENS>(m, [&](int64_t t, auto count) {
-    tile<Format, R, decltype(count)::value>(format, x + t * width, w, y, t, i, n, width);
-  });
+void tiles(const Format& format, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n, int64_t steps) {
+  in_parts<TOKENS>(m, [&](int64_t t, auto count) { tile<Format, R, decltype(count)::value>(format, w, y, t, i, n, steps); });
 }
 
-// x: [m][width], rounded; w: [tile][width / 4][64]; y: [m][n].
 template <class Format>
-void linear(const Format& format, const uint8_t* x, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t width,
-                   int threads) {
+void linear(const Format& format, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t steps, int threads) {
   const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, whole = all / TILES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < whole; i++) tiles<Format, TILES>(format, x, w, y, m, i * TILES, n, width);
-  for (int64_t i = whole * TILES; i < all; i++) tiles<Format, 1>(format, x, w, y, m, i, n, width);
+  for (int64_t i = 0; i < whole; i++) tiles<Format, TILES>(format, w, y, m, i * TILES, n, steps);
+  for (int64_t i = whole * TILES; i < all; i++) tiles<Format, 1>(format, w, y, m, i, n, steps);
 }
 
 // Rows of x in groups: integers, their scale, and their sum times it.

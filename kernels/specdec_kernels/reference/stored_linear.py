@@ -3,7 +3,7 @@
 A matrix [out, in] lies in tiles of 16 outputs: `[tile, step, 16, n]` with the n inputs of a step of each output side by side.
 Outputs and inputs that are missing in the last tile and step are 0.
 
-- bf16: n = 2, bfloat16. x is rounded to it, and products are summed in float32.
+- bf16: n = 2, bfloat16. x is not rounded, and products are summed in float32.
 - int8: n = 4, integers from -127 to 127, with 128 added, and a scale of each output. x is rounded to integers with one scale of
   each token, and sums are exact: results are the same number on every CPU.
 - int4: integers from 0 to 15 in groups of 32 inputs, each with a scale and a least value in float16: a weight is
@@ -33,7 +33,7 @@ def unpack_bf16(weight: Tensor) -> Tensor:
 
 def linear_bf16(x: Tensor, weight: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight: of `pack_bf16`; returns [..., out]."""
-    return _product(x.bfloat16().float(), unpack_bf16(weight), out)
+    return _product(x, unpack_bf16(weight), out)
 
 
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
