@@ -29,6 +29,7 @@ from specdec.models.recording import RecordingCache
 from specdec.models.recurrent_probe import checks, over_cache
 from specdec.models.routing import Route
 from specdec.models.served_functions import one_pass, serve
+from specdec.models.stored_layers import is_stored, weight_like
 from specdec.tree import Topology
 
 Layout = list[LayerShape]
@@ -292,7 +293,7 @@ def _apart(model: PreTrainedModel, found: Tensor, alone: Tensor, inside: torch.d
     """
     dtype = alone.dtype if inside is None or alone.dtype.itemsize < inside.itemsize else inside
     difference = float((found - alone).abs().max() / alone.abs().max())
-    quantised = getattr(model, "is_quantized", False)
+    quantised = getattr(model, "is_quantized", False) or is_stored(model)
     limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
     near = difference <= limit or not bool(alone.isfinite().all())
     return None if near else f"{difference:.1e} of the largest logit, of which rounding is at most {limit:.0e}"
@@ -326,8 +327,11 @@ def _rows(model: PreTrainedModel, *ids: int, least: int = 1) -> Tensor:
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
-    """[vocab, hidden]: the input embedding; on the meta device while accelerate keeps it elsewhere."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    """[vocab, hidden]: the input embedding, or a tensor like it that holds no numbers.
+
+    It is on the meta device while accelerate keeps it elsewhere.
+    """
+    weight = weight_like(model.get_input_embeddings())
     if weight is None:
         raise UnsupportedModel(model, "it does not read one token at a time through one embedding")
     return cast(Tensor, weight)

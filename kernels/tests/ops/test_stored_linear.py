@@ -1,5 +1,7 @@
 """Products with matrices that are stored in fewer bits: the kernels against what `reference.stored_linear` says."""
 
+from typing import Any
+
 import pytest
 import torch
 from cpu_variants import with_fewer_registers
@@ -88,7 +90,8 @@ def test_what_is_no_number_stays_none_and_zeros_stay_zeros(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_ops_keep_their_promises_to_torch(name):
     op = getattr(torch.ops.specdec, f"linear_{name}").default
-    torch.library.opcheck(op, (torch.randn(2, 3, 40), *packed(name, torch.randn(20, 40)), 20))
+    arguments: Any = (torch.randn(2, 3, 40), *packed(name, torch.randn(20, 40)), 20)
+    torch.library.opcheck(op, arguments)
 
 
 def test_weights_on_a_grid_of_gguf_stay_as_they_are():
