@@ -20,26 +20,26 @@ _int4 = define("linear_int4", "(Tensor x, Tensor weight, Tensor scales, int out)
 
 def linear_bf16(x: Tensor, weight: Tensor, out: int) -> Tensor:
     """See `specdec_kernels.reference.linear_bf16`."""
-    _check(x, weight, weight.shape[1] * 2, out)
+    _check(x, weight, out, weight.shape[1] * 2, 2)
     return _bf16(x, weight, out)
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, out: int) -> Tensor:
     """See `specdec_kernels.reference.linear_int8`."""
-    _check(x, weight, weight.shape[1] * 4, out)
+    _check(x, weight, out, weight.shape[1] * 4, 32)
     return _int8(x, weight, scale, out)
 
 
 def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, out: int) -> Tensor:
     """See `specdec_kernels.reference.linear_int4`."""
-    _check(x, weight, weight.shape[1] * 32, out)
+    _check(x, weight, out, weight.shape[1] * 32, 32)
     return _int4(x, weight, scales, out)
 
 
-def _check(x: Tensor, weight: Tensor, inputs: int, out: int) -> None:
+def _check(x: Tensor, weight: Tensor, out: int, inputs: int, step: int) -> None:
     if x.dtype != torch.float32:
         raise ValueError(f"x {x.dtype}: only float32 has a kernel; pass x.float().")
-    if not 0 <= inputs - x.shape[-1] < inputs // weight.shape[1] or not 0 <= len(weight) * 16 - out < 16:
+    if not 0 <= inputs - x.shape[-1] < step or not 0 <= len(weight) * 16 - out < 16:
         raise ValueError(
             f"x {[*x.shape]}, out {out}: the matrix has up to {len(weight) * 16} outputs, {inputs} inputs."
         )

@@ -41,27 +41,27 @@ static Tensor outputs(const Tensor& x, int64_t out) {
 
 static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out) {
   const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, steps = weight.size(1);
-  const stored::Bf16 format(data(a), m, k, steps);
-  stored::linear(format, bytes(weight), static_cast<float*>(y.data_ptr()), m, out, steps, threads());
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k;
+  stored::linear_bf16(data(a), bytes(weight), static_cast<float*>(y.data_ptr()), m, out, k, weight.size(1), threads());
+  return y;
+}
+
+template <class Format>
+static Tensor integer_op(const Tensor& x, const Format& format, int64_t out, int64_t groups) {
+  const Tensor a = dense(x), y = outputs(a, out);
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k;
+  const stored::Rows rows(data(a), m, k, groups);
+  stored::linear(rows, format, static_cast<float*>(y.data_ptr()), m, out, groups, threads());
   return y;
 }
 
 static Tensor linear_int8_op(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t out) {
-  const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, steps = weight.size(1);
-  const stored::Int8 format(data(a), data(scale), m, k, steps);
-  stored::linear(format, bytes(weight), static_cast<float*>(y.data_ptr()), m, out, steps, threads());
-  return y;
+  return integer_op(x, stored::Int8{bytes(weight), data(scale)}, out, weight.size(1) / stored::STEPS);
 }
 
 static Tensor linear_int4_op(const Tensor& x, const Tensor& weight, const Tensor& scales, int64_t out) {
-  const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k, groups = weight.size(1);
-  const stored::Groups rows(data(a), m, k, groups);
   const auto* halves = static_cast<const uint16_t*>(scales.data_ptr());
-  stored::grouped_linear(rows, bytes(weight), halves, static_cast<float*>(y.data_ptr()), m, out, groups, threads());
-  return y;
+  return integer_op(x, stored::Int4{bytes(weight), halves}, out, weight.size(1));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {

@@ -14,10 +14,12 @@ namespace stored {
 namespace {  // a library for another CPU has the same names
 
 constexpr int OUTPUTS = 16;
-constexpr int GROUP = 32;  // inputs that share a scale in 4 bits
+constexpr int GROUP = 32;  // inputs whose rounding has one scale
+constexpr int STEPS = GROUP / 4;
+constexpr int AHEAD = 16;  // groups from what is read to what is prefetched
 constexpr int TILES = LANES == 16 ? 2 : 1;
 constexpr int TOKENS = LANES == 16 ? 12 : 3;
-constexpr int GROUPED_TOKENS = LANES == 16 ? 8 : 2;
+constexpr int INTEGER_TOKENS = LANES == 16 ? 8 : 2;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -32,7 +34,7 @@ inline V get(const void* p) {
 }
 
 // The vectors are machine words of one size, which casts reinterpret.
-inline Ints add_products_of_bytes(Ints sum, Bits w, const uint8_t* x) {
+inline Ints add_products(Ints sum, Bits w, const uint8_t* x) {
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(get<int32_t>(x)));
 #else
@@ -62,11 +64,11 @@ inline uint32_t largest(const float* x, int64_t n) {
   return most;
 }
 
-// Rounds n numbers to integers of up to 127 times the scale that it returns, and adds those to `sum`.
-inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& sum) {
+// Rounds n numbers to integers of up to 127 times the scale that it returns, and adds those to `total`.
+inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& total) {
   const uint32_t found = largest(x, n);
   const float most = get<float>(&found), inverse = found == 0 ? 0 : 127 / most;
-  sum = 0;
+  total = 0;
   if (found >= 0x7f800000u) {
     std::memset(q, 0, n);
     return __builtin_nanf("");
@@ -74,49 +76,10 @@ inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& sum) {
   for (int64_t i = 0; i < n; i++) {
     const int32_t whole = (int32_t)__builtin_rintf(x[i] * inverse);
     q[i] = (uint8_t)whole;
-    sum += whole;
+    total += whole;
   }
   return most / 127;
 }
-
-// A format says how products are summed, and what they give. It holds rows of x as they are multiplied: INPUTS numbers a step.
-struct Bf16 {
-  static constexpr int INPUTS = 2;
-  typedef Floats Sum;
-  static Sum add(Sum sum, Bits w, const float* x) {
-    sum += (Floats)(w << 16) * x[0];
-    sum += (Floats)(w & 0xffff0000u) * x[1];
-    return sum;
-  }
-  Floats finish(Sum sum, int64_t, int64_t) const { return sum; }
-
-  std::vector<float> x;
-
-  Bf16(const float* rows, int64_t m, int64_t k, int64_t steps) : x(m * steps * INPUTS) {
-    for (int64_t t = 0; t < m; t++) std::memcpy(x.data() + t * steps * INPUTS, rows + t * k, 4 * k);
-  }
-};
-
-struct Int8 {
-  static constexpr int INPUTS = 4;
-  typedef Ints Sum;
-  static Sum add(Sum sum, Bits w, const uint8_t* x) { return add_products_of_bytes(sum, w, x); }
-  // W is stored with 128 added.
-  Floats finish(Sum sum, int64_t t, int64_t tile) const {
-    const Ints products = sum - 128 * sums[t];
-    return __builtin_convertvector(products, Floats) * get<Floats>(of_outputs + tile * OUTPUTS) * of_rows[t];
-  }
-
-  const float* of_outputs;
-  std::vector<uint8_t> x;
-  std::vector<float> of_rows;
-  std::vector<int32_t> sums;
-
-  Int8(const float* rows, const float* scale, int64_t m, int64_t k, int64_t steps)
-      : of_outputs(scale), x(m * steps * INPUTS), of_rows(m), sums(m) {
-    for (int64_t t = 0; t < m; t++) of_rows[t] = round_bytes(rows + t * k, x.data() + t * steps * INPUTS, k, sums[t]);
-  }
-};
 
 void put(float* y, Floats v, int64_t count) {
   std::memcpy(y, &v, 4 * (count < OUTPUTS ? count : OUTPUTS));
@@ -138,97 +101,134 @@ void in_parts(int64_t m, Run run) {
   }
 }
 
-// R tiles of 16 outputs, of which tile0 is the first, times T rows, of which t0 is the first. w: [tile][steps][64]; y: [m][n].
-template <class Format, int R, int T>
-void tile(const Format& format, const uint8_t* w, float* y, int64_t t0, int64_t tile0, int64_t n, int64_t steps) {
-  typename Format::Sum sums[R][T] = {};
-  const auto* x = format.x.data() + t0 * steps * Format::INPUTS;
-  w += 64 * tile0 * steps;
+// R tiles of 16 outputs, of which the first begins at output n0, times T rows. x: [T][2 * steps]; w: [R][steps][64]; y: rows of n.
+template <int R, int T>
+void bf16_tile(const float* x, const uint8_t* w, float* y, int64_t n0, int64_t n, int64_t steps) {
+  Floats sums[R][T] = {};
   for (int64_t i = 0; i < steps; i++) {
-    Bits a[R];
+    Floats first[R], second[R];
     for (int r = 0; r < R; r++) {
-      a[r] = get<Bits>(w + 64 * (r * steps + i));
+      const Bits both = get<Bits>(w + 64 * (r * steps + i));
+      first[r] = (Floats)(both << 16);
+      second[r] = (Floats)(both & 0xffff0000u);
       __builtin_prefetch(w + 64 * ((R + r) * steps + i));
     }
     for (int t = 0; t < T; t++)
-      for (int r = 0; r < R; r++) sums[r][t] = Format::add(sums[r][t], a[r], x + (t * steps + i) * Format::INPUTS);
+      for (int r = 0; r < R; r++) {
+        sums[r][t] += first[r] * x[2 * (t * steps + i)];
+        sums[r][t] += second[r] * x[2 * (t * steps + i) + 1];
+      }
   }
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) {
-      const int64_t first = (tile0 + r) * OUTPUTS;
-      put(y + (t0 + t) * n + first, format.finish(sums[r][t], t0 + t, tile0 + r), n - first);
-    }
+    for (int r = 0; r < R; r++) put(y + t * n + n0 + r * OUTPUTS, sums[r][t], n - n0 - r * OUTPUTS);
 }
 
-template <class Format, int R>
-void tiles(const Format& format, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n, int64_t steps) {
-  in_parts<TOKENS>(m, [&](int64_t t, auto count) { tile<Format, R, decltype(count)::value>(format, w, y, t, i, n, steps); });
+template <int R>
+void bf16_tiles(const float* x, const uint8_t* w, float* y, int64_t m, int64_t i, int64_t n, int64_t steps) {
+  in_parts<TOKENS>(m, [&](int64_t t, auto count) {
+    bf16_tile<R, decltype(count)::value>(x + t * 2 * steps, w + i * 64 * steps, y + t * n, i * OUTPUTS, n, steps);
+  });
 }
 
-template <class Format>
-void linear(const Format& format, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t steps, int threads) {
-  const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, whole = all / TILES;
+// x: [m][k]; w: [tile][steps][64]; y: [m][n].
+void linear_bf16(const float* x, const uint8_t* w, float* y, int64_t m, int64_t n, int64_t k, int64_t steps, int threads) {
+  std::vector<float> whole(m * 2 * steps);
+  for (int64_t t = 0; t < m; t++) std::memcpy(whole.data() + t * 2 * steps, x + t * k, 4 * k);
+  const int64_t all = (n + OUTPUTS - 1) / OUTPUTS, blocks = all / TILES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < whole; i++) tiles<Format, TILES>(format, w, y, m, i * TILES, n, steps);
-  for (int64_t i = whole * TILES; i < all; i++) tiles<Format, 1>(format, w, y, m, i, n, steps);
+  for (int64_t i = 0; i < blocks; i++) bf16_tiles<TILES>(whole.data(), w, y, m, i * TILES, n, steps);
+  for (int64_t i = blocks * TILES; i < all; i++) bf16_tiles<1>(whole.data(), w, y, m, i, n, steps);
 }
 
-// Rows of x in groups: integers, their scale, and their sum times it.
-struct Groups {
+// Rows of x in groups: integers, their scale and their sum.
+struct Rows {
   std::vector<uint8_t> q;
-  std::vector<float> scale, sum;
+  std::vector<float> scale;
+  std::vector<int32_t> total;
 
-  Groups(const float* x, int64_t m, int64_t k, int64_t groups)
-      : q(m * groups * GROUP), scale(m * groups), sum(m * groups) {
+  Rows(const float* x, int64_t m, int64_t k, int64_t groups) : q(m * groups * GROUP), scale(m * groups), total(m * groups) {
     for (int64_t t = 0; t < m; t++)
       for (int64_t g = 0; g < groups; g++) {
         const int64_t at = t * groups + g, left = k - g * GROUP;
-        int32_t total;
-        scale[at] = round_bytes(x + t * k + g * GROUP, q.data() + at * GROUP, left < GROUP ? left : GROUP, total);
-        sum[at] = scale[at] * total;
+        scale[at] = round_bytes(x + t * k + g * GROUP, q.data() + at * GROUP, left < GROUP ? left : GROUP, total[at]);
       }
   }
 };
 
-// 16 outputs times T rows, in groups of 4 bits. w: [groups][4][64], scales: [groups][2][16] in float16.
-template <int T>
-void grouped_tile(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t t0, int64_t n,
-                         int64_t first, int64_t groups) {
-  constexpr int VECTORS = GROUP / 8;
-  Floats sums[T] = {};
-  for (int64_t g = 0; g < groups; g++, w += 64 * VECTORS, scales += 2 * OUTPUTS) {
-    Bits low[VECTORS], high[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-      const Bits both = get<Bits>(w + 64 * v);
-      low[v] = both & 0x0f0f0f0f;
-      high[v] = (both >> 4) & 0x0f0f0f0f;
-      __builtin_prefetch(w + 64 * (v + VECTORS * 16));
-    }
-    __builtin_prefetch(scales + 2 * OUTPUTS * 16);
-    const Floats step = widen(scales), least = widen(scales + OUTPUTS);
-    for (int t = 0; t < T; t++) {
-      const int64_t at = (t0 + t) * groups + g;
-      const uint8_t* q = x.q.data() + at * GROUP;
-      Ints a = {}, b = {};
-      for (int v = 0; v < VECTORS; v++) {
-        a = add_products_of_bytes(a, low[v], q + 4 * v);
-        b = add_products_of_bytes(b, high[v], q + 4 * (v + VECTORS));
-      }
-      sums[t] += __builtin_convertvector(a + b, Floats) * (step * x.scale[at]);
-      sums[t] += least * x.sum[at];
+// How 16 outputs are stored: what a group of them is multiplied as, and what its products give. Groups are told by their place.
+struct Int8 {
+  static constexpr int BYTES = OUTPUTS * GROUP;
+  const uint8_t* w;
+  const float* of_outputs;
+
+  void load(int64_t at, Bits (&q)[STEPS]) const {
+    for (int v = 0; v < STEPS; v++) q[v] = get<Bits>(w + at * BYTES + 64 * v);
+  }
+  int grid(int64_t) const { return 0; }
+  // Integers are stored with 128 added.
+  static void add(Floats& sum, Ints products, float scale, int32_t total, int) {
+    sum += __builtin_convertvector(products - 128 * total, Floats) * scale;
+  }
+  Floats finish(Floats sum, int64_t tile) const { return sum * get<Floats>(of_outputs + tile * OUTPUTS); }
+};
+
+struct Int4 {
+  static constexpr int BYTES = OUTPUTS * GROUP / 2;
+  const uint8_t* w;
+  const uint16_t* scales;
+  struct Grid {
+    Floats step, least;
+  };
+
+  void load(int64_t at, Bits (&q)[STEPS]) const {
+    for (int v = 0; v < STEPS / 2; v++) {
+      const Bits both = get<Bits>(w + at * BYTES + 64 * v);
+      q[v] = both & 0x0f0f0f0f;
+      q[STEPS / 2 + v] = (both >> 4) & 0x0f0f0f0f;
     }
   }
-  for (int t = 0; t < T; t++) put(y + (t0 + t) * n + first, sums[t], n - first);
+  Grid grid(int64_t at) const {
+    const uint16_t* p = scales + at * 2 * OUTPUTS;
+    __builtin_prefetch(p + 2 * OUTPUTS * AHEAD);
+    return {widen(p), widen(p + OUTPUTS)};
+  }
+  static void add(Floats& sum, Ints products, float scale, int32_t total, const Grid& grid) {
+    sum += __builtin_convertvector(products, Floats) * (grid.step * scale);
+    sum += grid.least * (scale * total);
+  }
+  Floats finish(Floats sum, int64_t) const { return sum; }
+};
+
+// The 16 outputs of a tile times T rows, of which t0 is the first.
+template <int T, class Format>
+void integer_tile(const Rows& x, const Format& format, float* y, int64_t t0, int64_t tile, int64_t n, int64_t groups) {
+  Floats sums[T] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    Bits q[STEPS];
+    const int64_t place = tile * groups + g;
+    format.load(place, q);
+    const auto grid = format.grid(place);
+    for (int i = 0; i < Format::BYTES; i += 64) __builtin_prefetch(format.w + (place + AHEAD) * Format::BYTES + i);
+    for (int t = 0; t < T; t++) {
+      const int64_t at = (t0 + t) * groups + g;
+      Ints even = {}, odd = {};
+      for (int v = 0; v < STEPS; v += 2) {
+        even = add_products(even, q[v], x.q.data() + at * GROUP + 4 * v);
+        odd = add_products(odd, q[v + 1], x.q.data() + at * GROUP + 4 * v + 4);
+      }
+      Format::add(sums[t], even + odd, x.scale[at], x.total[at], grid);
+    }
+  }
+  for (int t = 0; t < T; t++) put(y + (t0 + t) * n + tile * OUTPUTS, format.finish(sums[t], tile), n - tile * OUTPUTS);
 }
 
-void grouped_linear(const Groups& x, const uint8_t* w, const uint16_t* scales, float* y, int64_t m, int64_t n,
-                           int64_t groups, int threads) {
+template <class Format>
+void linear(const Rows& x, const Format& format, float* y, int64_t m, int64_t n, int64_t groups, int threads) {
   const int64_t all = (n + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < all; i++)
-    in_parts<GROUPED_TOKENS>(m, [&](int64_t t, auto count) {
-      grouped_tile<decltype(count)::value>(x, w + i * groups * 8 * GROUP, scales + i * groups * 2 * OUTPUTS, y, t, n,
-                                           i * OUTPUTS, groups);
+    in_parts<INTEGER_TOKENS>(m, [&](int64_t t, auto count) {
+      integer_tile<decltype(count)::value>(x, format, y, t, i, n, groups);
     });
 }
 

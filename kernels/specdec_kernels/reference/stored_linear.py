@@ -4,12 +4,13 @@ A matrix [out, in] lies in tiles of 16 outputs: `[tile, step, 16, n]` with the n
 Outputs and inputs that are missing in the last tile and step are 0.
 
 - bf16: n = 2, bfloat16. x is not rounded, and products are summed in float32.
-- int8: n = 4, integers from -127 to 127, with 128 added, and a scale of each output. x is rounded to integers with one scale of
-  each token, and sums are exact: results are the same number on every CPU.
+- int8: n = 4, integers from -127 to 127, with 128 added, and a scale of each output.
 - int4: integers from 0 to 15 in groups of 32 inputs, each with a scale and a least value in float16: a weight is
-  integer * scale + least, as in GGUF's Q4_1, and in Q4_0 with least = -8 * scale. A weight on such a grid stays as it is. x is
-  rounded to integers with a scale of each group. A group is [4, 16, 4]: byte (v, output, i) holds input 4 v + i and, in its
-  upper half, 16 + 4 v + i.
+  integer * scale + least, as in GGUF's Q4_1, and in Q4_0 with least = -8 * scale. A weight on such a grid stays as it is. A
+  group is [4, 16, 4]: byte (v, output, i) holds input 4 v + i and, in its upper half, 16 + 4 v + i.
+
+With integers, x is rounded to integers from -127 to 127, with a scale of each token and group of 32 inputs. Products within a
+group are exact, and groups are summed in float32.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def linear_bf16(x: Tensor, weight: Tensor, out: int) -> Tensor:
 
 
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: [out, in] floating point; returns [tile, step, 16, 4] uint8, and scales [tile, 16] float32."""
+    """weight: [out, in] floating point; returns [tile, step, 16, 4] uint8, of whole groups, and scales [tile, 16] float32."""
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
     whole = (weight / torch.where(scale > 0, scale, 1)[:, None]).round() + 128
-    stored = _tiles(pad(whole.to(torch.uint8), (0, -weight.shape[1] % 4), value=128), 4)
+    stored = _tiles(pad(whole.to(torch.uint8), (0, -weight.shape[1] % GROUP), value=128), 4)
     return stored.contiguous(), pad(scale, (0, -len(scale) % OUTPUTS)).view(-1, OUTPUTS)
 
 
@@ -52,10 +53,7 @@ def unpack_int8(weight: Tensor, scale: Tensor) -> Tensor:
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight, scale: of `pack_int8`; returns [..., out]."""
-    whole, size = _rounded(x)
-    integers = unpack_int8(weight, torch.ones_like(scale))
-    products = _product(whole.double(), integers.double(), scale.numel())
-    return (products.float() * scale.view(-1) * size)[..., :out]
+    return _product(_rounded(x), unpack_int8(weight, scale), out)
 
 
 def pack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +86,7 @@ def unpack_int4(weight: Tensor, scales: Tensor) -> Tensor:
 
 def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight, scales: of `pack_int4`; returns [..., out]."""
-    whole, size = _rounded(pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)))
-    return _product((whole * size).flatten(-2), unpack_int4(weight, scales), out)
+    return _product(_rounded(x), unpack_int4(weight, scales), out)
 
 
 def rows(ids: Tensor, weight: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
@@ -104,12 +101,13 @@ def _tiles(weight: Tensor, n: int) -> Tensor:
     return weight.view(-1, OUTPUTS, weight.shape[1] // n, n).transpose(1, 2)
 
 
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers from -127 to 127, in float32, of x [..., n], and their scale [..., 1]; not a number where x is not finite."""
-    most = x.abs().amax(-1, True)
-    whole = (x * torch.where(most > 0, 127 / most, 0)).round()
+def _rounded(x: Tensor) -> Tensor:
+    """x [..., in] rounded in each group; no numbers in groups where x is not finite."""
+    groups = pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    most = groups.abs().amax(-1, True)
+    whole = (groups * torch.where(most > 0, 127 / most, 0)).round()
     finite = most.isfinite()
-    return torch.where(finite, whole, 0), torch.where(finite, most / 127, torch.nan)
+    return (torch.where(finite, whole, 0) * torch.where(finite, most / 127, torch.nan)).flatten(-2)
 
 
 def _on_grid(groups: Tensor, step: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
