@@ -1,6 +1,7 @@
 """Models whose weights are stored in fewer bits: targets and drafts like any others, of less memory."""
 
 import copy
+from typing import Any
 
 import pytest
 import tiny_gguf
@@ -9,6 +10,7 @@ from hybrid_models import GATED_DELTA, STATE_SPACE
 from tiny_models import GATE, MATRIX, PROMPTS, build, llama, reference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import specdec
@@ -21,7 +23,7 @@ from specdec.trees import Widths
 
 FAMILIES = {**GATE, "gemma4": MATRIX["gemma4_shared_unequal_layers"], "deepseek_v3": MATRIX["deepseek_v3_latent"],
             "qwen3_5": GATED_DELTA["qwen3_5"], "bamba": STATE_SPACE["bamba"]}  # fmt: skip
-GEMMA = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+GEMMA: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 7,
                 "bos_token_id": 1}  # fmt: skip
 BYTES = {"bf16": 2, "int8": 1, "int4": 1}  # of a number of the LM head
@@ -35,12 +37,11 @@ def small(seed=0, **changes):
 def dense(model):
     """The same model with plain layers that hold what is stored."""
     made = copy.deepcopy(model)
-    for part in made.modules():
-        if isinstance(part, (StoredLinear, StoredEmbedding)):
-            weight = nn.Parameter(part.weight, requires_grad=False)
-            part._buffers.clear()
-            part.__class__ = nn.Linear if isinstance(part, StoredLinear) else nn.Embedding
-            part.weight = weight
+    layers: list[Any] = [part for part in made.modules() if isinstance(part, (StoredLinear, StoredEmbedding))]
+    weights = [nn.Parameter(part.weight, requires_grad=False) for part in layers]
+    for part, weight in zip(layers, weights, strict=True):
+        part.__class__ = nn.Linear if hasattr(part, "out_features") else nn.Embedding
+        part.weight = weight
     return made
 
 
@@ -113,7 +114,7 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 self.alive[storage] = storage.nbytes()
@@ -182,7 +183,7 @@ def test_weights_of_a_gguf_file_in_4_bits_are_stored_as_they_are(tmp_path):
 
 def tiny_gguf_part(name):
     parts = {"down_proj": "ffn_down", "up_proj": "ffn_up", "v_proj": "attn_v"}
-    kind = tiny_gguf.MIXED.get(parts.get(name.rsplit(".", 1)[-1]))
+    kind = tiny_gguf.MIXED.get(parts.get(name.rsplit(".", 1)[-1], ""))
     return None if kind is None else kind.name
 
 
@@ -229,4 +230,12 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
     with pytest.raises(ValueError, match="takes no gradients"):
         model.lm_head(torch.randn(2, 32, requires_grad=True))
     with pytest.raises(ValueError, match="pass a model of torch"):
-        specdec.store_weights("a name", "int8")
+        specdec.store_weights("a name", "int8")  # type: ignore[type-var]
+
+
+def test_a_quantised_model_that_does_not_run_in_inference_mode_is_refused_with_the_cure():
+    model = small()
+    model.lm_head.register_forward_hook(lambda module, args, output: output.clone() if output._version < 0 else None)
+    assert model(PROMPTS[0][None]).logits.shape == (1, 5, 50)
+    with pytest.raises(ValueError, match=r"does not run in torch\.inference_mode .*specdec\.store_weights"):
+        specdec.ModelTarget(model)
