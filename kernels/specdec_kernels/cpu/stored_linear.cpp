@@ -16,6 +16,7 @@ namespace {  // a library for another CPU has the same names
 constexpr int OUTPUTS = 16;
 constexpr int GROUP = 32;  // inputs whose rounding has one scale
 constexpr int STEPS = GROUP / 4;
+constexpr float LEAST = 0x1p-100f;  // a group of smaller numbers counts as 0: their scale has no inverse
 constexpr int AHEAD = 16;  // groups from what is read to what is prefetched
 constexpr int TILES = LANES == 16 ? 2 : 1;
 constexpr int TOKENS = LANES == 16 ? 12 : 3;
@@ -67,11 +68,11 @@ inline uint32_t largest(const float* x, int64_t n) {
 // Rounds n numbers to integers of up to 127 times the scale that it returns, and adds those to `total`.
 inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& total) {
   const uint32_t found = largest(x, n);
-  const float most = get<float>(&found), inverse = found == 0 ? 0 : 127 / most;
+  const float most = get<float>(&found), inverse = 127 / most;
   total = 0;
-  if (found >= 0x7f800000u) {
+  if (most < LEAST || found >= 0x7f800000u) {
     std::memset(q, 0, n);
-    return __builtin_nanf("");
+    return most < LEAST ? 0 : __builtin_nanf("");
   }
   for (int64_t i = 0; i < n; i++) {
     const int32_t whole = (int32_t)__builtin_rintf(x[i] * inverse);

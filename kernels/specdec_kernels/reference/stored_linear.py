@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 OUTPUTS, GROUP = 16, 32
+LEAST = 2.0**-100  # a group of smaller numbers of x counts as 0: their scale has no inverse
 
 
 def pack_bf16(weight: Tensor) -> tuple[Tensor]:
@@ -105,9 +106,11 @@ def _rounded(x: Tensor) -> Tensor:
     """x [..., in] rounded in each group; no numbers in groups where x is not finite."""
     groups = pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     most = groups.abs().amax(-1, True)
-    whole = (groups * torch.where(most > 0, 127 / most, 0)).round()
+    whole = (groups * torch.where(most >= LEAST, 127 / most, 0)).round()
     finite = most.isfinite()
-    return (torch.where(finite, whole, 0) * torch.where(finite, most / 127, torch.nan)).flatten(-2)
+    return (
+        torch.where(finite, whole, 0) * torch.where(finite, torch.where(most >= LEAST, most / 127, 0), torch.nan)
+    ).flatten(-2)
 
 
 def _on_grid(groups: Tensor, step: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
