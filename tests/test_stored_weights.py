@@ -1,6 +1,7 @@
 """Models whose weights are stored in fewer bits: targets and drafts like any others, of less memory."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -231,6 +232,16 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
         model.lm_head(torch.randn(2, 32, requires_grad=True))
     with pytest.raises(ValueError, match="pass a model of torch"):
         specdec.store_weights("a name", "int8")  # type: ignore[type-var]
+
+
+def test_a_cpu_without_the_instructions_is_told_so(monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specdec.store_weights(small(), "bf16")
+        with pytest.raises(UserWarning, match="no AVX-512 with VNNI, which products in int8 are made for"):
+            specdec.store_weights(small(), "int8")
 
 
 def test_a_quantised_model_that_does_not_run_in_inference_mode_is_refused_with_the_cure():

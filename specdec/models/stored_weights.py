@@ -5,6 +5,7 @@ A layer stays the object that it is, and changes its class: hooks, and drafters 
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ def store_weights(model: Module, weights: str) -> Module:
             inputs with a scale and a least value, activations rounded to 8 bits in each group, and the LM head as in "int8".
             Weights on a grid of GGUF's Q4_0 or Q4_1, as those of such a file are, stay exactly as they are in "int4".
 
+    On CPUs without AVX-512, or without its VNNI for integers, it warns that products are slower.
+
     Raises:
         ValueError: the format is not known, the model is in training mode or not on a CPU, or there is nothing to store.
     """
@@ -55,6 +58,11 @@ def store_weights(model: Module, weights: str) -> Module:
         raise ValueError(f"{_nothing_to_store(model)}: nothing is left to store in {weights}; load the model anew.")
     for layer in layers:
         _check(layer)
+    if not _is_fast(weights):
+        warnings.warn(
+            f"This CPU has no AVX-512 with VNNI, which products in {weights} are made for: they are right, and slower.",
+            stacklevel=2,
+        )
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     by_matrix: dict[int, list[Any]] = {id(layer.weight): [] for layer in layers}
     for part in model.modules():
@@ -65,6 +73,10 @@ def store_weights(model: Module, weights: str) -> Module:
     if isinstance(model, PreTrainedModel):
         vars(model)["save_pretrained"] = _refuse_to_save
     return model.requires_grad_(False)
+
+
+def _is_fast(weights: str) -> bool:
+    return torch.cpu._is_avx512_supported() and (weights == "bf16" or torch.cpu._is_vnni_supported())
 
 
 def _check(layer: nn.Linear) -> None:
