@@ -82,7 +82,10 @@ def test_drafters_that_read_states_share_a_stored_head_and_embedding(drafter):
     pair = specdec.demo.load()
     specdec.store_weights(pair.target, "int8")
     prompt = pair.tokenizer(pair.prompts[9].text, return_tensors="pt").input_ids[0]
-    assert max(parts_from_generate(pair.target, drafter(pair.target), [prompt]), default=0) <= NEAR["int8"]
+    made = drafter(pair.target)
+    specdec.store_weights(made.net.eval(), "int8")  # a network of the drafter's own may be stored too
+    assert max(parts_from_generate(pair.target, made, [prompt]), default=0) <= NEAR["int8"]
+    assert specdec.generate(pair.target, prompt, made, max_new_tokens=24).summary()["acceptance_length"] > 1.5
 
 
 @pytest.mark.parametrize("weights, far", [("bf16", 1e-6), ("int8", 0.03), ("int4", 0.03)])
@@ -224,7 +227,7 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
     with pytest.raises(ValueError, match="up to 65504"):
         specdec.store_weights(infinite, "bf16")
     specdec.store_weights(model, "int4")
-    with pytest.raises(ValueError, match=r"stored in int4, int8 already.*load the model anew"):
+    with pytest.raises(ValueError, match=r"stored in int4, int8 already; load it anew"):
         specdec.store_weights(model, "bf16")
     with pytest.raises(ValueError, match=r"save the model before store_weights"):
         model.save_pretrained("nowhere")

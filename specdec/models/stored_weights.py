@@ -55,7 +55,7 @@ def store_weights(model: Module, weights: str) -> Module:
     linears = (part for part in model.modules() if isinstance(part, nn.Linear))
     layers = [part for part in linears if not isinstance(part, StoredLinear) and part.weight.numel()]
     if not layers:
-        raise ValueError(f"{_nothing_to_store(model)}: nothing is left to store in {weights}; load the model anew.")
+        raise ValueError(f"{_nothing_to_store(model)} Nothing was stored in {weights}.")
     for layer in layers:
         _check(layer)
     if not _is_fast(weights):
@@ -125,7 +125,7 @@ def _class(found: type, stored: type) -> type:
 
 def _nothing_to_store(model: nn.Module) -> str:
     formats = sorted({part.stored_as for part in model.modules() if isinstance(part, StoredLinear)})
-    state = f"is stored in {', '.join(formats)} already" if formats else "has no nn.Linear"
+    state = f"is stored in {', '.join(formats)} already; load it anew." if formats else "has no nn.Linear."
     return f"{type(model).__name__} {state}"
 
 
