@@ -10,7 +10,7 @@ PACKAGE := $(VENV)/package
 # whole files to a process: their tests share models
 CORES := -n logical --maxprocesses 4 --dist loadfile
 # what depends on transformers: attention, masks, caches, its `generate` and its processors
-VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip hybrids compilation resume gguf smollm2_download)
+VERSIONED := $(patsubst %,tests/test_%.py,versions models custom_generate sampling loop layer_skip hybrids compilation resume gguf smollm2_download stored_weights)
 DEMO := 'methods=[autoregressive,ngram,chain,tree]'
 
 .PHONY: help demo test test-versions test-smollm2 test-package lint docs gpu-smoke gpu engine install clean

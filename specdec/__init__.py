@@ -6,6 +6,7 @@ from specdec.custom_generate import custom_generate
 from specdec.engines.graphs import Graphs
 from specdec.generate import Generation, generate, stream
 from specdec.laws import Law
+from specdec.models.stored_weights import store_weights
 from specdec.models.target import ModelTarget
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
@@ -29,6 +30,7 @@ __all__ = [
     "generate",
     "prediction",
     "rules",
+    "store_weights",
     "stream",
     "testing",
     "theory",

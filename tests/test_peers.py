@@ -23,6 +23,7 @@ from experiments.export_gguf import export
 from experiments.peer_methods import baseline
 from experiments.peer_methods.libraries import LlamaCpp, OpenVino, Peer, present
 from specdec import Sampling
+from specdec.models.stored_layers import is_stored
 
 PAIR = specdec.demo.load()
 PROMPT = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])
@@ -57,6 +58,8 @@ def test_rounded_weights_are_those_of_the_type_and_the_target_keeps_its_own():
     seen = []
     Rounded(lambda target, prompts: seen.append(target), torch.bfloat16)(PAIR.target, [PROMPT])
     assert {weight.dtype for weight in seen[0].parameters()} == {torch.bfloat16}
+    Rounded(lambda target, prompts: seen.append(target), weights="int8")(PAIR.target, [PROMPT])
+    assert is_stored(seen[1]) and not is_stored(PAIR.target)
     assert {weight.dtype for weight in PAIR.target.parameters()} == {torch.float32}
 
 

@@ -69,6 +69,9 @@ def loaded(config: DictConfig) -> Any:
     models = instantiate(config.target)
     if not hasattr(models.target, "hf_device_map"):  # over several devices it stays where it was put
         models.target.to(config.device)
+    if config.weights is not None:
+        for model in filter(None, (models.target, models.draft)):
+            specdec.store_weights(model, config.weights)
     return models
 
 

@@ -67,20 +67,25 @@ def _model(name: str, dtype: torch.dtype, **loading: Any) -> PreTrainedModel:
 
 
 class Rounded:
-    """A method that decodes with the target's weights in another type, to be compared with methods that do not.
+    """A method that decodes with the target's weights in another type or format, to be compared with methods that do not.
 
     Args:
         method: like `specdec.generate`.
-        dtype: of the weights; they are copied when the method is first called.
+        dtype: of the weights, which are copied when the method is first called; their own by default.
+        weights: the format of `specdec.store_weights`, if they are stored in one.
     """
 
-    def __init__(self, method: Callable[..., Generation], dtype: torch.dtype):
-        self._method, self._dtype = method, dtype
+    def __init__(self, method: Callable[..., Generation], dtype: torch.dtype | None = None, weights: str | None = None):
+        self._method, self._dtype, self._weights = method, dtype, weights
         self._copy: PreTrainedModel | None = None
 
     def __call__(self, target: PreTrainedModel, *args: Any, **options: Any) -> Generation:
-        self._copy = self._copy or copy.deepcopy(target).to(dtype=self._dtype)  # type: ignore[arg-type] - its stub is wrong
+        self._copy = self._copy or self._rounded(target)
         return self._method(self._copy, *args, **options)
+
+    def _rounded(self, target: PreTrainedModel) -> PreTrainedModel:
+        made = copy.deepcopy(target).to(dtype=self._dtype or target.dtype)  # type: ignore[arg-type] - its stub is wrong
+        return made if self._weights is None else specdec.store_weights(made, self._weights)
 
 
 def untrained(like: PreTrainedModel) -> PreTrainedModel:

@@ -1,21 +1,14 @@
-"""What passes cost: products on this CPU in the formats that torch has, and a roofline of a GPU."""
+"""What passes cost on a roofline of a GPU."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from specdec.theory.costs import CostCurve, Costs, predicted_speed_up
 from specdec.theory.shapes import chain_speed_ups
 
-SIZES = ((1536, 576), (4096, 4096))
-TOKENS = (1, 4, 16)
-GROUP = 32
 LONG = 512  # tokens of the prompts after which windows are measured: a window over a whole text leaves nothing out
 
 # NVIDIA H200 SXM, data sheet: bytes per second of memory, operations per second without sparsity
@@ -41,52 +34,6 @@ TARGETS = {  # bytes of a weight, and of a number in the cache
 # drafts that are not the target, with a rate that is assumed
 SMALL, SMALL_RATE = "a model of 1.2 billion weights", 0.7
 TEXT, TEXT_LENGTH, TEXT_NODES = "tokens from the text itself, 8", 2.0, 9
-
-
-def products(repeats: int = 15) -> dict[str, dict[str, list[float]]]:
-    """Median microseconds of processor time, by size and format, for each of `TOKENS`."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for rows, columns in SIZES:
-        weight = torch.randn(rows, columns) / columns**0.5
-        ways = _ways(weight)
-        inputs = [torch.randn(tokens, columns) for tokens in TOKENS]
-        times = [[[_spent(way, x) for x in inputs] for way in ways.values()] for _ in range(repeats + 2)][2:]
-        medians = np.median(times, axis=0).round(1).tolist()
-        found[f"{rows} x {columns}"] = dict(zip(ways, medians, strict=True))
-    return found
-
-
-def _ways(weight: Tensor) -> dict[str, Callable[[Tensor], Any]]:
-    """Products with activations in the type that each format wants; those of integers round them first, row by row."""
-    half = weight.bfloat16()
-    scale = weight.abs().amax(1) / 127
-    whole = (weight / scale[:, None]).round().to(torch.int8)
-    groups = weight.unflatten(1, (-1, GROUP))
-    steps = groups.abs().amax(-1, True) / 7
-    nibbles = ((groups / steps).round() + 8).flatten(1).to(torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-    with_zeros = torch.stack([steps[..., 0].T, torch.zeros_like(steps[..., 0].T)], -1).bfloat16().contiguous()
-    turned, halves = whole.T, scale.bfloat16()
-
-    def integers(x: Tensor) -> Tensor:
-        size = x.abs().amax(1, True) / 127
-        return torch.ops.aten._int_mm((x / size).round().to(torch.int8), turned).float() * size * scale
-
-    return {
-        "float32": lambda x: x @ weight.T,
-        "bf16": lambda x: x.bfloat16() @ half.T,
-        "int8, a scale per row": lambda x: torch.ops.aten._weight_int8pack_mm(x.bfloat16(), whole, halves),
-        "int8, activations too": integers,
-        "int4, groups of 32": lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.bfloat16(), packed, GROUP, with_zeros
-        ),
-    }
-
-
-def _spent(way: Callable[[Tensor], Any], x: Tensor) -> float:
-    began = time.process_time()
-    way(x)
-    return 1e6 * (time.process_time() - began)
 
 
 class Pass(NamedTuple):

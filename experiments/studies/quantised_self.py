@@ -10,14 +10,15 @@ experiments/results:
   `specdec.prediction`. A draft with a window reads the target's own keys and values, of the first 4 places and the latest
   ones (StreamingLLM, arXiv:2309.17453; as a draft, TriForce, arXiv:2404.11912); each place is taken to be the first of its
   step.
+- The same with weights stored as `specdec.store_weights` does, activations rounded too.
 - Perplexity, of the target in each format, on the prompts.
-- Processor time of products on this CPU, in the formats that torch has.
 - Speed-ups on a roofline of an H200 with a model of 8 billion weights, from that acceptance. No model was run there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from experiments.bench.real_prompts import real
 from experiments.bench.results import ROOT, Json, provenance
 from experiments.studies import quantised_costs, quantised_page
 from specdec import Sampling
+from specdec.models.stored_layers import FORMATS
 
 SINKS = 4  # first places that a window keeps
 WINDOWS = (32, 64, 128, 256)
@@ -100,9 +102,8 @@ def main() -> None:
     torch.set_num_threads(1)
     source = provenance("-m", ["experiments.studies.quantised_self", *sys.argv[1:]], vars(options), "cpu")
     with torch.inference_mode():
-        costs = quantised_costs.products()
         found = acceptance(options)
-    result = {**source, "drafts": found, "microseconds": costs, "roofline": quantised_costs.roofline(found)}
+    result = {**source, "drafts": found, "roofline": quantised_costs.roofline(found)}
     Json(str(OUT)).write(result)
     OUT.with_suffix(".md").write_text(quantised_page.page(result), "utf-8")
     print(OUT.with_suffix(".md").read_text("utf-8"))
@@ -122,6 +123,12 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
         with rounded(model.target, grid, HEADS.get(name, grid)):
             found[name] = {"perplexity": perplexity(model.target, prompts), **_compared(written, _own(model.target))}
         print(name, found[name], flush=True)
+    for name in FORMATS:
+        stored = specdec.store_weights(copy.deepcopy(model.target), name)
+        found[f"{name}, as stored here"] = {
+            "perplexity": perplexity(stored, prompts),
+            **_compared(written, _own(stored)),
+        }
     after_long = {
         name: [text for text in texts if text.start >= quantised_costs.LONG] for name, texts in written.items()
     }

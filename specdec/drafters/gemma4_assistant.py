@@ -17,6 +17,7 @@ from specdec.models.cache import TreeLayer
 from specdec.models.level import Level
 from specdec.models.ready import autocast_dtype
 from specdec.models.routing import Route
+from specdec.models.stored_layers import rows_of
 from specdec.models.target import ModelTargetRun
 from specdec.trees.base import Frontier, TreePolicy
 
@@ -94,7 +95,7 @@ class Gemma4AssistantNet(StatesNet):
             return assistant.lm_head(hidden)
         chosen = clusters.centroids(hidden).topk(clusters.centroid_intermediate_top_k).indices
         tokens = clusters.token_ordering.long().view(clusters.num_centroids, -1)[chosen].flatten(2)
-        scores = (assistant.lm_head.weight[tokens] @ hidden[..., None])[..., 0]
+        scores = (rows_of(assistant.lm_head, tokens) @ hidden[..., None])[..., 0]
         return scores.new_full((*hidden.shape[:2], clusters.vocab_size), -torch.inf).scatter_(2, tokens, scores)
 
 

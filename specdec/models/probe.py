@@ -112,11 +112,17 @@ def _probe(model: PreTrainedModel) -> Layout:
         raise UnsupportedModel(
             model, f"its cache holds more than plain keys and values (cache layers: {', '.join(odd)})"
         )
-    with torch.inference_mode():
-        if recurrent:
-            return _probe_recurrent(model)
-        logits, layout = score_probe_tree(model)
-        compare_with_own_attention(model, logits)
+    try:
+        with torch.inference_mode():
+            if recurrent:
+                return _probe_recurrent(model)
+            logits, layout = score_probe_tree(model)
+            compare_with_own_attention(model, logits)
+    except RuntimeError as error:
+        if "inference tensor" not in str(error).lower():
+            raise
+        cure = "Load it without its quantisation, and store its weights with specdec.store_weights on a CPU."
+        raise UnsupportedModel(model, f"it does not run in torch.inference_mode ({error})", cure) from error
     return layout
 
 

@@ -65,8 +65,11 @@ def rows_of(model: PreTrainedModel, *ids: int, least: int = 1) -> Tensor:
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
-    """[vocab, hidden]: the input embedding; on the meta device while accelerate keeps it elsewhere."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    """[vocab, hidden]: the input embedding, or a tensor like it that holds no numbers.
+
+    It is on the meta device while accelerate keeps it elsewhere.
+    """
+    weight = weight_like(model.get_input_embeddings())
     if weight is None:
         raise UnsupportedModel(model, "it does not read one token at a time through one embedding")
     return cast(Tensor, weight)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-SOURCES = ("vectors.h", "linear.cpp", "attention.cpp", "ops.cpp")
+SOURCES = ("vectors.h", "linear.cpp", "stored_linear.cpp", "attention.cpp", "ops.cpp")
 
 
 @cache

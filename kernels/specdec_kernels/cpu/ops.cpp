@@ -40,7 +40,43 @@ static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor&
   return (half ? attention_of<Bfloat16> : attention_of<float>)(query, key, value, bias, static_cast<float>(scale));
 }
 
+static const uint8_t* bytes(const Tensor& x) { return static_cast<const uint8_t*>(x.data_ptr()); }
+
+static Tensor outputs(const Tensor& x, int64_t out) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out;
+  return torch::stable::new_empty(x, sizes);
+}
+
+static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out) {
+  const Tensor a = dense(x), y = outputs(a, out);
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k;
+  stored::linear_bf16(data(a), bytes(weight), static_cast<float*>(y.data_ptr()), m, out, k, weight.size(1), threads());
+  return y;
+}
+
+template <class Format>
+static Tensor integer_op(const Tensor& x, const Format& format, int64_t out, int64_t groups) {
+  const Tensor a = dense(x), y = outputs(a, out);
+  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k;
+  const stored::Rows rows(data(a), m, k, groups);
+  stored::linear(rows, format, static_cast<float*>(y.data_ptr()), m, out, groups, threads());
+  return y;
+}
+
+static Tensor linear_int8_op(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t out) {
+  return integer_op(x, stored::Int8{bytes(weight), data(scale)}, out, weight.size(1) / stored::STEPS);
+}
+
+static Tensor linear_int4_op(const Tensor& x, const Tensor& weight, const Tensor& scales, int64_t out) {
+  const auto* halves = static_cast<const uint16_t*>(scales.data_ptr());
+  return integer_op(x, stored::Int4{bytes(weight), halves}, out, weight.size(1));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("linear_bf16", TORCH_BOX(&linear_bf16_op));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8_op));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4_op));
   m.impl("attention", TORCH_BOX(&attention_op));
 }
