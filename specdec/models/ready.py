@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import wrong_kind
+from specdec.models.stored_layers import weight_like
 
 _SUPPORTED = (
     "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2, or with recurrent "
