@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from specdec.models.level import CachedLevel
 from specdec.models.probe import autocast_dtype
 from specdec.models.target import ModelTargetRun, TargetRun
 from specdec.tree import Topology, chain
-from specdec.trees.base import Frontier, TreePolicy
+from specdec.trees.base import TreePolicy
 
 
 class StatesDrafter(TreeDrafter):
@@ -178,9 +177,6 @@ class StatesRun(TreeDraftRun):
         view = View(self.cache.committed, topology, count, min(self.batch.longest + nodes, self.cache.capacity))
         self.cache.open(view)
         return CachedLevel(self.cache, view)
-
-    def prepare(self, frontier: Frontier) -> Hashable:
-        return self.batch.longest
 
 
 def _cache(net: StatesNet, batch: Batch, last: StatesRun | None) -> TreeCache:
