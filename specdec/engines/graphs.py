@@ -33,7 +33,10 @@ from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
 
-_BLOCK = 256  # the room of a row, in slots, is a multiple of this
+# The room of a row, in slots, is a multiple of this. Code is compiled for one size of the cache, so that such rooms are powers
+# of two between these, and multiples of the last.
+_BLOCK = 256
+_COMPILED = 1024, 4096
 
 
 class Graph(Protocol):
@@ -60,12 +63,13 @@ class Graphs(Engine):
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
     A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: one of the same models,
-    drafter, rule, sampling and batch size, whose texts take as many blocks of 256 tokens. A run of another kind drops what
+    drafter, rule, sampling and batch size, whose texts need as much room: as many blocks of 256 tokens. A run of another kind drops what
     is idle. Two runs at once hold two sets.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile). A layer is compiled once for all layers
-            that are alike and for texts of any length, and each size of tree by itself: see `specdec.models.compilation`.
+            that are alike and for texts of any length, but for each size of tree and of the cache by itself (1024, 2048, 4096,
+            8192, 12288, ... tokens): see `specdec.models.compilation`.
         capture: how a stage is captured; by default as a CUDA graph where there is CUDA, else not at all.
     """
 
@@ -128,7 +132,9 @@ class CapturedStages(Stages):
         self._inside = False  # whether a stage is being run: its parts are not captured by themselves
 
     def rounded(self, slots: int) -> int:
-        return -(-slots // _BLOCK) * _BLOCK
+        least, most = _COMPILED
+        block = min(max(1 << (slots - 1).bit_length(), least), most) if self.compiles else _BLOCK
+        return -(-slots // block) * block
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")

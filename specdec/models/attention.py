@@ -41,7 +41,6 @@ class View:
     topology: Topology  # the tree so far
     count: int  # the last `count` nodes of the topology are the queries
     slots: int  # slots attended to: a host bound on every row's lengths + nodes
-    whole: bool = False  # whether these are all of a row's slots, so that nothing but a bias depends on their number
 
     @property
     def first(self) -> int:

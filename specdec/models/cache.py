@@ -71,24 +71,22 @@ class TreeLayer(CacheLayerMixin, OfCache):
         # Operations that change nothing are left out here and below: tracing them takes longest of all in a compiled pass.
         slots = cache.write_slots if cache.write_slots.device == flat.device else cache.write_slots.to(flat.device)
         flat.index_copy_(0, slots, cache.packed(states).transpose(1, 2).flatten(0, 1))
-        return self._first(flat, None if cache.view.whole else cache.view.slots, states.dtype)
+        return self._first(flat, cache.view.slots, states.dtype)
 
     def read(self, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of the first slots of each row, [batch, head, slots, dim] each."""
         return self._first(self._keys, slots, dtype), self._first(self._values, slots, dtype)
 
-    def _first(self, flat: Tensor, slots: int | None, dtype: torch.dtype) -> Tensor:
+    def _first(self, flat: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
         cache = self._cache
-        # not by the capacity, as compiled code is for any
-        stored = flat.unflatten(0, (len(cache.lengths), -1))
-        stored = stored if slots is None else stored[:, :slots]
+        stored = flat.unflatten(0, (-1, cache.capacity))
+        stored = stored if slots == cache.capacity else stored[:, :slots]
         if cache.rows is not None:
             stored = stored[cache.rows.to(flat.device)]
         return cache.unpacked(stored.transpose(1, 2), dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        cache = self._cache
-        return len(self._keys) // len(cache.lengths) if cache.view.whole else cache.view.slots, 0
+        return self._cache.view.slots, 0
 
     def get_seq_length(self) -> int:
         return 0  # rows have lengths of their own, and positions are always given
@@ -164,13 +162,6 @@ class TreeCache(Cache):
             if isinstance(layer, TreeLayer | RecurrentLayer):
                 layer._owner = ref(made)
         return made
-
-    @property
-    def keys_and_values(self) -> Iterator[Tensor]:
-        """[batch * slot, head, dim] each: what its layers read and write."""
-        for layer in self.layers:
-            if isinstance(layer, TreeLayer):
-                yield from (layer._keys, layer._values)
 
     def stored(self, slab: Slab) -> Slab:
         """The shape that is stored for keys or values of shape `slab`."""

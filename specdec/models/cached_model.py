@@ -147,8 +147,6 @@ class CachedModel:
 
     @cached_property
     def _compiled(self) -> Compiled:
-        for part in self.cache.keys_and_values:
-            torch._dynamo.maybe_mark_dynamic(part, 0)  # code is for any capacity
         return Compiled(self._logits, self.lm.model)
 
     @property
@@ -270,7 +268,7 @@ class CachedModel:
         compiles = self.compiles and entering is None and self._compiled.works
         # Compiled code is for texts of any length: it has no bound but the cache's.
         slots = self.cache.capacity if compiles else min(longest + nodes, self.cache.capacity)
-        view = View(self.cache.committed, topology, count, slots, whole=compiles)
+        view = View(self.cache.committed, topology, count, slots)
         self.cache.open(view, entering)
         positions = view.positions
         if self.lm.context_length is not None:
@@ -280,7 +278,7 @@ class CachedModel:
         with self.lm.route, self.capture.of_pass(keep), one_pass():
             if compiles:
                 view.prepare(layer.shape.size for layer in self.cache.recurrent)
-                logits = self._compiled(tokens.shape, tokens, positions, self.cache, keep)
+                logits = self._compiled((*tokens.shape, slots), tokens, positions, self.cache, keep)
             else:
                 logits = self._logits(tokens, positions, self.cache, keep)
         return self.lm.translate_back(logits)

@@ -1,8 +1,8 @@
 """Forward passes compiled by torch.compile: a layer once for all that are alike, once per number of tokens.
 
-Code is for texts and caches of any length: attention reads how many slots there are to see on the device. Where there is no
-such kernel (float16 and float64 on a CPU, patterns but causal and sliding), a dense bias has as many columns as the cache has
-slots, and code is compiled anew for a cache of another size.
+Code is for texts of any length in a cache of one size: attention reads on the device how many slots there are to see, and the
+room behind them costs nothing. Where there is no such kernel (float16 and float64 on a CPU, patterns but causal and sliding),
+it goes through all slots of the cache under a dense bias.
 
 What is compiled is kept in the cache folder (see `specdec.cache_folder`), where later processes find it.
 """

@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 _ELEMENT = re.compile(r".*?(\.\d+(?=\.|$)|\[\d+\])")  # the path of a module up to the first number
-_SYMBOL = re.compile(r"\bs\d+\b")  # how torch writes the size of an axis that may have any
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -77,23 +76,18 @@ def _value(node: fx.Node) -> Any:
 def _signature(graph: fx.Graph) -> Hashable:
     """All that the code of a part depends on."""
     number = {node: index for index, node in enumerate(graph.nodes)}
-    symbols: dict[str, str] = {}  # sizes that code is for any value of, by the order in which they are met
     return tuple(
         (
             node.op,
-            _kind(_value(node), symbols) if node.op == "placeholder" else node.target,
+            _kind(_value(node)) if node.op == "placeholder" else node.target,
             repr(tree_map_only(fx.Node, lambda other: f"node {number[other]}", (list(node.args), dict(node.kwargs)))),
         )
         for node in graph.nodes
     )
 
 
-def _kind(value: Any, symbols: dict[str, str]) -> Hashable:
+def _kind(value: Any) -> Hashable:
     """What code depends on in an input."""
-
-    def numbered(sizes: Any) -> str:
-        return _SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"size {len(symbols)}"), str(sizes))
-
     if not isinstance(value, Tensor):
-        return type(value), numbered(value)
-    return numbered((*value.shape, *value.stride())), value.dtype, value.device, value.requires_grad
+        return type(value), str(value)
+    return str(value.shape), str(value.stride()), value.dtype, value.device, value.requires_grad
