@@ -63,8 +63,8 @@ class Graphs(Engine):
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
     A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: one of the same models,
-    drafter, rule, sampling and batch size, whose texts need as much room: as many blocks of 256 tokens. A run of another kind drops what
-    is idle. Two runs at once hold two sets.
+    drafter, rule, sampling and batch size, whose texts need as much room (blocks of 256 tokens). A run of another kind drops
+    what is idle. Two runs at once hold two sets.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile). A layer is compiled once for all layers

@@ -1,4 +1,4 @@
-"""Attention of a few nodes: the kernel for CPUs against the specification in float64, whatever is seen and however tensors lie."""
+"""Attention of a few nodes: the kernel for CPUs against the specification, whatever is seen and however tensors lie."""
 
 from typing import Any
 
@@ -130,9 +130,9 @@ def test_what_is_no_number_stays_none(where):
 
 def test_other_shapes_and_types_are_refused():
     arguments = drawn(Case(2, 9, 4, 2, 24))
-    with pytest.raises(ValueError, match="values of 24 torch.float32 are not float32 or bfloat16 in multiples of 16"):
+    with pytest.raises(ValueError, match=r"values of 24 torch\.float32 are not float32 or bfloat16 in multiples of 16"):
         attention(**arguments)
-    with pytest.raises(ValueError, match="values of 64 torch.float64 are not"):
+    with pytest.raises(ValueError, match=r"values of 64 torch\.float64 are not"):
         attention(**drawn(Case(2, 9, dtype=torch.float64)))
     with pytest.raises(ValueError, match=r"lengths is \[1\], not \[2\]"):
         attention(**{**drawn(Case(2, 9, batch=2)), "lengths": torch.zeros(1, dtype=torch.int32)})
