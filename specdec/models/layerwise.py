@@ -9,8 +9,7 @@ many compiled layers as kinds (sliding and full attention, dense and sparse, rec
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from operator import getitem
 from typing import Any
 
@@ -25,10 +24,8 @@ def by_layer(graph: fx.GraphModule, compile_part: Compile) -> Callable[..., Any]
     """The function of a graph of torch.compile, made of parts that are compiled by `compile_part(graph, inputs)`."""
     whole, compiled = fx.Graph(), dict[Hashable, Callable[..., Any]]()
     made = {node: whole.node_copy(node) for node in graph.graph.find_nodes(op="placeholder")}
-    rest = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     held = fx.GraphModule(graph, fx.Graph())
-    for number, (_, found) in enumerate(groupby(rest, _layer)):
-        nodes = [*found]
+    for number, nodes in enumerate(_parts(graph.graph)):
         inputs, outputs = _ends(nodes)
         part = _part(graph, nodes, inputs, outputs)
         what = _signature(part.graph)
@@ -42,10 +39,25 @@ def by_layer(graph: fx.GraphModule, compile_part: Compile) -> Callable[..., Any]
     return held.forward
 
 
+def _parts(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """The operations, cut where they come to another layer."""
+    nodes, last = list[fx.Node](), None
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        # Contexts are entered and left by operations that belong to no module.
+        layer = _layer(node) if node.meta.get("nn_module_stack") else last
+        if layer != last and nodes:
+            yield nodes
+            nodes = []
+        last = layer
+        nodes.append(node)
+    yield nodes
+
+
 def _layer(node: fx.Node) -> str | None:
     """The outermost element of a list of modules in which an operation was met."""
-    path = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))[0]
-    found = _ELEMENT.match(path)
+    found = _ELEMENT.match(next(reversed(node.meta["nn_module_stack"].values()))[0])
     return found and found[0]
 
 
