@@ -33,9 +33,9 @@ from specdec.batch import Batch
 from specdec.coins import Purpose
 from specdec.rules import Rule
 from specdec.target_law import LogitsLaw
+from specdec.tree import chain
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.base import grow_tree
-from specdec.tree import chain
 from specdec_kernels import attention, linear
 from specdec_kernels.reference.tree_attention import pack
 
@@ -132,7 +132,7 @@ def attentions(batch: int, heads: int, kv_heads: int, dim: int, slots: int) -> T
         bias = torch.zeros(batch, 1, count, slots)
         bias[..., -count:].masked_fill_(~tree[:, None], -torch.inf)
         first, lengths = torch.zeros(batch, count, dtype=torch.int32), torch.full((batch,), slots - count).int()
-        ways = {
+        ways: dict[str, Any] = {
             "specdec": partial(attention, first=first, lengths=lengths, ancestors=pack(tree)),
             "torch": partial(scaled_dot_product_attention, attn_mask=bias, enable_gqa=True),
         }
