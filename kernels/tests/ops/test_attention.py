@@ -32,7 +32,9 @@ CASES = [
 
 def exact(arguments: dict[str, Any]) -> Tensor:
     """The specification in float64."""
-    wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
+    wide: dict[str, Any] = {
+        n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()
+    }
     return reference.tree_attention(**wide)[0]
 
 
@@ -70,7 +72,7 @@ def test_wrong_attention_is_seen():
 
 def test_tensors_may_lie_as_they_like():
     arguments = drawn(Case(5, 100, batch=2))
-    lie = dict(arguments)
+    lie: dict[str, Any] = dict(arguments)
     lie |= {name: arguments[name].mT.contiguous().mT for name in ("first", "ancestors")}
     lie["lengths"] = torch.stack([arguments["lengths"]] * 2, 1)[:, 0]
     assert torch.equal(attention(**lie), attention(**arguments))
@@ -89,7 +91,7 @@ def test_the_room_behind_the_last_slot_that_is_seen_is_not_read(dtype):
 def test_words_that_tell_of_slots_which_are_not_there_are_cut():
     arguments = drawn(Case(5, 100))
     last = arguments["key"].shape[2]
-    arguments = {n: x.nan_to_num() if torch.is_tensor(x) else x for n, x in arguments.items()}
+    arguments: dict[str, Any] = {n: x.nan_to_num() if torch.is_tensor(x) else x for n, x in arguments.items()}
     arguments["lengths"] = torch.full_like(arguments["lengths"], last)
     assert off(attention(**arguments), exact(arguments)) < TOLERANCE[torch.float32]
 
@@ -140,7 +142,7 @@ def test_other_shapes_and_types_are_refused():
 
 @pytest.mark.parametrize("case", [CASES[6], CASES[9], CASES[10]], ids=str)
 def test_the_op_keeps_its_promises_to_torch(case):
-    arguments = {n: x.nan_to_num() if torch.is_tensor(x) else x for n, x in drawn(case).items()}
+    arguments: dict[str, Any] = {n: x.nan_to_num() if torch.is_tensor(x) else x for n, x in drawn(case).items()}
     sinks = arguments.pop("sinks", None)
     operands = *(arguments.pop(n) for n in ("query", "key", "value", "first", "lengths", "ancestors")), 0.2, 2.0, sinks
     torch.library.opcheck(torch.ops.specdec.attention.default, operands)
