@@ -33,9 +33,11 @@ from specdec.batch import Batch
 from specdec.coins import Purpose
 from specdec.rules import Rule
 from specdec.target_law import LogitsLaw
+from specdec.tree import chain
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.base import grow_tree
-from specdec_kernels import linear
+from specdec_kernels import attention, linear
+from specdec_kernels.reference.tree_attention import pack
 
 LAWS: dict[str, tuple[Sampling, Any]] = {
     "temperature 0.7": (Sampling(0.7), None),
@@ -123,16 +125,20 @@ def attentions(batch: int, heads: int, kv_heads: int, dim: int, slots: int) -> T
     """A few nodes after a text, layer after layer, as keys and values lie in our caches; and reading those."""
     shape = 2, batch, slots, kv_heads, dim
     layers = [torch.randn(shape) for _ in range(READ // (4 * math.prod(shape)))]
-    ours = partial(torch.ops.specdec.attention.default, scale=dim**-0.5)
-    ways = {"specdec": ours, "torch": partial(scaled_dot_product_attention, enable_gqa=True)}
     timed = readings(layers)
     for count in QUERIES:
         query = torch.randn(batch, count, heads, dim).transpose(1, 2)
+        tree = chain(batch, count).ancestors
         bias = torch.zeros(batch, 1, count, slots)
-        bias[..., -count:] = torch.full((count, count), -torch.inf).triu(1)
+        bias[..., -count:].masked_fill_(~tree[:, None], -torch.inf)
+        first, lengths = torch.zeros(batch, count, dtype=torch.int32), torch.full((batch,), slots - count).int()
+        ways: dict[str, Any] = {
+            "specdec": partial(attention, first=first, lengths=lengths, ancestors=pack(tree)),
+            "torch": partial(scaled_dot_product_attention, attn_mask=bias, enable_gqa=True),
+        }
         for name, way in ways.items():
-            timed[f"{count} | {name}"] = lambda way=way, query=query, bias=bias: [
-                way(query, *layer.transpose(2, 3), bias) for layer in layers
+            timed[f"{count} | {name}"] = lambda way=way, query=query: [
+                way(query, *layer.transpose(2, 3)) for layer in layers
             ]
     return timed
 

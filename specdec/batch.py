@@ -42,7 +42,7 @@ class Batch:
             of all rows that were running.
         keys: (seed, `Text.key`) of each row's coins: where both are equal, so are the coins.
         prompts: how many of each row's tokens are its prompt; the others were written.
-        longest: upper bound on `lengths`, rounded up where stages are captured; those may depend on no other length.
+        longest: upper bound on `lengths`; where stages are captured the same in all steps, as those may depend on no length.
         max_depth: longest path that a drafter may propose now.
 
     Settings of the run:
@@ -133,7 +133,7 @@ class Batch:
 
     @property
     def longest(self) -> int:
-        return self.stages.rounded(max(self.host_lengths))
+        return self.stages.rounded(self.max_length) if self.stages.captures else max(self.host_lengths)
 
     @property
     def processed(self) -> bool:

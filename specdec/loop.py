@@ -62,7 +62,7 @@ class Decoding:
         clock = Clock(self.request.target.device)
         self.slots.fill()
         clock.mark()
-        perform = partial(self.runs.stages.perform, self.batch.longest)
+        perform = partial(self.runs.stages.perform, None)
         with torch.inference_mode():
             tree = perform(self._propose, self._reasons["propose"])
             clock.mark()

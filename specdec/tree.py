@@ -106,7 +106,7 @@ class Topology:
         """The same nodes, where each sees only its ancestors: in a block they see each other besides."""
         return self
 
-    @cached_property
+    @property
     def visible(self) -> Tensor:
         """[batch, node, node + 2] bool: a True column (the prefix), `ancestors`, and a False column (unused slots)."""
         return torch.nn.functional.pad(torch.nn.functional.pad(self.ancestors, (1, 0), value=True), (0, 1))
@@ -182,9 +182,12 @@ class DraftTree:
             raise ValueError(f"The drafter proposed a tree with {'; '.join(wrong)} (see TreeSpec and Batch.max_depth).")
 
     def padded(self, spec: TreeSpec) -> DraftTree:
-        """Add absent nodes up to one of a few sizes, and take the depth and width of `spec`: few shapes are captured."""
+        """Add absent nodes up to `spec.nodes` if it has any but the root, and take the depth and width of `spec`.
+
+        So a run has two shapes that are captured or compiled.
+        """
         nodes, pad = self.tokens.shape[1], torch.nn.functional.pad
-        size = min(1 << (nodes - 1).bit_length(), spec.nodes)
+        size = spec.nodes if nodes > 1 else 1
         if (size, spec.depth, spec.width) == (nodes, self.topology.depth, self.topology.width):
             return self
         parents, probs = pad(self.topology.parents, (0, size - nodes)), self.draft_probs

@@ -1,24 +1,24 @@
 """Compiled forward passes give the same text, and are compiled once per shape. Code generation is left out: it takes long."""
 
-import copy
-import functools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from test_models import MODELS
 from tiny_models import GATE, PROMPTS, llama
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import scaled_dot_product_attention
 
 import specdec
 import specdec_kernels
 from specdec import Sampling
-from specdec.drafters import LayerSkipDrafter, ModelDrafter
+from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
 from specdec.engines.graphs import _tensors
 from specdec.models.compilation import _ReadOnce
 from specdec.trees import Chain, Dynamic
-from specdec_kernels.attention import NODES
 from specdec_kernels.linear import _FEW, _LARGE
 
 torch.set_num_threads(1)
@@ -27,9 +27,12 @@ OPTIONS = {"max_new_tokens": 12, "stop_tokens": ()}
 
 
 @pytest.fixture(autouse=True)
-def captured_only(monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+def parts(monkeypatch):
+    """Parts run as they were captured; how many there were to be compiled."""
+    found = []
+    monkeypatch.setattr("specdec.models.compilation._part", lambda graph, inputs: found.append(graph) or graph)
     torch._dynamo.reset()
+    return found
 
 
 def test_compiled_models_give_the_same_text():
@@ -55,7 +58,7 @@ def test_compiled_models_tell_the_kernels_what_eager_ones_do(name, monkeypatch):
     assert all(map(torch.equal, found.tokens, expected.tokens))
 
 
-def test_other_trees_texts_and_seeds_are_not_compiled_again(capsys):
+def test_other_trees_texts_and_seeds_are_not_compiled_again():
     model, draft = llama(), llama(1, num_hidden_layers=1)
     engine, drafter = specdec.Graphs(compile=True), ModelDrafter(draft, Dynamic(8, 3, 2))
     compiled, before = [], counters["stats"]["unique_graphs"]
@@ -64,7 +67,73 @@ def test_other_trees_texts_and_seeds_are_not_compiled_again(capsys):
         specdec.generate(model, prompts, drafter, engine=engine, **options)
         compiled.append(counters["stats"]["unique_graphs"] - before)
     assert compiled == [4] * 3  # the tree, and three levels of the draft
-    assert capsys.readouterr().err.count("| 0/1") == 4  # bars
+
+
+@pytest.mark.filterwarnings("ignore:engine. the stage")
+def test_texts_of_any_length_are_for_the_same_code(parts):
+    """Two sizes of trees are compiled in a run of many tokens, and nothing more for other runs in caches of its size."""
+    model = llama(max_position_embeddings=4096, head_dim=16).float()
+    compiled, before = [], counters["stats"]["unique_graphs"]
+    for length, new_tokens in ((5, 2048), (2100, 10), (3000, 20)):
+        options = {"prompts": [torch.arange(length) % 30], "max_new_tokens": new_tokens, "stop_tokens": ()}
+        found = specdec.generate(model, drafter=NgramDrafter(7), engine="compile", **options)
+        compiled.append(counters["stats"]["unique_graphs"] - before)
+        assert {step.nodes for step in found.trace.steps} <= {1, 8}
+        assert torch.equal(found.tokens[0], specdec.generate(model, drafter=NgramDrafter(7), **options).tokens[0])
+    assert compiled == [2] * 3 and len(parts) == 2 * 3
+
+
+ALIKE = {
+    "llama": 1,
+    "gemma3_sliding": 1,
+    "smollm3_some_layers_without_positions": 2,
+}  # sliding layers have another mask
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_layers_that_are_alike_are_compiled_once(name, parts):
+    specdec.generate(MODELS[name](torch.float64), PROMPTS, engine="compile", **OPTIONS)
+    assert len(parts) == 1 + ALIKE[name] + 1  # before the layers, the layers by kind, and after them
+
+
+def test_a_model_in_which_no_layers_are_found_is_compiled_whole(parts, monkeypatch):
+    monkeypatch.setattr("specdec.models.layerwise._layer", lambda node: None)
+    found = specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
+    assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
+    assert len(parts) == 1
+
+
+def test_without_a_compiler_models_run_as_they_stand(monkeypatch):
+    def fails(graph, inputs):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("specdec.models.compilation._part", fails)
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM cannot be compiled and runs .*: No working C.. compiler"
+    ) as said:
+        found = specdec.generate(llama(), PROMPTS, ModelDrafter(llama(1), Chain(2)), engine="compile", **OPTIONS)
+    assert len(said) == 2  # once for each model
+    assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
+
+
+def test_code_is_kept_in_a_folder_of_this_version_and_others_are_left_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "specdec.models.compilation._part", lambda graph, inputs: seen.append(Path(cache_dir())) or graph
+    )
+    specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir())
+    monkeypatch.setattr(specdec, "__version__", "0.0.0")
+    torch._dynamo.reset()
+    specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    torch._dynamo.reset()
+    specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
+    first, other, own = dict.fromkeys(seen)
+    assert first.parent == other.parent == tmp_path / "compiled" and own == tmp_path / "own"
+    assert torch.__version__ in first.name and specdec.__version__ in other.name and first.is_dir()
 
 
 class Again:
@@ -110,57 +179,3 @@ def test_large_matrices_are_read_once_for_a_few_tokens(tokens, columns):
     ours = compiled.graph.find_nodes(op="call_function", target=torch.ops.specdec.linear.default)
     assert len(ours) == (tokens in _FEW and weight.numel() >= _LARGE)
     torch.testing.assert_close(compiled(x, weight), x @ weight.T + 1, atol=ROUNDING * columns**0.5, rtol=0)
-
-
-def traced(query, key, value, bias, **options):
-    """Attention as it stands in a model's graph, before and after `_ReadOnce`; how often ours is in it."""
-
-    def attend(query, key, value, bias):
-        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True, **options)
-        return out.transpose(1, 2).reshape(len(query), query.shape[2], -1) + 1
-
-    before = make_fx(attend, tracing_mode="fake")(query, key, value, bias)
-    before.graph.eliminate_dead_code()
-    after = copy.deepcopy(before)
-    _ReadOnce()(after.graph)
-    after.recompile()
-    return (
-        before,
-        after,
-        len(after.graph.find_nodes(op="call_function", target=torch.ops.specdec.attention.default)),
-    )
-
-
-@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
-@pytest.mark.parametrize("nodes", [1, 2, 5, NODES])
-def test_keys_are_read_once_for_all_heads_of_a_few_nodes(nodes, options):
-    key, value = torch.randn(2, 2, 19, 2, 32).transpose(2, 3)
-    operands = torch.randn(2, 4, nodes, 32), key, value, torch.zeros(2, 1, nodes, 19)
-    operands[3][..., 1:].masked_fill_(torch.rand(2, 1, nodes, 18) < 0.3, -torch.inf)
-    before, after, ours = traced(*operands, **options)
-    assert ours == 1
-    torch.testing.assert_close(after(*operands), before(*operands), atol=ROUNDING, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "nodes, dim, dtype",
-    [
-        (NODES + 1, 32, torch.float32),
-        (5, 24, torch.float32),
-        (5, 32, torch.float64),
-    ],
-)
-def test_other_attention_is_left_to_torch(nodes, dim, dtype):
-    operands = torch.randn(2, 4, nodes, dim), *torch.randn(2, 2, 2, 19, dim), torch.zeros(2, 1, nodes, 19)
-    before, after, ours = traced(*(x.to(dtype) for x in operands))
-    assert ours == 0 and str(after.graph) == str(before.graph)
-
-
-def test_attention_whose_weights_are_used_is_left_to_torch():
-    def attend(query, key, value, bias):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
-
-    operands = torch.randn(2, 4, 5, 32), *torch.randn(2, 2, 4, 19, 32), torch.zeros(2, 1, 5, 19)
-    compiled = make_fx(attend, tracing_mode="fake")(*operands)
-    _ReadOnce()(compiled.graph)
-    assert not compiled.graph.find_nodes(op="call_function", target=torch.ops.specdec.attention.default)

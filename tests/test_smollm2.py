@@ -21,6 +21,7 @@ import specdec
 from experiments.bench.inputs import in_turns
 from experiments.bench.prompts import Prompt
 from specdec import Sampling
+from specdec.cache_folder import cache_folder
 from specdec.demo import smollm2
 from specdec.drafters import NgramDrafter, SuffixDrafter
 
@@ -65,7 +66,7 @@ def expected(model, prompts):
 def test_converting_takes_less_than_two_gigabytes_of_memory(model):
     code = "import resource, specdec; specdec.demo.smollm2.folder(); print(resource.getrusage(0).ru_maxrss)"  # KiB
     with TemporaryDirectory() as cache:  # not tmp_path, which would keep half a gigabyte
-        shutil.copy(smollm2.cache_folder() / smollm2.WHEEL, cache)
+        shutil.copy(cache_folder() / smollm2.WHEEL, cache)
         variables = {**os.environ, "SPECDEC_CACHE": cache}
         done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

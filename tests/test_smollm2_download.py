@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 import specdec
 from experiments.bench.models import smollm2 as target
+from specdec.cache_folder import cache_folder
 from specdec.demo import smollm2
 
 MODEL = tiny_gguf.chat_model()
@@ -156,4 +157,4 @@ def test_what_was_half_converted_is_made_anew_and_never_used(index, monkeypatch)
 def test_the_cache_folder_is_ours_then_that_of_the_desktop(variables, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert smollm2.cache_folder().as_posix() == expected
+    assert cache_folder().as_posix() == expected

@@ -25,7 +25,7 @@ def tree_attention(
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of tree nodes over a prefix and their own ancestors: see `specdec_kernels.reference.tree_attention`."""
-    _check(query, key, value, first, lengths, ancestors, sinks)
+    check(query, key, value, first, lengths, ancestors, sinks)
     from specdec_kernels.backend import on
     from specdec_kernels.triton.tree_attention import tree_attention
 
@@ -35,20 +35,20 @@ def tree_attention(
 
 @tree_attention.register_kernel("cpu")
 def _(query, key, value, first, lengths, ancestors, scale=None, softcap=None, sinks=None):
-    _check(query, key, value, first, lengths, ancestors, sinks)
+    check(query, key, value, first, lengths, ancestors, sinks)
     out, lse = reference.tree_attention(query, key, value, first, lengths, ancestors, scale, softcap, sinks)
     return out.contiguous(), lse
 
 
 @tree_attention.register_fake
 def _(query, key, value, first, lengths, ancestors, scale=None, softcap=None, sinks=None):
-    _check(query, key, value, first, lengths, ancestors, sinks)
+    check(query, key, value, first, lengths, ancestors, sinks)
     shape = query.shape[0], query.shape[2], query.shape[1]  # [batch, node, heads]
     lse = query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
     return query.new_empty(*shape, value.shape[3]), lse
 
 
-def _check(
+def check(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, lengths: Tensor, ancestors: Tensor, sinks: Tensor | None
 ) -> None:  # fmt: skip
     """Raise ValueError unless the kernel computes what it is asked for; on CPU any heads and dtypes will do."""

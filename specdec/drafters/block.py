@@ -121,10 +121,10 @@ class BlockRun(StatesRun):
         # [batch, nodes] bool: of all nodes asked for, those whose children are not confident enough
         self._stops = torch.zeros_like(self.asked, dtype=torch.bool)
 
-    def prepare(self, frontier: Frontier) -> tuple[int, int]:
+    def prepare(self, frontier: Frontier) -> int:
         if frontier.topology.depth == 0:
             self._deepest = min(self.tree.policy.spec(self.batch.sampling).depth, self.batch.max_depth)
-        return self.batch.longest, self._deepest
+        return self._deepest
 
     def score(self, frontier: Frontier) -> Tensor:
         asked, count = frontier.topology.parents.shape[1], frontier.tokens.shape[1]

@@ -7,7 +7,7 @@ tokens are scratch, which verification overwrites; those of the text so far are 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import partial
 
 from torch import Tensor, nn
@@ -83,9 +83,6 @@ class LayerSkipRun(TreeDraftRun):
 
     def enter(self, rows: list[int]) -> None:
         """Nothing is to be done, as all that is kept of a text is in the target's cache."""
-
-    def prepare(self, frontier: Frontier) -> Hashable:
-        return self.batch.longest
 
     def score(self, frontier: Frontier) -> Tensor:
         with passing_through(self._skipped):

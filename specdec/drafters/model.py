@@ -22,6 +22,7 @@ from specdec.trees.base import Frontier, TreePolicy
 
 # After a step that it drafted for, the draft has at most two tokens to read: an accepted leaf and the root.
 _AFTER_OWN_DRAFT = 2
+_MANY = 16  # most that it reads in a step where shapes must recur; of more, the first are read as prompts are
 
 
 class ModelDrafter(TreeDrafter):
@@ -99,19 +100,20 @@ class ModelDraftRun(TreeDraftRun):
         self.asked.fill_(-1)  # a step without a call of `propose` has nothing to keep
 
     def prepare(self, frontier: Frontier) -> Hashable:
-        batch, longest = self.batch, self.batch.longest
+        batch, room = self.batch, self.cached.cache.room
         if frontier.topology.depth:
-            return longest
+            return None
         # At least 1: the root, perhaps an accepted leaf before it, and tokens of steps in which it did not draft.
         unread = _AFTER_OWN_DRAFT if batch.static else int((batch.lengths - self.cached.cache.lengths).max())
-        if unread > self.cached.cache.room:
-            self.cached.read(batch.tokens, {row: length - 1 for row, length in enumerate(batch.host_lengths)})
-            unread = 1
         if batch.stages.static_shapes:
-            # A power of 2, as every shape is compiled or captured.
-            unread = min(1 << (unread - 1).bit_length(), longest, self.cached.cache.room)
+            # Two sizes, as each is compiled or captured.
+            room = min(_MANY, room)
+            unread = _AFTER_OWN_DRAFT if unread <= _AFTER_OWN_DRAFT else max(unread, room)
+        if unread > room:
+            self.cached.read(batch.tokens, {row: length - 1 for row, length in enumerate(batch.host_lengths)})
+            unread = _AFTER_OWN_DRAFT if batch.stages.static_shapes else 1
         self._unread = unread
-        return longest, unread
+        return unread
 
     def score(self, frontier: Frontier) -> Tensor:
         if frontier.topology.depth == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -180,9 +179,6 @@ class StatesRun(TreeDraftRun):
         view = View(self.cache.committed, topology, count, min(self.batch.longest + nodes, self.cache.capacity))
         self.cache.open(view)
         return CachedLevel(self.cache, view)
-
-    def prepare(self, frontier: Frontier) -> Hashable:
-        return self.batch.longest
 
     def _scored(self, frontier: Frontier) -> Tensor:
         with self._few_rows:

@@ -12,17 +12,18 @@ class Stages:
     """Runs the stages of one run by calling them."""
 
     static_shapes = False  # whether a stage must have the same shapes in all steps
+    captures = False  # whether stages are captured, so that they may depend on no length of text
     compiles = False  # whether forward passes of steps are compiled
 
-    def rounded(self, length: int) -> int:
-        """Round a length of text up to one that stages are specialised on."""
-        return length
+    def rounded(self, slots: int) -> int:
+        """Round the room of a row up, so that a later run of nearly equal lengths can go on in the same parts."""
+        return slots
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         """Run a stage, or a part of one, and return its result.
 
         Args:
-            key: all host values that the stage depends on, such as `Batch.longest`.
+            key: all host values that the stage depends on, but for shapes.
             stage: a function with a name.
             reason: why it cannot be captured; None if it can.
             args: results of earlier stages, or a frontier.

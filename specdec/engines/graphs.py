@@ -3,7 +3,7 @@
 A replay repeats what a stage did to the device when it was captured, in the same memory, and runs no Python. So a stage can
 be captured if it
 
-- depends on no host values but those in its key (shapes, and `Batch.longest`),
+- depends on no host values but those in its key (shapes, and never a length of text: those are read on the device),
 - reads nothing back from the device, and
 - updates in place whatever outlives the step.
 
@@ -33,9 +33,10 @@ from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
 
-# Lengths of text are rounded up to multiples of this: texts in one block share graphs, and attend to fewer than this many
-# unused slots.
+# The room of a row, in slots, is a multiple of this. Code is compiled for one size of the cache, so that such rooms are powers
+# of two between these, and multiples of the last.
 _BLOCK = 256
+_COMPILED = 1024, 4096
 
 
 class Graph(Protocol):
@@ -62,11 +63,13 @@ class Graphs(Engine):
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
     A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: one of the same models,
-    drafter, rule, sampling and batch size, whose texts take as many blocks of 256 tokens. A run of another kind drops what
-    is idle. Two runs at once hold two sets.
+    drafter, rule, sampling and batch size, whose texts need as much room (blocks of 256 tokens). A run of another kind drops
+    what is idle. Two runs at once hold two sets.
 
     Args:
-        compile: compile the forward passes of transformers models too (torch.compile, once per shape and process).
+        compile: compile the forward passes of transformers models too (torch.compile). A layer is compiled once for all layers
+            that are alike and for texts of any length, but for each size of tree and of the cache by itself (1024, 2048, 4096,
+            8192, 12288, ... tokens): see `specdec.models.compilation`.
         capture: how a stage is captured; by default as a CUDA graph where there is CUDA, else not at all.
     """
 
@@ -120,6 +123,7 @@ class CapturedStages(Stages):
 
     def __init__(self, device: torch.device, capture: _Capture | None, compiles: bool):
         self._device, self._capture, self.compiles = device, capture, compiles
+        self.captures = capture is not None
         self.graphs: dict[Hashable, _Captured] = {}
         self._times: Counter[Hashable] = Counter()  # how often each stage was run
         # From the ids of tensors to the key of the graph that fills them.
@@ -127,8 +131,10 @@ class CapturedStages(Stages):
         self._reasons: dict[str, str] = {}  # why stages cannot be captured, by name
         self._inside = False  # whether a stage is being run: its parts are not captured by themselves
 
-    def rounded(self, length: int) -> int:
-        return -(-length // _BLOCK) * _BLOCK
+    def rounded(self, slots: int) -> int:
+        least, most = _COMPILED
+        block = min(max(1 << (slots - 1).bit_length(), least), most) if self.compiles else _BLOCK
+        return -(-slots // block) * block
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")

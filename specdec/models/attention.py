@@ -21,7 +21,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 import specdec_kernels
 from specdec.tree import Topology
 from specdec_kernels import attention, tree_attention
-from specdec_kernels.attention import NODES, refusals
+from specdec_kernels.attention import DTYPES, serves
 from specdec_kernels.cpu import can_load
 from specdec_kernels.reference import convolution
 from specdec_kernels.reference import tree_attention as reference
@@ -59,7 +59,7 @@ class View:
         Args:
             sizes: of `windows` that will be asked for.
         """
-        _ = self.positions, self._allowed, self._slot_positions, self.topology.ancestors, self.topology.depths
+        _ = self.positions, self.topology.ancestors, self.topology.depths
         _ = [self.windows(size) for size in sizes]
 
     def windows(self, size: int) -> Tensor:
@@ -89,25 +89,26 @@ class View:
         bounds = torch.stack([self.positions - window + 1, self.lengths[:, None].expand(-1, self.count)], 2)
         return torch.cat([bounds.clamp(min=0).to(torch.int32), words], 2)[:, None]
 
-    @cached_property
+    @property
     def _index(self) -> Tensor:
         """[batch, slot] int64: the column of `Topology.visible` for each slot."""
         slots = torch.arange(1, self.slots + 1, device=self.lengths.device)
         return (slots - self.lengths[:, None]).clamp_(0, self.topology.parents.shape[1] + 1)
 
-    @cached_property
+    @property
     def _allowed(self) -> Tensor:
         """[batch, 1, count, slot] bool: whether a slot is in the query's prefix or holds one of its ancestors."""
         visible = self.topology.visible[:, -self.count :]
         index = self._index[:, None].expand(-1, self.count, -1)
         return visible.gather(2, index)[:, None]
 
-    @cached_property
+    @property
     def _slot_positions(self) -> Tensor:
         """[batch, 1, 1, slot] int64: the position of each key in its text."""
         slots = torch.arange(self.slots, device=self.lengths.device)
-        depth = nn.functional.pad(self.topology.depths, (1, 1)).gather(1, self._index)
-        return torch.where(self._index == 0, slots, self.lengths[:, None] + depth)[:, None, None]
+        index = self._index
+        depth = nn.functional.pad(self.topology.depths, (1, 1)).gather(1, index)
+        return torch.where(index == 0, slots, self.lengths[:, None] + depth)[:, None, None]
 
     def bias(self, pattern: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
         """[batch, 1, count, slot]: the mask of one kind of layer: 0 where a query sees a slot, else -inf."""
@@ -164,11 +165,17 @@ def mask(
     if not isinstance(q_offset, View):
         return None
     view = q_offset
-    if device.type in specdec_kernels.DEVICES:
+    if _packs(device, dtype):
         packed = view.packed_mask(_window(mask_function, local_size, use_vmap, config))
         if packed is not None:
             return packed
     return view.bias(mask_function, dtype).to(device)
+
+
+def _packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels that read packed masks."""
+    on_cpu = device.type == "cpu" and dtype in DTYPES and (torch.compiler.is_compiling() or can_load())
+    return on_cpu or device.type in specdec_kernels.DEVICES
 
 
 def attend(
@@ -181,20 +188,13 @@ def attend(
         )
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if attention_mask.is_floating_point():
-        if options[1:] == (None, None) and _few(query, key, value, attention_mask):
-            return attention(query, key, value, attention_mask, options[0]), None
         return reference.biased_attention(query, key, value, attention_mask, *options), None
     first, lengths, ancestors = attention_mask[:, 0, :, 0], attention_mask[:, 0, 0, 1], attention_mask[:, 0, :, 2:]
-    fits = supports(query.dtype, query.shape[3], value.shape[3])
-    kernel = tree_attention if fits else reference.tree_attention
-    return kernel(query, key, value, first, lengths, ancestors, *options)[0], None
-
-
-def _few(query: Tensor, *others: Tensor) -> bool:
-    """Whether the CPU's own kernel is for this. In compiled code it is put in later, where that pays."""
-    if query.device.type != "cpu" or query.shape[2] > NODES or torch.compiler.is_compiling():
-        return False
-    return not refusals(query, *others) and can_load()
+    operands = query, key, value, first, lengths, ancestors
+    if query.device.type == "cpu" and serves(query.dtype, value.shape[3]):
+        return attention(*operands, *options), None
+    kernel = tree_attention if supports(query.dtype, query.shape[3], value.shape[3]) else reference.tree_attention
+    return kernel(*operands, *options)[0], None
 
 
 AttentionInterface.register(NAME, attend)

@@ -68,7 +68,9 @@ class TreeLayer(CacheLayerMixin, OfCache):
 
     def _written(self, flat: Tensor, states: Tensor) -> Tensor:
         cache = self._cache
-        flat.index_copy_(0, cache.write_slots.to(flat.device), cache.packed(states).transpose(1, 2).flatten(0, 1))
+        # Operations that change nothing are left out here and below: tracing them takes longest of all in a compiled pass.
+        slots = cache.write_slots if cache.write_slots.device == flat.device else cache.write_slots.to(flat.device)
+        flat.index_copy_(0, slots, cache.packed(states).transpose(1, 2).flatten(0, 1))
         return self._first(flat, cache.view.slots, states.dtype)
 
     def read(self, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,7 +79,8 @@ class TreeLayer(CacheLayerMixin, OfCache):
 
     def _first(self, flat: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
         cache = self._cache
-        stored = flat.unflatten(0, (-1, cache.capacity))[:, :slots]
+        stored = flat.unflatten(0, (-1, cache.capacity))
+        stored = stored if slots == cache.capacity else stored[:, :slots]
         if cache.rows is not None:
             stored = stored[cache.rows.to(flat.device)]
         return cache.unpacked(stored.transpose(1, 2), dtype)

@@ -187,7 +187,10 @@ class CachedModel:
             [batch, count, vocab] logits.
         """
         count, nodes = tokens.shape[1], topology.parents.shape[1]
-        view = View(self.cache.committed, topology, count, min(longest + nodes, self.cache.capacity))
+        compiles = self.compiles and entering is None and self._compiled.works
+        # Compiled code is for texts of any length: it has no bound but the cache's.
+        slots = self.cache.capacity if compiles else min(longest + nodes, self.cache.capacity)
+        view = View(self.cache.committed, topology, count, slots)
         self.cache.open(view, entering)
         positions = view.positions
         if self.lm.context_length is not None:
@@ -195,9 +198,9 @@ class CachedModel:
             positions = positions.clamp(max=self.lm.context_length - 1)
         tokens, keep = self.lm.translate(tokens), logits_to_keep or count
         with self.lm.route, self.capture.of_pass(keep), one_pass():
-            if self.compiles and entering is None:
+            if compiles:
                 view.prepare(layer.shape.size for layer in self.cache.recurrent)
-                logits = self._compiled((*tokens.shape, view.slots), tokens, positions, self.cache, keep)
+                logits = self._compiled((*tokens.shape, slots), tokens, positions, self.cache, keep)
             else:
                 with self._few_rows:
                     logits = self._logits(tokens, positions, self.cache, keep)

@@ -65,6 +65,11 @@ def _subconfigs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _subconfigs(sub)
 
 
+def left_out() -> frozenset[int]:
+    """What stands for the layers that this thread leaves out."""
+    return _here.left_out
+
+
 def _implementation(config: PreTrainedConfig) -> str | None:
     """The attention implementation that transformers reads from a config."""
     for route in reversed(_here.routes):

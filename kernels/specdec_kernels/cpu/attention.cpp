@@ -1,10 +1,10 @@
-// softmax(scale q k^T + bias) v for a few queries: every key and value is read once for all the queries of its head.
-// The queries of the heads that share keys are packed into lanes, so that products with keys need no horizontal sums and
-// neither does the softmax, which goes through the slots in blocks and rescales what it has when a larger score is met.
+// softmax(scale q k^T) v for a few queries: every key and value is read once for all the queries of its head, and no slot behind
+// the last that a query sees is. The queries of the heads that share keys are packed into lanes, so that products with keys need
+// no horizontal sums and neither does the softmax, which goes through the slots in blocks and rescales what it has when a larger
+// score is met.
 
 #include <cmath>
 #include <memory>
-#include <type_traits>
 
 constexpr int BLOCK = 64;                      // slots at a time
 constexpr int KEYS = 8;                        // whose products are summed in registers
@@ -12,14 +12,30 @@ constexpr int MIXED = LANES == 16 ? 6 : 3;     // rows of results that are, each
 constexpr int WIDE = 4;                        // vectors wide
 constexpr float NONE = -INFINITY;
 
-template <class E>
+template <class T>
 struct View {
-  const E* data;
+  T* data;
   int64_t batch, head, row;  // strides; what is in a row lies together
 };
 
 struct Sizes {
-  int64_t batch, heads, kv_heads, nodes, slots, dim, value_dim;
+  int64_t batch, heads, kv_heads, nodes, slots, dim, value_dim, words;
+};
+
+// Integers as they lie: entry i of row b is data[b * batch + i * row].
+struct Whole {
+  const int32_t* data;
+  int64_t batch, row;
+  const int32_t* operator()(int64_t b, int64_t i) const { return data + b * batch + i * row; }
+};
+
+// What the nodes of text b see: slots from first(b, node) up to its length, and slot length + j where bit j of its words is set.
+struct Seen {
+  Whole first, lengths, words;
+  int64_t b;
+  int64_t length() const { return *lengths(b, 0); }
+  int64_t start(int64_t t) const { return *first(b, t) < 0 ? 0 : *first(b, t); }
+  bool node(int64_t t, int64_t j) const { return words(b, t)[j >> 5] >> (j & 31) & 1; }
 };
 
 // Of x <= 0, within two units in the last place; 0 where that would not be a normal number. What is no number stays none.
@@ -44,30 +60,63 @@ static inline Vector exp(Vector x) {
 }
 
 // Rows as they lie in the caches of a text, some way apart: the hardware does not see them coming.
-template <class E>
 struct Rows {
-  const E* data;
+  const float* data;
   int64_t stride;
-  const E* operator[](int64_t i) const { return data + i * stride; }
+  const float* operator[](int64_t i) const { return data + i * stride; }
   Rows from(int64_t i) const { return {data + i * stride, stride}; }
-  Rows from_column(int64_t i) const { return {data + i, stride}; }
 };
 
-// The rows of a block in float32: where they lie, or converted into `room`.
-static Rows<float> as_float(Rows<float> x, float*, int64_t, int64_t) { return x; }
+// A bfloat16: the first half of a float.
+struct Brain {
+  uint16_t bits;
+};
 
-static Rows<float> as_float(Rows<Bfloat16> x, float* room, int64_t count, int64_t dim) {
+static inline float widened(float x) { return x; }
+
+static inline float widened(Brain x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+static inline Vector load(const Brain* p) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Vector v;
+  std::memcpy(&v, &words, sizeof v);
+  return v;
+}
+
+static inline void round_to(float* to, float x) { *to = x; }
+
+static inline void round_to(Brain* to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+}
+
+// `count` rows as floats: where they lie, or in `room`.
+static Rows floats(const float* from, int64_t stride, int64_t, int64_t, float*) { return {from, stride}; }
+
+static Rows floats(const Brain* from, int64_t stride, int64_t count, int64_t dim, float* room) {
   for (int64_t s = 0; s < count; s++) {
+    const Brain* row = from + s * stride;
+    for (int64_t i = 0; i < dim; i += 32) __builtin_prefetch(row + BLOCK * stride + i, 0, 2);
     int64_t i = 0;
-    for (; i + LANES <= dim; i += LANES) store(room + s * dim + i, load(x[s] + i));
-    for (; i < dim; i++) room[s * dim + i] = widened(x[s][i]);
+    for (; i + LANES <= dim; i += LANES) store(room + s * dim + i, load(row + i));
+    for (; i < dim; i++) room[s * dim + i] = widened(row[i]);
   }
   return {room, dim};
 }
 
 // scores[slot, width] = k[slot, dim] q[dim, width], of U slots and V vectors of queries. `next` is prefetched meanwhile.
-template <int U, int V, class E>
-static void products(const float* q, Rows<float> k, Rows<E> next, float* scores, int64_t dim, int64_t width) {
+template <int U, int V>
+static void products(const float* q, Rows k, Rows next, float* scores, int64_t dim, int64_t width) {
   for (int u = 0; u < U; u++)
     for (int64_t i = 0; i < dim; i += LANES) __builtin_prefetch(next[u] + i, 0, 2);
   Vector sums[U][V] = {};
@@ -81,9 +130,8 @@ static void products(const float* q, Rows<float> k, Rows<E> next, float* scores,
     for (int v = 0; v < V; v++) store(scores + u * width + v * LANES, sums[u][v]);
 }
 
-template <int V, class E>
-static void products(const float* q, Rows<float> k, Rows<E> next, float* scores, int64_t count, int64_t dim,
-                     int64_t width) {
+template <int V>
+static void products(const float* q, Rows k, Rows next, float* scores, int64_t count, int64_t dim, int64_t width) {
   constexpr int U = LANES == 16 ? KEYS : KEYS / V;
   int64_t s = 0;
   for (; s + U <= count; s += U) products<U, V>(q, k.from(s), next.from(s), scores + s * width, dim, width);
@@ -91,8 +139,8 @@ static void products(const float* q, Rows<float> k, Rows<E> next, float* scores,
 }
 
 // sums[T, N vectors] = sums * fix + weights[slot, T]^T v[slot, N vectors].
-template <int T, int N, class E>
-static void mix(const float* weights, int64_t width, Rows<float> v, Rows<E> next, float* sums, int64_t dim, const float* fix,
+template <int T, int N>
+static void mix(const float* weights, int64_t width, Rows v, Rows next, float* sums, int64_t dim, const float* fix,
                 int64_t count) {
   Vector mixed[T][N];
   for (int t = 0; t < T; t++)
@@ -107,14 +155,14 @@ static void mix(const float* weights, int64_t width, Rows<float> v, Rows<E> next
     for (int n = 0; n < N; n++) store(sums + t * dim + n * LANES, mixed[t][n]);
 }
 
-template <int T, class E>
-static void mix(const float* weights, int64_t width, Rows<float> v, Rows<E> next, float* sums, int64_t dim, const float* fix,
+template <int T>
+static void mix(const float* weights, int64_t width, Rows v, Rows next, float* sums, int64_t dim, const float* fix,
                 int64_t count) {
   int64_t i = 0;
   for (; i + WIDE * LANES <= dim; i += WIDE * LANES)
-    mix<T, WIDE>(weights, width, v.from_column(i), next.from_column(i), sums + i, dim, fix, count);
+    mix<T, WIDE>(weights, width, {v[0] + i, v.stride}, {next[0] + i, next.stride}, sums + i, dim, fix, count);
   for (; i < dim; i += LANES)
-    mix<T, 1>(weights, width, v.from_column(i), next.from_column(i), sums + i, dim, fix, count);
+    mix<T, 1>(weights, width, {v[0] + i, v.stride}, {next[0] + i, next.stride}, sums + i, dim, fix, count);
 }
 
 // The packed scores of a block become weights: `most` and `total` are the largest score and the sum of weights so far, and
@@ -137,91 +185,104 @@ static void soften(float* scores, int64_t width, int64_t count, float* most, flo
   store(fix, factor);
 }
 
-// Most slots of most texts are seen by all nodes: their bias of 0 need not be added.
-template <class E>
-static void add(Rows<E> bias, float* scores, int64_t width, int64_t count, int64_t group, int64_t nodes) {
-  for (int64_t t = 0; t < nodes; t++) {
-    const E* row = bias[t];
-    int hidden = 0;
-    for (int64_t s = 0; s < count; s++) hidden |= widened(row[s]) != 0;
-    if (!hidden) continue;
-    for (int64_t s = 0; s < count; s++)
-      for (int64_t h = 0; h < group; h++) scores[s * width + h * nodes + t] += widened(row[s]);
+// cap * tanh(x / cap) of packed scores.
+static void cap(float* scores, int64_t width, int64_t count, float softcap) {
+  for (int64_t i = 0; i < count * width; i += LANES) {
+    Vector x = load(scores + i) * (1 / softcap);
+    Vector below = exp((x > 0.0f ? -x : x) * 2.0f), size = (1.0f - below) / (1.0f + below);
+    store(scores + i, softcap * (x > 0.0f ? size : -size));
   }
 }
 
-// The heads that share the keys k and values v, slots `first` to `end`; y[node, heads of all, value_dim].
-template <class E>
-static void attend(const E* q, int64_t q_head, int64_t q_row, Rows<E> k, Rows<E> v, Rows<E> bias, E* y,
-                   const Sizes& z, int64_t first, int64_t end, float scale) {
+// Take away the scores of slots that a node does not see, of a block from slot `start` on.
+static void hide(const Seen& seen, float* scores, int64_t width, int64_t start, int64_t count, int64_t group, int64_t nodes) {
+  const int64_t length = seen.length();
+  for (int64_t t = 0; t < nodes; t++) {
+    const int64_t first = seen.start(t);
+    if (start >= first && start + count <= length) continue;  // most blocks of most texts
+    for (int64_t s = 0; s < count; s++) {
+      const int64_t slot = start + s;
+      if (slot < length ? slot >= first : seen.node(t, slot - length)) continue;
+      for (int64_t h = 0; h < group; h++) scores[s * width + h * nodes + t] = NONE;
+    }
+  }
+}
+
+// The slots from the first to behind the last that any node sees.
+static void range(const Seen& seen, const Sizes& z, int64_t& first, int64_t& end) {
+  int64_t last = -1;
+  first = seen.length();
+  for (int64_t t = 0; t < z.nodes; t++) {
+    if (seen.start(t) < first) first = seen.start(t);
+    for (int64_t j = 32 * z.words - 1; j > last; j--)
+      if (seen.node(t, j)) last = j;
+  }
+  end = seen.length() + last + 1;
+  if (end > z.slots) end = z.slots;
+}
+
+// The heads that share the keys k and values v; y[node, heads of all, value_dim].
+template <class T>
+static void attend(const T* q, int64_t q_head, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row,
+                   const Seen& seen, const float* sinks, T* y, const Sizes& z, float scale, float softcap) {
   const int64_t group = z.heads / z.kv_heads, rows = group * z.nodes, width = (rows + LANES - 1) / LANES * LANES;
-  const int64_t room = std::is_same<E, float>::value ? 0 : BLOCK * (z.dim > z.value_dim ? z.dim : z.value_dim);
-  std::unique_ptr<float[]> memory(new float[width * (z.dim + BLOCK + 3) + rows * z.value_dim + room + LANES]());
+  const int64_t wide = sizeof(T) == sizeof(float) ? 0 : BLOCK;
+  const int64_t room = width * (z.dim + BLOCK + 3) + rows * z.value_dim + wide * (z.dim + z.value_dim);
+  std::unique_ptr<float[]> memory(new float[room + LANES]());
   uintptr_t start = (reinterpret_cast<uintptr_t>(memory.get()) + sizeof(Vector) - 1) / sizeof(Vector) * sizeof(Vector);
   float *packed = reinterpret_cast<float*>(start), *scores = packed + width * z.dim, *most = scores + width * BLOCK;
-  float *total = most + width, *fix = total + width, *sums = fix + width;
-  float* converted = sums + rows * z.value_dim;
+  float *total = most + width, *fix = total + width, *sums = fix + width, *wide_keys = sums + rows * z.value_dim;
   for (int64_t r = 0; r < rows; r++) {
-    const E* from = q + r / z.nodes * q_head + r % z.nodes * q_row;
+    const T* from = q + r / z.nodes * q_head + r % z.nodes * q_row;
     for (int64_t i = 0; i < z.dim; i++) packed[i * width + r] = scale * widened(from[i]);
   }
   for (int64_t r = 0; r < width; r++) most[r] = NONE;
+  for (int64_t r = 0; sinks && r < rows; r++) most[r] = sinks[r / z.nodes], total[r] = most[r] != NONE;
 
+  int64_t first, end;
+  range(seen, z, first, end);
   for (int64_t s = first; s < end; s += BLOCK) {
     const int64_t count = end - s < BLOCK ? end - s : BLOCK;
-    const Rows<E> later = k.from(s + BLOCK), raw = v.from(s);
-    const Rows<float> keys = as_float(k.from(s), converted, count, z.dim);
+    const Rows keys = floats(k + s * k_row, k_row, count, z.dim, wide_keys);
+    const Rows values = floats(v + s * v_row, v_row, count, z.value_dim, wide_keys + wide * z.dim);
+    const Rows next_keys = wide ? keys : keys.from(BLOCK), next_values = wide ? values : values.from(BLOCK);
     int64_t r = 0;
-    for (; r + 2 * LANES <= width; r += 2 * LANES) products<2>(packed + r, keys, raw, scores + r, count, z.dim, width);
-    if (r < width) products<1>(packed + r, keys, raw, scores + r, count, z.dim, width);
-    add(bias.from_column(s), scores, width, count, group, z.nodes);
+    for (; r + 2 * LANES <= width; r += 2 * LANES) products<2>(packed + r, keys, next_keys, scores + r, count, z.dim, width);
+    if (r < width) products<1>(packed + r, keys, next_keys, scores + r, count, z.dim, width);
+    if (softcap != 0) cap(scores, width, count, softcap);
+    hide(seen, scores, width, s, count, group, z.nodes);
     for (r = 0; r < width; r += LANES) soften(scores + r, width, count, most + r, total + r, fix + r);
-    const Rows<float> values = as_float(raw, converted, count, z.value_dim);
     for (r = 0; r < rows; r += MIXED) {
       float* mixed = sums + r * z.value_dim;
       switch (rows - r < MIXED ? rows - r : MIXED) {
-        case 1: mix<1>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
-        case 2: mix<2>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
-        case 3: mix<3>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
+        case 1: mix<1>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
+        case 2: mix<2>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
+        case 3: mix<3>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
 #ifdef __AVX512F__
-        case 4: mix<4>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
-        case 5: mix<5>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
-        case 6: mix<6>(scores + r, width, values, later, mixed, z.value_dim, fix + r, count); break;
+        case 4: mix<4>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
+        case 5: mix<5>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
+        case 6: mix<6>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
 #endif
       }
     }
   }
   for (int64_t r = 0; r < rows; r++) {
     const float share = total[r] == 0 ? 0 : 1 / total[r];  // 0: it sees nothing
-    E* to = y + (r % z.nodes * z.heads + r / z.nodes) * z.value_dim;
-    for (int64_t i = 0; i < z.value_dim; i++) narrow(share * sums[r * z.value_dim + i], to[i]);
+    T* to = y + (r % z.nodes * z.heads + r / z.nodes) * z.value_dim;
+    for (int64_t i = 0; i < z.value_dim; i++) round_to(to + i, share * sums[r * z.value_dim + i]);
   }
 }
 
-// The slots from the first to behind the last that any node sees: buffers are longer than texts, windows shorter.
-template <class E>
-static void seen(Rows<E> bias, const Sizes& z, int64_t& first, int64_t& end) {
-  first = z.slots, end = 0;
-  for (int64_t t = 0; t < z.nodes; t++) {
-    int64_t a = 0, b = z.slots;
-    while (a < first && widened(bias[t][a]) == NONE) a++;
-    while (b > end && widened(bias[t][b - 1]) == NONE) b--;
-    first = a, end = b;
-  }
-}
-
-// y[batch, node, heads, value_dim]
-template <class E>
-static void attention(View<E> q, View<E> k, View<E> v, View<E> bias, E* y, const Sizes& z, float scale, int threads) {
+// y[batch, node, heads, value_dim], first[batch, node], lengths[batch], words[batch, node, word], sinks[heads] or null.
+template <class T>
+static void attention(View<const T> q, View<const T> k, View<const T> v, Whole first, Whole lengths, Whole words,
+                      const float* sinks, T* y, const Sizes& z, float scale, float softcap, int threads) {
   const int64_t group = z.heads / z.kv_heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < z.batch * z.kv_heads; i++) {
     const int64_t b = i / z.kv_heads, h = i % z.kv_heads;
-    const Rows<E> keys{k.data + b * k.batch + h * k.head, k.row}, values{v.data + b * v.batch + h * v.head, v.row};
-    const Rows<E> hidden{bias.data + b * bias.batch, bias.row};
-    int64_t first, end;
-    seen(hidden, z, first, end);
-    attend(q.data + b * q.batch + h * group * q.head, q.head, q.row, keys, values, hidden,
-           y + (b * z.nodes * z.heads + h * group) * z.value_dim, z, first, end, scale);
+    attend(q.data + b * q.batch + h * group * q.head, q.head, q.row, k.data + b * k.batch + h * k.head, k.row,
+           v.data + b * v.batch + h * v.head, v.row, Seen{first, lengths, words, b}, sinks ? sinks + h * group : nullptr,
+           y + (b * z.nodes * z.heads + h * group) * z.value_dim, z, scale, softcap);
   }
 }

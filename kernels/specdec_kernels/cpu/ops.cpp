@@ -21,23 +21,33 @@ static Tensor linear_op(const Tensor& x, const Tensor& weight) {
 
 static Tensor rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
-template <class E>
-static View<E> view(const Tensor& x) {
-  return {static_cast<const E*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+template <class T>
+static View<const T> view(const Tensor& x) {
+  return {static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-template <class E>
-static Tensor attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, float scale) {
-  const Tensor q = rows(query), k = rows(key), v = rows(value), seen = rows(bias);
-  const Sizes z{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3)};
+// Of [batch], [batch, node] or [batch, node, word]; words lie together.
+static Whole whole(const Tensor& x) {
+  return {static_cast<const int32_t*>(x.data_ptr()), x.stride(0), x.dim() > 1 ? x.stride(1) : 0};
+}
+
+template <class T>
+static Tensor attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first, const Tensor& lengths,
+                           const Tensor& words, const float* sinks, double scale, double softcap) {
+  const Sizes z{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), words.size(2)};
   Tensor y = torch::stable::new_empty(q, {z.batch, z.nodes, z.heads, z.value_dim});
-  attention(view<E>(q), view<E>(k), view<E>(v), view<E>(seen), static_cast<E*>(y.data_ptr()), z, scale, threads());
+  attention<T>(view<T>(q), view<T>(k), view<T>(v), whole(first), whole(lengths), whole(words), sinks,
+               static_cast<T*>(y.data_ptr()), z, static_cast<float>(scale), static_cast<float>(softcap), threads());
   return y;
 }
 
-static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, double scale) {
-  const bool half = query.scalar_type() == torch::headeronly::ScalarType::BFloat16;
-  return (half ? attention_of<Bfloat16> : attention_of<float>)(query, key, value, bias, static_cast<float>(scale));
+static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first,
+                           const Tensor& lengths, const Tensor& ancestors, double scale, double softcap,
+                           const std::optional<Tensor>& sinks) {
+  const Tensor words = ancestors.stride(2) == 1 ? ancestors : torch::stable::contiguous(ancestors);
+  const Tensor added = sinks ? dense(*sinks) : query;
+  const auto run = query.scalar_type() == torch::headeronly::ScalarType::Float ? attention_of<float> : attention_of<Brain>;
+  return run(rows(query), rows(key), rows(value), first, lengths, words, sinks ? data(added) : nullptr, scale, softcap);
 }
 
 static const uint8_t* bytes(const Tensor& x) { return static_cast<const uint8_t*>(x.data_ptr()); }
