@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 import specdec_kernels
+from specdec.models.ready import autocast_dtype
 from specdec.tree import Topology
 from specdec_kernels import attention, tree_attention
 from specdec_kernels.attention import DTYPES, serves
@@ -190,6 +191,9 @@ def attend(
     if attention_mask.is_floating_point():
         return reference.biased_attention(query, key, value, attention_mask, *options), None
     first, lengths, ancestors = attention_mask[:, 0, :, 0], attention_mask[:, 0, 0, 1], attention_mask[:, 0, :, 2:]
+    if (inside := autocast_dtype(query.device)) is not None:  # what torch's own attention casts to
+        with torch.autocast(query.device.type, enabled=False):
+            return attend(module, query.to(inside), key.to(inside), value.to(inside), attention_mask, **kwargs)
     operands = query, key, value, first, lengths, ancestors
     if query.device.type == "cpu" and serves(query.dtype, value.shape[3]):
         return attention(*operands, *options), None

@@ -50,7 +50,8 @@ def cure_for(wrapper: object) -> str:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that torch.autocast computes in now, and so that of keys and values; None outside of autocast."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
 def given_by_hooks(model: PreTrainedModel) -> dict[str, Any]:

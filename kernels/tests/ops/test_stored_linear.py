@@ -121,9 +121,9 @@ def test_a_stored_weight_is_near_what_it_was(name, most):
 
 @pytest.mark.parametrize("inputs, out", [(32, 20), (65, 20), (40, 15), (40, 33)])
 def test_sizes_that_are_not_the_matrixs_are_refused(inputs, out):
-    stored = packed("int8", torch.randn(20, 40))
+    weight, scale = packed("int8", torch.randn(20, 40))
     with pytest.raises(ValueError, match=rf"\[2, {inputs}\], out {out}: the matrix has up to 32 outputs, 64 inputs"):
-        linear_int8(torch.randn(2, inputs), *stored, out)
+        linear_int8(torch.randn(2, inputs), weight, scale, out)
 
 
 @pytest.mark.parametrize("name", FORMATS)
