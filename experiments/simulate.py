@@ -124,7 +124,7 @@ def simulate(
     """Acceptance length and speed-up of every run, as `figures` defines them: pooled; the median over prompts."""
     count = TEXTS if settings["sampling"].temperature > 0 else 1
     recorded = [
-        texts(target, partial(ModelDrafter, draft), prompt, count, seed=SEED, **settings)
+        texts(target, ModelDrafter(draft), prompt, count, seed=SEED, **settings)
         for prompt in tqdm(prompts, desc="recording", leave=False)
     ]
     tokens = np.array([[len(text.tokens) for text in own] for own in recorded]).T  # [text, prompt]
