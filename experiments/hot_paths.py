@@ -4,7 +4,7 @@ nodes of a tree in models with recurrent state.
     python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
 
 Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
-matrices, attention with reading keys and values, each round in the fastest of the ways of `experiments/bench/reading.py`, and
+matrices, attention with reading keys and values, each round in the fastest of the ways of `specdec.tuning.reading`, and
 nodes of recurrences with one token through transformers.
 Everything is run once per round; figures are medians over the rounds, ratios are taken within a round.
 """
@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from experiments.bench import reading, recurrent
+from experiments.bench import recurrent
 from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
@@ -35,6 +35,7 @@ from specdec.rules import Rule
 from specdec.target_law import LogitsLaw
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.base import grow_tree
+from specdec.tuning import reading
 from specdec_kernels import linear
 
 LAWS: dict[str, tuple[Sampling, Any]] = {

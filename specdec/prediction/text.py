@@ -78,6 +78,19 @@ class Text:
             begins[start + 1 : start + 1 + len(survival)] -= begins[start] * np.diff([*survival, 0])
         return begins[:places]
 
+    def chances(self, place: int, law: Law, width: int, depth: int = 0) -> list[tuple[int, float]]:
+        """(slot, chance given the text) of the children at a place that sibling rejection may accept as the text's token.
+
+        Args:
+            place: of the token.
+            law: how so many siblings are drawn.
+            depth: how many drafts came before, if the draft's laws depend on it.
+        """
+        return [
+            (slot, drafted * accepted)
+            for slot, drafted, accepted in self._entered(place, 1.0, law, width, depth, accepting=True)
+        ]
+
     def _check(self, tree: Static | Widths, rule: Rule) -> None:
         """Raise `NotForetold` unless the steps of such a run follow from what is known of this text."""
         check_kind("rule", rule, Rule)

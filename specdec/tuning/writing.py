@@ -1,0 +1,52 @@
+"""The texts that everything is foretold from: what the target makes of the prompts by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from specdec.generate import stream
+from specdec.tuning.measuring import Conditions
+
+_SHORTEST = 4  # new tokens of a text that tells anything
+_SAMPLES = 4  # most texts of a prompt
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the target wrote after a prompt.
+
+    Args:
+        prompt: its place among the prompts.
+        sample: which of the texts of that prompt.
+        new: [n] int64: the new tokens.
+    """
+
+    prompt: int
+    sample: int
+    new: Tensor
+
+
+def written(
+    prompts: Sequence[Tensor], conditions: Conditions, over: Callable[[], bool], say: Callable[[str], None]
+) -> list[Written]:
+    """Texts of all prompts, and where sampled further ones of all prompts, as far as time allows.
+
+    What time cuts off is used all the same if it is long enough: the target wrote it.
+    """
+    found: list[Written] = []
+    samples = 1 if conditions.sampling.temperature == 0 else _SAMPLES
+    for sample in range(samples):
+        say("letting the target write")
+        options = {**conditions.options, "sampling": conditions.sampling, "engine": conditions.engine()}
+        with stream(conditions.target, list(prompts), seed=sample, **options) as run:
+            for step, _ in enumerate(run):
+                if over() and step >= _SHORTEST:
+                    break
+            made = run.generation.tokens
+        found += [Written(i, sample, new) for i, new in enumerate(made) if len(new) >= _SHORTEST]
+        if over():
+            break
+    return found
