@@ -33,7 +33,10 @@ class Check:
         self._speeds: dict[tuple[int, int], list[float]] = {}  # by round and group: of each method
 
     def run(self, groups: Sequence[list[Tensor]], over: Callable[[], bool], say: Callable[[str], None]) -> None:
-        """Decode until time is over. A group that was not decoded by all does not count, nor do first runs of captured engines."""
+        """Decode until time is over.
+
+        A group that was not decoded by all does not count, nor do first runs of engines that capture steps.
+        """
         if any(engine.captures for engine in self._engines) and not self._row(groups[0], 0, over, say):
             return
         turn = 0
@@ -76,7 +79,7 @@ class Check:
         return len(self._speeds)
 
     def speedups(self) -> list[Estimate]:
-        """Of every candidate over decoding without a draft: the median over rounds and groups, paired."""
+        """Of every candidate over decoding without a draft: of the time that all groups take, paired."""
         return [self._over(1 + i) for i in range(len(self.candidates))] if self._speeds else []
 
     @property
@@ -85,21 +88,30 @@ class Check:
         return self._over(len(self._methods) - 1) if self._speeds else None
 
     def _over(self, method: int) -> Estimate:
-        ratios: dict[int, list[float]] = {}  # by group, as a prompt that is decoded again is no other prompt
+        pairs: dict[int, list[tuple[float, float]]] = {}  # by group: a prompt that is decoded again is no other prompt
         for (_, group), row in self._speeds.items():
-            first = row[0] if method == len(row) - 1 else (row[0] + row[-1]) / 2
-            ratios.setdefault(group, []).append(row[method] / first)
-        return _median([*ratios.values()])
+            alone = row[0] if method == len(row) - 1 else (row[0] + row[-1]) / 2
+            pairs.setdefault(group, []).append((1 / alone, 1 / row[method]))
+        return over_all([*pairs.values()])
 
 
-def _median(ratios: list[list[float]]) -> Estimate:
-    """Over groups and their rounds; both are drawn again for the interval."""
-    every, random = [ratio for own in ratios for ratio in own], np.random.default_rng(0)
-    draws = [float(np.median(every))]
+def over_all(pairs: list[list[tuple[float, float]]]) -> Estimate:
+    """How many times as fast all groups together are, by the medians over rounds of each.
+
+    Args:
+        pairs: for each group, and round of it, the time of a token in two ways. Both are drawn again for the interval.
+    """
+    random, groups = np.random.default_rng(0), [np.array(own) for own in pairs]
+    draws = [_ratio([np.median(own, 0) for own in groups])]
     for _ in range(DRAWS):
-        groups = [ratios[i] for i in random.integers(len(ratios), size=len(ratios))]
-        draws.append(float(np.median([own[i] for own in groups for i in random.integers(len(own), size=len(own))])))
-    return Estimate.of_draws(np.array(draws), len(every))
+        drawn = [groups[i] for i in random.integers(len(groups), size=len(groups))]
+        draws.append(_ratio([np.median(own[random.integers(len(own), size=len(own))], 0) for own in drawn]))
+    return Estimate.of_draws(np.array(draws), sum(map(len, pairs)))
+
+
+def _ratio(times: list[np.ndarray]) -> float:
+    first, second = np.sum(times, 0)
+    return float(first / second)
 
 
 def speed(trace: Trace) -> float:

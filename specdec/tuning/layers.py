@@ -69,7 +69,7 @@ def places(texts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     long = [(prompt, new) for prompt, new in texts if len(new) >= DEPTH and len(prompt) > 1]
     if not long:
         raise TooFewTexts(
-            f"The target ends every text before {DEPTH} tokens: choose other prompts, or leave layers out of `own`."
+            f"The target ends every text before {DEPTH} tokens: choose other prompts, or own without layers."
         )
     each = max(_PLACES // len(long), 1)
     return [

@@ -16,7 +16,7 @@ from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.sampling import Sampling
 from specdec.trace import Step
-from specdec.trees import TreePolicy, Widths
+from specdec.trees import Widths
 from specdec.tuning.offers import Offer
 from specdec.tuning.prices import Prices, Sample, work
 from specdec.tuning.probes import InTurn, Stars

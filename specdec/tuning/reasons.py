@@ -43,7 +43,10 @@ def _more(known: Estimate) -> str:
     times = max((wide / apart) ** 2, 1.0)
     if times > 100:
         return "The difference is too small to be worth a longer search."
-    return f"For an answer the interval must be {wide / apart:.1f} times as narrow: about {times:.0f} times as many seconds, or less noise."
+    return (
+        f"For an answer the interval must be {wide / apart:.1f} times as narrow: about {times:.0f} times as many seconds, or "
+        "less noise."
+    )
 
 
 def _parts(found: Foretold | None) -> str:
@@ -72,7 +75,6 @@ def _lack(row: Row, batch: int) -> str:
             f"The batch of {batch} is too large: the target's pass over the drafts takes {found.verify:.2f} of one over one "
             f"token a row, and must take less than {max(length - found.other - found.draft, 0):.2f}; try a smaller batch."
         )
-    said.append(
-        f"Or acceptance is too low: the acceptance length must be above {found.step:.2f}, {found.step / length:.2f} times as long."
-    )
+    times = found.step / length
+    said.append(f"Or acceptance is too low: {found.step:.2f} tokens would be needed, {times:.2f} times as many.")
     return " ".join(said)

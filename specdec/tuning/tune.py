@@ -62,8 +62,8 @@ def tune(
     >>> print(plan.table())
     >>> specdec.generate(target, prompts, plan.drafter, rule=plan.rule, tokenizer=tokenizer)
 
-    The target writes a text for each prompt. Steps are timed, of trees of some sizes and of each drafter, beside steps without a
-    draft. From the texts and the times, acceptance and speed-up of every drafter, tree and rule follow (`specdec.prediction`):
+    The target writes a text for each prompt. Steps are timed, of trees of some sizes and of each drafter, beside steps without
+    a draft. From the texts and the times, acceptance and speed-up of every drafter, tree and rule follow (`specdec.prediction`):
     exactly for drafters that grow trees of fixed shapes, by replaying the texts for those that follow from a text. Shapes are
     sought by their measured price. The best three are decoded, in turns with decoding without a draft.
 
@@ -235,22 +235,28 @@ def _measure(found: Findings, budget: Budget) -> None:
 
 
 def _foretell(found: Findings, budget: Budget) -> None:
-    """Of every drafter, at least its first tree."""
+    """Tree by tree, of all drafters in turn; of each at least the first."""
     prices, over = found.prices, budget.until(_FORETOLD)
     if prices is None or not prices.plain:
         found.notes.append("Time ended before steps were timed: give more seconds.")
         return
-    for offer in found.offers:
-        budget.say(f"foretelling {offer.name}")
-        seen = 0
-        for row in foretold(offer, found.prompts, found.written, found.conditions, prices):
-            found.rows.append(row)
-            seen += 1
-            if over():
-                found.notes.append(
-                    f"Of {offer.name}, {seen} trees were foretold before time ended; others were not tried."
-                )
+    searches = {
+        offer.name: foretold(offer, found.prompts, found.written, found.conditions, prices) for offer in found.offers
+    }
+    first = True
+    while searches and (first or not over()):
+        for name in list(searches):
+            budget.say(f"foretelling {name}")
+            if (row := next(searches[name], None)) is None:
+                del searches[name]
+            else:
+                found.rows.append(row)
+            if not first and over():
                 break
+        first = False
+    if searches:
+        names = ", ".join(searches)
+        found.notes.append(f"Time ended before all trees were foretold of {names}: others may be better.")
 
 
 def _check(found: Findings, budget: Budget) -> None:
