@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from specdec.display.picture import BLUE, GREEN, GREY, ORANGE, PALETTE
 from specdec.display.plots import new_axes
-from specdec.tuning.plan import Plan
 from specdec.tuning.tables import shape
+
+if TYPE_CHECKING:
+    from specdec.tuning.plan import Plan
 
 _ROWS = 8  # that a picture shows
 

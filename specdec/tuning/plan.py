@@ -5,47 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 from specdec.drafters import Drafter
 from specdec.rules import Rule
+from specdec.tuning import files, pictures, tables
 from specdec.tuning.estimate import Estimate
-from specdec.tuning.foretold import Candidate, Foretold
 from specdec.tuning.roofline import Roofline
-
-Verdict = Literal["pays", "does not pay", "cannot tell"]
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """Over decoding without a draft.
-
-    Args:
-        predicted: from the target's texts and the measured times; None if it cannot be foretold.
-        measured: of decoding; None if it was not decoded.
-    """
-
-    predicted: Estimate | None = None
-    measured: Estimate | None = None
-
-    @property
-    def value(self) -> float | None:
-        """What was measured, or else predicted."""
-        known = self.measured or self.predicted
-        return None if known is None else known.value
-
-    def __str__(self) -> str:
-        parts = {"predicted": self.predicted, "measured": self.measured}
-        return ", ".join(f"{name} {part}" for name, part in parts.items() if part is not None) or "unknown"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A candidate, and what is known of it."""
-
-    candidate: Candidate
-    foretold: Foretold | None
-    speedup: Speedup
+from specdec.tuning.rows import Row, Speedup, Verdict
 
 
 @dataclass(frozen=True)
@@ -87,42 +54,37 @@ class Plan:
 
     def table(self, most: int = 12) -> str:
         """The best candidates as markdown, with what is said below it: reasons, refusals and notes."""
-        from specdec.tuning.tables import table
-
-        return table(self, most)
+        return tables.table(self, most)
 
     def picture(self, axes: Any = None) -> Any:
         """Predicted and measured speed-ups with their intervals, on axes of matplotlib."""
-        from specdec.tuning.pictures import speedups
-
-        return speedups(self, axes)
+        return pictures.speedups(self, axes)
 
     def roofline_picture(self, axes: Any = None) -> Any:
         """The target's passes by their nodes, against what this machine can do, on axes of matplotlib."""
-        from specdec.tuning.pictures import roofline
-
-        return roofline(self, axes)
+        return pictures.roofline(self, axes)
 
     def time_picture(self, axes: Any = None) -> Any:
         """Where the time of a step goes, on axes of matplotlib."""
-        from specdec.tuning.pictures import time_of_a_step
-
-        return time_of_a_step(self, axes)
+        return pictures.time_of_a_step(self, axes)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the choice and the table as YAML. Models are not in it: `load` is given them again."""
-        from specdec.tuning.files import save
-
-        save(self, path)
+        files.save(self, path)
 
     @staticmethod
     def load(path: str | PathLike[str], target: Any, drafters: Any = None) -> Plan:
-        """A plan that was saved, with its drafter made anew. See `specdec.tuning.files.load`."""
-        from specdec.tuning.files import load
+        """A plan that was saved, without its rows, and with its drafter made anew.
 
-        return load(path, target, drafters)
+        Args:
+            path: the file.
+            target: the target that it was made for.
+            drafters: as for `tune`, by the same names; those that are not the plan's are not needed.
+
+        Raises:
+            ValueError: it is no plan, or its drafter is not among those that are given.
+        """
+        return Plan(**files.load(path, target, drafters))
 
     def _repr_html_(self) -> str:
-        from specdec.tuning.tables import html
-
-        return html(self)
+        return tables.html(self)

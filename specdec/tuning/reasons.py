@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Foretold
-from specdec.tuning.plan import Row, Verdict
+from specdec.tuning.rows import Row, Verdict
 
 _AMPLE = 1.5  # a pass over a tree that takes so many passes over one token is what costs
 
 
 def verdict(row: Row, noise: Estimate | None) -> Verdict:
     """Whether a candidate pays, as far as it was measured, or else foretold."""
-    found = row.speedup.measured or row.speedup.predicted
+    found = row.speedup.estimate
     if found is None or found.low is None:
         return "cannot tell"
     high = max(1.0, noise.high if noise and noise.high else 1.0)
@@ -23,7 +23,7 @@ def verdict(row: Row, noise: Estimate | None) -> Verdict:
 
 def reason(row: Row, found: Verdict, batch: int) -> str:
     """The verdict in words."""
-    name, known = row.candidate.name, row.speedup.measured or row.speedup.predicted
+    name, known = row.candidate.name, row.speedup.estimate
     if known is None:
         return f"{name} was neither foretold nor decoded: give more seconds."
     if found == "pays":

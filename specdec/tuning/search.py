@@ -17,11 +17,12 @@ from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Candidate, can_be_replayed, of_replays, of_tree, replayed
 from specdec.tuning.measuring import Conditions, deepest, rules
 from specdec.tuning.offers import Offer
-from specdec.tuning.plan import Row, Speedup
 from specdec.tuning.prices import Prices
+from specdec.tuning.rows import Row, Speedup
 from specdec.tuning.shapes import positional, proposed
 from specdec.tuning.writing import Written
 
+_FEW = 6  # texts that tell which shapes are promising
 _LAW = Law.SAMPLED_THEN_TOP  # no law with as many children is accepted more often
 
 
@@ -72,8 +73,7 @@ def _trees(
     if not texts:
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), None, Speedup())
         return
-    together = [text for own in texts for text in own]
-    acceptance = positional(together, depth, _LAW)
+    acceptance = positional([own[0] for own in texts[:_FEW]], depth, _LAW)
     first = rules(conditions.sampling)[-1]
     shapes = proposed(acceptance, prices.costs(offer.name, type(first).__name__, 32))
     if (own := _parents(drafter.tree)) is not None:
@@ -123,12 +123,11 @@ def _parents(tree: TreePolicy) -> tuple[int, ...] | None:
 
 
 def best_first(rows: Sequence[Row]) -> list[Row]:
-    """Those that were decoded by what was measured, then those that were foretold, then the others."""
+    """Those that were decoded, then those that were foretold only, then the others."""
 
     def key(row: Row) -> tuple[bool, bool, float]:
-        measured, predicted = row.speedup.measured, row.speedup.predicted
-        known = measured or predicted
-        return measured is None, known is None, -known.value if known else 0.0
+        known = row.speedup.estimate
+        return row.speedup.measured is None, known is None, -known.value if known else 0.0
 
     return sorted(rows, key=key)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from specdec.drafters import Paused
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Candidate
-from specdec.tuning.plan import Plan, Row
+from specdec.tuning.rows import Row
+
+if TYPE_CHECKING:
+    from specdec.tuning.plan import Plan
 
 HEADER = ("drafter", "tree", "rule", "acceptance length (95 %)", "step", "predicted (95 %)", "measured (95 %)")
 

@@ -30,15 +30,16 @@ from specdec.tuning.checking import Check
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.measuring import Conditions, measured, probes
 from specdec.tuning.offers import OWN, Offer, fitting, given, own
-from specdec.tuning.plan import Plan, Row, Speedup
+from specdec.tuning.plan import Plan
 from specdec.tuning.prices import Prices
 from specdec.tuning.reasons import reason, verdict
+from specdec.tuning.rows import Row, Speedup
 from specdec.tuning.search import best_first, finalists, foretold
 from specdec.tuning.search import measured as with_measured
 from specdec.tuning.writing import Written, written
 
 # the share of all the time at which each part ends
-_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.12, 0.25, 0.5, 0.62, 1.0
+_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.1, 0.2, 0.42, 0.55, 1.0
 _CHECKS = 3  # candidates that are decoded
 
 
@@ -63,8 +64,8 @@ def tune(
     >>> specdec.generate(target, prompts, plan.drafter, rule=plan.rule, tokenizer=tokenizer)
 
     The target writes a text for each prompt. Steps are timed, of trees of some sizes and of each drafter, beside steps without
-    a draft. From the texts and the times, acceptance and speed-up of every drafter, tree and rule follow (`specdec.prediction`):
-    exactly for drafters that grow trees of fixed shapes, by replaying the texts for those that follow from a text. Shapes are
+    a draft. From the texts and the times, acceptance and speed-up of every drafter, tree and rule follow: exactly for drafters
+    that grow trees of fixed shapes, by replaying the texts for those that follow from a text (`specdec.prediction`). Shapes are
     sought by their measured price. The best three are decoded, in turns with decoding without a draft.
 
     Times are of the thread's processor where a CPU computes with one thread, which other processes do not change, and otherwise
@@ -141,7 +142,7 @@ class Findings:
             "rows": tuple(rows), "refused": self.refused, "notes": tuple(self.notes), "noise": self.noise,
             "conditions": self._held(),
         }  # fmt: skip
-        if not rows or rows[0].speedup.value is None:
+        if not rows or rows[0].speedup.estimate is None:
             why = (
                 "Nothing was foretold or decoded; see the notes." if not rows else reason(rows[0], "cannot tell", batch)
             )
@@ -266,9 +267,10 @@ def _check(found: Findings, budget: Budget) -> None:
         return
     once = float(torch.tensor(prices.alone).median()) * found.conditions.options["max_new_tokens"]
     fits = int((budget.seconds - budget.spent) / max(once, 1e-9)) - 2
-    rows = finalists(found.rows, _CHECKS)[: max(fits, 1)]
-    if len(rows) < min(_CHECKS, len(found.rows)):
-        found.notes.append(f"There was time to decode with {len(rows)} of the best only.")
+    best = finalists(found.rows, _CHECKS)
+    rows = best[: max(fits, 1)]
+    if len(rows) < len(best):
+        found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
     check = Check([row.candidate for row in rows], found.conditions)
     try:
         check.run(list(islice(groups(found.prompts, found.conditions.batch), _groups(found))), over, budget.say)
@@ -282,9 +284,9 @@ def _check(found: Findings, budget: Budget) -> None:
 
 
 def _chosen(best: Row, told: str) -> bool:
-    """Whether to draft: where this machine cannot tell, only if all that is known says so."""
-    known = [found.value for found in (best.speedup.predicted, best.speedup.measured) if found is not None]
-    return told == "pays" or (told == "cannot tell" and min(known) > 1)
+    """Whether to draft: where this machine cannot tell, by what is more probable."""
+    known = best.speedup.estimate
+    return known is not None and (told == "pays" or (told == "cannot tell" and known.value > 1))
 
 
 def groups(prompts: Sequence[Tensor], batch: int) -> Iterator[list[Tensor]]:

@@ -11,7 +11,7 @@ from specdec.generate import stream
 from specdec.tuning.measuring import Conditions
 
 _SHORTEST = 4  # new tokens of a text that tells anything
-_SAMPLES = 4  # most texts of a prompt
+_SAMPLES = 2  # most texts of a prompt
 
 
 @dataclass(frozen=True)
