@@ -69,6 +69,15 @@ def test_a_tighter_budget_costs_acceptance():
     assert best.reach[0] < 1
 
 
+def test_places_of_texts_of_several_lengths_are_read_from_clean_memory(monkeypatch):
+    """Slots that a row has not written are as the memory was found: NaN, if it comes to the worst."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kinds: empty(*size, **kinds).fill_(float("nan")))
+    model, sampling = llama(eos_token_id=None), Sampling()
+    texts = [text[: len(text) - cut] for cut, text in enumerate(own_texts(model, sampling, 3))]
+    assert Rehearsal(model, texts, DEPTH, sampling).reach(frozenset()) == [1.0] * DEPTH
+
+
 def test_greedy_reach_is_that_of_decoding():
     """Every place of a greedy text is tried, so that the mean acceptance of chains of one is known without error."""
     model, sampling, prompt = llama(num_hidden_layers=3, eos_token_id=None), Sampling(), torch.tensor([3, 4, 5])

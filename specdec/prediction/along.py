@@ -121,7 +121,7 @@ def _of_layers(
     written = tokens[:, first - 2 : -1]  # nodes; the root of the step that begins at a place is node place + 1
     places = written.shape[1] - 1
     cached = lm.start(1, tokens.shape[1] + (depth + 1) * places + 1, (depth + 1) * places + 1)
-    cached.read(tokens, {0: first - 2})
+    cached.read_anew(tokens, {0: first - 2})
     whole = cached.forward(written, chain(1, places + 1, lm.device), first - 2)
     laws = sampling.probabilities(whole[0, 1:])
     above = torch.arange(depth * places, device=lm.device)  # level after level: parents are one level before

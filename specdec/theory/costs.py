@@ -117,7 +117,7 @@ def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Cal
     tokens = torch.arange(context + most, device=lm.device).remainder(lm.vocab).expand(batch, -1)
     with torch.inference_mode():
         cached = lm.start(batch, context + most, most)
-        cached.read(tokens, dict.fromkeys(range(batch), context))
+        cached.read_anew(tokens, dict.fromkeys(range(batch), context))
 
     def forward(nodes: int) -> float:
         with torch.inference_mode():

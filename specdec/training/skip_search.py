@@ -56,7 +56,7 @@ class Rehearsal:
         self._longest = int(lengths.max()) - depth - 1  # tokens before a root
         with torch.inference_mode():
             self._cached = lm.start(len(tokens), tokens.shape[1], depth)
-            self._cached.read(tokens, dict(enumerate((lengths - depth - 1).tolist())))
+            self._cached.read_anew(tokens, dict(enumerate((lengths - depth - 1).tolist())))
         self._target = self._laws(frozenset())
 
     def reach(self, skip: Skip) -> list[float]:

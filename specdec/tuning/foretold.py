@@ -91,8 +91,8 @@ def of_replays(traces: Sequence[Trace], prices: Prices) -> Foretold:
     # each size as often as it occurs; what a step drafts is timed in the replay
     sizes, counts = np.unique(nodes, return_counts=True)
     share = counts / counts.sum()
-    verify = sum(part * prices.verify(int(size)) for part, size in zip(share, sizes, strict=True))
-    whole = sum(part * prices.plain_step(int(size)) for part, size in zip(share, sizes, strict=True))
+    verify = share @ np.array([prices.verify(size) for size in sizes.tolist()])
+    whole = share @ np.array([prices.plain_step(size) for size in sizes.tolist()])
     drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / np.median(prices.alone)
     return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices)
 
@@ -103,8 +103,9 @@ def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray]
     acceptance = tokens[drawn].sum(1) / steps[drawn].sum(1)
     speed = acceptance * prices.plain_step(1) / sum(parts)
     known = min(len(tokens), prices.samples)
-    middle = [float(part[0]) for part in parts]
-    return Foretold(Estimate.of_draws(acceptance, len(tokens)), *middle, Estimate.of_draws(speed, known))
+    draft, verify, other = (float(part[0]) for part in parts)
+    told = Estimate.of_draws(speed, known)
+    return Foretold(Estimate.of_draws(acceptance, len(tokens)), draft, verify, other, told)
 
 
 def replayed(

@@ -81,4 +81,4 @@ def places(texts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 def drafter(trial: Trial) -> LayerSkipDrafter:
     """The drafter that leaves these layers out."""
-    return LayerSkipDrafter(skip=trial.skip, tree=Chain(trial.length))
+    return LayerSkipDrafter(skip=sorted(trial.skip), tree=Chain(trial.length))

@@ -100,4 +100,5 @@ def _name(drafter: Any) -> str:
             return "draft"
         case MedusaHeads():
             return "heads"
-    return type(drafter).__name__.removesuffix("Drafter").lower()
+    name = type(drafter).__name__.removesuffix("Drafter").lower()
+    return f"your {name}" if name in OWN else name

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from specdec.clock import finish, host_seconds
 from specdec.models.probe import autocast_dtype
@@ -76,7 +76,7 @@ class Roofline:
         return {name: part / whole for name, part in named.items()}
 
 
-def machine(model: nn.Module) -> Machine:
+def machine(model: PreTrainedModel) -> Machine:
     """Measure the speeds of the machine with the target's own weights."""
     weights = parameters(model)
     took = reading.least(weights, _REPEATS)["milliseconds"] / 1e3
@@ -87,18 +87,19 @@ def machine(model: nn.Module) -> Machine:
     with torch.inference_mode():
         for _ in range(_REPEATS):
             began = host_seconds()
-            a @ b
+            torch.mm(a, b)
             finish(first.device)
             times.append(host_seconds() - began)
     return Machine(sum(weight.nbytes for weight in weights) / took, 2 * _ROWS * size * size / min(times))
 
 
-def parameters(model: nn.Module) -> list[torch.Tensor]:
+def parameters(model: PreTrainedModel) -> list[torch.Tensor]:
     """The weights that a pass reads: matrices, each once, but for embeddings that are no LM head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    inputs = getattr(model, "get_input_embeddings", lambda: None)()
-    apart = inputs is not None and head is not None and inputs.weight is not head.weight
-    return [p.detach() for p in model.parameters() if p.dim() > 1 and not (apart and p is inputs.weight)]
+    head, inputs = (
+        getattr(module, "weight", None) for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    apart = inputs is not head
+    return [p.detach() for p in model.parameters() if p.dim() > 1 and not (apart and p is inputs)]
 
 
 def kept_bytes(target: Target, context: int) -> int:

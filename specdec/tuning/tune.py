@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from specdec.arguments import as_engine, as_request
 from specdec.checks import as_float, as_int, check_flag
 from specdec.clock import told_by
-from specdec.drafters import LayerSkipDrafter
 from specdec.engines.base import Engine
 from specdec.models.target import Target
 from specdec.prompts import Prompts
@@ -218,7 +217,7 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
     except ValueError as error:
         found.refused["layers"] = str(error)
         return
-    found.offers.append(Offer("layers", LayerSkipDrafter(skip=trial.skip)))
+    found.offers.append(Offer("layers", layers.drafter(trial)))
     found.notes.append(
         f"Layers left out: {sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}."
     )
@@ -305,7 +304,7 @@ def _options(conditions: Conditions) -> dict[str, Any]:
     return {**conditions.options, "sampling": conditions.sampling, "engine": conditions.engine()}
 
 
-def _left_out(skipped: dict[int, str]) -> list[str]:
+def _left_out(skipped: Mapping[int, str]) -> list[str]:
     return [f"Left out: {message}" for message in skipped.values()]
 
 
