@@ -275,7 +275,7 @@ def test_a_plan_is_loaded_as_it_was_saved(name, drafter, drafters, tmp_path):
 def test_a_plan_whose_drafter_is_not_given_is_refused_with_the_cure(tmp_path):
     plan = Plan("draft", ModelDrafter(llama(1), Chain(3)), SiblingRejection(), Speedup(), "pays", "because")
     plan.save(tmp_path / "plan.yaml")
-    with pytest.raises(ValueError, match=r"drafts with 'draft', and what is given is other: pass drafters="):
+    with pytest.raises(ValueError, match=r"drafts with 'draft', which is not given: pass drafters="):
         Plan.load(tmp_path / "plan.yaml", llama(0), {"other": llama(1)})
     (tmp_path / "other.yaml").write_text("a: 1\n")
     with pytest.raises(ValueError, match=r"not a file that Plan\.save"):

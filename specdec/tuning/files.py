@@ -77,8 +77,8 @@ def rule_of(path: str | PathLike[str]) -> Rule:
 def _named(name: str, said: Mapping[str, Any], target: PreTrainedModel | Target, drafters: Any) -> Drafter:
     if said["skip"] is not None:
         return LayerSkipDrafter(skip=said["skip"])
-    if isinstance(drafters, Mapping):
-        drafters = {key: value for key, value in drafters.items() if value is not None}
+    if isinstance(drafters, Mapping):  # what else is in it need not fit
+        drafters = {key: value for key, value in drafters.items() if key == name and value is not None}
     found = {offer.name: offer.drafter for offer in given(drafters)}
     if name in ("ngram", "suffix", "mtp"):
         ours, refused = own(as_target(target), [name])
