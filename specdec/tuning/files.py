@@ -86,10 +86,7 @@ def _named(name: str, said: Mapping[str, Any], target: PreTrainedModel | Target,
             raise ValueError(refused[name])
         found |= {offer.name: offer.drafter for offer in ours}
     if name not in found:
-        names = ", ".join(found) or "nothing"
-        raise ValueError(
-            f"The plan drafts with {name!r}, and what is given is {names}: pass drafters={{{name!r}: ...}}."
-        )
+        raise ValueError(f"The plan drafts with {name!r}, which is not given: pass drafters={{{name!r}: ...}}.")
     return found[name]
 
 

@@ -101,7 +101,7 @@ def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray]
     """From tokens and steps of each prompt, and the parts of a step [1 + DRAWS] each."""
     drawn = redrawn(len(tokens), seed=1)
     acceptance = tokens[drawn].sum(1) / steps[drawn].sum(1)
-    speed = acceptance * prices.plain_step(1) / sum(parts)
+    speed = acceptance * prices.undrafted / sum(parts)
     known = min(len(tokens), prices.samples)
     draft, verify, other = (float(part[0]) for part in parts)
     told = Estimate.of_draws(speed, known)

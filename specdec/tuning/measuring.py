@@ -163,8 +163,19 @@ def _rest(step: Step) -> float:
 
 def _steps(probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int) -> list[Step]:
     """The steps of a run of the probe in which all rows were at work, but for the first ones."""
-    options = {**conditions.options, "sampling": conditions.sampling, "engine": probe.engine, "seed": seed}
     steps = probe.steps if not probe.engine.captures else max(probe.steps, 8)
+    # so many tokens as the steps may accept, and no stop before: only time is of interest
+    room, longest = conditions.target.context_length, max(map(len, group))
+    wanted = steps * (1 + probe.drafter.spec(conditions.sampling).depth)
+    new = wanted if room is None else min(wanted, room - longest)
+    options = {
+        **conditions.options,
+        "sampling": conditions.sampling,
+        "engine": probe.engine,
+        "seed": seed,
+        "max_new_tokens": new,
+        "stop_tokens": (),
+    }
     with stream(conditions.target, list(group), probe.drafter, rule=probe.rule, **options) as run:
         for _ in islice(run, steps):
             pass

@@ -72,6 +72,13 @@ class Prices:
     def _plain_other(self) -> tuple[np.ndarray, np.ndarray]:
         return _curve((sample.nodes, sample.other) for sample in self.plain)
 
+    @cached_property
+    def undrafted(self) -> np.ndarray:
+        """[1 + DRAWS]: a step without a draft."""
+        return medians(
+            np.array([sample.draft + sample.verify + sample.other for sample in self.plain if sample.nodes == 1])
+        )
+
     def verify(self, nodes: int) -> np.ndarray:
         """[1 + DRAWS]: the target's pass over so many nodes."""
         return _at(nodes, *self._verify)
