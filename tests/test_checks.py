@@ -193,7 +193,6 @@ NUMBERS = {
     "chain_speed_ups: rates[0]": (lambda v: theory.chain_speed_ups([v], COSTS), [-0.1, 1.5], "[0, 1]"),
     "best_tree: acceptance[0][0]": (lambda v: theory.best_tree([[v]], COSTS), [-0.1, 1.5], "[0, 1]"),
     "expected_length: acceptance[0][0]": (lambda v: theory.expected_length([-1, 0], [[v]]), [-0.1, 1.5], "[0, 1]"),
-    "least_skipped: budget": (lambda v: skip_search.LayerCosts(CURVE, 0.1, 0.1).least_skipped(v, 6, 3), [0.0], "(0, inf)"),
 }  # fmt: skip
 NO_NUMBERS = ["1", True, [0.5], 1j, torch.tensor(True), torch.tensor([0.5]), math.nan, math.inf, -math.inf, 10**400]
 

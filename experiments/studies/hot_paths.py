@@ -1,7 +1,7 @@
 """Times on the CPU of what is our own in a step: sampling laws, rules, products and attention of compiled forward passes, and
 nodes of a tree in models with recurrent state.
 
-    python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
+    python -m experiments.studies.hot_paths --rounds 15 --output experiments/results/hot_paths_cpu.json
 
 Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
 matrices, attention with reading keys and values, each round in the fastest of the ways of `specdec.tuning.reading`, and
@@ -188,7 +188,7 @@ def main() -> None:
         title = f"{shape}, batch {batch}, vocabulary {vocab:,}"
         jobs[title] = (partial(decisions, batch, vocab, tree), "SiblingRejection")
     jobs = {title: job for title, job in jobs.items() if options.only in title}
-    source, found = provenance("experiments/hot_paths.py", [], vars(options), "cpu"), {}
+    source, found = provenance("experiments/studies/hot_paths.py", [], vars(options), "cpu"), {}
     for title, (make, base) in tqdm(jobs.items(), leave=False):
         found[title] = measure(make(), options.rounds, base)
         tqdm.write(table(title, found[title]))
