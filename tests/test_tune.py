@@ -28,7 +28,7 @@ def ticking(monkeypatch):
     monkeypatch.setattr(
         tune_module, "Budget", lambda seconds, shown: Budget(seconds, shown, lambda: float(next(looks)))
     )
-    monkeypatch.setattr(tune_module, "_steadily", lambda device: told_by(lambda: float(next(ticks))))
+    monkeypatch.setattr(tune_module, "steadily", lambda device: told_by(lambda: float(next(ticks))))
     monkeypatch.setattr(tune_module.roofline, "machine", lambda model: tune_module.roofline.Machine(1e9, 1e9))
 
 

@@ -80,33 +80,46 @@ class Check:
 
     def speedups(self) -> list[Estimate]:
         """Of every candidate over decoding without a draft: of the time that all groups take, paired."""
-        return [self._over(1 + i) for i in range(len(self.candidates))] if self._speeds else []
+        return [self.over(1 + i, 0) for i in range(len(self.candidates))] if self._speeds else []
 
     @property
     def noise(self) -> Estimate | None:
         """Decoding without a draft over itself."""
-        return self._over(len(self._methods) - 1) if self._speeds else None
+        last = len(self._methods) - 1
+        return (
+            over_all([[(1 / row[0], 1 / row[last]) for row in own] for own in self._rows()]) if self._speeds else None
+        )
 
-    def _over(self, method: int) -> Estimate:
-        pairs: dict[int, list[tuple[float, float]]] = {}  # by group: a prompt that is decoded again is no other prompt
+    def over(self, method: int, base: int, level: float = 0.95) -> Estimate:
+        """How many times as fast one method is as another; 0 is decoding without a draft, 1 the first candidate."""
+
+        def seconds(row: list[float], of: int) -> float:
+            return 2 / (row[0] + row[-1]) if of == 0 else 1 / row[of]
+
+        pairs = [[(seconds(row, base), seconds(row, method)) for row in own] for own in self._rows()]
+        return over_all(pairs, level)
+
+    def _rows(self) -> list[list[list[float]]]:
+        """The speeds of each group, round after round."""
+        rows: dict[int, list[list[float]]] = {}  # by group: a prompt that is decoded again is no other prompt
         for (_, group), row in self._speeds.items():
-            alone = row[0] if method == len(row) - 1 else (row[0] + row[-1]) / 2
-            pairs.setdefault(group, []).append((1 / alone, 1 / row[method]))
-        return over_all([*pairs.values()])
+            rows.setdefault(group, []).append(row)
+        return [*rows.values()]
 
 
-def over_all(pairs: list[list[tuple[float, float]]]) -> Estimate:
+def over_all(pairs: list[list[tuple[float, float]]], level: float = 0.95) -> Estimate:
     """How many times as fast all groups together are, by the medians over rounds of each.
 
     Args:
         pairs: for each group, and round of it, the time of a token in two ways. Both are drawn again for the interval.
+        level: of the interval.
     """
     random, groups = np.random.default_rng(0), [np.array(own) for own in pairs]
     draws = [_ratio([np.median(own, 0) for own in groups])]
     for _ in range(DRAWS):
         drawn = [groups[i] for i in random.integers(len(groups), size=len(groups))]
         draws.append(_ratio([np.median(own[random.integers(len(own), size=len(own))], 0) for own in drawn]))
-    return Estimate.of_draws(np.array(draws), sum(map(len, pairs)))
+    return Estimate.of_draws(np.array(draws), sum(map(len, pairs)), level)
 
 
 def _ratio(times: list[np.ndarray]) -> float:

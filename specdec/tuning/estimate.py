@@ -9,12 +9,11 @@ import numpy as np
 from specdec.checks import as_int
 
 DRAWS = 500  # of a bootstrap
-_WITHIN = (2.5, 97.5)  # per cent
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval.
+    """A number with its interval, which is one of 95 % unless something else is said.
 
     Args:
         value: the number.
@@ -38,15 +37,16 @@ class Estimate:
         return self.high is not None and self.high < limit
 
     @classmethod
-    def of_draws(cls, draws: np.ndarray, samples: int) -> Estimate:
+    def of_draws(cls, draws: np.ndarray, samples: int, level: float = 0.95) -> Estimate:
         """From [1 + DRAWS] numbers: the first is of the samples as they are, the others of samples drawn from them again.
 
         Args:
             samples: how many there were; one says nothing of its error.
+            level: of the interval.
         """
         if as_int("samples", samples, 1) == 1:
             return cls(float(draws[0]))
-        low, high = np.percentile(draws[1:], _WITHIN)
+        low, high = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
         return cls(float(draws[0]), float(low), float(high))
 
 

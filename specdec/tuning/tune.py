@@ -109,7 +109,7 @@ def tune(
     )
     ids = [torch.from_numpy(text.tokens) for text in request.texts]
     found = Findings(ids, conditions, given(drafters), notes=_left_out(request.skipped))
-    with Budget(seconds, progress) as budget, _steadily(request.target.device):
+    with Budget(seconds, progress) as budget, steadily(request.target.device):
         try:
             _search(found, tuple(own), budget)
         except KeyboardInterrupt:
@@ -309,7 +309,7 @@ def _left_out(skipped: Mapping[int, str]) -> list[str]:
 
 
 @contextmanager
-def _steadily(device: torch.device) -> Iterator[None]:
+def steadily(device: torch.device) -> Iterator[None]:
     """Inside, one CPU thread is timed by what it computes; and drafts that do not pay are no reason to warn."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock: Callable[[], float] = time.thread_time
