@@ -15,7 +15,7 @@ from specdec.tuning.roofline import Roofline
 from specdec.tuning.rows import Row, Speedup, Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `specdec.tune` returns.
 
@@ -51,6 +51,8 @@ class Plan:
     def __str__(self) -> str:
         chosen = self.name if self.drafter is None else f"{self.name}: {self.drafter}, {type(self.rule).__name__}()"
         return f"{chosen}\nspeed-up {self.speedup}\n{self.reason}"
+
+    __repr__ = __str__
 
     def table(self, most: int = 12) -> str:
         """The best candidates as markdown, with what is said below it: reasons, refusals and notes."""

@@ -38,7 +38,7 @@ from specdec.tuning.search import measured as with_measured
 from specdec.tuning.writing import Written, written
 
 # the share of all the time at which each part ends
-_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.1, 0.2, 0.42, 0.55, 1.0
+_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.1, 0.2, 0.4, 0.6, 1.0
 _CHECKS = 3  # candidates that are decoded
 
 
