@@ -47,7 +47,12 @@ def _known(offer: Offer, prices: Prices) -> bool:
 def _replayed(
     offer: Offer, prompts: Sequence[Tensor], written: Sequence[Written], conditions: Conditions, prices: Prices
 ) -> Iterator[Row]:
-    groups = grouped([text for text in written if text.sample == 0], conditions.batch)
+    samples = sorted({text.sample for text in written})  # texts of one prompt are replayed apart
+    groups = [
+        group
+        for sample in samples
+        for group in grouped([text for text in written if text.sample == sample], conditions.batch)
+    ]
     pairs = [([prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
     given = offer.drafter
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
