@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from specdec.drafters import BlockDrafter, Drafter, TreeDrafter
+from specdec.drafters import BlockDrafter, Drafter, ModelDrafter, TreeDrafter
 from specdec.generate import stream
 from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
@@ -164,16 +164,16 @@ def _rest(step: Step) -> float:
 def _steps(probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int) -> list[Step]:
     """The steps of a run of the probe in which all rows were at work, but for the first ones."""
     steps = probe.steps if not probe.engine.captures else max(probe.steps, 8)
-    # so many tokens as the steps may accept, and no stop before: only time is of interest
-    room, longest = conditions.target.context_length, max(map(len, group))
+    # so many tokens as the steps may accept, if there is room, and no stop before: only time is of interest
     wanted = steps * (1 + probe.drafter.spec(conditions.sampling).depth)
-    new = wanted if room is None else min(wanted, room - longest)
+    drafting = probe.drafter.lm.context_length if isinstance(probe.drafter, ModelDrafter) else None
+    rooms = [room - max(map(len, group)) for room in (conditions.target.context_length, drafting) if room is not None]
     options = {
         **conditions.options,
         "sampling": conditions.sampling,
         "engine": probe.engine,
         "seed": seed,
-        "max_new_tokens": new,
+        "max_new_tokens": min([wanted, *rooms]),
         "stop_tokens": (),
     }
     with stream(conditions.target, list(group), probe.drafter, rule=probe.rule, **options) as run:

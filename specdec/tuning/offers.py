@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +12,11 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_tuple, brief, wrong_kind
 from specdec.drafters import Drafter, MedusaDrafter, MedusaHeads, ModelDrafter, MtpDrafter, NgramDrafter, SuffixDrafter
-from specdec.generate import generate
+from specdec.generate import stream
 from specdec.models.target import Target
 
 OWN = ("ngram", "suffix", "layers", "mtp")
+_STEPS = 3  # that tell whether a drafter can draft for a target
 _CURE = "pass a drafter, a draft model or Medusa heads"
 
 
@@ -83,11 +85,13 @@ def own(target: Target, names: Sequence[str]) -> tuple[list[Offer], dict[str, st
 def fitting(
     target: Target, offers: Sequence[Offer], prompt: Tensor, options: Mapping[str, Any]
 ) -> tuple[list[Offer], dict[str, str]]:
-    """The drafters that can draft for this target, found by drafting, and why the others cannot."""
+    """The drafters that can draft for this target and a text of this prompt, found by drafting, and why the others cannot."""
     found, refused = [], {}
     for offer in offers:
         try:
-            generate(target, prompt, offer.drafter, **{**options, "max_new_tokens": 4})
+            with stream(target, prompt, offer.drafter, **options) as run:
+                for _ in islice(run, _STEPS):
+                    pass
             found.append(offer)
         except ValueError as error:
             refused[offer.name] = str(error)

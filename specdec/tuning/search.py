@@ -13,13 +13,13 @@ from specdec.laws import Law
 from specdec.prediction import Text, read_along
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.trees import Chain, Static, TreePolicy, Widths
+from specdec.tuning import shapes
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Candidate, can_be_replayed, of_replays, of_tree, replayed
 from specdec.tuning.measuring import Conditions, deepest, rules
 from specdec.tuning.offers import Offer
 from specdec.tuning.prices import Prices
 from specdec.tuning.rows import Row, Speedup
-from specdec.tuning.shapes import positional, proposed
 from specdec.tuning.writing import Written
 
 _FEW = 6  # texts that tell which shapes are promising
@@ -78,12 +78,12 @@ def _trees(
     if not texts:
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), None, Speedup())
         return
-    acceptance = positional([own[0] for own in texts[:_FEW]], depth, _LAW)
+    acceptance = shapes.positional([own[0] for own in texts[:_FEW]], depth, _LAW)
     first = rules(conditions.sampling)[-1]
-    shapes = proposed(acceptance, prices.costs(offer.name, type(first).__name__, 32))
+    proposals = shapes.proposed(acceptance, prices.costs(offer.name, type(first).__name__, shapes.NODES))
     if (own := _parents(drafter.tree)) is not None:
-        shapes = list(dict.fromkeys([*shapes, own]))
-    for parents in shapes:
+        proposals = list(dict.fromkeys([*proposals, own]))
+    for parents in proposals:
         for rule in suited(parents, rules(conditions.sampling)):
             candidate = Candidate(offer.name, drafter.with_tree(tree_of(parents)), rule, parents)
             found = of_tree(candidate, texts, prices)

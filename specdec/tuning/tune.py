@@ -38,7 +38,7 @@ from specdec.tuning.search import measured as with_measured
 from specdec.tuning.writing import Written, written
 
 # the share of all the time at which each part ends
-_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.1, 0.2, 0.4, 0.6, 1.0
+_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
 _CHECKS = 3  # candidates that are decoded
 
 
@@ -195,7 +195,9 @@ def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
     conditions = found.conditions
     ours, refused = own(conditions.target, names)
     found.refused.update(refused)
-    found.offers, refused = fitting(conditions.target, [*found.offers, *ours], found.prompts[0], _options(conditions))
+    found.offers, refused = fitting(
+        conditions.target, [*found.offers, *ours], max(found.prompts, key=len), _options(conditions)
+    )
     found.refused.update(refused)
     found.written = written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
     if not found.written:
@@ -212,6 +214,9 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
     texts = [(found.prompts[text.prompt], text.new) for text in found.written if text.sample == 0]
     every_second = texts[::2]  # what is chosen of many is not to be judged by the texts that it was chosen by alone
     over = budget.until(_LAYERS)
+    if over():
+        found.refused["layers"] = "there was no time to seek layers to leave out; give more seconds."
+        return
     try:
         trial, count = layers.found(model, every_second, found.conditions.sampling, over, budget.say)
     except ValueError as error:
