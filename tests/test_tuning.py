@@ -92,6 +92,14 @@ def test_drafts_from_the_text_are_foretold_by_their_replay(drafter):
     assert told.speedup.value == pytest.approx(96 / len(steps) / took, rel=EXACT)
 
 
+def test_captured_steps_cost_what_their_largest_tree_costs():
+    target, found, drafter = llama(0, eos_token_id=None), prices(), NgramDrafter()
+    written = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
+    traces = replayed(Candidate("ngram", drafter, SiblingRejection()), [([PROMPTS[0]], [written])], 97, GREEDY, found)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], found, padded=9)
+    assert told.speedup.value == pytest.approx(24 / len(traces[0].steps) / (1 + 0.12 * 8), rel=EXACT)
+
+
 def _undrafted(step):
     return Step(step.nodes, step.held, step.emitted, step.accepted, step.tried, 0.0, 0.0, 0.0, 0.0)
 

@@ -82,12 +82,18 @@ def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Price
     return _foretold(tokens, steps, parts, prices)
 
 
-def of_replays(traces: Sequence[Trace], prices: Prices) -> Foretold:
-    """What is foretold of drafts that follow from the text: from replays, one for each group of texts that step together."""
+def of_replays(traces: Sequence[Trace], prices: Prices, padded: int | None = None) -> Foretold:
+    """What is foretold of drafts that follow from the text.
+
+    Args:
+        traces: replays, one for each group of texts that step together.
+        prices: of steps.
+        padded: nodes of every tree where steps are captured, which all have one shape.
+    """
     tokens = np.array([sum(map(sum, (step.emitted for step in trace.steps))) for trace in traces], float)
     rows = np.array([sum(n > 0 for step in trace.steps for n in step.emitted) for trace in traces], float)
     full = [[step for step in trace.steps if all(step.emitted)] or trace.steps for trace in traces]
-    nodes = [step.nodes for steps in full for step in steps]
+    nodes = [padded or step.nodes for steps in full for step in steps]
     # each size as often as it occurs; what a step drafts is timed in the replay
     sizes, counts = np.unique(nodes, return_counts=True)
     share = counts / counts.sum()
@@ -114,16 +120,18 @@ def replayed(
     vocab: int,
     sampling: Sampling,
     prices: Prices,
+    padded: int | None = None,
 ) -> list[Trace]:
     """The steps of a drafter without the target. A pause is decided by the prices, as there is no target to be timed.
 
     Args:
         groups: prompts and new tokens of the texts that step together.
+        padded: as for `of_replays`.
     """
     drafter = candidate.drafter
     if isinstance(drafter, Paused) and drafter.seconds is None:
         sizes = sorted({*SIZES, drafter.spec(sampling).nodes})
-        curve = CostCurve(sizes, [float(prices.plain_step(size)[0]) for size in sizes])
+        curve = CostCurve(sizes, [float(prices.plain_step(padded or size)[0]) for size in sizes])
         drafter = Paused(drafter.drafter, drafter.patience, drafter.share, curve)
     return [replay(prompts, written, drafter, vocab, sampling) for prompts, written in groups]
 

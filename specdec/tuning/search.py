@@ -57,8 +57,9 @@ def _replayed(
     given = offer.drafter
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
         candidate = Candidate(offer.name, drafter, SiblingRejection())
-        traces = replayed(candidate, pairs, conditions.target.vocab, conditions.sampling, prices)
-        found = of_replays(traces, prices)
+        padded = drafter.spec(conditions.sampling).nodes if conditions.engine().captures else None
+        traces = replayed(candidate, pairs, conditions.target.vocab, conditions.sampling, prices, padded)
+        found = of_replays(traces, prices, padded)
         yield Row(candidate, found, Speedup(found.speedup))
 
 

@@ -315,9 +315,10 @@ def _left_out(skipped: Mapping[int, str]) -> list[str]:
 
 @contextmanager
 def steadily(device: torch.device) -> Iterator[None]:
-    """Inside, one CPU thread is timed by what it computes; and drafts that do not pay are no reason to warn."""
+    """Inside, one CPU thread is timed by what it computes, and nobody is warned of drafts that cost more than they give."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock: Callable[[], float] = time.thread_time
     with told_by(clock) if alone else nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore", CostlyDraftsWarning)
+        warnings.filterwarnings("ignore", "engine: the stage")
         yield
