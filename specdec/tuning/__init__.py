@@ -2,7 +2,7 @@
 
 A search goes through parts, each in a file: `writing` (the target's own texts), `layers` (which to leave out), `measuring` and
 `prices` (what steps take), `search`, `shapes` and `foretold` (what follows of every candidate), `checking` (decoding the best),
-`rows`, `plan`, `reasons`, `tables` and `pictures` (what is said of it), `roofline` (where the time goes), `files`.
+`rows`, `findings`, `plan`, `reasons`, `tables` and `pictures` (what is said of it), `roofline` (where the time goes), `files`.
 """
 
 from specdec.tuning.estimate import Estimate

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
@@ -20,22 +19,18 @@ from specdec.clock import told_by
 from specdec.engines.base import Engine
 from specdec.models.target import Target
 from specdec.prompts import Prompts
-from specdec.rules import SiblingRejection
 from specdec.sampling import Sampling
 from specdec.trace.bill import CostlyDraftsWarning
 from specdec.tuning import layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check
-from specdec.tuning.estimate import Estimate
+from specdec.tuning.findings import Findings
 from specdec.tuning.measuring import Conditions, measured, probes
 from specdec.tuning.offers import OWN, Offer, fitting, given, own
 from specdec.tuning.plan import Plan
-from specdec.tuning.prices import Prices
-from specdec.tuning.reasons import reason, verdict
-from specdec.tuning.rows import Row, Speedup
-from specdec.tuning.search import best_first, finalists, foretold
+from specdec.tuning.search import finalists, foretold
 from specdec.tuning.search import measured as with_measured
-from specdec.tuning.writing import Written, written
+from specdec.tuning.writing import written
 
 # the share of all the time at which each part ends
 _WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
@@ -117,77 +112,6 @@ def tune(
                 f"It was interrupted after {budget.spent:.0f} of {seconds:.0f} s: this is the plan so far."
             )
     return found.plan()
-
-
-@dataclass
-class Findings:
-    """What a search knows so far."""
-
-    prompts: list[Tensor]
-    conditions: Conditions
-    offers: list[Offer]
-    refused: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    written: list[Written] = field(default_factory=list)
-    prices: Prices | None = None
-    rows: list[Row] = field(default_factory=list)
-    noise: Estimate | None = None
-    machine: roofline.Machine | None = None
-
-    def plan(self) -> Plan:
-        """The plan by what is known."""
-        rows, batch = best_first(self.rows), self.conditions.batch
-        shared: dict[str, Any] = {
-            "rows": tuple(rows), "refused": self.refused, "notes": tuple(self.notes), "noise": self.noise,
-            "conditions": self._held(),
-        }  # fmt: skip
-        if not rows or rows[0].speedup.estimate is None:
-            why = (
-                "Nothing was foretold or decoded; see the notes." if not rows else reason(rows[0], "cannot tell", batch)
-            )
-            alone = Speedup(Estimate(1.0), None)
-            return Plan("autoregressive", None, SiblingRejection(), alone, "cannot tell", why, **shared)
-        best = rows[0]
-        told = verdict(best, self.noise)
-        why, pays = reason(best, told, batch), _chosen(best, told)
-        shared["roofline"] = self._roofline(best if pays else None)
-        if not pays:
-            alone = Speedup(Estimate(1.0, 1.0, 1.0), self.noise)
-            return Plan("autoregressive", None, SiblingRejection(), alone, told, why, **shared)
-        candidate = best.candidate
-        return Plan(candidate.name, candidate.drafter, candidate.rule, best.speedup, told, why, **shared)
-
-    def _held(self) -> dict[str, Any]:
-        sampling, target = self.conditions.sampling, self.conditions.target
-        return {
-            "prompts": len(self.prompts),
-            "texts": len(self.written),
-            "batch": self.conditions.batch,
-            "temperature": sampling.temperature,
-            "new tokens": self.conditions.options["max_new_tokens"],
-            "device": str(target.device),
-            "threads": torch.get_num_threads(),
-        }
-
-    def _roofline(self, best: Row | None) -> roofline.Roofline | None:
-        model, prices = self.conditions.target.model, self.prices
-        if model is None or prices is None or self.machine is None:
-            return None
-        found = best.foretold if best else None
-        shares = (found.draft, found.verify, found.other) if found else (0.0, *prices.parts(1))
-        context = sum(map(len, self.prompts)) // len(self.prompts)
-        alone, sizes = float(torch.tensor(prices.alone).median()), prices.sizes
-        weights = roofline.parameters(model)
-        return roofline.Roofline(
-            machine=self.machine,
-            weights=sum(weight.nbytes for weight in weights),
-            cache=self.conditions.batch * roofline.kept_bytes(self.conditions.target, context),
-            operations=2.0 * self.conditions.batch * sum(weight.numel() for weight in weights),
-            nodes=sizes,
-            seconds=[alone * float(prices.verify(size)[0]) for size in sizes],
-            alone=alone,
-            shares=shares,
-        )
 
 
 def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
@@ -285,12 +209,6 @@ def _check(found: Findings, budget: Budget) -> None:
             found.notes.append("There was no time to decode with the best: speed-ups are foretold, not measured.")
         for row, estimate in zip(rows, check.speedups(), strict=False):
             found.rows[found.rows.index(row)] = with_measured(row, estimate)
-
-
-def _chosen(best: Row, told: str) -> bool:
-    """Whether to draft: where this machine cannot tell, by what is more probable."""
-    known = best.speedup.estimate
-    return known is not None and (told == "pays" or (told == "cannot tell" and known.value > 1))
 
 
 def groups(prompts: Sequence[Tensor], batch: int) -> Iterator[list[Tensor]]:
