@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, flag_override
 
-from experiments.bench import reading, sweep
+from experiments.bench import sweep
 from experiments.bench.inputs import begin, in_batches
 from experiments.bench.measure import Refused, Round, against_ceilings, recorded, rounds, uninterrupted
 from experiments.bench.progress import settings
@@ -35,6 +35,7 @@ from experiments.bench.report import figures, over, speed, table
 from experiments.bench.results import Wandb
 from experiments.bench.terminal import fitted
 from experiments.peer_methods.libraries import present
+from specdec.tuning import reading
 
 
 def main(config: DictConfig) -> str | None:

@@ -30,6 +30,7 @@ from experiments.bench.inputs import loaded, settled
 from experiments.bench.results import Json, keep_settings, whole
 from experiments.benchmark import with_models
 from specdec import Generation
+from specdec.prompt_files import read
 
 # May differ between shards: they change no text, but for rounding. Of the prompts, what the file holds must be the same.
 FREE = {
@@ -72,7 +73,11 @@ class Shard(NamedTuple):
 
 
 def main(config: DictConfig) -> None:
-    source, prompts = settled("experiments/generate.py", config), read(config.prompts)
+    try:
+        prompts = read(config.prompts)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    source = settled("experiments/generate.py", config)
     parts = cut(Path(config.folder), config.shards, len(prompts))
     if not 0 <= config.shard < config.shards:
         raise SystemExit(f"shard={config.shard}: must be 0 to {config.shards - 1}, as shards={config.shards}.")
@@ -84,28 +89,6 @@ def main(config: DictConfig) -> None:
     if not config.join and not part.texts.exists():
         write(part, prompts[part.start : part.end], config, source)
     print(join(parts, config.num_samples) if config.join or config.shards == 1 else part.texts)
-
-
-def read(path: str) -> list[Any]:
-    """The prompts of a file, as `specdec.generate` takes them; exits if there are none."""
-    try:
-        lines = [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"prompts={path} cannot be read: {error}.") from None
-    if not lines:
-        raise SystemExit(f"prompts={path} holds no prompt.")
-    return [_prompt(line, f"{path}, prompt {i}") for i, line in enumerate(lines)] if path.endswith(".jsonl") else lines
-
-
-def _prompt(line: str, where: str) -> Any:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise SystemExit(f"{where} is not JSON: {error}.") from None
-    found = [row[key] for key in ("prompt", "messages") if isinstance(row, dict) and key in row]
-    if len(found) != 1:
-        raise SystemExit(f'{where}: give an object with either a "prompt" or "messages", not {line[:80]}')
-    return found[0]
 
 
 def cut(folder: Path, shards: int, prompts: int) -> list[Shard]:

@@ -1,6 +1,6 @@
 """specdec: speculative decoding whose output distribution is proved, on any unmodified Hugging Face causal LM."""
 
-from specdec import demo, display, drafters, prediction, rules, testing, theory, trace, trees
+from specdec import demo, display, drafters, prediction, rules, testing, theory, trace, trees, tuning
 from specdec.coins import Coins
 from specdec.custom_generate import custom_generate
 from specdec.engines.graphs import Graphs
@@ -10,6 +10,7 @@ from specdec.models.stored_weights import store_weights
 from specdec.models.target import ModelTarget
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec
+from specdec.tuning import Plan, tune
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Graphs",
     "Law",
     "ModelTarget",
+    "Plan",
     "Sampling",
     "Topology",
     "TreeSpec",
@@ -36,4 +38,6 @@ __all__ = [
     "theory",
     "trace",
     "trees",
+    "tune",
+    "tuning",
 ]

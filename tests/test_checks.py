@@ -97,7 +97,7 @@ COUNTS = {
     "chain_optimum: depth": (lambda v: theory.chain_optimum(even, even, v), 0),
     "best_tree: nodes": (lambda v: theory.best_tree([[0.5]], COSTS, v), 1),
     "longest_tree: nodes": (lambda v: theory.longest_tree([[0.5]], v), 1),
-    "prediction.texts: count": (lambda v: prediction.texts(MODEL, partial(ModelDrafter, MODEL), PROMPTS[0], v), 1),
+    "prediction.texts: count": (lambda v: prediction.texts(MODEL, ModelDrafter(MODEL), PROMPTS[0], v), 1),
     "expected_tau: depth": (lambda v: distillation.expected_tau(LAWS, LAWS, TOKENS, v), 1),
     "Comparison: depth": (lambda v: states.Comparison(HEADS, MODEL, KNOWN, v), 1),
     "Comparison: anchors": (lambda v: states.Comparison(HEADS, MODEL, KNOWN, 1, v), 1),
@@ -193,7 +193,6 @@ NUMBERS = {
     "chain_speed_ups: rates[0]": (lambda v: theory.chain_speed_ups([v], COSTS), [-0.1, 1.5], "[0, 1]"),
     "best_tree: acceptance[0][0]": (lambda v: theory.best_tree([[v]], COSTS), [-0.1, 1.5], "[0, 1]"),
     "expected_length: acceptance[0][0]": (lambda v: theory.expected_length([-1, 0], [[v]]), [-0.1, 1.5], "[0, 1]"),
-    "least_skipped: budget": (lambda v: skip_search.LayerCosts(CURVE, 0.1, 0.1).least_skipped(v, 6, 3), [0.0], "(0, inf)"),
 }  # fmt: skip
 NO_NUMBERS = ["1", True, [0.5], 1j, torch.tensor(True), torch.tensor([0.5]), math.nan, math.inf, -math.inf, 10**400]
 
@@ -300,7 +299,7 @@ KINDS = {
     "target of measure_costs": (theory.measure_costs, "transformers model"),
     "costs of a speed-up": (lambda v: theory.chain_speed_ups([0.5], v), "measure_costs"),
     "trace": (specdec.trace.positional_acceptance, "specdec Trace"),
-    "drafter of texts": (lambda v: prediction.texts(MODEL, v, PROMPTS[0]), "partial(ModelDrafter, draft)"),
+    "drafter of texts": (lambda v: prediction.texts(MODEL, v, PROMPTS[0]), "ModelDrafter(draft)"),
     "block": (lambda v: distillation.expected_tau(LAWS, LAWS, TOKENS, 2, v), "True or False"),
     "sampling of a rehearsal": (lambda v: skip_search.Rehearsal(MODEL, [TEXT], 2, v), "specdec Sampling"),
     "replayed": (lambda v: replay(v, SiblingRejection()), "specdec Trace"),

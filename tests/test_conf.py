@@ -19,7 +19,8 @@ import specdec
 from experiments.bench import calls
 from experiments.bench.inputs import Setting
 from experiments.benchmark import with_models
-from specdec.drafters import Eagle3Drafter, Eagle3Net
+from specdec.drafters import Eagle3Drafter, Eagle3Net, ModelDrafter
+from specdec.rules import TraversalVerification
 from specdec.trees import Chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,10 @@ FILES = [file for file in CONF.glob("*/*.yaml") if file.parent.name not in PRESE
 OPTIONS = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in FILES)
 DEMO = specdec.demo.FOLDER
 CHECKPOINT = Path(tempfile.mkdtemp(prefix="specdec-draft-"))
+PLAN = CHECKPOINT / "plan.yaml"
 MANDATORY = {
+    "drafter/plan": [f"plan.path={PLAN}"],
+    "rule/plan": [f"plan.path={PLAN}"],
     "drafter/eagle3": [f"drafter.source={CHECKPOINT}"],
     "target/hub": [f"target.target={DEMO / 'target'}", f"target.tokenizer={DEMO / 'tokenizer'}"],
     "task/corpus": ["task.count=1", "task.one_in=1"],
@@ -41,6 +45,8 @@ PAIR = specdec.demo.load()
 LIKE = copy.deepcopy(PAIR.target.config)
 LIKE.num_hidden_layers = 1
 Eagle3Drafter(Eagle3Net(LIKE, (2, 3, 5), LIKE.hidden_size, LIKE.vocab_size)).save_pretrained(CHECKPOINT)
+told = specdec.tuning.Speedup(specdec.tuning.Estimate(1.5))
+specdec.Plan("draft", ModelDrafter(PAIR.draft, Chain(3)), TraversalVerification(), told, "pays", "because").save(PLAN)
 ELSEWHERE = {"drafter/mtp"}  # needs a target with such a layer: test_mtp.py
 
 
@@ -191,3 +197,10 @@ def test_a_published_draft_is_checked_by_one_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "as taken" in done.stdout and "acceptance length 1." in done.stdout
     assert len(list(tmp_path.glob("outputs/*.json"))) == 1
+
+
+def test_a_plan_is_what_chosen_methods_draft_with():
+    config = composed("drafter=plan", "rule=plan", f"plan.path={PLAN}")
+    chosen = with_models(config, PAIR)["chosen"].keywords
+    assert str(chosen["drafter"]) == str(ModelDrafter(PAIR.draft, Chain(3)))
+    assert isinstance(chosen["rule"], TraversalVerification)

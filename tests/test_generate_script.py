@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import specdec
-from experiments.generate import cut, read
+from experiments.generate import cut
 from specdec import Sampling, journal
 from specdec.drafters import NgramDrafter
 from specdec.journal import Journal
+from specdec.prompt_files import read
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = specdec.demo.load()

@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from experiments import hot_paths
-from experiments.bench import reading, recurrent
+from experiments.bench import recurrent
+from experiments.studies import hot_paths
+from specdec.tuning import reading
 
 TENSORS = [torch.arange(24.0).view(4, 6) - 3, torch.tensor([5.0, -7.0, 1.0]), torch.full((2, 4096), 0.5)]
 

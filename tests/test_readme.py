@@ -76,7 +76,8 @@ def test_commands_name_what_there_is():
             assert words[0] in TARGETS, command
         else:
             module = f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0]
-            assert (ROOT / module).is_file(), command
+            package = ROOT / module.removesuffix(".py") / "__main__.py"
+            assert (ROOT / module).is_file() or package.is_file(), command
     assert all((ROOT / name).is_file() for name in re.findall(r"\bexperiments/[\w/]+\.py", TEXT))
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import specdec
-from experiments import simulate
-from experiments.simulate import calibrate, compare, method, nodes, parents_of, pooled, table
+from experiments.studies import simulate
+from experiments.studies.simulate import calibrate, compare, method, nodes, parents_of, pooled, table
 from specdec.theory import CostCurve, Costs
 from specdec.trace import Step, Trace
 

@@ -1,6 +1,5 @@
 """Searching for layers to skip: acceptance without decoding is that of decoding, and superfluous layers are found."""
 
-import json
 from itertools import islice
 
 import pytest
@@ -9,7 +8,6 @@ from hybrid_models import HYBRIDS
 from tiny_models import MATRIX, llama
 
 import specdec
-from experiments.search_skip import Known, why_not
 from specdec import Sampling
 from specdec.drafters import LayerSkipDrafter
 from specdec.drafters.layer_skip import decoder_layers, skippable
@@ -17,7 +15,7 @@ from specdec.testing import exact_law, target_law
 from specdec.testing.drafters import Noting
 from specdec.theory import CostCurve
 from specdec.training.self_distillation import continuations
-from specdec.training.skip_search import LayerCosts, Rehearsal, Trial, measure_layer_costs, predict, search
+from specdec.training.skip_search import LayerCosts, Rehearsal, measure_layer_costs, predict, search
 from specdec.trees import Chain
 
 torch.set_num_threads(1)
@@ -69,6 +67,15 @@ def test_a_tighter_budget_costs_acceptance():
     assert best.reach[0] < 1
 
 
+def test_places_of_texts_of_several_lengths_are_read_from_clean_memory(monkeypatch):
+    """Slots that a row has not written are as the memory was found: NaN, if it comes to the worst."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kinds: empty(*size, **kinds).fill_(float("nan")))
+    model, sampling = llama(eos_token_id=None), Sampling()
+    texts = [text[: len(text) - cut] for cut, text in enumerate(own_texts(model, sampling, 3))]
+    assert Rehearsal(model, texts, DEPTH, sampling).reach(frozenset()) == [1.0] * DEPTH
+
+
 def test_greedy_reach_is_that_of_decoding():
     """Every place of a greedy text is tried, so that the mean acceptance of chains of one is known without error."""
     model, sampling, prompt = llama(num_hidden_layers=3, eos_token_id=None), Sampling(), torch.tensor([3, 4, 5])
@@ -93,54 +100,14 @@ def test_sampled_reach_is_the_expected_acceptance_of_the_loop():
     assert expected == pytest.approx(float(law.expected_tokens), abs=ROUNDING)
 
 
-def test_budgets_that_no_set_meets_are_refused():
-    assert COSTS.least_skipped(1.0, LAYERS, most=5) == 1
-    assert COSTS.least_skipped(0.5, LAYERS, most=5) == 4  # 0.5 + 2 layers are within half of 6.5
-    with pytest.raises(ValueError, match=r"budget=0.1: .* costs 0.23 of a pass"):
-        COSTS.least_skipped(0.1, LAYERS, most=5)
+def test_texts_too_short_for_the_chains_are_refused():
     with pytest.raises(ValueError, match="has 4 tokens: chains of 3 need 5"):
         Rehearsal(llama(), [torch.arange(4)], DEPTH, Sampling())
-
-
-def test_a_set_predicted_below_the_speed_without_a_draft_is_refused_with_the_prediction_and_the_cure():
-    costs = LayerCosts(CostCurve([1, 8], [6.5, 26]), outside=0.5, layer=1.0)  # as of a CPU that multiplies slowly
-    refused = predict(frozenset({1, 2}), [0.5, 0.25], costs.keeping(4))
-    assert refused.speed_up < 1
-    message = why_not(refused, LAYERS, 7)
-    assert f"best of 7 sets leaves out 2 of 6 layers, and is predicted at {refused.speed_up:.2f} of" in message
-    assert "no drafter is written" in message and "drafter=suffix" in message
-    assert why_not(Trial(frozenset({1}), [0.9], 1, speed_up=1.01), LAYERS, 7) == ""
 
 
 def test_layers_are_left_out_one_by_one_before_early_exits():
     first = [t.skip for t in islice(trials(with_identities(), Sampling()), LAYERS)]
     assert sorted(map(sorted, first)) == [[layer] for layer in range(LAYERS)]
-
-
-def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path):
-    model, sampling, asked = with_identities(), Sampling(1.0), []
-    rehearsal = Rehearsal(model, own_texts(model, sampling), DEPTH, sampling)
-
-    class Counting:
-        def reach(self, skip):
-            asked.append(skip)
-            return rehearsal.reach(skip)
-
-    def some(count):
-        known = Known(tmp_path / "search.json", {"depth": DEPTH})
-        assert known.costs(lambda: COSTS) == COSTS
-
-        def trial(skip):
-            return predict(skip, known.reach(skip, Counting()), COSTS.keeping(LAYERS - len(skip)))
-
-        return list(islice(search(trial, range(LAYERS), 1, LAYERS - 1), count))
-
-    first, second = some(10), some(20)
-    assert second[:10] == first
-    assert asked == [t.skip for t in second]  # each was measured once
-    assert json.loads((tmp_path / "search.json").read_text())["costs"]["layer"] == COSTS.layer
-    with pytest.raises(SystemExit, match="other settings"):
-        Known(tmp_path / "search.json", {"depth": 2})
 
 
 @pytest.mark.parametrize("name", ["gemma3n_shared_layers", "gpt_neox"])

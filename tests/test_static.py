@@ -10,7 +10,6 @@ from tiny_models import PROMPTS, llama, reference
 
 import specdec
 from experiments.bench.results import ROOT
-from experiments.calibrate_tree import option
 from specdec import Law, Sampling
 from specdec.drafters import ModelDrafter
 from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
@@ -57,21 +56,6 @@ def test_the_shape_of_widths_drafts_what_widths_does():
 def test_shapes_that_are_none_are_refused(parents):
     with pytest.raises(ValueError, match="parents="):
         Static(parents)
-
-
-def test_the_calibrated_tree_is_an_option_that_makes_it():
-    parents, law = [-1, 0, 0, 1], "WITHOUT_REPLACEMENT"
-    source = {
-        "command": "python x.py a='#1'",
-        "commit": "abc",
-        "dirty": False,
-        "versions": {"torch": "2"},
-        "cpu": "c: d",
-    }
-    source |= {"gpu": None, "date": "2026"}
-    text = option(parents, law, source, {"acceptance_length": 2.0, "speed_up": 1.5})
-    assert "# commit: abc\n" in text
-    assert instantiate(OmegaConf.create(text)) == Static(parents, Law[law])
 
 
 def test_the_sequoia_option_is_the_tree_of_which_most_is_accepted_where_it_was_calibrated():

@@ -13,9 +13,6 @@ from omegaconf import OmegaConf
 
 from experiments.bench.measure import AGAIN, Refused
 from experiments.bench.sweep import identity, job, shown, unused
-from specdec.theory import CostCurve
-from specdec.training import skip_search
-from specdec.training.skip_search import LayerCosts
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, RESULTS = ROOT / "conf", ROOT / "experiments" / "results"
@@ -89,21 +86,6 @@ def test_failing_and_refused_jobs_end_nothing_and_the_same_command_goes_on(run, 
 def test_single_run_says_why_it_is_refused(run):
     _, ended = run("tree=widths", "rule=block", *TINY)
     assert ended is not None and ended.startswith("chosen: BlockVerification verifies chains")
-
-
-@pytest.mark.parametrize("slower, refused", [(4.0, True), (1.0, False)])
-def test_search_for_layers_to_skip_writes_no_drafter_that_is_predicted_below_1(run, monkeypatch, slower, refused):
-    """One layer of six is left out: by these costs that pays if a pass over two tokens takes no longer than over one."""
-    costs = LayerCosts(CostCurve([1, 2], [1.0, slower]), outside=0.0, layer=0.001)
-    monkeypatch.setattr(skip_search, "measure_layer_costs", lambda *_: costs)
-    options = ["task.per_task=2", "evaluations=1", "depth=1", "roots=4", "new_tokens=4", "repeats=0"]
-    _, ended = run(*options, script="search_skip.py")
-    result = json.loads(Path("outputs/skip/found.json").read_text())
-    assert Path("outputs/skip/drafter/found.yaml").exists() != refused
-    if refused:
-        assert ended is not None and result["refused"] in ended and "sets leaves out 1 of 6 layers" in ended
-    else:
-        assert ended is None and result["predicted"]["found"]["speed_up"] > 1
 
 
 def composed(*overrides, **options):

@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from tiny_models import PROMPTS, llama
 from transformers import GenerationConfig
 
-from experiments.simulate import parents_of
+from experiments.studies.simulate import parents_of
 from specdec import Law, Sampling, generate
 from specdec.drafters import ModelDrafter, NgramDrafter
 from specdec.laws import SAMPLED, drafts, is_random

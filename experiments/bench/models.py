@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
 from specdec import Generation
 from specdec.drafters import MedusaHeads
-from specdec.huggingface.gguf import read_model, read_tokenizer
+from specdec.huggingface.names import model
+from specdec.huggingface.names import tokenizer as read_tokenizer
 
 
 class Models(NamedTuple):
@@ -38,9 +38,9 @@ def load(
     Args:
         loading: more for the `from_pretrained` of the target: `device_map`, or `tp_plan` under torchrun.
     """
-    drafting = _model(draft, dtype) if draft is not None else None
+    drafting = model(draft, dtype) if draft is not None else None
     medusa = MedusaHeads.load(heads).to(dtype) if heads is not None else None
-    return Models(_model(target, dtype, **(loading or {})), drafting, _tokenizer(tokenizer), medusa)
+    return Models(model(target, dtype, **(loading or {})), drafting, read_tokenizer(tokenizer), medusa)
 
 
 def smollm2(
@@ -52,18 +52,6 @@ def smollm2(
     """SmolLM2-135M-Instruct, downloaded if it is not there, as the target of `load`."""
     made = str(specdec.demo.smollm2.folder())
     return load(made, made, draft, heads, dtype, loading)
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    file = Path(name)
-    return read_tokenizer(file) if file.suffix == ".gguf" else AutoTokenizer.from_pretrained(name)
-
-
-def _model(name: str, dtype: torch.dtype, **loading: Any) -> PreTrainedModel:
-    file = Path(name)
-    if file.suffix == ".gguf":
-        return read_model(file, dtype, **loading)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading).eval()
 
 
 class Rounded:

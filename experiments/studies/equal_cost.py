@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from specdec.drafters import (
     EagleDrafter,
     MedusaDrafter,
     ModelDrafter,
+    TreeDrafter,
 )
 from specdec.drafters.block import BlockDrafter
 from specdec.drafters.feature import FeatureDrafter
@@ -57,7 +57,7 @@ BUNDLED = ("bundled", "draft")  # trained before: see specdec/demo/CARD.md
 TOKENS, PLACES = 64, (16, 32, 48, 64)
 
 
-def drafter(name: str, folder: Path, tree: TreePolicy) -> Drafter:
+def drafter(name: str, folder: Path, tree: TreePolicy) -> TreeDrafter:
     """The drafter that was trained in `folder`/`name`."""
     if name == "model":
         return ModelDrafter(AutoModelForCausalLM.from_pretrained(folder / "model" / "kl_0").eval(), tree)
@@ -70,15 +70,14 @@ def drafter(name: str, folder: Path, tree: TreePolicy) -> Drafter:
 
 def best_tree(name: str, folder: Path) -> Widths:
     """Of `TREES`, the one of which most is expected to be accepted at temperature 1."""
-    made = partial(drafter, name, folder)
+    made = drafter(name, folder, Chain(1))
     options = {"sampling": SAMPLINGS["T = 1"], "max_new_tokens": TOKENS, "stop_tokens": (), "depth": 4}
     found = [
         text
         for seed, prompt in enumerate(PROMPTS[::8])
         for text in texts(PAIR.target, made, prompt, 1, seed=seed, **options)
     ]
-    each = made(Chain(1))
-    deepest = each.net.depth if isinstance(each, BlockDrafter) else 4
+    deepest = made.net.depth if isinstance(made, BlockDrafter) else 4
     trees = [Widths(widths) for widths in TREES if len(widths) <= deepest]
     return max(trees, key=lambda tree: acceptance_length(found, tree))
 

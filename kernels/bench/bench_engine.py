@@ -40,7 +40,7 @@ from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter
 from specdec.trees import Chain, Widths
 
 SIZES = {"8B": (32, 14336, 4096), "1B": (16, 8192, 2048), "tiny": (6, 640, 256)}  # layers, intermediate, hidden
-SKIPPED = (1, 2, 3, 5)  # layers that the demo target drafts best without: experiments/search_skip.py
+SKIPPED = (1, 2, 3, 5)  # layers that the demo target drafts best without, as specdec.tune finds them
 RUNS = 3  # timed, after one that is not
 PROFILED = 4  # steps
 LISTED = 15  # kernels of a profile

@@ -52,7 +52,11 @@ class LayerSkipDrafter(TreeDrafter):
             raise ValueError(
                 f"The target is a {type(target.target).__name__}; only a transformers model has layers to skip."
             )
-        model = target.cached.lm.model
+        skipped = self.skipped(target.cached.lm.model)
+        return LayerSkipRun(self, batch, target.cached, skipped, last).begun(last)
+
+    def skipped(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The layers of this target that are left out. Raises ValueError if they cannot be."""
         layers = layers_of(model)
         end = len(layers) if self.exit_layer is None else self.exit_layer
         skipped = {*self.skip, *range(end, len(layers))}
@@ -64,7 +68,7 @@ class LayerSkipDrafter(TreeDrafter):
             raise ValueError(
                 f"Later layers use the keys and values of layers {needed}, which therefore cannot be skipped."
             )
-        return LayerSkipRun(self, batch, target.cached, [layers[i] for i in sorted(skipped)], last).begun(last)
+        return [layers[i] for i in sorted(skipped)]
 
 
 class LayerSkipRun(TreeDraftRun):

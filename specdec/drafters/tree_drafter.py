@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable
+from copy import copy
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,6 +38,13 @@ class TreeDrafter(Drafter):
         cure = "pass a tree policy such as Chain(4) or Widths([4, 2, 1])"
         check_kind("tree", tree, (TreePolicy, type(None)), cure)
         self.tree = Chain(4) if tree is None else tree
+
+    def with_tree(self, tree: TreePolicy) -> Self:
+        """The same drafter, which grows the trees of another policy."""
+        check_kind("tree", tree, TreePolicy)
+        made = copy(self)
+        made.tree = tree
+        return made
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]

@@ -155,6 +155,11 @@ class CachedModel:
                 now = now + fresh
                 self.cache.rewind(now)
 
+    def read_anew(self, tokens: Tensor, goals: Mapping[int, int]) -> None:
+        """Begin these rows with nothing, and read their tokens; outside of runs, where no `enter` has cleared the slots."""
+        self.cache.take({row: Source(self.cache, row, 0) for row in goals})
+        self.read(tokens, goals)
+
     def _of_batch(self, part: Tensor) -> Tensor:
         """[batch, ...]: what rows [rows, ...] were given, and 0 in all others."""
         if self.cache.rows is None:

@@ -10,10 +10,11 @@ after i + 1 tokens with chance s_i - s_(i+1), and
 gives the chance b that a step begins at each place. These chances add up to the expected number of steps, without any sampling
 of steps.
 
->>> found = texts(target, partial(ModelDrafter, draft), prompt, sampling=Sampling(1.0))
+>>> found = texts(target, ModelDrafter(draft), prompt, sampling=Sampling(1.0))
 >>> acceptance_length(found, Widths([3, 2]), TraversalVerification())  # of a tree that nobody ran
 
-With a network on the target's states: `texts(target, partial(specdec.demo.eagle3, target), prompt)`.
+Likewise of networks on the target's states, and of its own layers: `texts(target, LayerSkipDrafter(exit_layer=3), prompt)`.
+`replay` tells the steps of drafters whose trees have no fixed shape but follow from the text, such as n-grams.
 
 The s_i follow the text's next tokens down the tree. What the rules here do at a node depends only on which children failed, and
 the law owed to a later child does not depend on their tokens. So let a node be entered, with the target's law p after it, and
@@ -31,6 +32,7 @@ law whatever was accepted. In greedy decoding s_i is 1 while the text is in the 
 """
 
 from specdec.prediction.along import read_along, texts
+from specdec.prediction.replay import replay
 from specdec.prediction.text import NotForetold, Text, acceptance_length
 
-__all__ = ["NotForetold", "Text", "acceptance_length", "read_along", "texts"]
+__all__ = ["NotForetold", "Text", "acceptance_length", "read_along", "replay", "texts"]

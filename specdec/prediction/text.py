@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ class Text:
     target: Tensor
     draft: Tensor
     sampling: Sampling
+    # what trees have in common, which is computed once for all of them
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def starts(self, tree: Static | Widths, rule: Rule) -> np.ndarray:
         """[place]: the chance, given the text, that a step begins there in a run that drafts such trees.
@@ -55,9 +58,7 @@ class Text:
         parents, law = tree.parents, tree.law
         self._check(tree, rule)
         children = [[child for child, parent in enumerate(parents) if parent == node] for node in range(len(parents))]
-        forest = cache(partial(self._forest, law))
-        laws, accepting = self.target.double().numpy(force=True), _ACCEPTING[type(rule)]
-        places = len(self.tokens)
+        places, accepting = len(self.tokens), _ACCEPTING[type(rule)]
         begins = np.zeros(places + len(parents))
         begins[0] = 1
         for start in range(places):
@@ -69,15 +70,26 @@ class Text:
                     (children[node][slot], weight * chance, within)
                     for node, weight, reach in states
                     if (width := len(children[node]))
-                    for slot, chance, within in self._entered(
-                        place, laws[place], reach, forest(width, place - start), width, accepting
-                    )
+                    for slot, chance, within in self._entered(place, reach, law, width, place - start, accepting)
                 ]
                 if not states:
                     break
                 survival.append(sum(weight * reach for _, weight, reach in states))
             begins[start + 1 : start + 1 + len(survival)] -= begins[start] * np.diff([*survival, 0])
         return begins[:places]
+
+    def chances(self, place: int, law: Law, width: int, depth: int = 0) -> list[tuple[int, float]]:
+        """(slot, chance given the text) of the children at a place that sibling rejection may accept as the text's token.
+
+        Args:
+            place: of the token.
+            law: how so many siblings are drawn.
+            depth: how many drafts came before, if the draft's laws depend on it.
+        """
+        return [
+            (slot, drafted * accepted)
+            for slot, drafted, accepted in self._entered(place, 1.0, law, width, depth, accepting=True)
+        ]
 
     def _check(self, tree: Static | Widths, rule: Rule) -> None:
         """Raise `NotForetold` unless the steps of such a run follow from what is known of this text."""
@@ -99,10 +111,19 @@ class Text:
             )
 
     def _entered(
-        self, place: int, p: np.ndarray, reach: float, forest: RowTree, width: int, accepting: bool
-    ) -> Iterator[tuple[int, float, float]]:
+        self, place: int, reach: float, law: Law, width: int, depth: int, accepting: bool
+    ) -> list[tuple[int, float, float]]:
         """(slot, chance to be drafted and entered, chance to be then accepted) of children with the text's token."""
-        x, turn = self.tokens[place], 1.0
+        depth = depth if self.draft.dim() == 3 else 0
+        key = place, reach, law, width, depth, accepting
+        if key not in self._known:
+            self._known[key] = [*self._children(place, reach, self._forest(law, width, depth), width, accepting)]
+        return self._known[key]
+
+    def _children(
+        self, place: int, reach: float, forest: RowTree, width: int, accepting: bool
+    ) -> Iterator[tuple[int, float, float]]:
+        x, p, turn = self.tokens[place], self._laws[place], 1.0
         own = p[x]
         for child, q in forest.draws(place, len(p)):
             taken = np.minimum(reach * p, q)
@@ -112,19 +133,27 @@ class Text:
             turn *= 1 - taken.sum()
             reach, p = residual(reach, p, q)
 
+    @cached_property
+    def _laws(self) -> np.ndarray:
+        """[place, vocab] float64: the target's laws."""
+        return self.target.double().numpy(force=True)
+
     def _forest(self, law: Law, width: int, depth: int) -> RowTree:
         """One row with a root for every place, numbered like it, and the children drawn at each; they follow in order."""
-        places = len(self.tokens)
-        coins = Coins(0, 1, places * (1 + width))
-        logits = self.draft[depth] if self.draft.dim() == 3 else self.draft
-        drawn = draw(logits[None], width, law, self.sampling, coins, places)
-        parents = torch.cat([torch.full((places,), -1), torch.arange(places).repeat_interleave(width)])
-        leaves = torch.zeros_like(drawn.tokens, dtype=torch.uint8)
-        if drawn.exists is not None:
-            leaves.masked_fill_(~drawn.exists, Law.PADDING)
-        tokens = torch.cat([drawn.tokens.new_zeros(1, places), drawn.tokens], 1)
-        topology, laws = Topology(parents[None], 1, width), torch.cat([drawn.laws, leaves], 1)
-        return DraftTree(tokens, topology, laws, drawn.draft_probs).row(0)
+        key = law, width, depth
+        if key not in self._known:
+            places = len(self.tokens)
+            coins = Coins(0, 1, places * (1 + width))
+            logits = self.draft[depth] if self.draft.dim() == 3 else self.draft
+            drawn = draw(logits[None], width, law, self.sampling, coins, places)
+            parents = torch.cat([torch.full((places,), -1), torch.arange(places).repeat_interleave(width)])
+            leaves = torch.zeros_like(drawn.tokens, dtype=torch.uint8)
+            if drawn.exists is not None:
+                leaves.masked_fill_(~drawn.exists, Law.PADDING)
+            tokens = torch.cat([drawn.tokens.new_zeros(1, places), drawn.tokens], 1)
+            topology, laws = Topology(parents[None], 1, width), torch.cat([drawn.laws, leaves], 1)
+            self._known[key] = DraftTree(tokens, topology, laws, drawn.draft_probs).row(0)
+        return self._known[key]
 
 
 def acceptance_length(texts: Sequence[Text], tree: Static | Widths, rule: Rule = SiblingRejection()) -> float:

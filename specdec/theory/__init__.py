@@ -9,6 +9,7 @@ from specdec.theory.optima import chain_optimum
 from specdec.theory.shapes import (
     best_chain_length,
     best_tree,
+    best_trees,
     chain_speed_ups,
     expected_length,
     longest_tree,
@@ -19,6 +20,7 @@ __all__ = [
     "Costs",
     "best_chain_length",
     "best_tree",
+    "best_trees",
     "chain_optimum",
     "chain_speed_ups",
     "expected_length",

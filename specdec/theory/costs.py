@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.checks import as_float, as_int, as_ints, as_parents, as_tuple, check_callable, check_kind, put
-from specdec.clock import finish
+from specdec.clock import finish, host_seconds
 from specdec.models.causal_lm import CausalLM
 from specdec.tree import chain
 
@@ -118,15 +117,15 @@ def _forward(model: PreTrainedModel, most: int, context: int, batch: int) -> Cal
     tokens = torch.arange(context + most, device=lm.device).remainder(lm.vocab).expand(batch, -1)
     with torch.inference_mode():
         cached = lm.start(batch, context + most, most)
-        cached.read(tokens, dict.fromkeys(range(batch), context))
+        cached.read_anew(tokens, dict.fromkeys(range(batch), context))
 
     def forward(nodes: int) -> float:
         with torch.inference_mode():
             finish(lm.device)
-            began = time.perf_counter()
+            began = host_seconds()
             cached.forward(tokens[:, :nodes], chain(batch, nodes, lm.device), context)
             finish(lm.device)
-            return time.perf_counter() - began
+            return host_seconds() - began
 
     return forward
 

@@ -60,10 +60,24 @@ def best_tree(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 
         acceptance: [depth][slot], as from `positional_acceptance`. Deeper or wider trees are not considered.
         nodes: most nodes, the root included.
     """
+    return best_trees(acceptance, costs, nodes)[0]
+
+
+def best_trees(acceptance: Sequence[Sequence[float]], costs: Costs, nodes: int = 32) -> list[list[int]]:
+    """For every number of nodes, the root alone included, the parents of the fastest tree: the fastest of all first.
+
+    Arguments as for `best_tree`, which returns the first of them.
+    """
     acceptance, nodes = _levels(acceptance), as_int("nodes", nodes, 1)
     depths = range(len(acceptance) + 1)
-    trees = [[-1], *(tree for depth in depths for tree in _longest(acceptance[:depth], nodes))]
-    return max(trees, key=lambda tree: predicted_speed_up(expected_length(tree, acceptance), tree, costs))
+    speed = {
+        tuple(tree): predicted_speed_up(expected_length(tree, acceptance), tree, costs)
+        for depth in depths
+        for tree in [[-1], *_longest(acceptance[:depth], nodes)]
+    }
+    ordered = sorted(speed, key=speed.__getitem__, reverse=True)
+    first = {len(tree): tree for tree in reversed(ordered)}  # the fastest of each size
+    return [[*tree] for tree in ordered if first[len(tree)] == tree]
 
 
 def longest_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> list[int]:

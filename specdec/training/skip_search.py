@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.checks import as_float, as_int, as_ints, as_seed, check_kind
+from specdec.checks import as_int, as_ints, as_seed, check_kind
 from specdec.drafters.layer_skip import layers_of, skippable
 from specdec.models.causal_lm import CausalLM
 from specdec.models.routing import passing_through
@@ -56,7 +56,7 @@ class Rehearsal:
         self._longest = int(lengths.max()) - depth - 1  # tokens before a root
         with torch.inference_mode():
             self._cached = lm.start(len(tokens), tokens.shape[1], depth)
-            self._cached.read(tokens, dict(enumerate((lengths - depth - 1).tolist())))
+            self._cached.read_anew(tokens, dict(enumerate((lengths - depth - 1).tolist())))
         self._target = self._laws(frozenset())
 
     def reach(self, skip: Skip) -> list[float]:
@@ -91,18 +91,6 @@ class LayerCosts:
     def draft(self, layers: int) -> float:
         """Seconds of drafting one token with so many layers."""
         return self.outside + layers * self.layer
-
-    def least_skipped(self, budget: float, layers: int, most: int) -> int:
-        """How many of the target's `layers`, at most `most`, to leave out so that a token costs `budget` target passes."""
-        budget = as_float("budget", budget, "(0, inf)")
-        for count in range(1, as_int("most", most, 1) + 1):
-            if self.draft(layers - count) <= budget * self.verify(1):
-                return count
-        least = self.draft(layers - most) / self.verify(1)
-        raise ValueError(
-            f"budget={budget}: with {most} of {layers} layers left out, which is the most allowed, drafting a token costs "
-            f"{least:.2f} of a pass of the target; raise the budget."
-        )
 
 
 def measure_layer_costs(model: PreTrainedModel, nodes: int, context: int, repeats: int = 15) -> LayerCosts:

@@ -1,9 +1,9 @@
 """Trees of one fixed shape, chosen beforehand from measured acceptance (Medusa, arXiv:2401.10774; Sequoia, arXiv:2402.12374).
 
-`specdec.theory.best_tree` finds the shape from measured acceptance rates and times; `experiments/calibrate_tree.py` measures
-them for a pair of models. With children drawn without replacement this is Sequoia: its tree program, its sampling (algorithm 1)
-and its verification (algorithm 2, `SiblingRejection`). Deviations: acceptance is known by depth where the paper has one vector,
-and times are measured where it has one hardware curve.
+`specdec.theory.best_tree` finds the shape from measured acceptance rates and times; `specdec.tune` measures them for a target
+and its drafters, and looks at the best shapes more closely. With children drawn without replacement this is Sequoia: its tree
+program, its sampling (algorithm 1) and its verification (algorithm 2, `SiblingRejection`). Deviations: acceptance is known by
+depth where the paper has one vector, and times are measured where it has one hardware curve.
 """
 
 from __future__ import annotations

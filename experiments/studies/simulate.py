@@ -1,10 +1,11 @@
 """What runs of other trees and rules would give, from recorded texts and measured times; and what they do give.
 
-    python experiments/simulate.py sampling=temperature task.per_task=2 new_tokens=48
+    python -m experiments.studies.simulate sampling=temperature task.per_task=2 new_tokens=48
 
 Takes the settings of `experiments/benchmark.py`, of which it does not use `methods` and `rule`. The target writes a few texts
 alone, and `specdec.prediction` says where the steps of any tree and rule would begin in them; what a step costs is measured on
-other trees. All settings are simulated from these, and then decoded and timed on the same prompts: none was run before.
+other trees. All settings are simulated from these, and then decoded and timed on the same prompts: none was run before. To find
+the best of all settings, use `specdec.tune`; this says how far what is foretold is off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from experiments.bench import calls
 
 # Before the imports below, which take seconds: a mistake in the command is told at once.
 if __name__ == "__main__":
-    calls.script("simulate", "benchmark")
+    calls.script("studies.simulate", "benchmark")
 
 import time
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ HEADER = ["tree", "rule", "nodes", "acceptance length: simulated", "measured", "
 
 
 def main(config: DictConfig) -> None:
-    setting = begin("experiments/simulate.py", config)
+    setting = begin("experiments/studies/simulate.py", config)
     models, ids = setting.models, setting.prompts
     target, draft = models.target, setting.draft
     settings = {"sampling": setting.sampling, "max_new_tokens": config.new_tokens}
@@ -124,7 +125,7 @@ def simulate(
     """Acceptance length and speed-up of every run, as `figures` defines them: pooled; the median over prompts."""
     count = TEXTS if settings["sampling"].temperature > 0 else 1
     recorded = [
-        texts(target, partial(ModelDrafter, draft), prompt, count, seed=SEED, **settings)
+        texts(target, ModelDrafter(draft), prompt, count, seed=SEED, **settings)
         for prompt in tqdm(prompts, desc="recording", leave=False)
     ]
     tokens = np.array([[len(text.tokens) for text in own] for own in recorded]).T  # [text, prompt]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from specdec.clock import finish, host_seconds
 
 
 def ways(tensors: Sequence[Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
@@ -29,8 +30,9 @@ def least(tensors: Sequence[Tensor], repeats: int = 21) -> dict[str, Any]:
     times = {}
     for way, run in ways(tensors).items():
         for _ in range(repeats):
-            began = time.perf_counter()
+            began = host_seconds()
             run()
-            times[way] = min(times.get(way, math.inf), 1e3 * (time.perf_counter() - began))
+            finish(tensors[0].device)
+            times[way] = min(times.get(way, math.inf), 1e3 * (host_seconds() - began))
     fastest = min(times, key=lambda way: times[way])
     return {"milliseconds": times[fastest], "way": fastest}

@@ -1,10 +1,10 @@
 """Times on the CPU of what is our own in a step: sampling laws, rules, products and attention of compiled forward passes, and
 nodes of a tree in models with recurrent state.
 
-    python experiments/hot_paths.py --rounds 15 --output experiments/results/hot_paths_cpu.json
+    python -m experiments.studies.hot_paths --rounds 15 --output experiments/results/hot_paths_cpu.json
 
 Laws are compared with transformers' warpers, rules with token-level rejection of the same trees, products with reading the
-matrices, attention with reading keys and values, each round in the fastest of the ways of `experiments/bench/reading.py`, and
+matrices, attention with reading keys and values, each round in the fastest of the ways of `specdec.tuning.reading`, and
 nodes of recurrences with one token through transformers.
 Everything is run once per round; figures are medians over the rounds, ratios are taken within a round.
 """
@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from experiments.bench import reading, recurrent
+from experiments.bench import recurrent
 from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
 from specdec import Coins, DraftTree, Law, Sampling, rules
@@ -36,6 +36,7 @@ from specdec.target_law import LogitsLaw
 from specdec.tree import chain
 from specdec.trees import Chain, TreePolicy, Widths
 from specdec.trees.base import grow_tree
+from specdec.tuning import reading
 from specdec_kernels import attention, linear
 from specdec_kernels.reference.tree_attention import pack
 
@@ -193,7 +194,7 @@ def main() -> None:
         title = f"{shape}, batch {batch}, vocabulary {vocab:,}"
         jobs[title] = (partial(decisions, batch, vocab, tree), "SiblingRejection")
     jobs = {title: job for title, job in jobs.items() if options.only in title}
-    source, found = provenance("experiments/hot_paths.py", [], vars(options), "cpu"), {}
+    source, found = provenance("experiments/studies/hot_paths.py", [], vars(options), "cpu"), {}
     for title, (make, base) in tqdm(jobs.items(), leave=False):
         found[title] = measure(make(), options.rounds, base)
         tqdm.write(table(title, found[title]))

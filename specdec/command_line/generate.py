@@ -1,0 +1,74 @@
+"""Write texts for prompts, with drafts or without: with a lossless rule they have the target's law in any case.
+
+Without --plan, the first --draft or --heads drafts, or what --drafter names: ngram or suffix (from the text itself).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from specdec.command_line import options
+from specdec.drafters import Drafter, NgramDrafter, SuffixDrafter
+from specdec.generate import Generation, generate
+from specdec.rules import Rule, SiblingRejection
+from specdec.tuning.files import drafter_of, rule_of
+from specdec.tuning.offers import as_drafter
+
+_FROM_TEXT = {"ngram": NgramDrafter, "suffix": SuffixDrafter}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add_models(parser)
+    options.add_prompts(parser)
+    options.add_decoding(parser, new_tokens=128)
+    group = parser.add_argument_group("drafting")
+    group.add_argument(
+        "--plan", metavar="FILE", help="a plan that `tune --save FILE` wrote; give the same --draft and --heads"
+    )
+    group.add_argument("--drafter", choices=[*_FROM_TEXT, "none"], help="draft from the text, or not at all")
+    parser.add_argument("--seed", type=int, default=0, help="decides what is sampled (default: 0)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the texts here, one JSON object a line; else they are shown"
+    )
+
+
+def run(asked: argparse.Namespace) -> None:
+    given = options.prompts(asked)
+    target, tokenizer = options.models(asked)
+    drafter, rule = _drafting(asked, target)
+    out = generate(
+        target, given, drafter, rule=rule, sampling=options.sampling(asked), max_new_tokens=asked.new_tokens,
+        tokenizer=tokenizer, seed=asked.seed, batch_size=asked.batch, engine=asked.engine, progress=bool(asked.output),
+    )  # fmt: skip
+    _write(out, asked.output)
+    figures = out.summary()
+    print(
+        f"{figures['tokens']} tokens, {figures['tokens_per_second']:.0f} a second, {figures['acceptance_length']:.2f} a step"
+        f"{'' if drafter is None else f', drafted by {drafter}'}"
+    )
+
+
+def _drafting(asked: argparse.Namespace, target: Any) -> tuple[Drafter | None, Rule]:
+    """The drafter and the rule that are asked for."""
+    if asked.plan and asked.drafter:
+        raise ValueError(f"--plan and --drafter {asked.drafter}: both say who drafts; leave one out.")
+    if asked.plan:
+        return drafter_of(asked.plan, target, options.drafters(asked)), rule_of(asked.plan)
+    if asked.drafter == "none":
+        return None, SiblingRejection()
+    if asked.drafter:
+        return _FROM_TEXT[asked.drafter](), SiblingRejection()
+    first = next(iter(options.drafters(asked).items()), None)
+    return (None if first is None else as_drafter(*first)), SiblingRejection()
+
+
+def _write(out: Generation, path: str | None) -> None:
+    texts = out.text or []
+    if path is None:
+        print("\n\n".join(texts), end="\n\n")
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        rows = ({"text": text, "tokens": tokens.tolist()} for text, tokens in zip(texts, out.tokens, strict=True))
+        file.writelines(json.dumps(row) + "\n" for row in rows)

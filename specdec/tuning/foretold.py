@@ -1,0 +1,141 @@
+"""Acceptance and speed-up of what was not run, from texts that the target wrote and the prices of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from specdec.drafters import Drafter, NgramDrafter, Paused, SuffixDrafter, TreeDrafter
+from specdec.prediction import Text, replay
+from specdec.rules import Rule
+from specdec.sampling import Sampling
+from specdec.theory import CostCurve
+from specdec.trace import Trace
+from specdec.trees import Static, Widths
+from specdec.tuning.estimate import Estimate, redrawn
+from specdec.tuning.measuring import SIZES
+from specdec.tuning.prices import Prices, work
+
+FOLLOWS = (NgramDrafter, SuffixDrafter)  # drafters that follow from the text alone
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A drafter with its tree, and a rule.
+
+    Args:
+        name: of the drafter.
+        drafter: it.
+        rule: the rule.
+        parents: of its tree; None if its trees have no fixed shape.
+    """
+
+    name: str
+    drafter: Drafter
+    rule: Rule
+    parents: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What is foretold of a candidate.
+
+    Args:
+        acceptance: tokens of a row per step.
+        draft, verify, other: the parts of a step, in steps without a draft.
+        speedup: over decoding without a draft.
+    """
+
+    acceptance: Estimate
+    draft: float
+    verify: float
+    other: float
+    speedup: Estimate
+
+    @property
+    def step(self) -> float:
+        """A step, in steps without a draft."""
+        return self.draft + self.verify + self.other
+
+
+def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Prices) -> Foretold:
+    """What is foretold of trees of a fixed shape, exactly but for chance in the texts and the times.
+
+    Args:
+        texts: those of each prompt.
+    """
+    parents, rule = candidate.parents, type(candidate.rule).__name__
+    assert parents is not None and isinstance(candidate.drafter, TreeDrafter)
+    tree = candidate.drafter.tree
+    assert isinstance(tree, (Static, Widths))
+    tokens = np.array([sum(len(text.tokens) for text in own) for own in texts], float)
+    steps = np.array([sum(text.starts(tree, candidate.rule).sum() for text in own) for own in texts])
+    nodes = len(parents)
+    parts = [
+        prices.draft(candidate.name, work(parents)),
+        prices.verify(nodes),
+        prices.other(candidate.name, rule, nodes),
+    ]
+    return _foretold(tokens, steps, parts, prices)
+
+
+def of_replays(traces: Sequence[Trace], prices: Prices, padded: int | None = None) -> Foretold:
+    """What is foretold of drafts that follow from the text.
+
+    Args:
+        traces: replays, one for each group of texts that step together.
+        prices: of steps.
+        padded: nodes of every tree where steps are captured, which all have one shape.
+    """
+    tokens = np.array([sum(map(sum, (step.emitted for step in trace.steps))) for trace in traces], float)
+    rows = np.array([sum(n > 0 for step in trace.steps for n in step.emitted) for trace in traces], float)
+    full = [[step for step in trace.steps if all(step.emitted)] or trace.steps for trace in traces]
+    nodes = [padded or step.nodes for steps in full for step in steps]
+    # each size as often as it occurs; what a step drafts is timed in the replay
+    sizes, counts = np.unique(nodes, return_counts=True)
+    share = counts / counts.sum()
+    verify = share @ np.array([prices.verify(size) for size in sizes.tolist()])
+    whole = share @ np.array([prices.plain_step(size) for size in sizes.tolist()])
+    drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / np.median(prices.alone)
+    return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices)
+
+
+def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray], prices: Prices) -> Foretold:
+    """From tokens and steps of each prompt, and the parts of a step [1 + DRAWS] each."""
+    drawn = redrawn(len(tokens), seed=1)
+    acceptance = tokens[drawn].sum(1) / steps[drawn].sum(1)
+    speed = acceptance * prices.undrafted / sum(parts)
+    known = min(len(tokens), prices.samples)
+    draft, verify, other = (float(part[0]) for part in parts)
+    told = Estimate.of_draws(speed, known)
+    return Foretold(Estimate.of_draws(acceptance, len(tokens)), draft, verify, other, told)
+
+
+def replayed(
+    candidate: Candidate,
+    groups: Sequence[tuple[list[Tensor], list[Tensor]]],
+    vocab: int,
+    sampling: Sampling,
+    prices: Prices,
+    padded: int | None = None,
+) -> list[Trace]:
+    """The steps of a drafter without the target. A pause is decided by the prices, as there is no target to be timed.
+
+    Args:
+        groups: prompts and new tokens of the texts that step together.
+        padded: as for `of_replays`.
+    """
+    drafter = candidate.drafter
+    if isinstance(drafter, Paused) and drafter.seconds is None:
+        sizes = sorted({*SIZES, drafter.spec(sampling).nodes})
+        curve = CostCurve(sizes, [float(prices.plain_step(padded or size)[0]) for size in sizes])
+        drafter = Paused(drafter.drafter, drafter.patience, drafter.share, curve)
+    return [replay(prompts, written, drafter, vocab, sampling) for prompts, written in groups]
+
+
+def can_be_replayed(drafter: Drafter) -> bool:
+    """Whether its drafts, and what they take, follow from the text and the price of plain steps."""
+    return isinstance(drafter.drafter if isinstance(drafter, Paused) else drafter, FOLLOWS)

@@ -1,0 +1,46 @@
+"""Trees that may be fast, from the chance that a child of each depth and place is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from specdec.laws import Law
+from specdec.prediction import Text
+from specdec.theory import Costs, best_trees
+
+NODES = 32  # most of a tree
+_WIDTH = 4  # most children of a node
+_TREES = 8  # trees of so many sizes are looked at more closely
+
+
+def positional(texts: Sequence[Text], depth: int, law: Law) -> list[list[float]]:
+    """[depth][slot]: how often sibling rejection accepts the slot-th child, where all before it on the path were accepted."""
+    width = min(_WIDTH, texts[0].target.shape[1])
+    hits, tried = np.zeros((depth, width)), np.zeros(depth)
+    for text in texts:
+        for start in range(len(text.tokens)):
+            reached = 1.0
+            for below, place in enumerate(range(start, min(start + depth, len(text.tokens)))):
+                tried[below] += reached
+                chances = text.chances(place, law, width, below)
+                for slot, chance in chances:
+                    hits[below, slot] += reached * chance
+                reached *= sum(chance for _, chance in chances)
+                if not reached:
+                    break
+    known = int((tried > 0).sum())
+    return (hits[:known] / tried[:known, None]).clip(0, 1).tolist()
+
+
+def proposed(acceptance: Sequence[Sequence[float]], costs: Costs) -> list[tuple[int, ...]]:
+    """The parents of trees to be looked at more closely, the most promising first, each with a draft.
+
+    Args:
+        acceptance: [depth][slot], as from `positional`.
+    """
+    first, *trees = [tuple(tree) for tree in best_trees(acceptance, costs, NODES) if len(tree) > 1][:_TREES]
+    single = [[min(sum(slots), 1.0)] for slots in acceptance]
+    chains = [tuple(tree) for tree in best_trees(single, costs, len(acceptance) + 1) if len(tree) > 1]
+    return [*dict.fromkeys([first, *chains, *trees])]

@@ -1,0 +1,242 @@
+"""Which drafter, tree and rule are fastest for a target, prompts and a machine: measure, foretell, search, check, explain."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.arguments import as_engine, as_request
+from specdec.checks import as_float, as_int, check_flag
+from specdec.clock import told_by
+from specdec.engines.base import Engine
+from specdec.models.target import Target
+from specdec.prompts import Prompts
+from specdec.sampling import Sampling
+from specdec.trace.bill import CostlyDraftsWarning
+from specdec.tuning import layers, roofline
+from specdec.tuning.budget import Budget
+from specdec.tuning.checking import Check
+from specdec.tuning.findings import Findings
+from specdec.tuning.measuring import Conditions, measured, probes
+from specdec.tuning.offers import OWN, Offer, fitting, given, own
+from specdec.tuning.plan import Plan
+from specdec.tuning.search import finalists, foretold
+from specdec.tuning.search import measured as with_measured
+from specdec.tuning.writing import written
+
+# the share of all the time at which each part ends
+_WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
+_CHECKS = 3  # candidates that are decoded
+
+
+def tune(
+    target: PreTrainedModel | Target,
+    prompts: Prompts,
+    drafters: Any = None,
+    *,
+    own: Sequence[str] = OWN,
+    sampling: Sampling = Sampling(),
+    tokenizer: Any = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 1,
+    engine: Engine | str = "eager",
+    seconds: float = 60,
+    progress: bool = True,
+) -> Plan:
+    """Find out which drafter, tree and rule are fastest for this target, prompts like these and this machine.
+
+    >>> plan = specdec.tune(target, prompts, {"draft": draft}, sampling=Sampling(1.0), tokenizer=tokenizer)
+    >>> print(plan.table())
+    >>> specdec.generate(target, prompts, plan.drafter, rule=plan.rule, tokenizer=tokenizer)
+
+    The target writes a text for each prompt. Steps are timed, of trees of some sizes and of each drafter, beside steps without
+    a draft. From the texts and the times, acceptance and speed-up of every drafter, tree and rule follow: exactly for drafters
+    that grow trees of fixed shapes, by replaying the texts for those that follow from a text (`specdec.prediction`). Shapes are
+    sought by their measured price. The best three are decoded, in turns with decoding without a draft.
+
+    Times are of the thread's processor where a CPU computes with one thread, which other processes do not change, and otherwise
+    of the clock. Speed-ups are of decoding with all rows at work, reading of prompts left out.
+
+    Args:
+        target: as for `generate`.
+        prompts: as for `generate`: some that are like those to come. Those that cannot be decoded are left out, and noted.
+        drafters: drafters, draft models or Medusa heads to be compared: one, several, or several by name. Trees are chosen for
+            those that grow trees. Ones that do not fit the target are left out, and the plan says why.
+        own: what is compared of the target's own: "ngram", "suffix" (from the text, each also `Paused`), "layers" (drafting
+            without some of its layers, which are sought), "mtp" (the layer in its repository).
+        sampling: how tokens are chosen.
+        tokenizer: as for `generate`.
+        max_new_tokens: of each text.
+        batch_size: rows that are at work together.
+        engine: as for `generate`.
+        seconds: how long it may take. What was not reached is said in the plan. Ctrl-C ends it with the plan so far.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: bad input, or no prompt that can be decoded.
+    """
+    check_flag("progress", progress)
+    as_float("seconds", seconds, "(0, inf)")
+    batch = as_int("batch_size", batch_size, 1)
+    asked = {
+        "sampling": sampling,
+        "max_new_tokens": as_int("max_new_tokens", max_new_tokens, 8),
+        "tokenizer": tokenizer,
+    }
+    request = as_request(target, prompts, on_error="skip", **asked)
+    if not request.texts:
+        raise ValueError(f"No prompt can be decoded: {next(iter(request.skipped.values()))}")
+    made = as_engine(engine)
+    conditions = Conditions(
+        target=request.target,
+        sampling=request.sampling,
+        batch=batch,
+        engine=(lambda: made) if isinstance(engine, Engine) else (lambda: as_engine(engine)),
+        options={"max_new_tokens": max_new_tokens, "tokenizer": tokenizer},
+    )
+    ids = [torch.from_numpy(text.tokens) for text in request.texts]
+    found = Findings(ids, conditions, given(drafters), notes=_left_out(request.skipped))
+    with Budget(seconds, progress) as budget, steadily(request.target.device):
+        try:
+            _search(found, tuple(own), budget)
+        except KeyboardInterrupt:
+            found.notes.append(
+                f"It was interrupted after {budget.spent:.0f} of {seconds:.0f} s: this is the plan so far."
+            )
+    return found.plan()
+
+
+def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
+    """All parts, one after the other, each as long as its share of the time."""
+    conditions = found.conditions
+    ours, refused = own(conditions.target, names)
+    found.refused.update(refused)
+    found.offers, refused = fitting(
+        conditions.target, [*found.offers, *ours], max(found.prompts, key=len), _options(conditions)
+    )
+    found.refused.update(refused)
+    found.written = written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
+    if not found.written:
+        found.notes.append("The target ends every text with its first tokens: nothing is to be gained.")
+        return
+    if "layers" in names and conditions.target.model is not None:
+        _search_layers(found, conditions.target.model, budget)
+    _measure(found, budget)
+    _foretell(found, budget)
+    _check(found, budget)
+
+
+def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> None:
+    texts = [(found.prompts[text.prompt], text.new) for text in found.written if text.sample == 0]
+    every_second = texts[::2]  # what is chosen of many is not to be judged by the texts that it was chosen by alone
+    over = budget.until(_LAYERS)
+    if over():
+        found.refused["layers"] = "there was no time to seek layers to leave out; give more seconds."
+        return
+    try:
+        trial, count = layers.found(model, every_second, found.conditions.sampling, over, budget.say)
+    except ValueError as error:
+        found.refused["layers"] = str(error)
+        return
+    found.offers.append(Offer("layers", layers.drafter(trial)))
+    found.notes.append(
+        f"Layers left out: {sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}."
+    )
+
+
+def _measure(found: Findings, budget: Budget) -> None:
+    if found.conditions.target.model is not None:
+        found.machine = roofline.machine(found.conditions.target.model)
+    made = probes(found.offers, found.conditions)
+    found.prices = measured(
+        made, groups(found.prompts, found.conditions.batch), found.conditions, budget.until(_MEASURED), budget.say
+    )
+    if found.prices.plain:
+        found.noise = found.prices.noise
+
+
+def _foretell(found: Findings, budget: Budget) -> None:
+    """Tree by tree, of all drafters in turn; of each at least the first."""
+    prices, over = found.prices, budget.until(_FORETOLD)
+    if prices is None or not prices.plain:
+        found.notes.append("Time ended before steps were timed: give more seconds.")
+        return
+    searches = {
+        offer.name: foretold(offer, found.prompts, found.written, found.conditions, prices) for offer in found.offers
+    }
+    first = True
+    while searches and (first or not over()):
+        for name in list(searches):
+            budget.say(f"foretelling {name}")
+            if (row := next(searches[name], None)) is None:
+                del searches[name]
+            else:
+                found.rows.append(row)
+            if not first and over():
+                break
+        first = False
+    if searches:
+        names = ", ".join(searches)
+        found.notes.append(f"Time ended before all trees were foretold of {names}: others may be better.")
+
+
+def _check(found: Findings, budget: Budget) -> None:
+    """Decode the best, as many as there is time for."""
+    over, prices = budget.until(_CHECKED), found.prices
+    if not found.rows or prices is None:
+        return
+    once = float(torch.tensor(prices.alone).median()) * found.conditions.options["max_new_tokens"]
+    fits = int((budget.seconds - budget.spent) / max(once, 1e-9)) - 2
+    best = finalists(found.rows, _CHECKS)
+    rows = best[: max(fits, 1)]
+    if len(rows) < len(best):
+        found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
+    check = Check([row.candidate for row in rows], found.conditions)
+    try:
+        check.run(list(islice(groups(found.prompts, found.conditions.batch), _groups(found))), over, budget.say)
+    finally:
+        if check.rounds:
+            found.noise = check.noise
+        else:
+            found.notes.append("There was no time to decode with the best: speed-ups are foretold, not measured.")
+        for row, estimate in zip(rows, check.speedups(), strict=False):
+            found.rows[found.rows.index(row)] = with_measured(row, estimate)
+
+
+def groups(prompts: Sequence[Tensor], batch: int) -> Iterator[list[Tensor]]:
+    """Groups of so many prompts, again and again all of them in turn."""
+    again = cycle(prompts)
+    while True:
+        yield list(islice(again, batch))
+
+
+def _groups(found: Findings) -> int:
+    """Groups that hold every prompt once."""
+    return -(-len(found.prompts) // found.conditions.batch)
+
+
+def _options(conditions: Conditions) -> dict[str, Any]:
+    return {**conditions.options, "sampling": conditions.sampling, "engine": conditions.engine()}
+
+
+def _left_out(skipped: Mapping[int, str]) -> list[str]:
+    return [f"Left out: {message}" for message in skipped.values()]
+
+
+@contextmanager
+def steadily(device: torch.device) -> Iterator[None]:
+    """Inside, one CPU thread is timed by what it computes, and nobody is warned of drafts that cost more than they give."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock: Callable[[], float] = time.thread_time
+    with told_by(clock) if alone else nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CostlyDraftsWarning)
+        warnings.filterwarnings("ignore", "engine: the stage")
+        yield

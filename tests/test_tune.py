@@ -1,0 +1,104 @@
+"""The whole search, on a clock that ticks: every step takes the same time, so that accepted drafts are all that counts."""
+
+from itertools import count
+
+import pytest
+import torch
+from tiny_models import llama
+
+import specdec
+from specdec import Sampling, generate
+from specdec.clock import told_by
+from specdec.drafters import Fallback, ModelDrafter, NgramDrafter, Paused
+from specdec.tuning import shapes
+from specdec.tuning import tune as tuning
+from specdec.tuning.budget import Budget
+
+torch.set_num_threads(1)
+tune_module = __import__("sys").modules["specdec.tuning.tune"]
+PROMPTS = [torch.tensor([3, 4, 3, 4, 3]), torch.tensor([7, 8, 9, 7, 8, 9])]
+OPTIONS = {"max_new_tokens": 12, "seconds": 150, "progress": False}
+TARGET = llama(0, eos_token_id=None)
+
+
+@pytest.fixture(autouse=True)
+def ticking(monkeypatch):
+    """A budget of so many looks at it, and steps whose parts take a tick each."""
+    looks, ticks = count(), count()
+    monkeypatch.setattr(
+        tune_module, "Budget", lambda seconds, shown: Budget(seconds, shown, lambda: float(next(looks)))
+    )
+    monkeypatch.setattr(tune_module, "steadily", lambda device: told_by(lambda: float(next(ticks))))
+    monkeypatch.setattr(shapes, "NODES", 10)  # small trees are soon foretold
+    monkeypatch.setattr(tune_module.roofline, "machine", lambda model: tune_module.roofline.Machine(1e9, 1e9))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_a_draft_that_is_the_target_is_chosen_and_its_longest_trees_are_the_best(sampling):
+    plan = specdec.tune(TARGET, PROMPTS, {"twin": TARGET, "other": llama(1)}, own=(), sampling=sampling, **OPTIONS)
+    assert plan.name == "twin" and plan.verdict == "pays" and plan.speedup.measured.value > 2
+    assert plan.rows[0].foretold.acceptance.value > 3
+    told = plan.speedup
+    assert told.predicted.value == pytest.approx(told.measured.value, rel=0.15)
+    assert {row.candidate.name for row in plan.rows} == {"twin", "other"}
+    out = generate(TARGET, PROMPTS, plan.drafter, rule=plan.rule, sampling=sampling, max_new_tokens=12)
+    assert len(out.tokens[0]) == 12
+    assert plan.roofline.parts()["drafting"] > 0 and sum(plan.roofline.parts().values()) == pytest.approx(1)
+
+
+def test_what_the_target_offers_is_compared_and_what_it_lacks_is_said():
+    plan = specdec.tune(llama(0, eos_token_id=None, num_hidden_layers=3), PROMPTS, **OPTIONS)
+    assert {row.candidate.name for row in plan.rows} == {"ngram", "suffix", "layers"}
+    assert any(isinstance(row.candidate.drafter, Paused) for row in plan.rows)
+    assert "mtp was not compared" in plan.table() and any("Layers left out" in note for note in plan.notes)
+
+
+def test_drafters_that_do_not_fit_are_left_out_with_the_reason():
+    plan = specdec.tune(TARGET, PROMPTS, {"small": llama(1, vocab_size=40), "fits": TARGET}, own=(), **OPTIONS)
+    assert "vocabulary has 40 tokens" in plan.refused["small"] and plan.name == "fits"
+
+
+def test_drafters_that_cannot_be_foretold_are_decoded():
+    drafters = {"both": Fallback(NgramDrafter(), ModelDrafter(TARGET))}
+    plan = specdec.tune(TARGET, PROMPTS, drafters, own=(), **OPTIONS)
+    [row] = plan.rows
+    assert row.foretold is None and row.speedup.predicted is None and row.speedup.measured.value > 2
+    assert plan.drafter is drafters["both"]
+
+
+def test_a_batch_is_foretold_and_decoded_as_a_batch():
+    plan = specdec.tune(TARGET, PROMPTS[:1], {"twin": TARGET}, own=("ngram",), batch_size=3, **OPTIONS)
+    assert plan.conditions["batch"] == 3 and plan.name == "twin"
+
+
+def test_too_little_time_is_said():
+    plan = specdec.tune(TARGET, PROMPTS, {"twin": TARGET}, own=(), **{**OPTIONS, "seconds": 3})
+    assert plan.verdict == "cannot tell" or "no time to decode" in " ".join(plan.notes)
+    assert any("time" in note.lower() for note in plan.notes)
+
+
+@pytest.mark.parametrize("part, rows", [("_measure", 0), ("_check", 8)])
+def test_an_interrupt_leaves_the_plan_so_far(part, rows, monkeypatch):
+    def interrupted(found, budget):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_module, part, interrupted)
+    plan = specdec.tune(TARGET, PROMPTS, {"twin": TARGET}, own=(), **OPTIONS)
+    assert "interrupted" in " ".join(plan.notes) and len(plan.rows) >= rows
+    assert (plan.name == "twin") == (rows > 0)
+
+
+def test_prompts_that_cannot_be_decoded_are_left_out_and_noted():
+    target = llama(0, eos_token_id=None, max_position_embeddings=32)
+    plan = specdec.tune(target, [PROMPTS[0], torch.arange(3, 33)], {"twin": target}, own=(), **OPTIONS)
+    assert "prompt 1 has 30 tokens" in plan.notes[0] and plan.conditions["prompts"] == 1
+    with pytest.raises(ValueError, match="No prompt can be decoded: prompt 0 has 30 tokens"):
+        specdec.tune(target, [torch.arange(3, 33)], own=(), **OPTIONS)
+    with pytest.raises(ValueError, match="prompts is an empty list"):
+        specdec.tune(target, [], own=(), **OPTIONS)
+
+
+def test_what_is_not_there_is_refused_with_what_is():
+    with pytest.raises(ValueError, match="there is no 'medusa'; choose from ngram, suffix, layers, mtp"):
+        specdec.tune(TARGET, PROMPTS, own=("medusa",), **OPTIONS)
+    assert tuning is specdec.tune

@@ -1,0 +1,314 @@
+"""Plans: what is foretold is what runs would give at these prices, and what is said of it follows from the numbers."""
+
+from itertools import count, islice
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import llama
+
+import specdec
+from specdec import Law, Sampling, generate
+from specdec.clock import Clock, told_by
+from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
+from specdec.engines.base import Engine
+from specdec.prediction import read_along
+from specdec.rules import BlockVerification, SiblingRejection, TraversalVerification
+from specdec.theory import predicted_speed_up
+from specdec.trace import Step, Trace
+from specdec.trees import Chain, Static, Widths
+from specdec.tuning import Estimate, Plan, Row, Speedup, layers
+from specdec.tuning.budget import Budget
+from specdec.tuning.checking import Check, over_all, speed
+from specdec.tuning.estimate import DRAWS
+from specdec.tuning.foretold import Candidate, Foretold, of_replays, of_tree, replayed
+from specdec.tuning.measuring import Conditions, Probe, measured, probes
+from specdec.tuning.offers import Offer, given
+from specdec.tuning.prices import Prices, Sample, Work, work
+from specdec.tuning.probes import InTurn, Stars
+from specdec.tuning.reasons import reason, verdict
+from specdec.tuning.search import finalists, suited, tree_of
+from specdec.tuning.shapes import positional, proposed
+from specdec.tuning.tune import groups
+
+torch.set_num_threads(1)
+EXACT = 1e-9  # sums of float64
+PROMPTS = [torch.tensor([3, 4, 3, 4, 3]), torch.tensor([7, 8, 9, 7, 8, 9])]
+SHAPES = [Widths((1, 1)), Widths((1,) * 5), Widths((3, 3)), Widths((3, 3, 2))]
+GREEDY = Sampling()
+
+
+def prices(once=0.02, level=0.3, asked=0.01, node=0.1, loop=0.02):
+    """Of a machine on which these are the costs, in steps without a draft, of which the loop is a tenth."""
+    plain = [Sample(n, 0.0, 0.9 + node * (n - 1), 0.1 + loop * (n - 1)) for n in (1, 2, 4, 8, 16, 32)] * 3
+    drafted = {}
+    for tree in SHAPES:
+        made, n = work(tree.parents), len(tree.parents)
+        one = Sample(n, once + level * made.levels + asked * made.asked, 0.9 + node * (n - 1), 0.1 + 2 * loop * (n - 1))
+        drafted["draft", "SiblingRejection", made] = [one] * 3
+    return Prices(plain, drafted, [0.5, 0.5])
+
+
+def conditions(target, sampling=GREEDY, batch=1):
+    return Conditions(specdec.ModelTarget(target), sampling, batch, Engine, {"max_new_tokens": 16})
+
+
+def test_lines_through_measured_steps_tell_the_price_of_other_trees():
+    parents = [-1, 0, 0, 1, 1, 3]  # 3 levels with children, of 1, 1 and 1 nodes
+    step = prices().step("draft", "SiblingRejection", parents)
+    whole = 0.02 + 0.3 * 3 + 0.01 * 3 + 0.9 + 0.1 * 5 + 0.1 + 0.04 * 5
+    assert work(parents) == Work(3, 3)
+    assert step == pytest.approx(np.full(1 + DRAWS, whole), rel=EXACT)
+    assert prices().costs("draft", "SiblingRejection", 32).step(parents) == pytest.approx(whole, rel=EXACT)
+
+
+def test_a_greedy_tree_is_foretold_as_its_run_at_these_prices():
+    target, draft = llama(0, eos_token_id=None), llama(0, eos_token_id=None)
+    with torch.no_grad():
+        draft.lm_head.weight.mul_(1 + 0.5 * torch.rand(draft.lm_head.weight.shape, generator=torch.manual_seed(0)))
+    tree, found = Static([-1, 0, 0, 1], Law.SAMPLED_THEN_TOP), prices()
+    drafter = ModelDrafter(draft, tree)
+    texts, traces = [], []
+    for prompt in PROMPTS:
+        new = generate(target, prompt, max_new_tokens=24).tokens[0]
+        texts.append([read_along(target, drafter, torch.cat([prompt, new]), len(prompt), GREEDY)])
+        traces.append(generate(target, prompt, drafter, max_new_tokens=24).trace)
+    told = of_tree(Candidate("draft", drafter, SiblingRejection(), tuple(tree.parents)), texts, found)
+    length = 48 / sum(len(trace.steps) for trace in traces)
+    assert told.acceptance.value == pytest.approx(length, rel=EXACT)
+    assert told.speedup.value == pytest.approx(length / float(found.step("draft", "SiblingRejection", tree.parents)[0]))
+    assert told.speedup.low < told.speedup.value < told.speedup.high
+
+
+@pytest.mark.parametrize("drafter", [SuffixDrafter(), Paused(SuffixDrafter())], ids=["suffix", "paused"])
+def test_drafts_from_the_text_are_foretold_by_their_replay(drafter):
+    target, found = llama(0, eos_token_id=None), prices()
+    written = generate(target, PROMPTS, max_new_tokens=48).tokens
+    pairs = [([prompt], [new]) for prompt, new in zip(PROMPTS, written, strict=True)]
+    traces = replayed(Candidate("suffix", drafter, SiblingRejection()), pairs, 97, GREEDY, found)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], found)
+    steps = [step for trace in traces for step in trace.steps]
+    took = np.mean([1 + 0.12 * (step.nodes - 1) for step in steps])
+    assert told.speedup.value == pytest.approx(96 / len(steps) / took, rel=EXACT)
+
+
+def test_captured_steps_cost_what_their_largest_tree_costs():
+    target, found, drafter = llama(0, eos_token_id=None), prices(), NgramDrafter()
+    written = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
+    traces = replayed(Candidate("ngram", drafter, SiblingRejection()), [([PROMPTS[0]], [written])], 97, GREEDY, found)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], found, padded=9)
+    assert told.speedup.value == pytest.approx(24 / len(traces[0].steps) / (1 + 0.12 * 8), rel=EXACT)
+
+
+def _undrafted(step):
+    return Step(step.nodes, step.held, step.emitted, step.accepted, step.tried, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_shapes_that_are_proposed_begin_with_the_fastest():
+    target, draft = llama(0, eos_token_id=None), llama(1)
+    new = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
+    text = read_along(target, ModelDrafter(draft), torch.cat([PROMPTS[0], new]), 5, GREEDY)
+    ranks = (text.draft.argsort(-1, descending=True) == new[:, None]).int().argmax(-1)
+    acceptance = positional([text], 3, Law.SAMPLED_THEN_TOP)
+    assert acceptance[0] == pytest.approx([float((ranks == slot).float().mean()) for slot in range(4)])
+    costs = prices(level=0.01, node=0.001, loop=0.001).costs("draft", "SiblingRejection", 32)
+    made = proposed([[0.5, 0.2, 0.1], [0.4, 0.1, 0.0]], costs)
+    assert made[0] == tuple(specdec.theory.best_tree([[0.5, 0.2, 0.1], [0.4, 0.1, 0.0]], costs))
+    assert (-1, 0) in made and (-1, 0, 1) in made and len(set(made)) == len(made)
+
+
+def test_rules_are_those_that_a_shape_is_for():
+    every = [SiblingRejection(), BlockVerification(), TraversalVerification()]
+    assert [type(rule) for rule in suited([-1, 0, 1], every)] == [SiblingRejection, BlockVerification]
+    assert [type(rule) for rule in suited([-1, 0, 0], every)] == [SiblingRejection, TraversalVerification]
+    assert tree_of((-1, 0, 1)) == Chain(2) and tree_of((-1, 0, 0)) == Static([-1, 0, 0], Law.SAMPLED_THEN_TOP)
+
+
+def test_probes_change_the_size_of_their_trees_from_step_to_step():
+    target = llama(0, eos_token_id=None)
+    out = generate(target, PROMPTS[0], Stars((1, 4, 2)), max_new_tokens=30)
+    assert [step.nodes for step in out.trace.steps[:6]] == [1, 4, 2, 1, 4, 2]
+    drafter = ModelDrafter(llama(1), InTurn([Chain(1), Widths((2, 2))]))
+    out = generate(target, PROMPTS[0], drafter, sampling=Sampling(1.0), max_new_tokens=30)
+    assert [step.nodes for step in out.trace.steps[:4]] == [2, 7, 2, 7]
+
+
+def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
+    """Each mark is a tick after the one before: drafting takes 2 of the 5 of a step, the pass 1, the loop 2."""
+    target, ticks = llama(0, eos_token_id=None), count()
+    held = conditions(target)
+    made = probes([Offer("draft", ModelDrafter(llama(1)))], held)
+    with told_by(lambda: float(next(ticks))):
+        found = measured(made, islice(groups(PROMPTS, 1), 2), held, lambda: False, lambda what: None)
+    assert found.alone == [5.0, 5.0] and found.knows("draft") and not found.knows("other")
+    assert {sample.nodes for sample in found.plain} == {1, 2, 4, 8, 16, 32}
+    assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
+
+
+def test_a_clock_can_be_told_by_another_function():
+    ticks = iter([1.0, 4.0, 5.0])
+    with told_by(lambda: next(ticks)):
+        clock = Clock(torch.device("cpu"))
+        clock.mark()
+        clock.mark()
+    assert clock.seconds() == [3.0, 1.0]
+    assert Clock(torch.device("cpu"))._marks[0] > 5
+
+
+def test_a_budget_ends_its_parts_by_their_shares():
+    now = [0.0]
+    with Budget(10, now=lambda: now[0]) as budget:
+        half, whole = budget.until(0.5), budget.until(1.0)
+        now[0] = 4.9
+        assert not half() and not whole()
+        now[0] = 5.0
+        assert half() and not whole() and budget.spent == 5.0
+        now[0] = 10.0
+        assert whole()
+
+
+def test_speed_is_of_steps_in_which_all_rows_were_at_work():
+    steps = [
+        Step(2, [0, 1], [2, 1], [1, 0], [1, 1], 9.0, 1.0, 1.0, 1.0),
+        Step(2, [0, 1], [1, 1], [0, 0], [1, 1], 0.0, 1.0, 2.0, 2.0),
+        Step(2, [0, 1], [1, 0], [0, 0], [1, 0], 0.0, 0.5, 0.5, 0.0),
+    ]
+    assert speed(Trace(steps=steps)) == pytest.approx(1.2 / 4)
+
+
+def test_measured_speedups_are_of_the_time_of_all_groups_together():
+    pairs = [[(2.0, 1.0), (2.0, 1.0)], [(6.0, 7.0), (6.0, 7.0)]]
+    assert over_all(pairs).value == 1.0
+    found = over_all([[(2.0, 1.0)] * 3] * 3)
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+    assert over_all([[(2.0, 1.0)]]).low is None
+
+
+def test_candidates_take_turns_with_decoding_alone_and_are_compared_with_it():
+    target, ticks = llama(0, eos_token_id=None), count()
+    check = Check([Candidate("draft", ModelDrafter(target, Chain(3)), SiblingRejection())], conditions(target))
+    left = iter([False] * 200)
+    with told_by(lambda: float(next(ticks))):
+        check.run([PROMPTS[:1]], lambda: next(left, True), lambda what: None)
+    assert check.rounds > 1
+    assert check.speedups()[0].value == pytest.approx(4.0)  # 16 tokens in 4 steps, each of the same ticks
+    assert check.noise.value == pytest.approx(1.0)
+
+
+def row(name="draft", predicted=None, measured=None, acceptance=2.0, draft=0.5, verify=1.2, other=0.1, batch_rule=None):
+    told = Foretold(Estimate(acceptance, acceptance, acceptance), draft, verify, other, predicted or Estimate(1.0))
+    return Row(Candidate(name, NgramDrafter(), SiblingRejection()), told, Speedup(predicted, measured))
+
+
+def test_verdicts_follow_from_intervals_and_noise():
+    noise = Estimate(1.0, 0.95, 1.06)
+    sure = {"pays": (1.2, 1.15, 1.25), "does not pay": (0.8, 0.78, 0.82), "cannot tell": (1.05, 0.9, 1.2)}
+    for told, numbers in sure.items():
+        assert verdict(row(measured=Estimate(*numbers)), noise) == told
+    assert verdict(row(measured=Estimate(1.03, 1.02, 1.04)), None) == "pays"
+    assert verdict(row(measured=Estimate(1.03, 1.02, 1.04)), noise) == "cannot tell"  # the machine's noise is as large
+    assert verdict(row(measured=Estimate(2.0)), noise) == "cannot tell"  # measured once
+
+
+def test_both_kinds_of_knowledge_count_by_how_sure_they_are():
+    both = Speedup(Estimate(1.0, 0.99, 1.01), Estimate(2.0, 1.0, 4.0)).estimate
+    assert both.value == pytest.approx(1.01, abs=0.01)
+    assert Speedup(None, Estimate(1.5)).estimate == Estimate(1.5)
+    assert Speedup(Estimate(1.2, 1.1, 1.3), Estimate(1.5)).estimate.value == pytest.approx(1.2)
+
+
+def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():
+    slow = row(predicted=Estimate(0.8, 0.7, 0.9), acceptance=1.5, draft=0.6, verify=1.2, other=0.1)
+    said = reason(slow, "does not pay", 1)
+    assert "drafting takes 0.60 of a step and must take less than 0.20 (3.0 times as fast)" in said
+    assert "1.90 tokens would be needed, 1.27 times as many" in said
+    large = row(predicted=Estimate(0.6, 0.5, 0.7), acceptance=1.5, draft=0.1, verify=2.2, other=0.2)
+    said = reason(large, "does not pay", 8)
+    assert "batch of 8 is too large: the target's pass over the drafts takes 2.20" in said and "less than 1.20" in said
+    unsure = reason(row(measured=Estimate(1.1, 0.9, 1.3)), "cannot tell", 1)
+    assert "2.0 times as narrow: about 4 times as many seconds" in unsure
+    assert "measured once only" in reason(row(measured=Estimate(1.1)), "cannot tell", 1)
+
+
+def test_finalists_are_the_best_and_what_only_decoding_can_tell():
+    rows = [row("draft", Estimate(x)) for x in (1.5, 1.4, 1.3)] + [row("suffix", Estimate(1.1))]
+    unknown = Row(Candidate("mine", NgramDrafter(), SiblingRejection()), None, Speedup())
+    chosen = finalists([unknown, *rows], 3)
+    assert [each.candidate.name for each in chosen] == ["draft", "draft", "suffix", "mine"]
+
+
+def test_drafters_are_named_and_made_of_models():
+    draft = llama(1)
+    assert [offer.name for offer in given([draft, NgramDrafter(), draft])] == ["draft 1", "your ngram", "draft 2"]
+    assert isinstance(given({"mine": draft})[0].drafter, ModelDrafter)
+    with pytest.raises(ValueError, match="drafters named ngram: the target's own are called so"):
+        given({"ngram": draft})
+    with pytest.raises(ValueError, match="the drafter 'mine' is a str; pass a drafter"):
+        given({"mine": "a name"})
+
+
+def test_layers_that_do_nothing_are_found_within_the_time():
+    target = llama(0, eos_token_id=None, num_hidden_layers=4)
+    for projection in (target.model.layers[2].self_attn.o_proj, target.model.layers[2].mlp.down_proj):
+        projection.weight.data.zero_()
+    written = generate(target, PROMPTS, max_new_tokens=24).tokens
+    costs = layers.LayerCosts(specdec.theory.CostCurve([1, 8], [4.5, 5.0]), outside=4.1, layer=0.1)
+    texts = list(zip(PROMPTS, written, strict=True))
+    trial, tried = layers.found(target, texts, GREEDY, lambda: False, lambda what: None, costs)
+    assert trial.skip == frozenset({2}) and trial.reach == pytest.approx([1.0] * layers.DEPTH) and tried > 4
+    assert layers.found(target, texts, GREEDY, lambda: True, lambda what: None, costs)[1] == 1
+    assert trial.speed_up == predicted_speed_up(1 + trial.length, range(-1, trial.length), costs.keeping(3))
+
+
+@pytest.mark.parametrize(
+    "name, drafter, drafters",
+    [
+        ("draft", ModelDrafter(llama(1), Chain(3)), {"draft": llama(1), "heads": None}),
+        ("draft", ModelDrafter(llama(1), Static([-1, 0, 0, 1], Law.SAMPLED_THEN_TOP)), {"draft": llama(1)}),
+        ("layers", LayerSkipDrafter(skip=[1], tree=Chain(2)), None),
+        ("suffix", Paused(SuffixDrafter()), None),
+        ("autoregressive", None, None),
+    ],
+)
+def test_a_plan_is_loaded_as_it_was_saved(name, drafter, drafters, tmp_path):
+    told = Speedup(Estimate(1.2, 1.1, 1.3), Estimate(1.1))
+    plan = Plan(name, drafter, TraversalVerification(), told, "pays", "because", conditions={"batch": 2})
+    plan.save(tmp_path / "plan.yaml")
+    again = Plan.load(tmp_path / "plan.yaml", llama(0), drafters)
+    assert str(again.drafter) == str(drafter) and type(again.rule) is TraversalVerification
+    assert (again.name, again.speedup, again.verdict, again.reason) == (name, told, "pays", "because")
+    assert again.conditions == {"batch": 2}
+
+
+def test_a_plan_whose_drafter_is_not_given_is_refused_with_the_cure(tmp_path):
+    plan = Plan("draft", ModelDrafter(llama(1), Chain(3)), SiblingRejection(), Speedup(), "pays", "because")
+    plan.save(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match=r"drafts with 'draft', which is not given: pass drafters="):
+        Plan.load(tmp_path / "plan.yaml", llama(0), {"other": llama(1)})
+    (tmp_path / "other.yaml").write_text("a: 1\n")
+    with pytest.raises(ValueError, match=r"not a file that Plan\.save"):
+        Plan.load(tmp_path / "other.yaml", llama(0))
+
+
+def test_a_table_says_what_was_found_refused_and_not_tried():
+    rows = (row(predicted=Estimate(1.2, 1.1, 1.3), measured=Estimate(1.15, 1.1, 1.2)), row("suffix", Estimate(0.9)))
+    plan = Plan(
+        "draft", NgramDrafter(), SiblingRejection(), rows[0].speedup, "pays", "draft pays.", rows,
+        {"mtp": "there is none."}, ("Time ended.",), Estimate(1.0, 0.98, 1.02), None, {"batch": 1},
+    )  # fmt: skip
+    said = plan.table(1)
+    assert (
+        "| draft | its own | SiblingRejection | 2.00 (2.00-2.00) | 1.80 | 1.20 (1.10-1.30) | 1.15 (1.10-1.20) |" in said
+    )
+    assert "1 more were foretold, and are slower." in said and "mtp was not compared: there is none." in said
+    assert "Time ended." in said and "against itself, 1.00 (0.98-1.02)" in said and "suffix" not in said
+
+
+def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
+    made = probes([Offer("draft", ModelDrafter(llama(1)))], conditions(llama(0), Sampling(1.0)))
+    rules = [type(probe.rule).__name__ for probe in made]
+    assert rules == ["SiblingRejection", "SiblingRejection", "BlockVerification", "TraversalVerification"]
+    assert [len(probe.parents) for probe in made] == [6, 4, 2, 4] and isinstance(made[0], Probe)
+    held = conditions(llama(0))
+    alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, held.options)
+    assert all(len(probe.parents) == 1 for probe in probes([Offer("draft", ModelDrafter(llama(1)))], alone))
