@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -19,8 +19,10 @@ from torch import Tensor
 import specdec
 from specdec import Sampling, slots
 from specdec.drafters import ModelDrafter
-from specdec.models.cache import Source
+from specdec.models import cached_model
+from specdec.models.cache import Source, TreeCache
 from specdec.models.cached_model import CachedModel
+from specdec.models.held_texts import Entry, Held
 from specdec.trees import Chain
 
 COMMON, OWN, BATCH = 303, 60, 16  # tokens of the shared beginning, of each prompt after it; rows
@@ -46,14 +48,15 @@ def counted() -> Iterator[dict[str, int]]:
 
 def unshared() -> AbstractContextManager[Any]:
     """Texts that enter rows read all of themselves; those that move to a smaller batch are copied as ever."""
-    sources = CachedModel._sources
+    found = cached_model.next_readings
 
-    def alone(run: CachedModel, batch: Any, rows: Any, most: Any, earlier: CachedModel | None) -> dict[int, Source]:
-        if earlier is not None:
-            return sources(run, batch, rows, most, earlier)
-        return {row: Source(run.cache, row, 0) for row in rows}
+    def alone(cache: TreeCache, entries: Mapping[int, Entry], held: Iterable[Held]) -> Any:
+        held = [*held]
+        if any(one.source.cache is not cache for one in held):
+            return found(cache, entries, held)
+        return {row: Source(cache, row, 0) for row in entries}, {row: entry.goal for row, entry in entries.items()}
 
-    return mock.patch.object(CachedModel, "_sources", alone)
+    return mock.patch.object(cached_model, "next_readings", alone)
 
 
 def shared(asked: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from experiments.bench.charts.drawing import Plot, Sheet, colour
 from experiments.bench.charts.lines import lines
 from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
-from experiments.hot_paths import READ, Timed, measure, readings
+from experiments.studies.hot_paths import READ, Timed, measure, readings
 from specdec.models.cache import cache_argument
 from specdec.models.stored_layers import FORMATS
 from specdec_kernels import linear

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.models.attention import View
-from specdec.models.cache import TreeCache
+from specdec.models.cache import Source, TreeCache
 from specdec.models.compilation import Compiled
 from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import Entry, HeldTexts, next_readings

@@ -23,7 +23,7 @@ from specdec.drafters.tree_drafter import TreeDrafter
 from specdec.generate import generate
 from specdec.laws import Law
 from specdec.loop import Decoding
-from specdec.models.cached_model import CausalLM
+from specdec.models.causal_lm import CausalLM
 from specdec.models.routing import passing_through
 from specdec.models.target import Target
 from specdec.prediction.text import Text

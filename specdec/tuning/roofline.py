@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.clock import finish, host_seconds
-from specdec.models.probe import autocast_dtype
+from specdec.models.ready import autocast_dtype
 from specdec.models.target import ModelTarget, Target
 from specdec.tuning import reading
 
