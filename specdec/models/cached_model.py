@@ -59,7 +59,7 @@ class CachedModel:
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes, marks)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes over nodes are compiled: their shapes recur
-        self._few_rows = few_rows(lm.device, lm.model)
+        self._few_rows = few_rows(lm.device)
         self._held = HeldTexts(self.cache)
         # The fingerprint of the model that wrote the cache; None if no later run will ask.
         self.computed: Any = None
