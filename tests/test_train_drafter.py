@@ -118,7 +118,7 @@ def test_texts_before_which_nothing_was_written_are_not_learnt():
     comparison = Comparison(net, model, TargetTexts.read(model, net, TEXTS, 12), 3)
     places = comparison.places + 1
     for row in range(len(TEXTS)):
-        text = torch.cat([TEXTS[row], torch.tensor([-1])])[places[row]]
+        text = torch.cat([TEXTS[row], torch.full((3,), -1)])[places[row]]
         due = torch.where((places[row] >= 12) & (text >= 10) & (text < 40), text - 10, -1)
         assert torch.equal(comparison.tokens[row], due)
 
@@ -127,7 +127,10 @@ def test_acceptance_is_that_of_all_places_below_tokens_that_can_be_drafted():
     """A token that cannot be drafted counts where it is due, and no drafts are accepted beyond it."""
     model, known = target(), torch.arange(10, 40)
     drafter = drafter_of(untrained.eagle3, model, known=known)
-    overlaps = check(model, drafter, list(TEXTS), 3).taken.overlaps.view(len(TEXTS), -1, 3)
+    longer = [
+        torch.cat([text, torch.zeros(2).long()]) for text in TEXTS
+    ]  # drafts below their last tokens are looked at, too
+    overlaps = check(model, drafter, longer, 3).taken.overlaps.view(len(TEXTS), -1, 3)
     sums, counts = torch.zeros(3), torch.zeros(3)
     for row, text in enumerate(TEXTS):
         for root in range(1, overlaps.shape[1] + 1):
@@ -152,10 +155,30 @@ def test_what_comes_after_the_end_of_a_text_changes_nothing(make):
         for texts in (short, longer)
     ]
     rates = [acceptance([Comparison(net, model, TargetTexts.read(model, net, each, 2), 2)]) for each in (short, longer)]
-    # the last roots of the longer texts have their first draft alone inside the text
-    one = [acceptance([Comparison(net, model, TargetTexts.read(model, net, each, 2), 1)]) for each in (short, longer)]
-    assert torch.allclose(one[0], one[1], atol=1e-6) and found[0] > 0
-    assert torch.allclose(rates[0], rates[1], atol=0.05)
+    assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=1e-5)
+    assert torch.allclose(*rates, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_what_texts_are_read_together_changes_no_rate_and_short_ones_teach_what_there_is(make):
+    """Whole prompts of one token and more, and answers that end at once."""
+    lengths, firsts = torch.tensor([2, 3, 3, 5, 24, 12]), torch.tensor([1, 1, 2, 4, 22, 11])
+    texts = TEXTS.where(torch.arange(24) < lengths[:, None], -1)
+    model = target()
+    net = drafter_of(make, model).net
+    features = Features(model, net, texts, firsts)
+    rows = list(torch.arange(len(texts)).split(1))
+    whole, alone = (
+        acceptance(Comparison(net, model, features[r], 2) for r in each) for each in ([torch.arange(6)], rows)
+    )
+    assert torch.allclose(whole, alone, rtol=1e-5)
+    for row in rows:  # a first draft is due wherever the target wrote, but below the first token
+        comparison = Comparison(net, model, features[row], 2, 4, torch.Generator().manual_seed(0))
+        due = min(int((lengths - firsts.clamp(min=2))[row]), 4)
+        assert int((comparison.tokens[..., 0] >= 0).sum()) == due
+        net.zero_grad()
+        states_loss(distillation.kl, comparison).backward()
+        assert any(p.grad is not None and p.grad.any() for p in net.parameters()) == (due > 0)
 
 
 def test_others_may_use_the_target_while_its_states_are_read():
@@ -225,8 +248,8 @@ def test_states_that_are_kept_are_those_that_were_computed(tmp_path):
 def test_places_for_which_nothing_can_be_drafted_are_refused():
     model = target()
     net = drafter_of(untrained.medusa, model).net
-    with pytest.raises(ValueError, match="texts of more than 4"):
-        Comparison(net, model, TargetTexts.read(model, net, TEXTS[:, :4]), 3)
+    with pytest.raises(ValueError, match="Texts of 1 token"):
+        Comparison(net, model, TargetTexts.read(model, net, TEXTS[:, :1]), 3)
     with pytest.raises(ValueError, match="depth=5"):
         Comparison(net, model, TargetTexts.read(model, net, TEXTS), 5)
 
