@@ -6,17 +6,21 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny_models import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec
+from experiments.bench.training import beginnings
 from specdec.drafters import DFlashDrafter, DSparkDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, check
 from specdec.training import distillation, untrained
 from specdec.training.features import Features, TargetTexts
+from specdec.training.self_distillation import continuations
 from specdec.training.states import Comparison, acceptance, states_loss
 
 torch.set_num_threads(1)
@@ -252,6 +256,25 @@ def test_places_for_which_nothing_can_be_drafted_are_refused():
         Comparison(net, model, TargetTexts.read(model, net, TEXTS[:, :1]), 3)
     with pytest.raises(ValueError, match="depth=5"):
         Comparison(net, model, TargetTexts.read(model, net, TEXTS), 5)
+
+
+@pytest.mark.parametrize(("length", "continued"), [(None, [2, 5]), (3, [3]), (1, [1, 1, 1])])
+def test_whole_prompts_are_continued_but_those_of_one_token(length, continued):
+    setting: Any = SimpleNamespace(prompts=[torch.arange(n) for n in (1, 2, 5)])
+    assert [len(ids) for ids in beginnings(setting, OmegaConf.create({"prompt_length": length}))] == continued
+
+
+def test_texts_that_are_made_in_two_goes_are_those_of_one():
+    """In slots and batches of other sizes, too: a text depends on its place and its prompt alone."""
+    model, prompts = llama(), [torch.arange(1, 2 + n % 7) for n in range(11)]
+    model.generation_config.eos_token_id = [*range(20, 30)]  # some end early
+
+    def made(some, **options):
+        return [text for part in continuations(model, some, new_tokens=9, **options) for text in part]
+
+    whole, goes = made(prompts, batch=2), [*made(prompts[:4], batch=1), *made(prompts[4:], batch=3, first_index=4)]
+    assert len(whole) == 11 and all(map(torch.equal, goes, whole))
+    assert len({len(text) - len(prompt) for text, prompt in zip(whole, prompts, strict=True)}) > 2
 
 
 def test_training_that_is_killed_is_taken_up_again_and_serves_what_it_expects(tmp_path):
