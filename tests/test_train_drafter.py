@@ -208,6 +208,20 @@ def test_others_may_use_the_target_while_its_states_are_read():
     assert wrong == [False] * 12
 
 
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_gradients_of_short_texts_are_those_in_float64(make):
+    """Attention of so few nodes is the CPU's own kernel where nobody asks for gradients."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = llama(dtype=dtype, head_dim=16).requires_grad_(False)
+        net, places = drafter_of(make, model).net.to(dtype), torch.Generator().manual_seed(0)
+        comparison = Comparison(net, model, TargetTexts.read(model, net, TEXTS[:1, :12]), 2, 2, places)
+        states_loss(distillation.kl, comparison).backward()
+        found.append([torch.zeros(()) if p.grad is None else p.grad for p in net.parameters()])
+    for ours, exact in zip(*found, strict=True):
+        assert torch.allclose(ours.double(), exact.double(), rtol=0, atol=1e-4 * float(exact.abs().max()))
+
+
 def test_a_confidence_learns_how_often_its_token_is_accepted():
     model = target()
     net: Any = drafter_of(untrained.dspark, model, known=torch.arange(0, 50, 2)).net

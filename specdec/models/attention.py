@@ -191,8 +191,10 @@ def attend(
 
 
 def _few(query: Tensor, *others: Tensor) -> bool:
-    """Whether the CPU's own kernel is for this. In compiled code it is put in later, where that pays."""
-    if query.device.type != "cpu" or query.shape[2] > NODES or torch.compiler.is_compiling():
+    """Whether the CPU's own kernel, which has no gradients, is for this. In compiled code it is put in later, where it pays."""
+    if query.device.type != "cpu" or query.shape[2] > NODES:
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return not refusals(query, *others) and can_load()
 
