@@ -173,6 +173,17 @@ def test_what_another_thread_has_compiled_is_not_compiled_again(counted):
     assert len(made) == 2 and made[1] == "run" and not counted
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_model_that_its_owner_has_compiled_gives_the_same_text():
+    """Code generation is left out: it takes long."""
+    torch._dynamo.reset()
+    model = wide()
+    expected = specdec.generate(model, PROMPTS, **OPTIONS).tokens
+    model.compile(backend="eager")
+    found = specdec.generate(model, PROMPTS, **OPTIONS).tokens
+    assert all(map(torch.equal, found, expected))
+
+
 def test_products_under_autocast_are_torchs(counted):
     with torch.autocast("cpu", torch.bfloat16):
         specdec.generate(wide(), PROMPTS, **OPTIONS)

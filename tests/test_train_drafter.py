@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import specdec
 from experiments.bench.training import beginnings
 from specdec.drafters import DFlashDrafter, DSparkDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, check
-from specdec.training import distillation, untrained
+from specdec.training import distillation, states, untrained
 from specdec.training.features import Features, TargetTexts
 from specdec.training.self_distillation import continuations
 from specdec.training.states import Comparison, acceptance, states_loss
@@ -236,6 +236,22 @@ def test_a_confidence_learns_how_often_its_token_is_accepted():
     told = torch.cat([at.confidence.detach()[at.reached] for at in found])
     rates = torch.cat([at.overlap.detach()[at.reached] for at in found])
     assert torch.corrcoef(torch.stack([told, rates]))[0, 1] > 0.5 and float((told - rates).mean().abs()) < 0.05
+
+
+def test_confidences_are_trained_under_autocast_by_a_function_outside_of_it(monkeypatch):
+    """On a GPU torch refuses that function under autocast."""
+    model, within, whole = target(), [], states.binary_cross_entropy
+    net: Any = drafter_of(untrained.dspark, model).net
+
+    def noted(*args):
+        within.append(torch.is_autocast_enabled("cpu"))
+        return whole(*args)
+
+    monkeypatch.setattr(states, "binary_cross_entropy", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        states_loss(distillation.kl, Comparison(net, model, TargetTexts.read(model, net, TEXTS), 3)).backward()
+    grad = net.confidence_head.proj.weight.grad
+    assert within == [False] * 3 and grad is not None and grad.any()
 
 
 def test_states_that_are_kept_are_those_that_were_computed(tmp_path):

@@ -55,8 +55,9 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 
 def _suits(weight: Tensor, input: Tensor) -> bool:
-    plain = type(weight) is nn.Parameter and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    return plain and pays(input.shape[:-1].numel(), input, weight)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return type(weight) is nn.Parameter and pays(input.shape[:-1].numel(), input, weight)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

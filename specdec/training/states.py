@@ -180,7 +180,8 @@ def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_
 def _surprise(confidence: Tensor, rates: Tensor, where: Tensor) -> Tensor:
     """The cross-entropy of being accepted at these rates under the confidences (DSpark, arXiv:2607.05147)."""
     rates = rates[where].clamp(0, 1)
-    return binary_cross_entropy(confidence[where].to(rates), rates)
+    with torch.autocast(rates.device.type, enabled=False):  # GPUs refuse it under autocast, whatever the dtype
+        return binary_cross_entropy(confidence[where].to(rates), rates)
 
 
 def _law(logits: Tensor) -> Tensor:
