@@ -129,10 +129,11 @@ class CachedModel:
             return None
         last, self._last, self._begins = self._last, None, False
         computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if batch.keep or batch.resume else None
-        goes_on = batch.resume and last is not None and last.computed == computes
+        goes_on = batch.resume and last is not None and last.computed == computes and not last.cache.torn
         self.computed = computes
         if not (goes_on and last is self):
             self._held.forget(range(len(batch)))
+            self.cache.torn = False  # every row begins anew
         return last if goes_on and last is not self else None
 
     def read(self, tokens: Tensor, goals: Mapping[int, int], listen: Listen | None = None) -> None:
