@@ -253,8 +253,9 @@ def test_a_pass_that_fails_within_a_recurrent_layer_leaves_no_layer_waiting(part
 
 
 @pytest.mark.parametrize("number", [4, 5])  # of the call that is interrupted: of the first commit, or of the second
+@pytest.mark.parametrize("said", [(), (3,)], ids=["as it is", "with more to read"])
 @pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "mamba"])
-def test_a_run_that_is_interrupted_while_states_change_may_be_resumed(name, number, monkeypatch):
+def test_a_run_that_is_interrupted_while_states_change_may_be_resumed(name, said, number, monkeypatch):
     model, calls, keep = HYBRIDS[name](), [], RecurrentLayer.keep
     fail = once(calls, number, KeyboardInterrupt())
     stream = specdec.stream(model, PROMPTS, keep=True, **OPTIONS)
@@ -263,7 +264,7 @@ def test_a_run_that_is_interrupted_while_states_change_may_be_resumed(name, numb
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     written = stream.generation.tokens
-    goes_on = [torch.cat(each) for each in zip(PROMPTS, written, strict=True)]
+    goes_on = [torch.cat([*each, torch.tensor(said).long()]) for each in zip(PROMPTS, written, strict=True)]
     expected = texts(specdec.generate(model, goes_on, **OPTIONS))
     assert texts(specdec.generate(model, goes_on, resume=stream.generation, **OPTIONS)) == expected
 

@@ -1,5 +1,7 @@
 """Products of few rows in eager passes on a CPU: ours in passes of ours, torch's everywhere else."""
 
+import copy
+import pickle
 import threading
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 import specdec
 import specdec_kernels.cpu
 from specdec.models import products
-from specdec.models.products import FewRows
+from specdec.models.products import few_rows
 
 torch.set_num_threads(1)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "stop_tokens": ()}
@@ -22,8 +24,8 @@ def wide() -> Any:
     return llama(dtype=torch.float32, hidden_size=384, intermediate_size=512, num_hidden_layers=2)
 
 
-def own_forwards(model: nn.Module) -> int:
-    return sum("forward" in vars(module) for module in model.modules())
+def passes() -> Any:
+    return few_rows(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -49,30 +51,52 @@ def test_passes_of_few_rows_are_ours_and_give_the_same_text(counted):
     assert all(map(torch.equal, found, expected)) and counted.count(len(PROMPTS)) == 6 * 2 * 3
 
 
-def test_a_model_is_found_as_it_was_left(counted):
-    model, seen = wide(), []
-    model.model.layers[1].register_forward_hook(lambda *_: seen.append(own_forwards(model)))
+def test_a_model_is_left_as_it_is_found_even_within_a_pass():
+    """So a copy that another thread or a hook makes meanwhile computes with its own weights, and a model can be pickled."""
+    model, made = wide(), []
+
+    def state():
+        return [(type(layer), dict(vars(layer))) for layer in model.model.layers.modules()]
+
+    def copied(*_):
+        assert state() == left
+        made.extend([copy.deepcopy(model.lm_head), pickle.loads(pickle.dumps(model.lm_head))])
+
+    model.model.embed_tokens.register_forward_hook(copied)
+    left = state()
     specdec.generate(model, PROMPTS, **OPTIONS)
-    assert max(seen) > 0 and own_forwards(model) == 0
-
-    def fail(*_):
-        raise InterruptedError
-
-    model.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(InterruptedError):
-        specdec.generate(model, PROMPTS, **OPTIONS)
-    assert own_forwards(model) == 0
+    assert state() == left and made
+    with torch.inference_mode():
+        for head in made:
+            head.weight.zero_()
+            assert not head(torch.ones(1, 384)).any()
 
 
-def test_forward_functions_of_others_are_left_alone():
-    """Those put there before a pass, and those put there within one."""
-    model, mine = wide(), lambda x: x.new_zeros(*x.shape[:-1], 384)
-    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
-    first.forward = mine
-    with FewRows(model):
-        assert first.forward is mine
-        second.forward = mine
-    assert first.forward is mine and second.forward is mine
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("put", ["on the layer", "in its class"])
+def test_forward_functions_of_others_are_called(put, counted):
+    model = wide()
+    with torch.no_grad(), passes():
+        model(torch.tensor([[1, 2, 3]]))
+        head, x = model.lm_head, torch.randn(3, 384)
+        expected = head(x)
+        if put == "on the layer":
+            head.forward = lambda input: 2 * nn.Linear.forward(head, input)
+        else:
+            head.__class__ = Doubled
+        assert torch.equal(head(x), 2 * expected)
+    assert counted[-2:] == [3, 3]
+
+
+def test_who_replaced_the_function_of_all_linear_layers_is_left_alone(monkeypatch, counted):
+    monkeypatch.setattr(nn.Linear, "forward", theirs := lambda self, x: x.new_zeros(*x.shape[:-1], self.out_features))
+    with torch.no_grad(), passes():
+        assert nn.Linear.forward is theirs and not wide()(torch.tensor([[1, 2, 3]])).logits.any()
+    assert not counted
 
 
 def test_other_threads_compute_what_they_did(counted):
@@ -84,7 +108,7 @@ def test_other_threads_compute_what_they_did(counted):
             with torch.no_grad():
                 found.append(model(tokens).logits)
 
-        with FewRows(model):
+        with passes():
             ours = model(tokens).logits
             beside = len(counted)
             thread = threading.Thread(target=run)
@@ -94,13 +118,70 @@ def test_other_threads_compute_what_they_did(counted):
     torch.testing.assert_close(ours, expected)
 
 
-def test_two_passes_of_one_model_do_not_end_each_other(counted):
+def test_a_pass_within_a_pass_does_not_end_it_and_one_that_fails_is_over(counted):
+    layer, x = nn.Linear(512, 512), torch.randn(2, 512)
+    with torch.no_grad():
+        with passes():
+            with pytest.raises(InterruptedError), passes():
+                raise InterruptedError
+            layer(x)
+        assert counted == [2]
+        layer(x)
+    assert counted == [2]
+
+
+def test_what_asks_for_gradients_gets_them(counted):
+    layer, x = nn.Linear(512, 512), torch.randn(2, 512)
+    with passes():
+        layer(x).sum().backward()
+    grad = layer.weight.grad
+    assert not counted and grad is not None and torch.allclose(grad[0], x.sum(0))
+
+
+@pytest.mark.parametrize("by", [torch.jit.script, lambda layer: torch.jit.trace(layer, torch.randn(1, 512))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_linear_layers_can_be_scripted_and_traced(by):
+    layer, x = nn.Linear(512, 512), torch.randn(2, 512)
+    with passes():
+        pass
+    assert torch.equal(by(layer)(x), layer(x))
+
+
+def test_what_another_thread_has_compiled_is_not_compiled_again(counted):
+    """Code generation is left out: it takes long."""
+    made, layer, x = [], nn.Linear(512, 512), torch.randn(2, 512)
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    with passes():
+        pass
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        expected = compiled(x)
+
+        def run():
+            with torch.no_grad():
+                assert torch.equal(compiled(x), expected)
+                made.append("run")
+
+        with passes():
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+    assert len(made) == 2 and made[1] == "run" and not counted
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_model_that_its_owner_has_compiled_gives_the_same_text():
+    """Code generation is left out: it takes long."""
+    torch._dynamo.reset()
     model = wide()
-    with FewRows(model):
-        with FewRows(model):
-            pass
-        assert own_forwards(model) > 0
-    assert own_forwards(model) == 0
+    expected = specdec.generate(model, PROMPTS, **OPTIONS).tokens
+    model.compile(backend="eager")
+    found = specdec.generate(model, PROMPTS, **OPTIONS).tokens
+    assert all(map(torch.equal, found, expected))
 
 
 def test_products_under_autocast_are_torchs(counted):

@@ -41,11 +41,12 @@ def chosen(setting: Setting, config: DictConfig) -> Setting:
 
 
 def beginnings(setting: Setting, config: DictConfig) -> list[Tensor]:
-    """What the target continues: the prompts, or as many tokens of each if `config.prompt_length` says so."""
+    """What the target continues: the prompts, or as many tokens of each if `config.prompt_length` says so.
+
+    Prompts of one token are left out: behind these, networks on the target's states draft from nothing.
+    """
     length = config.prompt_length
-    if length is None:
-        return setting.prompts
-    return [ids[:length] for ids in setting.prompts if len(ids) >= length]
+    return [ids[:length] for ids in setting.prompts if len(ids) >= (length or 2)]
 
 
 def own_texts(setting: Setting, config: DictConfig) -> list[Tensor]:

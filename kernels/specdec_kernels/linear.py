@@ -25,8 +25,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def pays(tokens: int, x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` is faster than torch for so many rows of x, which may have more dimensions than two."""
-    suits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
-    return suits and tokens in _FEW and weight.numel() >= _LARGE
+    here = x.device.type == weight.device.type == "cpu"
+    suits = x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
+    return here and suits and tokens in _FEW and weight.numel() >= _LARGE
 
 
 @torch.library.register_fake("specdec::linear")

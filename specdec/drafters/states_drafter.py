@@ -102,7 +102,7 @@ class StatesRun(TreeDraftRun):
         self.cache = _cache(net, batch, last)
         super().__init__(drafter, batch, last, net, self.cache, target)
         self.net, self._target = net, target
-        self._few_rows = few_rows(batch.device, net, target.cached.lm.model)
+        self._few_rows = few_rows(batch.device)
         self._held = HeldTexts(self.cache, net.ahead)
         self._earlier: StatesRun | None = None
         self._computed: Any = None  # by which weights the cache was written; None if no later run will ask

@@ -173,6 +173,7 @@ class TreeCache(Cache):
         self.room = nodes if self.recurrent else capacity  # nodes that one pass may be over
         self.marked = marks and bool(self.recurrent)
         self._marks: dict[int, Mark] = {}  # by row
+        self.torn = False  # whether an interrupt came between the layers, so that states are not those after `lengths`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TreeCache:
         memo[id(self)] = made = copy(self)
@@ -300,18 +301,21 @@ class TreeCache(Cache):
         for slab, stack in self._stacks.items():
             move = specdec_kernels.compact if stack.device.type in specdec_kernels.DEVICES else compact
             move(stack, *(t.to(slab.device) for t in (path, self.lengths, count)))
-        # Before states change: if that fails half-way, they are not taken for those of the shorter text.
-        self.lengths += count
+        self.torn = bool(self.recurrent)
         for layer in self.recurrent:
             layer.keep(path, count)
+        self.lengths += count
+        self.torn = False
 
     def advance(self, count: Tensor) -> None:
         """Commit the first count[b] nodes of the chain that the last pass was over; those after are nodes 0, 1, ... now."""
         nodes = self.view.topology.parents.shape[1]
-        self.lengths += count
+        self.torn = bool(self.recurrent)
         for layer in self.recurrent:
             layer.keep(self.view.topology.parents + 1, count)
             layer.renumber(count, nodes)
+        self.lengths += count
+        self.torn = False
 
 
 class _Absent(RecordingLayer):

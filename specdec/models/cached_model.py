@@ -59,7 +59,7 @@ class CachedModel:
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes, marks)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes over nodes are compiled: their shapes recur
-        self._few_rows = few_rows(lm.device, lm.model)
+        self._few_rows = few_rows(lm.device)
         self._held = HeldTexts(self.cache)
         # The fingerprint of the model that wrote the cache; None if no later run will ask.
         self.computed: Any = None
@@ -129,10 +129,11 @@ class CachedModel:
             return None
         last, self._last, self._begins = self._last, None, False
         computes = (self._autocast, fingerprint(self.lm.model, numbers=True)) if batch.keep or batch.resume else None
-        goes_on = batch.resume and last is not None and last.computed == computes
+        goes_on = batch.resume and last is not None and last.computed == computes and not last.cache.torn
         self.computed = computes
         if not (goes_on and last is self):
             self._held.forget(range(len(batch)))
+            self.cache.torn = False  # every row begins anew
         return last if goes_on and last is not self else None
 
     def read(self, tokens: Tensor, goals: Mapping[int, int], listen: Listen | None = None) -> None:

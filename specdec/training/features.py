@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from specdec.drafters.states_net import StatesNet
@@ -38,6 +39,11 @@ class TargetTexts:
         """One pass of the target over texts [batch, t] int64, for this network; one number if prompts are of one length."""
         lengths = torch.as_tensor(prompt_lengths, device=tokens.device).expand(len(tokens))
         return cls(tokens, *read_texts(target, tokens.clamp(min=0), net.states), lengths)
+
+    def padded(self, count: int) -> TargetTexts:
+        """These, with room for so many tokens more."""
+        states, hidden = pad(self.states, (0, 0, 0, 0, 0, count)), pad(self.hidden, (0, 0, 0, count))
+        return TargetTexts(pad(self.tokens, (0, count), value=-1), states, hidden, self.prompt_lengths)
 
 
 class Features:

@@ -58,8 +58,8 @@ class Comparison:
         target: the target, frozen, which is only asked for its laws.
         text: the texts.
         depth: how deep.
-        anchors: places per text at which a `BlockNet` drafts, chosen at random; None for all. A `FeatureNet` always
-            drafts at all.
+        anchors: most places per text at which a `BlockNet` drafts, chosen at random from those that the target wrote a token
+            after; None for all. A `FeatureNet` always drafts at all.
         generator: of the random choice.
 
     Attributes:
@@ -78,22 +78,21 @@ class Comparison:
         generator: torch.Generator | None = None,
     ):
         _check_frozen(target)
-        length, tokens = text.tokens.shape[1], text.tokens.clamp(min=0)
         depth = as_int("depth", depth, 1, net.depth if isinstance(net, BlockNet) else 2**16)
-        if length <= depth + 1:
-            raise ValueError(
-                f"Texts of {length} tokens have no room for drafts; use texts of more than {depth + 1} tokens."
-            )
+        if text.tokens.shape[1] < 2:
+            raise ValueError("Texts of 1 token leave nothing to draft; use longer ones.")
+        text = text.padded(depth - 1)  # there is room for drafts below the last token but one
+        length, tokens = text.tokens.shape[1], text.tokens.clamp(min=0)
+        by_target = text.tokens.where(torch.arange(length, device=tokens.device) >= text.prompt_lengths[:, None], -1)
+        by_target = pad(by_target, (0, 1), value=-1)  # nothing comes after a text
         roots = None
         if isinstance(net, BlockNet) and anchors is not None:
-            shape = len(tokens), as_int("anchors", anchors, 1)
-            roots = torch.randint(1, length - depth + 1, shape, generator=generator).to(tokens.device)
+            roots = _anchors(by_target[:, 2 : length - depth + 2], as_int("anchors", anchors, 1), generator)
         self.drafts: Drafts = drafts_along(net, tokens, text.states, TargetParts.of(target, net), depth, roots)
         self._target, self._ids, self._hidden, self._everywhere = target, net.target_ids, text.hidden, roots is None
         self.places = self.drafts.roots[..., None] + torch.arange(depth, device=tokens.device)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-        by_target = text.tokens.where(torch.arange(length, device=tokens.device) >= text.prompt_lengths[:, None], -1)
-        written = pad(by_target, (0, 1), value=-1)[rows, self.places + 1] >= 0  # nothing comes after a text
+        written = by_target[rows, self.places + 1] >= 0
         own = pad(self._by_network(tokens, target), (0, 1))[rows, self.places + 1]
         self.tokens = torch.where(written, own, -1)
         lacking = pad((written & (own < 0))[..., :-1], (1, 0)).cumsum(-1)  # of the drafts above
@@ -138,6 +137,16 @@ class Comparison:
         return (slice(start, start + size) for start in range(0, places, size))
 
 
+def _anchors(after: Tensor, most: int, generator: torch.Generator | None) -> Tensor:
+    """[batch, n] int64: places at random. Others than those that the target wrote a token after are of no account.
+
+    Args:
+        after: [batch, place] int64: the token after place 1, 2, ...; negative if the target did not write it.
+    """
+    order = torch.rand(after.shape, generator=generator).to(after.device) + (after < 0)
+    return 1 + order.topk(min(most, after.shape[1]), largest=False).indices
+
+
 def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_once: int = 2**26) -> Tensor:
     """The sum over depths of decay ** depth times a loss, and how far confidences are from what they tell of.
 
@@ -153,7 +162,8 @@ def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_
     counts, reached = ((part.sum((0, 1))).tolist() for part in (comparison.tokens >= 0, comparison.reached))
 
     def of(part: slice) -> Tensor:
-        total = torch.zeros((), device=comparison.tokens.device)
+        # it asks for gradients even of texts from which there is nothing to learn
+        total = torch.zeros((), device=comparison.tokens.device, requires_grad=True)
         for d, at in enumerate(comparison.at(part)):
             if here := int((at.tokens >= 0).sum()):
                 total = total + decay**d * here / counts[d] * loss(at.target_law, at.draft_law, at.tokens)
@@ -170,7 +180,8 @@ def states_loss(loss: Loss, comparison: Comparison, decay: float = 0.8, laws_at_
 def _surprise(confidence: Tensor, rates: Tensor, where: Tensor) -> Tensor:
     """The cross-entropy of being accepted at these rates under the confidences (DSpark, arXiv:2607.05147)."""
     rates = rates[where].clamp(0, 1)
-    return binary_cross_entropy(confidence[where].to(rates), rates)
+    with torch.autocast(rates.device.type, enabled=False):  # GPUs refuse it under autocast, whatever the dtype
+        return binary_cross_entropy(confidence[where].to(rates), rates)
 
 
 def _law(logits: Tensor) -> Tensor:
