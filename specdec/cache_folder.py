@@ -18,10 +18,8 @@ def cache_folder() -> Path:
 
 
 def compiled_folder() -> Path:
-    """The folder of compiled code, which is for one version of torch and of specdec and for one kind of processor."""
-    from specdec import __version__
-
-    return cache_folder() / "compiled" / f"specdec-{__version__}-torch-{torch.__version__}-{_processor()}"
+    """The folder of compiled code, which is for one version of torch and one kind of processor. Files are named by content."""
+    return cache_folder() / "compiled" / f"torch-{torch.__version__}-{_processor()}"
 
 
 def _processor() -> str:

@@ -5,7 +5,8 @@ import random
 
 import pytest
 import torch
-from tiny_models import GATE, LIMITED, MATRIX, PROMPTS, REFUSED, VOCAB, reference, state
+from tiny_models import GATE, LIMITED, MATRIX, PROMPTS, REFUSED, VOCAB, state
+from tiny_models import reference as by_transformers
 from transformers import AttentionInterface, AutoModelForCausalLM, QuantoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
@@ -16,6 +17,7 @@ from specdec.arguments import as_request
 from specdec.batch import Batch
 from specdec.drafters import ModelDrafter, NoDrafter
 from specdec.engines.base import Stages
+from specdec.models import attention
 from specdec.models.attention import View
 from specdec.models.cache import TreeCache
 from specdec.models.ready import UnsupportedModel
@@ -24,6 +26,7 @@ from specdec.outcome import Outcome
 from specdec.rules.base import Decisions
 from specdec.tree import Topology
 from specdec.trees import Widths
+from specdec_kernels.reference import tree_attention as reference
 
 torch.set_num_threads(1)
 
@@ -132,10 +135,14 @@ def plant_causal_mask(patch):
         return torch.nn.functional.pad(torch.nn.functional.pad(ones, (1, 0), value=True), (0, 1))
 
     patch.setattr(Topology, "visible", property(earlier_nodes))
+    pack = reference.pack
+    patch.setattr(reference, "pack", lambda x: pack(torch.ones_like(x).tril(x.shape[2] - x.shape[1])))
 
 
 def plant_full_mask(patch):
     patch.setattr(View, "_allowed", property(lambda view: torch.ones(len(view.lengths), 1, view.count, view.slots) > 0))
+    pack = reference.pack
+    patch.setattr(reference, "pack", lambda ancestors: pack(ancestors) | -1)
 
 
 def plant_slots_as_positions(patch):
@@ -164,17 +171,25 @@ def plant_window_over_slots(patch):
 def plant_no_window(patch):
     bias = View.bias
     patch.setattr(View, "bias", lambda view, pattern, dtype: bias(view, causal_mask_function, dtype))
+    patch.setattr(attention, "_window", lambda *_: 1 << 30)
 
 
 BUGS = [plant_causal_mask, plant_full_mask, plant_slots_as_positions, plant_first_nodes_committed, plant_stopped_rows_grow,
         plant_all_rows_commit_alike]  # fmt: skip
 WINDOW_BUGS = [plant_window_over_slots, plant_no_window]
-PLANTED = [(n, bug) for n in GATE for bug in BUGS + WINDOW_BUGS if "sliding" in n or bug not in WINDOW_BUGS]
+# float32 goes by packed masks, which have no positions of slots, and float64 by a bias
+PLANTED = [
+    (name, bug, dtype)
+    for name in GATE
+    for bug in BUGS + WINDOW_BUGS
+    for dtype in (torch.float32, torch.float64)
+    if ("sliding" in name or bug not in WINDOW_BUGS) and (bug is not plant_window_over_slots or dtype == torch.float64)
+]
 
 
-@pytest.mark.parametrize(("name", "bug"), PLANTED, ids=lambda x: getattr(x, "__name__", x))
-def test_the_walk_finds_planted_bugs(name, bug, monkeypatch):
-    walk = Walk(GATE[name](), steps=8)
+@pytest.mark.parametrize(("name", "bug", "dtype"), PLANTED, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_the_walk_finds_planted_bugs(name, bug, dtype, monkeypatch):
+    walk = Walk(GATE[name](dtype), steps=8)
     bug(monkeypatch)
     assert any(difference > WRONG for difference in walk.differences())
 
@@ -187,7 +202,7 @@ def test_greedy_text_equals_transformers_generate(name):
 
 def assert_greedy_text_is_that_of_transformers(model, drafter):
     out = specdec.generate(model, PROMPTS, drafter, max_new_tokens=24)
-    assert [t.tolist() for t in out.tokens] == [reference(model, p).tolist() for p in PROMPTS]
+    assert [t.tolist() for t in out.tokens] == [by_transformers(model, p).tolist() for p in PROMPTS]
     assert out.summary()["acceptance_length"] > 1.5
 
 
@@ -206,7 +221,7 @@ def test_quantised_weights_decode_as_they_do_in_transformers(tmp_path):
 def test_texts_end_where_logits_begin_to_depend_on_the_forward_pass(name):
     model, limit = LIMITED[name]()
     longest = limit - max(map(len, PROMPTS))
-    expected = [reference(model, p, max_new_tokens=longest).tolist() for p in PROMPTS]
+    expected = [by_transformers(model, p, max_new_tokens=longest).tolist() for p in PROMPTS]
     out = specdec.generate(model, PROMPTS, ModelDrafter(model, Widths((2, 2))), max_new_tokens=longest)
     assert [t.tolist() for t in out.tokens] == expected
     with pytest.raises(ValueError, match=f"context of {limit}"):

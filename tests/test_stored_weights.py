@@ -151,7 +151,8 @@ def test_copies_casts_and_states_of_a_stored_model_are_as_of_any_other(weights):
     model.to(torch.bfloat16)
     assert model(ids).logits.dtype == weight_like(model.get_input_embeddings()).dtype == torch.bfloat16
     assert all(torch.equal(*pair) for pair in zip(head.buffers(), before, strict=True))
-    assert parts_from_generate(model, NgramDrafter(), PROMPTS[:1], 8) == []
+    # all of the pass is rounded to bfloat16 now, whose steps are 2^-8 of a number
+    assert max(parts_from_generate(model, NgramDrafter(), PROMPTS[:1], 8), default=0) < 2.0**-5
 
 
 def test_a_change_of_formats_is_seen():

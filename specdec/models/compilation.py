@@ -10,6 +10,7 @@ What is compiled is kept in the cache folder (see `specdec.cache_folder`), where
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -118,7 +119,7 @@ class _ReadOnce(CustomGraphPass):
             _replace_product(graph, node)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, inspect.getfile(pays)))
 
 
 def _replace_product(graph: fx.Graph, node: fx.Node) -> None:
