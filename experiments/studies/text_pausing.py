@@ -29,8 +29,9 @@ from experiments.bench.real_prompts import real
 from experiments.bench.report import markdown
 from specdec import Sampling
 from specdec.batch import Batch
-from specdec.drafters import Drafter, DraftRun, NgramDrafter, Paused, SuffixDrafter
-from specdec.models.target import Scores, Target, TargetRun
+from specdec.drafters import Drafter, NgramDrafter, Paused, SuffixDrafter
+from specdec.models.target import Scores, TargetRun
+from specdec.prediction.replay import Recorded, RecordedRun
 from specdec.theory import CostCurve
 from specdec.tree import DraftTree
 
@@ -51,42 +52,34 @@ METHODS: dict[str, Drafter] = {
 }
 
 
-class Recorded(Target):
-    """Writes recorded texts again: each after its own prompt."""
+class Timed(Recorded):
+    """Recorded texts on a clock that the steps move on."""
 
-    def __init__(self, texts: list[tuple[Tensor, Tensor]], vocab: int):
-        self.vocab, self.now = vocab, 0.0
-        self.whole = {tuple(prompt.tolist()): torch.cat([prompt, new]) for prompt, new in texts}
+    now = 0.0
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
-        return RecordedRun(self, batch)
+        return TimedRun(self, batch)
 
 
-class RecordedRun(TargetRun):
-    target: Recorded
-
-    def enter(self, rows: list[int], draft: DraftRun) -> None:
-        """Nothing is to be done, as every text is looked up as it is now."""
+class TimedRun(RecordedRun):
+    target: Timed
 
     def score(self, tree: DraftTree) -> Scores:
         rows, nodes = tree.tokens.shape
         self.target.now += MEASURED[rows](nodes)
-        following = torch.zeros_like(tree.tokens)
-        for b, text in enumerate(self.batch.texts):
-            whole = self.target.whole[tuple(text[: self.batch.prompts[b]].tolist())]
-            following[b] = whole[(len(text) + tree.topology.depths[b]).clamp(max=len(whole) - 1)]
-        return Scores(torch.nn.functional.one_hot(following, self.target.vocab).float())
+        return super().score(tree)
 
 
 def replay(texts: list[tuple[Tensor, Tensor]], drafter: Drafter | None) -> float:
     """Milliseconds of decoding these texts together."""
     known = torch.unique(torch.cat([part for text in texts for part in text]))  # a small vocabulary takes less time
     small = [(torch.searchsorted(known, prompt), torch.searchsorted(known, new)) for prompt, new in texts]
-    target = Recorded(small, len(known))
+    prompts, news = ([text[i] for text in small] for i in (0, 1))
+    target = Timed([torch.cat(text) for text in small], prompts, len(known))
     with mock.patch("time.perf_counter", lambda: target.now):
-        budgets = [len(new) for _, new in small]
-        out = specdec.generate(target, [p for p, _ in small], drafter, max_new_tokens=budgets, stop_tokens=())
-    assert all(map(torch.equal, out.tokens, [new for _, new in small]))
+        budgets = [len(new) for new in news]
+        out = specdec.generate(target, prompts, drafter, max_new_tokens=budgets, stop_tokens=())
+    assert all(map(torch.equal, out.tokens, news))
     return target.now
 
 

@@ -20,9 +20,7 @@ _FROM_TEXT = {"ngram": NgramDrafter, "suffix": SuffixDrafter}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_models(parser)
-    options.add_prompts(parser)
-    options.add_decoding(parser, new_tokens=128)
+    options.add_shared(parser, new_tokens=128)
     group = parser.add_argument_group("drafting")
     group.add_argument(
         "--plan", metavar="FILE", help="a plan that `tune --save FILE` wrote; give the same --draft and --heads"

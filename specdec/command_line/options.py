@@ -19,7 +19,14 @@ from specdec.sampling import Sampling
 _NAMED = "a name on the hub, a folder, a .gguf file, or demo: the small model that comes along"
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
+def add_shared(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    """All options here; `new_tokens` is a default."""
+    _add_models(parser)
+    _add_prompts(parser)
+    _add_decoding(parser, new_tokens)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--target", required=True, metavar="NAME", help=f"the model that writes: {_NAMED}")
     group.add_argument("--tokenizer", metavar="NAME", help="its tokenizer, if that is elsewhere")
@@ -38,7 +45,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
 
 
-def add_decoding(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+def _add_decoding(parser: argparse.ArgumentParser, new_tokens: int) -> None:
     group = parser.add_argument_group("decoding")
     group.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
     group.add_argument("--top-k", type=int, help="sample from so many of the most probable tokens only")
@@ -52,7 +59,7 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int) -> None:
     )
 
 
-def add_prompts(parser: argparse.ArgumentParser) -> None:
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts")
     group.add_argument(
         "--prompts",

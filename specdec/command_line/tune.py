@@ -15,9 +15,7 @@ from specdec.tuning.offers import OWN
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_models(parser)
-    options.add_prompts(parser)
-    options.add_decoding(parser, new_tokens=64)
+    options.add_shared(parser, new_tokens=64)
     group = parser.add_argument_group("search")
     group.add_argument(
         "--seconds", type=float, default=60, help="how long it may take; Ctrl-C ends it earlier (default: 60)"

@@ -42,25 +42,27 @@ def replay(
     if (laws := drafter.spec(sampling).laws) != {Law.POINT}:
         names = ", ".join(law.name for law in sorted(laws))
         raise NotForetold(f"{drafter} draws children by {names}: what is accepted does not follow from a text; run it.")
-    target = _Recorded([torch.cat(pair) for pair in zip(prompts, written, strict=True)], list(prompts), vocab)
+    target = Recorded([torch.cat(pair) for pair in zip(prompts, written, strict=True)], list(prompts), vocab)
     budgets = [len(new) for new in written]
     options = {"sampling": sampling, "max_new_tokens": budgets, "stop_tokens": ()}
     return generate(target, list(prompts), drafter, **options).trace
 
 
-class _Recorded(Target):
-    """Gives all weight to the tokens of texts, each after its own prompt."""
+class Recorded(Target):
+    """A target that gives all weight to the tokens of texts, each after its own prompt. A greedy run writes them again."""
 
     def __init__(self, texts: Sequence[Tensor], prompts: Sequence[Tensor], vocab: int):
         self.vocab = vocab
         self.texts = {tuple(prompt.tolist()): text for prompt, text in zip(prompts, texts, strict=True)}
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
-        return _RecordedRun(self, batch)
+        return RecordedRun(self, batch)
 
 
-class _RecordedRun(TargetRun):
-    target: _Recorded
+class RecordedRun(TargetRun):
+    """`Recorded` at work."""
+
+    target: Recorded
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:
         """Nothing is to be done, as every text is looked up as it is now."""
