@@ -53,6 +53,32 @@ def test_what_the_target_offers_is_compared_and_what_it_lacks_is_said():
     assert "mtp was not compared" in plan.table() and any("Layers left out" in note for note in plan.notes)
 
 
+def test_given_texts_are_foretold_from_and_not_written_again(monkeypatch):
+    made = generate(TARGET, PROMPTS, max_new_tokens=12).tokens
+    asked = {"own": ("ngram",), **OPTIONS, "max_new_tokens": 10}
+    written = specdec.tune(TARGET, PROMPTS, **asked)
+    monkeypatch.setattr(tune_module, "written", None)
+    plan = specdec.tune(TARGET, PROMPTS, texts=made, **asked)
+    first, again = (
+        {str(row.candidate.drafter): row.foretold.acceptance for row in each.rows} for each in (written, plan)
+    )
+    assert first == again and len(first) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [
+        ([[1, 2]], "texts: there are 1, and 2 prompts"),
+        ([[1, 2], [3, 10**6]], r"texts\[1\].*1000000"),
+        ([[1], []], "none has two tokens"),
+        ("abc", "texts"),
+    ],
+)
+def test_texts_that_cannot_be_foretold_from_are_refused(texts, error):
+    with pytest.raises(ValueError, match=error):
+        specdec.tune(TARGET, PROMPTS, texts=texts, **OPTIONS)
+
+
 def test_drafters_that_do_not_fit_are_left_out_with_the_reason():
     plan = specdec.tune(TARGET, PROMPTS, {"small": llama(1, vocab_size=40), "fits": TARGET}, own=(), **OPTIONS)
     assert "vocabulary has 40 tokens" in plan.refused["small"] and plan.name == "fits"

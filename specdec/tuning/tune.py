@@ -30,7 +30,7 @@ from specdec.tuning.offers import OWN, Offer, fitting, given, own
 from specdec.tuning.plan import Plan
 from specdec.tuning.search import finalists, foretold
 from specdec.tuning.search import measured as with_measured
-from specdec.tuning.writing import written
+from specdec.tuning.writing import as_written, written
 
 # the share of all the time at which each part ends
 _WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
@@ -45,6 +45,7 @@ def tune(
     own: Sequence[str] = OWN,
     sampling: Sampling = Sampling(),
     tokenizer: Any = None,
+    texts: Sequence[Any] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 1,
     engine: Engine | str = "eager",
@@ -74,7 +75,9 @@ def tune(
             without some of its layers, which are sought), "mtp" (the layer in its repository).
         sampling: how tokens are chosen.
         tokenizer: as for `generate`.
-        max_new_tokens: of each text.
+        texts: what the target wrote after each prompt with this sampling, where that is known: token ids, as in
+            `Generation.tokens`. They must be its own: all is foretold from them. Otherwise it writes them here.
+        max_new_tokens: of each text; more of a given one is not used.
         batch_size: rows that are at work together.
         engine: as for `generate`.
         seconds: how long it may take. What was not reached is said in the plan. Ctrl-C ends it with the plan so far.
@@ -103,7 +106,8 @@ def tune(
         options={"max_new_tokens": max_new_tokens, "tokenizer": tokenizer},
     )
     ids = [torch.from_numpy(text.tokens) for text in request.texts]
-    found = Findings(ids, conditions, given(drafters), notes=_left_out(request.skipped))
+    known = None if texts is None else as_written(texts, request, max_new_tokens)
+    found = Findings(ids, conditions, given(drafters), notes=_left_out(request.skipped), written=known or [])
     with Budget(seconds, progress) as budget, steadily(request.target.device):
         try:
             _search(found, tuple(own), budget)
@@ -123,7 +127,7 @@ def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
         conditions.target, [*found.offers, *ours], max(found.prompts, key=len), _options(conditions)
     )
     found.refused.update(refused)
-    found.written = written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
+    found.written = found.written or written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
     if not found.written:
         found.notes.append("The target ends every text with its first tokens: nothing is to be gained.")
         return

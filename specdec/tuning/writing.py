@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from specdec.checks import as_ints, as_tuple
 from specdec.generate import stream
+from specdec.request import Request
 from specdec.tuning.measuring import Conditions
 
 _SHORTEST = 16  # new tokens, or all that are wanted: less of a text tells little
@@ -27,6 +31,23 @@ class Written:
     prompt: int
     sample: int
     new: Tensor
+
+
+def as_written(texts: Any, request: Request, most: int) -> list[Written]:
+    """What the target is said to have written after the prompts that are decoded, up to so many tokens of each."""
+    cure = "pass for each prompt the new tokens that the target wrote, as in Generation.tokens"
+    given = as_tuple("texts", texts, "texts", cure)
+    if len(given) != request.count:
+        raise ValueError(f"texts: there are {len(given)}, and {request.count} prompts; {cure}.")
+    found = []
+    for place, text in enumerate(request.texts):
+        name, new = f"texts[{text.index}]", given[text.index]
+        tokens = as_ints(name, new.tolist() if isinstance(new, Tensor) else new, 0, request.target.vocab - 1, cure=cure)
+        if len(tokens) > 1:
+            found.append(Written(place, 0, torch.tensor(tokens[:most])))
+    if not found:
+        raise ValueError(f"texts: none has two tokens or more, which say how drafts are accepted; {cure}.")
+    return found
 
 
 def written(
