@@ -48,7 +48,8 @@ def test_a_plan_is_made_shown_and_saved(tmp_path, capsys):
         (["generate", "--target", "demo"], "there is no prompt: give --prompts FILE or --prompt TEXT"),
         (["tune", "--target", "demo", "--prompts", "nowhere.txt"], "prompts=nowhere.txt cannot be read"),
         (["generate", "--target", "demo", "--prompt", "a", "--dtype", "fp32"], "--dtype fp32: there is no such type"),
-        (["generate", *DEMO, "--prompt", "a", "--plan", "p", "--drafter", "ngram"], "both say who drafts"),
+        (["generate", *DEMO, "--prompt", "a", "--plan", "p", "--drafter", "ngram"], "say who drafts: give one of them"),
+        (["generate", *DEMO, "--prompt", "a", "--drafter", "ngram"], "say who drafts: give one of them"),
         (["generate", "--target", "demo", "--prompt", "a", "--top-k", "3"], "top_k=3 at temperature=0"),
     ],
 )

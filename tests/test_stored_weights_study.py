@@ -1,6 +1,8 @@
 """The tables and the picture of what weights cost by how they are stored."""
 
-from experiments.studies.stored_weights import FLOORS, FORMATS, TOKENS, picture, products, table
+import matplotlib.pyplot as plt
+
+from experiments.studies.stored_weights import FORMATS, MODEL, TOKENS, picture, products, table
 
 # float32 takes twice as long as reading it, and what is stored the time of reading float32, whatever the number of tokens
 ROW = {"ms": 48.0, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}
@@ -24,11 +26,14 @@ def test_the_table_gives_microseconds_of_one_matrix_and_times_the_floor():
     rows = {line.split("|")[1].strip(): line for line in table("1 x 2", PART).splitlines()}
     assert rows["int8"].count("12000 (4.0)") == len(TOKENS) and "12000 (2.0)" in rows["bf16"]
     assert rows["float32, torch"].count(" 12000 |") == len(TOKENS)
-    assert "48.0" in table("pass", {"figures": FIGURES})
+    whole = table(MODEL, {"figures": FIGURES, "share": PART["share"]})
+    assert "48.0 (8.0)" in whole and "milliseconds" in whole
 
 
-def test_the_picture_shows_speed_ups_and_those_of_reading_alone():
-    drawn = picture({"1 x 2": PART, "pass": {}}).svg()
-    assert "int8, tokens 8: 2.00" in drawn
-    for name, most in (("bf16", 4), ("int8", 8), ("int4", 16)):
-        assert f"{FLOORS[name]}, tokens 1: {most}.00" in drawn
+def test_the_picture_shows_times_of_a_pass_and_of_reading_its_bytes():
+    figures = {"reading | sums": {**ROW, "ms": 40.0}, **{f"{n} | float32": ROW for n in TOKENS}, **FIGURES}
+    axes = picture({MODEL: {"figures": figures, "share": {"float32": 1.0, **PART["share"]}}})
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(drawn) == ["float32", *FORMATS] and list(drawn["int8"]) == [48.0] * len(TOKENS)
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [40.0, 20.0, 10.0, 5.0]
+    plt.close(axes.figure)

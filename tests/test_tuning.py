@@ -1,6 +1,6 @@
 """Plans: what is foretold is what runs would give at these prices, and what is said of it follows from the numbers."""
 
-from itertools import count, islice
+from itertools import count
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from specdec import Law, Sampling, generate
 from specdec.clock import Clock, told_by
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
 from specdec.engines.base import Engine
-from specdec.prediction import read_along
+from specdec.prediction import read_along, replay
 from specdec.rules import BlockVerification, SiblingRejection, TraversalVerification
 from specdec.theory import predicted_speed_up
 from specdec.trace import Step, Trace
@@ -20,12 +20,13 @@ from specdec.trees import Chain, Static, Widths
 from specdec.tuning import Estimate, Plan, Row, Speedup, layers
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check, over_all, speed
+from specdec.tuning.conditions import Conditions
 from specdec.tuning.estimate import DRAWS
 from specdec.tuning.foretold import Candidate, Foretold, of_replays, of_tree, replayed
-from specdec.tuning.measuring import Conditions, Probe, measured, probes
+from specdec.tuning.measuring import measured
 from specdec.tuning.offers import Offer, given
 from specdec.tuning.prices import Prices, Sample, Work, work
-from specdec.tuning.probes import InTurn, Stars
+from specdec.tuning.probes import InTurn, Probe, Stars, probes
 from specdec.tuning.reasons import reason, verdict
 from specdec.tuning.search import finalists, suited, tree_of
 from specdec.tuning.shapes import positional, proposed
@@ -50,7 +51,7 @@ def prices(once=0.02, level=0.3, asked=0.01, node=0.1, loop=0.02):
 
 
 def conditions(target, sampling=GREEDY, batch=1):
-    return Conditions(specdec.ModelTarget(target), sampling, batch, Engine, {"max_new_tokens": 16})
+    return Conditions(specdec.ModelTarget(target), sampling, batch, Engine, 16)
 
 
 def test_lines_through_measured_steps_tell_the_price_of_other_trees():
@@ -73,7 +74,7 @@ def test_a_greedy_tree_is_foretold_as_its_run_at_these_prices():
         new = generate(target, prompt, max_new_tokens=24).tokens[0]
         texts.append([read_along(target, drafter, torch.cat([prompt, new]), len(prompt), GREEDY)])
         traces.append(generate(target, prompt, drafter, max_new_tokens=24).trace)
-    told = of_tree(Candidate("draft", drafter, SiblingRejection(), tuple(tree.parents)), texts, found)
+    told = of_tree(Candidate("draft", drafter, SiblingRejection()), texts, found)
     length = 48 / sum(len(trace.steps) for trace in traces)
     assert told.acceptance.value == pytest.approx(length, rel=EXACT)
     assert told.speedup.value == pytest.approx(length / float(found.step("draft", "SiblingRejection", tree.parents)[0]))
@@ -85,17 +86,29 @@ def test_drafts_from_the_text_are_foretold_by_their_replay(drafter):
     target, found = llama(0, eos_token_id=None), prices()
     written = generate(target, PROMPTS, max_new_tokens=48).tokens
     pairs = [([prompt], [new]) for prompt, new in zip(PROMPTS, written, strict=True)]
-    traces = replayed(Candidate("suffix", drafter, SiblingRejection()), pairs, 97, GREEDY, found)
+    traces = replayed(drafter, pairs, 97, GREEDY, found)
     told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], found)
     steps = [step for trace in traces for step in trace.steps]
     took = np.mean([1 + 0.12 * (step.nodes - 1) for step in steps])
     assert told.speedup.value == pytest.approx(96 / len(steps) / took, rel=EXACT)
 
 
+def test_texts_of_equal_prompts_are_replayed_as_they_were_written():
+    prompt, one, other = PROMPTS[0], torch.tensor([3, 4, 3, 4, 3, 4, 3, 4]), torch.tensor([9, 8, 7, 6, 5, 2, 1, 0])
+    alone = replay([prompt], [one], NgramDrafter(), 97)
+    beside = replay([prompt, prompt], [one, other], NgramDrafter(), 97)
+    assert (
+        [step.emitted[0] for step in beside.steps if step.emitted[0]]
+        == [step.emitted[0] for step in alone.steps]
+        != [1] * 8
+    )
+    assert [step.emitted[1] for step in beside.steps] == [1] * 8
+
+
 def test_captured_steps_cost_what_their_largest_tree_costs():
     target, found, drafter = llama(0, eos_token_id=None), prices(), NgramDrafter()
     written = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
-    traces = replayed(Candidate("ngram", drafter, SiblingRejection()), [([PROMPTS[0]], [written])], 97, GREEDY, found)
+    traces = replayed(drafter, [([PROMPTS[0]], [written])], 97, GREEDY, found)
     told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], found, padded=9)
     assert told.speedup.value == pytest.approx(24 / len(traces[0].steps) / (1 + 0.12 * 8), rel=EXACT)
 
@@ -139,7 +152,7 @@ def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
     held = conditions(target)
     made = probes([Offer("draft", ModelDrafter(llama(1)))], held)
     with told_by(lambda: float(next(ticks))):
-        found = measured(made, islice(groups(PROMPTS, 1), 2), held, lambda: False, lambda what: None)
+        found = measured(made, groups(PROMPTS, 1), held, lambda: False, lambda what: None)
     assert found.alone == [5.0, 5.0] and found.knows("draft") and not found.knows("other")
     assert {sample.nodes for sample in found.plain} == {1, 2, 4, 8, 16, 32}
     assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
@@ -197,7 +210,7 @@ def test_candidates_take_turns_with_decoding_alone_and_are_compared_with_it():
 
 def row(name="draft", predicted=None, measured=None, acceptance=2.0, draft=0.5, verify=1.2, other=0.1, batch_rule=None):
     told = Foretold(Estimate(acceptance, acceptance, acceptance), draft, verify, other, predicted or Estimate(1.0))
-    return Row(Candidate(name, NgramDrafter(), SiblingRejection()), told, Speedup(predicted, measured))
+    return Row(Candidate(name, NgramDrafter(), SiblingRejection()), told, measured=measured)
 
 
 def test_verdicts_follow_from_intervals_and_noise():
@@ -232,7 +245,7 @@ def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():
 
 def test_finalists_are_the_best_and_what_only_decoding_can_tell():
     rows = [row("draft", Estimate(x)) for x in (1.5, 1.4, 1.3)] + [row("suffix", Estimate(1.1))]
-    unknown = Row(Candidate("mine", NgramDrafter(), SiblingRejection()), None, Speedup())
+    unknown = Row(Candidate("mine", NgramDrafter(), SiblingRejection()))
     chosen = finalists([unknown, *rows], 3)
     assert [each.candidate.name for each in chosen] == ["draft", "draft", "suffix", "mine"]
 
@@ -310,5 +323,5 @@ def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
     assert rules == ["SiblingRejection", "SiblingRejection", "BlockVerification", "TraversalVerification"]
     assert [len(probe.parents) for probe in made] == [6, 4, 2, 4] and isinstance(made[0], Probe)
     held = conditions(llama(0))
-    alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, held.options)
+    alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, 16)
     assert all(len(probe.parents) == 1 for probe in probes([Offer("draft", ModelDrafter(llama(1)))], alone))

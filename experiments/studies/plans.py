@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,12 @@ from experiments.demo_pair import enlarge
 from specdec import Plan, Sampling
 from specdec.arguments import as_engine, as_target
 from specdec.drafters import Paused, TreeDrafter
-from specdec.prediction import NotForetold
 from specdec.rules import SiblingRejection
 from specdec.tuning.checking import Check
+from specdec.tuning.conditions import Conditions, rules
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Candidate, can_be_replayed
-from specdec.tuning.measuring import Conditions, rules
-from specdec.tuning.offers import Offer, given, own
+from specdec.tuning.offers import Offer, given, own_offers
 from specdec.tuning.search import suited, tree_of
 from specdec.tuning.tables import shape
 from specdec.tuning.tune import groups, steadily
@@ -112,17 +111,14 @@ def judged(setting: Setting, asked: argparse.Namespace, say: Callable[[str], Non
         models.target, prompts[::2], drafters, sampling=sampling, max_new_tokens=NEW_TOKENS, batch_size=setting.batch,
         seconds=seconds,
     )  # fmt: skip
-    conditions = Conditions(
-        as_target(models.target), sampling, setting.batch, lambda: engine, {"max_new_tokens": NEW_TOKENS}
-    )
-    unseen = prompts[1::2]
-    held = list(islice(groups(unseen, setting.batch), -(-len(unseen) // setting.batch)))
+    conditions = Conditions(as_target(models.target), sampling, setting.batch, lambda: engine, NEW_TOKENS)
+    held = groups(prompts[1::2], setting.batch)
     swept = [*candidates(plan, given(drafters), conditions)]
     with steadily(conditions.target.device):
         first = fastest(swept, held[: max(len(held) // 4, 1)], conditions, say)
         whole = fastest([each for each, _ in first[: max(len(first) // 3, 2)]], held, conditions, say)
         best, speed = whole[0]
-        chosen = [] if plan.drafter is None else [Candidate(plan.name, plan.drafter, plan.rule, parents(plan))]
+        chosen = [] if plan.drafter is None else [plan.rows[0].candidate]
         last = rounds(Check([best, *chosen], conditions), held, asked.rounds, say)
     over = last.over(2 if chosen else 0, 1 if speed > 1 else 0, LEVEL)  # the best may be to draft nothing
     speedup = last.over(2, 0) if chosen else Estimate(1.0, 1.0, 1.0)
@@ -164,7 +160,7 @@ def loaded(target: str, asked: argparse.Namespace) -> tuple[Any, list[torch.Tens
 
 def candidates(plan: Plan, offers: list[Offer], conditions: Conditions) -> Iterator[Candidate]:
     """All drafters with all trees and rules; layers are left out as the plan's search left them out."""
-    ours, _ = own(conditions.target, ("ngram", "suffix"))
+    ours, _ = own_offers(conditions.target, ("ngram", "suffix"))
     layers = next((row.candidate.drafter for row in plan.rows if row.candidate.name == "layers"), None)
     for offer in [*offers, *ours, *([Offer("layers", layers)] if layers is not None else [])]:
         if can_be_replayed(offer.drafter):
@@ -181,9 +177,9 @@ def trees(offer: Offer, drafter: TreeDrafter, conditions: Conditions) -> Iterato
             made = drafter.with_tree(tree_of(shaped))
             try:
                 rule.check(made.spec(conditions.sampling))
-            except (ValueError, NotForetold):  # deeper than a block
+            except ValueError:  # deeper than a block
                 continue
-            yield Candidate(offer.name, made, rule, tuple(shaped))
+            yield Candidate(offer.name, made, rule)
 
 
 def fastest(
@@ -203,10 +199,6 @@ def rounds(check: Check, held: list[list[torch.Tensor]], count: int, say: Callab
     """The check after so many whole rounds."""
     check.run(held, lambda: check.rounds >= count * len(held), say)
     return check
-
-
-def parents(plan: Plan) -> tuple[int, ...] | None:
-    return plan.rows[0].candidate.parents
 
 
 def named(candidate: Candidate) -> str:

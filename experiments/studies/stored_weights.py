@@ -7,7 +7,7 @@ Writes that file, the tables beside it as .md, and the picture as .svg:
 - A few tokens times matrices of SmolLM2 and one of an 8B model, as many of each as are many times the cache: with our ops, and
   with what torch has for these formats. The floor is the time in which the fastest of `experiments/bench/reading.py` goes
   through the same matrices in float32 in that round, times the share of their bytes that the format stores.
-- Eager forward passes of SmolLM2 over a few tokens after a text, whole, and their products alone.
+- Eager forward passes of SmolLM2 over a few tokens after a text, whole, and their products alone, beside the same floor.
 
 What the formats change in texts: `quantised_self`.
 """
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import specdec
-from experiments.bench.charts.drawing import Plot, Sheet, colour
-from experiments.bench.charts.lines import lines
 from experiments.bench.report import markdown
 from experiments.bench.results import Json, provenance
 from experiments.studies.hot_paths import READ, Timed, measure, readings
+from specdec.display.picture import PALETTE
+from specdec.display.plots import new_axes
 from specdec.models.cache import cache_argument
 from specdec.models.stored_layers import FORMATS
 from specdec_kernels import linear
@@ -37,7 +37,7 @@ from specdec_kernels import linear
 SIZES = {"SmolLM2": [(576, 576), (1536, 576), (576, 1536), (49152, 576)], "8B": [(4096, 4096)]}
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 200  # tokens of the text before a pass
-FLOORS = {name: f"{name}, reading alone" for name in FORMATS}
+MODEL = "a pass of SmolLM2"
 
 
 def products(rows: int, columns: int) -> tuple[Timed, dict[str, float]]:
@@ -82,21 +82,27 @@ def _torchs(weights: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def passes() -> Timed:
-    """Forward passes of SmolLM2 after a text, and their products alone, one after the other."""
+def passes() -> tuple[Timed, dict[str, float]]:
+    """Forward passes of SmolLM2 after a text, and their products alone; and which share of float32's bytes each reads."""
     timed: Timed = {}
+    share: dict[str, float] = {}
     for name in ("float32", *FORMATS):
         model = specdec.demo.smollm2.load().target
-        if name != "float32":
+        if name == "float32":
+            weights = [part.weight.detach() for part in model.modules() if isinstance(part, nn.Linear)]
+            timed |= readings(weights)
+        else:
             specdec.store_weights(model, name)
         layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+        stored = sum(part.nbytes for layer in layers for part in layer.state_dict().values())
+        share[name] = share[f"{name}, products"] = stored / sum(weight.nbytes for weight in weights)
         cache = DynamicCache(config=model.config)
         model(torch.arange(CONTEXT)[None] + 100, **{cache_argument(model): cache}, logits_to_keep=1)
         for count in TOKENS:
             inputs = {width: torch.randn(1, count, width) for width in {layer.in_features for layer in layers}}
             timed[f"{count} | {name}"] = partial(_pass, model, cache, torch.arange(count)[None] + 500)
             timed[f"{count} | {name}, products"] = partial(_products, layers, inputs)
-    return timed
+    return timed, share
 
 
 def _pass(model: Any, cache: DynamicCache, ids: Tensor) -> None:
@@ -109,24 +115,25 @@ def _products(layers: list[nn.Linear], inputs: dict[int, Tensor]) -> list[Tensor
 
 
 def measured(rounds: int) -> dict[str, Any]:
-    """Figures by title; those of products with the share of float32's bytes that each format reads."""
+    """Figures by title, with the share of float32's bytes that each format reads."""
     found: dict[str, Any] = {}
     for rows, columns in tqdm([size for sizes in SIZES.values() for size in sizes], leave=False):
         timed, share = products(rows, columns)
         figures = measure(timed, rounds, "reading")
         count = max(READ // (4 * rows * columns), 1)
         found[f"{rows} x {columns}"] = {"figures": figures, "share": share, "matrices": count}
-    found["pass"] = {"figures": measure(passes(), rounds, "1 | float32")}
+    timed, share = passes()
+    found[MODEL] = {"figures": measure(timed, rounds, "reading"), "share": share}
     return found
 
 
 def table(title: str, part: dict[str, Any]) -> str:
     """Microseconds of one matrix, or milliseconds of a pass, by way and tokens; with ours in units of their floor too."""
-    figures, share = part["figures"], part.get("share", {})
-    unit = 1e3 / part["matrices"] if share else 1.0
+    figures, share, whole = part["figures"], part["share"], title == MODEL
+    unit = 1.0 if whole else 1e3 / part["matrices"]
     names = dict.fromkeys(name.split(" | ")[1] for name in figures if not name.startswith("reading"))
     rows = [[name, *(_cell(figures[f"{n} | {name}"], unit, share.get(name)) for n in TOKENS)] for name in names]
-    head = f"{title}: {'microseconds (times the floor)' if share else 'milliseconds'}"
+    head = f"{title}: {'milliseconds' if whole else 'microseconds'} (times the floor)"
     return markdown([[head, *map(str, TOKENS)], *rows])
 
 
@@ -135,28 +142,20 @@ def _cell(row: dict[str, float], unit: float, share: float | None) -> str:
     return spent if share is None else f"{spent} ({row['ratio'] / share:.1f})"
 
 
-def picture(found: dict[str, Any]) -> Sheet:
-    """Speed-ups over float32 in torch by tokens: of our formats, and what reading alone would give."""
-    names = [*FORMATS, *FLOORS.values()]
-    series = {title: _speed_ups(part) for title, part in found.items() if title != "pass"}
-    most = max(
-        row["speed_up"]["median"] for lines in series.values() for line in lines.values() for row in line.values()
-    )
-    plots = [Plot(title, "tokens", [*map(str, TOKENS)], of, names, most) for title, of in series.items()]
-    title = "Products on one CPU core: speed-up over float32 in torch"
-    note = "Reading alone: the same matrix gone through once, as fast as this core reads float32."
-    return Sheet(title, [*map(lines, plots)], note, {name: colour(names, name) for name in names})
-
-
-def _speed_ups(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    figures, found = part["figures"], {}
-    for name, share in part["share"].items():
-        for line, ratios in ((name, {n: figures[f"{n} | {name}"]["ratio"] for n in TOKENS}), (FLOORS[name], {})):
-            values = {n: figures[f"{n} | float32, torch"]["ratio"] / ratios.get(n, share) for n in TOKENS}
-            found[line] = {
-                str(n): {"speed_up": {"median": x, "low": None, "high": None, "n": 1}} for n, x in values.items()
-            }
-    return found
+def picture(found: dict[str, Any]) -> Any:
+    """Time of a pass by tokens and format, and what reading the format's bytes takes."""
+    figures, share, axes = found[MODEL]["figures"], found[MODEL]["share"], new_axes(None)
+    floor = min(row["ms"] for name, row in figures.items() if name.startswith("reading"))
+    for name, colour in zip(("float32", *FORMATS), PALETTE, strict=False):
+        axes.plot(TOKENS, [figures[f"{n} | {name}"]["ms"] for n in TOKENS], "o-", color=colour, label=name)
+        axes.axhline(floor * share[name], color=colour, linestyle=":", linewidth=1)
+    axes.set(title="A forward pass of SmolLM2 on one CPU core (dotted: reading its bytes)", xlabel="tokens")
+    axes.set(ylabel="time (ms)", xscale="log", yscale="log")
+    axes.set_xticks(TOKENS, map(str, TOKENS))
+    axes.set_yticks([4, 8, 16, 32, 64, 128, 256], ["4", "8", "16", "32", "64", "128", "256"])
+    axes.minorticks_off()
+    axes.legend()
+    return axes
 
 
 def main() -> None:
@@ -173,7 +172,7 @@ def main() -> None:
     Json(str(options.output)).write({**source, "found": found})
     page = "\n\n".join(["# Weights as they are stored", *(table(title, part) for title, part in found.items()), ""])
     options.output.with_suffix(".md").write_text(page, "utf-8")
-    options.output.with_suffix(".svg").write_text(picture(found).svg(), "utf-8")
+    picture(found).figure.savefig(options.output.with_suffix(".svg"), metadata={"Date": None})
     print(page)
 
 

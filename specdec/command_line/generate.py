@@ -1,6 +1,6 @@
 """Write texts for prompts, with drafts or without: with a lossless rule they have the target's law in any case.
 
-Without --plan, the first --draft or --heads drafts, or what --drafter names: ngram or suffix (from the text itself).
+Without --plan, the model of --draft or --heads drafts, or what --drafter names: ngram or suffix (from the text itself).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from specdec.command_line import options
 from specdec.drafters import Drafter, NgramDrafter, SuffixDrafter
 from specdec.generate import Generation, generate
 from specdec.rules import Rule, SiblingRejection
-from specdec.tuning.files import drafter_of, rule_of
+from specdec.tuning import Plan
 from specdec.tuning.offers import as_drafter
 
 _FROM_TEXT = {"ngram": NgramDrafter, "suffix": SuffixDrafter}
@@ -50,10 +50,14 @@ def run(asked: argparse.Namespace) -> None:
 
 def _drafting(asked: argparse.Namespace, target: Any) -> tuple[Drafter | None, Rule]:
     """The drafter and the rule that are asked for."""
-    if asked.plan and asked.drafter:
-        raise ValueError(f"--plan and --drafter {asked.drafter}: both say who drafts; leave one out.")
+    given = len(asked.draft) + bool(asked.heads) + bool(asked.drafter)
+    if (not asked.plan and given > 1) or (asked.plan and asked.drafter):
+        raise ValueError(
+            "--plan, --drafter, --draft and --heads say who drafts: give one of them, or a plan with its models."
+        )
     if asked.plan:
-        return drafter_of(asked.plan, target, options.drafters(asked)), rule_of(asked.plan)
+        plan = Plan.load(asked.plan, target, options.drafters(asked))
+        return plan.drafter, plan.rule
     if asked.drafter == "none":
         return None, SiblingRejection()
     if asked.drafter:

@@ -35,7 +35,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a small model that drafts, likewise; several are allowed",
+        help="a small model that drafts, likewise; several are compared by tune",
     )
     group.add_argument("--heads", metavar="FOLDER", help="Medusa heads that were trained for the target")
     group.add_argument(

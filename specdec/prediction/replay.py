@@ -25,8 +25,8 @@ def replay(
     """The steps in which a drafter would have written these texts together.
 
     If all children are POINT, sibling rejection accepts a child with the chance that the target's next token is that child, and
-    traversal verification likewise. So the texts tell what was accepted. They must differ in their prompts. Times of drafting
-    are those of the replay; that of the target's passes is next to nothing.
+    traversal verification likewise. So the texts tell what was accepted. Times of drafting are those of the replay; that of
+    the target's passes is next to nothing.
 
     Args:
         prompts, written: 1-D int64 tensors each: the prompt and the new tokens of each text.
@@ -42,18 +42,22 @@ def replay(
     if (laws := drafter.spec(sampling).laws) != {Law.POINT}:
         names = ", ".join(law.name for law in sorted(laws))
         raise NotForetold(f"{drafter} draws children by {names}: what is accepted does not follow from a text; run it.")
-    target = Recorded([torch.cat(pair) for pair in zip(prompts, written, strict=True)], list(prompts), vocab)
+    target = Recorded([torch.cat(pair) for pair in zip(prompts, written, strict=True)], vocab)
     budgets = [len(new) for new in written]
     options = {"sampling": sampling, "max_new_tokens": budgets, "stop_tokens": ()}
     return generate(target, list(prompts), drafter, **options).trace
 
 
 class Recorded(Target):
-    """A target that gives all weight to the tokens of texts, each after its own prompt. A greedy run writes them again."""
+    """A target that gives all weight to the tokens of texts, each after its own prompt. A greedy run writes them again.
 
-    def __init__(self, texts: Sequence[Tensor], prompts: Sequence[Tensor], vocab: int):
-        self.vocab = vocab
-        self.texts = {tuple(prompt.tolist()): text for prompt, text in zip(prompts, texts, strict=True)}
+    Args:
+        texts: 1-D int64 tensors each, with the prompts before them, in the order of the prompts.
+        vocab: size of its vocabulary.
+    """
+
+    def __init__(self, texts: Sequence[Tensor], vocab: int):
+        self.vocab, self.texts = vocab, list(texts)
 
     def start(self, batch: Batch, states: Sequence[int] = (), last: TargetRun | None = None) -> TargetRun:
         return RecordedRun(self, batch)
@@ -70,7 +74,8 @@ class RecordedRun(TargetRun):
     def score(self, tree: DraftTree) -> Scores:
         following = torch.zeros_like(tree.tokens)
         for row, text in enumerate(self.batch.texts):
-            whole = self.target.texts[tuple(text[: self.batch.prompts[row]].tolist())]
+            _, index = self.batch.keys[row]
+            whole = self.target.texts[index]
             following[row] = whole[(len(text) + tree.topology.depths[row]).clamp(max=len(whole) - 1)]
         logits = torch.full((*following.shape, self.target.vocab), -torch.inf)
         return Scores(logits.scatter_(2, following[..., None], 0.0))

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from specdec.generate import stream
-from specdec.rules import SiblingRejection
 from specdec.trace import Trace
+from specdec.tuning.conditions import Conditions
 from specdec.tuning.estimate import DRAWS, Estimate
-from specdec.tuning.foretold import Candidate
-from specdec.tuning.measuring import Conditions
-
-_ALONE = Candidate("autoregressive", None, SiblingRejection())  # type: ignore[arg-type] - no drafter
+from specdec.tuning.foretold import ALONE, Candidate
 
 
 class Check:
@@ -28,7 +23,7 @@ class Check:
 
     def __init__(self, candidates: Sequence[Candidate], conditions: Conditions):
         self.candidates, self._conditions = list(candidates), conditions
-        self._methods = [_ALONE, *candidates, _ALONE]
+        self._methods = [ALONE, *candidates, ALONE]
         self._engines = [conditions.engine() for _ in self._methods]
         self._speeds: dict[tuple[int, int], list[float]] = {}  # by round and group: of each method
 
@@ -56,17 +51,7 @@ class Check:
         for i in order:
             method, engine = self._methods[i], self._engines[i]
             say(f"decoding with {method.name}")
-            options: dict[str, Any] = {**self._conditions.options, "sampling": self._conditions.sampling}
-            run = stream(
-                self._conditions.target,
-                list(group),
-                method.drafter,
-                rule=method.rule,
-                engine=engine,
-                seed=turn,
-                **options,
-            )
-            with run:
+            with self._conditions.stream(group, method.drafter, rule=method.rule, engine=engine, seed=turn) as run:
                 for _ in run:
                     if over():
                         return []

@@ -14,11 +14,11 @@ from specdec.arguments import as_target
 from specdec.drafters import Drafter, LayerSkipDrafter, Paused, TreeDrafter
 from specdec.models.target import Target
 from specdec.rules import Rule
-from specdec.trees import Static, Widths
 from specdec.tuning.estimate import Estimate
-from specdec.tuning.offers import given, own
+from specdec.tuning.offers import given, own_offers
 from specdec.tuning.rows import Speedup
 from specdec.tuning.search import tree_of
+from specdec.tuning.shapes import parents_of
 
 if TYPE_CHECKING:
     from specdec.tuning.plan import Plan
@@ -81,7 +81,7 @@ def _named(name: str, said: Mapping[str, Any], target: PreTrainedModel | Target,
         drafters = {key: value for key, value in drafters.items() if key == name and value is not None}
     found = {offer.name: offer.drafter for offer in given(drafters)}
     if name in ("ngram", "suffix", "mtp"):
-        ours, refused = own(as_target(target), [name])
+        ours, refused = own_offers(as_target(target), [name])
         if name in refused:
             raise ValueError(refused[name])
         found |= {offer.name: offer.drafter for offer in ours}
@@ -91,12 +91,12 @@ def _named(name: str, said: Mapping[str, Any], target: PreTrainedModel | Target,
 
 
 def _described(name: str, drafter: Drafter | None) -> dict[str, Any]:
-    tree = drafter.tree if isinstance(drafter, TreeDrafter) else None
+    parents = parents_of(drafter)
     return {
         "name": name,
         "paused": isinstance(drafter, Paused),
         "skip": list(drafter.skip) if name == "layers" and isinstance(drafter, LayerSkipDrafter) else None,
-        "parents": list(tree.parents) if isinstance(tree, (Static, Widths)) else None,
+        "parents": None if parents is None else list(parents),
     }
 
 

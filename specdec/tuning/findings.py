@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.rules import SiblingRejection
 from specdec.tuning import roofline
+from specdec.tuning.conditions import Conditions
 from specdec.tuning.estimate import Estimate
-from specdec.tuning.measuring import Conditions
+from specdec.tuning.foretold import ALONE, Foretold
 from specdec.tuning.offers import Offer
 from specdec.tuning.plan import Plan
 from specdec.tuning.prices import Prices
@@ -43,21 +43,15 @@ class Findings:
             "rows": tuple(rows), "refused": self.refused, "notes": tuple(self.notes), "noise": self.noise,
             "conditions": self._held(),
         }  # fmt: skip
-        if not rows or rows[0].speedup.estimate is None:
-            why = (
-                "Nothing was foretold or decoded; see the notes." if not rows else reason(rows[0], "cannot tell", batch)
-            )
-            alone = Speedup(Estimate(1.0), None)
-            return Plan("autoregressive", None, SiblingRejection(), alone, "cannot tell", why, **shared)
-        best = rows[0]
-        told = verdict(best, self.noise)
-        why, pays = reason(best, told, batch), _chosen(best, told)
-        shared["roofline"] = self._roofline(best if pays else None)
-        if not pays:
-            alone = Speedup(Estimate(1.0, 1.0, 1.0), self.noise)
-            return Plan("autoregressive", None, SiblingRejection(), alone, told, why, **shared)
-        candidate = best.candidate
-        return Plan(candidate.name, candidate.drafter, candidate.rule, best.speedup, told, why, **shared)
+        best = rows[0] if rows else None
+        told = verdict(best, self.noise) if best else "cannot tell"
+        why = reason(best, told, batch) if best else "Nothing was foretold or decoded; see the notes."
+        chosen = best if best and _pays(best, told) else Row(ALONE, measured=self.noise)
+        speedup = chosen.speedup if chosen is best else Speedup(Estimate(1.0, 1.0, 1.0), self.noise)
+        made = chosen.candidate
+        return Plan(
+            made.name, made.drafter, made.rule, speedup, told, why, roofline=self._roofline(chosen.foretold), **shared
+        )
 
     def _held(self) -> dict[str, Any]:
         sampling, target = self.conditions.sampling, self.conditions.target
@@ -66,19 +60,19 @@ class Findings:
             "texts": len(self.written),
             "batch": self.conditions.batch,
             "temperature": sampling.temperature,
-            "new tokens": self.conditions.options["max_new_tokens"],
+            "new tokens": self.conditions.new_tokens,
             "device": str(target.device),
             "threads": torch.get_num_threads(),
         }
 
-    def _roofline(self, best: Row | None) -> roofline.Roofline | None:
+    def _roofline(self, found: Foretold | None) -> roofline.Roofline | None:
+        """Where the time of steps goes, of which this is foretold; of steps without a draft by default."""
         model, prices = self.conditions.target.model, self.prices
         if model is None or prices is None or self.machine is None:
             return None
-        found = best.foretold if best else None
         shares = (found.draft, found.verify, found.other) if found else (0.0, *prices.parts(1))
         context = sum(map(len, self.prompts)) // len(self.prompts)
-        alone, sizes = float(torch.tensor(prices.alone).median()), prices.sizes
+        sizes = prices.sizes
         weights = roofline.parameters(model)
         return roofline.Roofline(
             machine=self.machine,
@@ -86,13 +80,13 @@ class Findings:
             cache=self.conditions.batch * roofline.kept_bytes(self.conditions.target, context),
             operations=2.0 * self.conditions.batch * sum(weight.numel() for weight in weights),
             nodes=sizes,
-            seconds=[alone * float(prices.verify(size)[0]) for size in sizes],
-            alone=alone,
+            seconds=[prices.unit * float(prices.verify(size)[0]) for size in sizes],
+            alone=prices.unit,
             shares=shares,
         )
 
 
-def _chosen(best: Row, told: str) -> bool:
+def _pays(best: Row, told: str) -> bool:
     """Whether to draft: where this machine cannot tell, by what is more probable."""
     known = best.speedup.estimate
     return known is not None and (told == "pays" or (told == "cannot tell" and known.value > 1))

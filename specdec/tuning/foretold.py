@@ -10,14 +10,15 @@ from torch import Tensor
 
 from specdec.drafters import Drafter, NgramDrafter, Paused, SuffixDrafter, TreeDrafter
 from specdec.prediction import Text, replay
-from specdec.rules import Rule
+from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve
 from specdec.trace import Trace
 from specdec.trees import Static, Widths
 from specdec.tuning.estimate import Estimate, redrawn
-from specdec.tuning.measuring import SIZES
 from specdec.tuning.prices import Prices, work
+from specdec.tuning.probes import SIZES
+from specdec.tuning.shapes import parents_of
 
 FOLLOWS = (NgramDrafter, SuffixDrafter)  # drafters that follow from the text alone
 
@@ -27,16 +28,22 @@ class Candidate:
     """A drafter with its tree, and a rule.
 
     Args:
-        name: of the drafter.
-        drafter: it.
+        name: what tables call the drafter.
+        drafter: the drafter; None to draft nothing.
         rule: the rule.
-        parents: of its tree; None if its trees have no fixed shape.
     """
 
     name: str
-    drafter: Drafter
+    drafter: Drafter | None
     rule: Rule
-    parents: tuple[int, ...] | None = None
+
+    @property
+    def parents(self) -> tuple[int, ...] | None:
+        """The shape of its trees; None if they have no fixed one."""
+        return parents_of(self.drafter)
+
+
+ALONE = Candidate("autoregressive", None, SiblingRejection())
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,14 @@ def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Price
     Args:
         texts: those of each prompt.
     """
-    parents, rule = candidate.parents, type(candidate.rule).__name__
-    assert parents is not None and isinstance(candidate.drafter, TreeDrafter)
-    tree = candidate.drafter.tree
+    assert isinstance(candidate.drafter, TreeDrafter)
+    tree, rule = candidate.drafter.tree, type(candidate.rule).__name__
     assert isinstance(tree, (Static, Widths))
     tokens = np.array([sum(len(text.tokens) for text in own) for own in texts], float)
     steps = np.array([sum(text.starts(tree, candidate.rule).sum() for text in own) for own in texts])
-    nodes = len(parents)
+    nodes = len(tree.parents)
     parts = [
-        prices.draft(candidate.name, work(parents)),
+        prices.draft(candidate.name, work(tree.parents)),
         prices.verify(nodes),
         prices.other(candidate.name, rule, nodes),
     ]
@@ -99,7 +105,7 @@ def of_replays(traces: Sequence[Trace], prices: Prices, padded: int | None = Non
     share = counts / counts.sum()
     verify = share @ np.array([prices.verify(size) for size in sizes.tolist()])
     whole = share @ np.array([prices.plain_step(size) for size in sizes.tolist()])
-    drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / np.median(prices.alone)
+    drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / prices.unit
     return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices)
 
 
@@ -115,7 +121,7 @@ def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray]
 
 
 def replayed(
-    candidate: Candidate,
+    drafter: Drafter,
     groups: Sequence[tuple[list[Tensor], list[Tensor]]],
     vocab: int,
     sampling: Sampling,
@@ -128,7 +134,6 @@ def replayed(
         groups: prompts and new tokens of the texts that step together.
         padded: as for `of_replays`.
     """
-    drafter = candidate.drafter
     if isinstance(drafter, Paused) and drafter.seconds is None:
         sizes = sorted({*SIZES, drafter.spec(sampling).nodes})
         curve = CostCurve(sizes, [float(prices.plain_step(padded or size)[0]) for size in sizes])

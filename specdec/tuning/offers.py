@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_tuple, brief, wrong_kind
 from specdec.drafters import Drafter, MedusaDrafter, MedusaHeads, ModelDrafter, MtpDrafter, NgramDrafter, SuffixDrafter
-from specdec.generate import stream
 from specdec.models.target import Target
+from specdec.tuning.conditions import Conditions
 
 OWN = ("ngram", "suffix", "layers", "mtp")
 _STEPS = 3  # that tell whether a drafter can draft for a target
@@ -64,7 +64,7 @@ def as_drafter(name: str, value: Any) -> Drafter:
     raise wrong_kind(f"the drafter {name!r}", value, _CURE)
 
 
-def own(target: Target, names: Sequence[str]) -> tuple[list[Offer], dict[str, str]]:
+def own_offers(target: Target, names: Sequence[str]) -> tuple[list[Offer], dict[str, str]]:
     """What the target itself offers without a search, and why the rest of it is not there."""
     names = as_tuple("own", names, "names", f"choose from {', '.join(OWN)}")
     if unknown := [name for name in names if name not in OWN]:
@@ -82,14 +82,12 @@ def own(target: Target, names: Sequence[str]) -> tuple[list[Offer], dict[str, st
     return found, refused
 
 
-def fitting(
-    target: Target, offers: Sequence[Offer], prompt: Tensor, options: Mapping[str, Any]
-) -> tuple[list[Offer], dict[str, str]]:
-    """The drafters that can draft for this target and a text of this prompt, found by drafting, and why the others cannot."""
+def fitting(offers: Sequence[Offer], prompt: Tensor, conditions: Conditions) -> tuple[list[Offer], dict[str, str]]:
+    """The drafters that can draft a text of this prompt, found by drafting, and why the others cannot."""
     found, refused = [], {}
     for offer in offers:
         try:
-            with stream(target, prompt, offer.drafter, **options) as run:
+            with conditions.stream([prompt], offer.drafter) as run:
                 for _ in islice(run, _STEPS):
                     pass
             found.append(offer)

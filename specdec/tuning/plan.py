@@ -14,6 +14,9 @@ from specdec.tuning.estimate import Estimate
 from specdec.tuning.roofline import Roofline
 from specdec.tuning.rows import Row, Speedup, Verdict
 
+# Rows that a table shows.
+_MOST = 12
+
 
 @dataclass(frozen=True, repr=False)
 class Plan:
@@ -24,8 +27,8 @@ class Plan:
         drafter: for `generate(drafter=...)`; None if it is best to draft nothing.
         rule: for `generate(rule=...)`.
         speedup: of this choice; 1 if nothing is drafted.
-        verdict: whether the best drafter pays: "pays", "does not pay" or, as intervals hold 1 or less than this machine's
-            noise, "cannot tell".
+        verdict: whether the best drafter pays: "pays", "does not pay", or "cannot tell" if the interval holds 1 or lies
+            within this machine's noise.
         reason: why, in words: what would have to change by how much.
         rows: all that was looked at, the best first.
         refused: what was not compared, and why.
@@ -50,11 +53,11 @@ class Plan:
 
     def __str__(self) -> str:
         chosen = self.name if self.drafter is None else f"{self.name}: {self.drafter}, {type(self.rule).__name__}()"
-        return f"{chosen}\nspeed-up {self.speedup}\n{self.reason}"
+        return f"{chosen}\nspeed-up {self.speedup}"
 
     __repr__ = __str__
 
-    def table(self, most: int = 12) -> str:
+    def table(self, most: int = _MOST) -> str:
         """The best candidates as markdown, with what is said below it: reasons, refusals and notes."""
         return tables.table(self, most)
 
@@ -89,4 +92,4 @@ class Plan:
         return Plan(**files.load(path, target, drafters))
 
     def _repr_html_(self) -> str:
-        return tables.html(self)
+        return tables.html(self, _MOST)

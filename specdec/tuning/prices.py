@@ -12,6 +12,7 @@ import numpy as np
 from specdec.checks import as_parents
 from specdec.theory import CostCurve, Costs
 from specdec.tuning.estimate import DRAWS, Estimate, medians
+from specdec.tuning.shapes import depths
 
 
 class Work(NamedTuple):
@@ -32,10 +33,8 @@ class Sample(NamedTuple):
 
 def work(parents: Sequence[int]) -> Work:
     """The work of drafting a tree."""
-    parents, depth = as_parents(parents), [0]
-    for parent in parents[1:]:
-        depth.append(depth[parent] + 1)
-    inner = {*parents[1:]}
+    parents = as_parents(parents)
+    depth, inner = depths(parents), {*parents[1:]}
     return Work(len({depth[node] for node in inner}), len(inner))
 
 
@@ -56,6 +55,11 @@ class Prices:
     def knows(self, drafter: str) -> bool:
         """Whether steps with trees of this drafter were timed."""
         return any(name == drafter for name, _, _ in self.drafted)
+
+    @property
+    def unit(self) -> float:
+        """Seconds of a step without a draft."""
+        return float(np.median(self.alone))
 
     @property
     def samples(self) -> int:

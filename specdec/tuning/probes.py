@@ -1,19 +1,92 @@
-"""Drafts that are there to be timed: of several sizes, one after the other in one run, so that drift hits all alike."""
+"""Runs that are there to be timed: trees of several sizes, one after the other in one run, so that drift hits all alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from specdec.batch import Batch
 from specdec.checks import as_ints
 from specdec.coins import Coins
+from specdec.drafters import BlockDrafter, TreeDrafter
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.drafters.points import Point, PointRun
+from specdec.engines.base import Engine
 from specdec.laws import Law
 from specdec.models.target import TargetRun
+from specdec.rules import BlockVerification, Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.tree import TreeSpec
+from specdec.trees import Widths
 from specdec.trees.base import Growth, TreePolicy, TreeRun
+from specdec.tuning.conditions import Conditions, rules
+from specdec.tuning.offers import Offer
+
+# Sizes of trees without a drafter.
+SIZES = (1, 2, 4, 8, 16, 32)
+# The deepest trees that are looked for.
+DEEPEST = 8
+# Steps of a run that are not counted: they make constants and fill caches.
+COLD = 2
+# How often each size is timed in a run.
+_TURNS = 3
+# Of trees that are timed with a drafter, each of another size.
+_SHAPES = ((1, 1), (1,) * 5, (3, 3), (3, 3, 2))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A run that is timed.
+
+    Args:
+        name: of the drafter; None without one.
+        drafter: of steps whose sizes tell what was drafted.
+        rule: the rule.
+        parents: the trees by their sizes.
+        engine: of this run alone.
+    """
+
+    name: str | None
+    drafter: Drafter
+    rule: Rule
+    parents: Mapping[int, Sequence[int]]
+    engine: Engine
+
+    @property
+    def steps(self) -> int:
+        return COLD + _TURNS * len(self.parents)
+
+
+def deepest(drafter: TreeDrafter) -> int:
+    """The deepest tree that a drafter can grow."""
+    return min(drafter.net.depth, DEEPEST) if isinstance(drafter, BlockDrafter) else DEEPEST
+
+
+def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
+    """The runs to be timed: of trees without a drafter, and of each drafter that grows trees, under each rule."""
+    apart = conditions.engine().captures  # captured steps have one shape in a run
+    sizes = [size for size in SIZES if size <= conditions.target.vocab]
+    made = []
+    for group in [[size] for size in sizes] if apart else [sizes]:
+        stars = {size: [-1, *[0] * (size - 1)] for size in group}
+        made.append(Probe(None, Stars(group), SiblingRejection(), stars, conditions.engine()))
+    for offer in offers:
+        if not isinstance(offer.drafter, TreeDrafter):
+            continue
+        alone = apart or isinstance(offer.drafter, BlockDrafter)  # a block is as deep as the deepest tree of its run
+        for rule in rules(conditions.sampling):
+            trees = _trees(deepest(offer.drafter), rule)
+            for group in [[tree] for tree in trees] if alone else [trees]:
+                parents = {len(tree.parents): tree.parents for tree in group}
+                drafter = offer.drafter.with_tree(InTurn(group))
+                made.append(Probe(offer.name, drafter, rule, parents, conditions.engine()))
+    return made
+
+
+def _trees(deepest: int, rule: Rule) -> list[Widths]:
+    """Chains, and trees unless the rule is for chains only."""
+    wanted = [shape[:deepest] for shape in _SHAPES if max(shape) == 1 or not isinstance(rule, BlockVerification)]
+    return [Widths(shape) for shape in dict.fromkeys(wanted)]
 
 
 class Stars(Drafter):

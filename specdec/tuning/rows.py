@@ -12,9 +12,12 @@ from specdec.tuning.foretold import Candidate, Foretold
 Verdict = Literal["pays", "does not pay", "cannot tell"]
 
 
-_WITHIN = 1.96  # standard errors to either end of a 95 % interval
-_UNTOLD = 0.04  # standard error of predictions, as a share, whatever their interval: what prices of steps leave out
-_LEAST = 0.005  # of measurements
+# Standard errors from the middle to either end of a 95 % interval.
+_WITHIN = 1.96
+# The least standard error, as a share, that a prediction is credited with: prices of steps leave things out.
+_PREDICTED = 0.04
+# The same of a measurement.
+_MEASURED = 0.005
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Speedup:
         sure = {name: found for name, found in known.items() if found is not None and found.low is not None}
         if not sure:
             return self.measured or self.predicted
-        errors = {name: max(_error(found), _UNTOLD if name == "predicted" else _LEAST) for name, found in sure.items()}
+        errors = {
+            name: max(_error(found), _PREDICTED if name == "predicted" else _MEASURED) for name, found in sure.items()
+        }
         weights = {name: 1 / error**2 for name, error in errors.items()}
         whole = sum(weights.values())
         middle = sum(weights[name] * math.log(found.value) for name, found in sure.items()) / whole
@@ -59,8 +64,21 @@ def _error(found: Estimate) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate, and what is known of it."""
+    """A candidate, and what is known of it.
+
+    Args:
+        candidate: the candidate.
+        foretold: what is foretold of it; None where only decoding can tell.
+        untold: why nothing is foretold; "" if something is.
+        measured: its speed-up in decoding; None if it was not decoded.
+    """
 
     candidate: Candidate
-    foretold: Foretold | None
-    speedup: Speedup
+    foretold: Foretold | None = None
+    untold: str = ""
+    measured: Estimate | None = None
+
+    @property
+    def speedup(self) -> Speedup:
+        """Its speed-up, foretold and measured."""
+        return Speedup(self.foretold.speedup if self.foretold else None, self.measured)

@@ -1,4 +1,4 @@
-"""Trees that may be fast, from the chance that a child of each depth and place is accepted."""
+"""Shapes of trees, and which may be fast, from the chance that a child of each depth and place is accepted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from specdec.drafters import Drafter, TreeDrafter
 from specdec.laws import Law
 from specdec.prediction import Text
 from specdec.theory import Costs, best_trees
+from specdec.trees import Static, Widths
 
 NODES = 32  # most of a tree
 _WIDTH = 4  # most children of a node
 _TREES = 8  # trees of so many sizes are looked at more closely
+
+
+def parents_of(drafter: Drafter | None) -> tuple[int, ...] | None:
+    """The shape of a drafter's trees; None if they have no fixed one."""
+    tree = drafter.tree if isinstance(drafter, TreeDrafter) else None
+    return tuple(tree.parents) if isinstance(tree, (Static, Widths)) else None
+
+
+def is_chain(parents: Sequence[int]) -> bool:
+    """Whether no node has two children."""
+    return list(parents) == list(range(-1, len(parents) - 1))
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Edges from the root to each node."""
+    found = [0]
+    for parent in parents[1:]:
+        found.append(found[parent] + 1)
+    return found
 
 
 def positional(texts: Sequence[Text], depth: int, law: Law) -> list[list[float]]:

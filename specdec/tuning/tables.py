@@ -10,6 +10,7 @@ from specdec.drafters import Paused
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Candidate
 from specdec.tuning.rows import Row
+from specdec.tuning.shapes import depths, is_chain
 
 if TYPE_CHECKING:
     from specdec.tuning.plan import Plan
@@ -20,24 +21,32 @@ HEADER = ("drafter", "tree", "rule", "acceptance length (95 %)", "step", "predic
 def table(plan: Plan, most: int) -> str:
     """A markdown table, and below it what is said in words."""
     rows = [HEADER, ["---"] * len(HEADER), *map(_cells, plan.rows[:most])]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    left = len(plan.rows) - most
-    said = [plan.reason, *plan.notes]
+    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", *_said(plan, most)])
+
+
+def html(plan: Plan, most: int) -> str:
+    """The same for a notebook, after what was chosen."""
+    cells = [HEADER, *map(_cells, plan.rows[:most])]
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    return f"{_paragraphs(str(plan).splitlines())}<table>{body}</table>{_paragraphs(_said(plan, most))}"
+
+
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _said(plan: Plan, most: int) -> list[str]:
+    """What is said below a table of so many rows."""
+    said, left = [plan.reason, *plan.notes], len(plan.rows) - most
     if left > 0:
         said.append(f"{left} more were foretold, and are slower.")
     if plan.noise is not None:
         said.append(f"Noise: decoding without a draft against itself, {plan.noise}.")
+    untold = {row.candidate.name: row.untold for row in plan.rows if row.untold}
+    said += [f"{name} was not foretold: {why}" for name, why in untold.items()]
     said += [f"{name} was not compared: {why}" for name, why in plan.refused.items()]
     held = ", ".join(f"{name} {value}" for name, value in plan.conditions.items())
-    return "\n".join([*lines, "", *said, f"It holds for: {held}.", "Step: in steps without a draft."])
-
-
-def html(plan: Plan) -> str:
-    """For a notebook."""
-    cells = [HEADER, *(_cells(row) for row in plan.rows[:12])]
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
-    said = "".join(f"<p>{escape(line)}</p>" for line in str(plan).splitlines())
-    return f"{said}<table>{body}</table>"
+    return [*said, f"It holds for: {held}.", "Step: in steps without a draft."]
 
 
 def shape(candidate: Candidate) -> str:
@@ -45,16 +54,14 @@ def shape(candidate: Candidate) -> str:
     parents = candidate.parents
     if parents is None:
         return "paused" if isinstance(candidate.drafter, Paused) else "its own"
-    if list(parents) == list(range(-1, len(parents) - 1)):
+    if is_chain(parents):
         return f"chain of {len(parents) - 1}"
     return f"tree of {len(parents)}, {' '.join(map(str, widths(parents)))}"
 
 
 def widths(parents: Sequence[int]) -> list[int]:
     """How many nodes there are at each depth after the root."""
-    depth = [0]
-    for parent in parents[1:]:
-        depth.append(depth[parent] + 1)
+    depth = depths(parents)
     return [depth.count(level) for level in range(1, max(depth) + 1)]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -24,12 +26,13 @@ from specdec.trace.bill import CostlyDraftsWarning
 from specdec.tuning import layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check
+from specdec.tuning.conditions import Conditions
 from specdec.tuning.findings import Findings
-from specdec.tuning.measuring import Conditions, measured, probes
-from specdec.tuning.offers import OWN, Offer, fitting, given, own
+from specdec.tuning.measuring import measured
+from specdec.tuning.offers import OWN, Offer, fitting, given, own_offers
 from specdec.tuning.plan import Plan
+from specdec.tuning.probes import probes
 from specdec.tuning.search import finalists, foretold
-from specdec.tuning.search import measured as with_measured
 from specdec.tuning.writing import as_written, written
 
 # the share of all the time at which each part ends
@@ -77,7 +80,7 @@ def tune(
         tokenizer: as for `generate`.
         texts: what the target wrote after each prompt with this sampling, where that is known: token ids, as in
             `Generation.tokens`. They must be its own: all is foretold from them. Otherwise it writes them here.
-        max_new_tokens: of each text; more of a given one is not used.
+        max_new_tokens: of each text, at least 8; more of a given one is not used.
         batch_size: rows that are at work together.
         engine: as for `generate`.
         seconds: how long it may take. What was not reached is said in the plan. Ctrl-C ends it with the plan so far.
@@ -93,21 +96,23 @@ def tune(
         "sampling": sampling,
         "max_new_tokens": as_int("max_new_tokens", max_new_tokens, 8),
         "tokenizer": tokenizer,
+        "engine": engine,
     }
     request = as_request(target, prompts, on_error="skip", **asked)
     if not request.texts:
         raise ValueError(f"No prompt can be decoded: {next(iter(request.skipped.values()))}")
-    made = as_engine(engine)
     conditions = Conditions(
         target=request.target,
         sampling=request.sampling,
         batch=batch,
-        engine=(lambda: made) if isinstance(engine, Engine) else (lambda: as_engine(engine)),
-        options={"max_new_tokens": max_new_tokens, "tokenizer": tokenizer},
+        engine=partial(as_engine, engine),
+        new_tokens=asked["max_new_tokens"],
+        tokenizer=tokenizer,
     )
     ids = [torch.from_numpy(text.tokens) for text in request.texts]
+    left_out = [f"Left out: {message}" for message in request.skipped.values()]
     known = None if texts is None else as_written(texts, request, max_new_tokens)
-    found = Findings(ids, conditions, given(drafters), notes=_left_out(request.skipped), written=known or [])
+    found = Findings(ids, conditions, given(drafters), notes=left_out, written=known or [])
     with Budget(seconds, progress) as budget, steadily(request.target.device):
         try:
             _search(found, tuple(own), budget)
@@ -121,11 +126,9 @@ def tune(
 def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
     """All parts, one after the other, each as long as its share of the time."""
     conditions = found.conditions
-    ours, refused = own(conditions.target, names)
+    ours, refused = own_offers(conditions.target, names)
     found.refused.update(refused)
-    found.offers, refused = fitting(
-        conditions.target, [*found.offers, *ours], max(found.prompts, key=len), _options(conditions)
-    )
+    found.offers, refused = fitting([*found.offers, *ours], max(found.prompts, key=len), conditions)
     found.refused.update(refused)
     found.written = found.written or written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
     if not found.written:
@@ -161,7 +164,11 @@ def _measure(found: Findings, budget: Budget) -> None:
         found.machine = roofline.machine(found.conditions.target.model)
     made = probes(found.offers, found.conditions)
     found.prices = measured(
-        made, groups(found.prompts, found.conditions.batch), found.conditions, budget.until(_MEASURED), budget.say
+        made,
+        cycle(groups(found.prompts, found.conditions.batch)),
+        found.conditions,
+        budget.until(_MEASURED),
+        budget.say,
     )
     if found.prices.plain:
         found.noise = found.prices.noise
@@ -197,7 +204,7 @@ def _check(found: Findings, budget: Budget) -> None:
     over, prices = budget.until(_CHECKED), found.prices
     if not found.rows or prices is None:
         return
-    once = float(torch.tensor(prices.alone).median()) * found.conditions.options["max_new_tokens"]
+    once = prices.unit * found.conditions.new_tokens
     fits = int((budget.seconds - budget.spent) / max(once, 1e-9)) - 2
     best = finalists(found.rows, _CHECKS)
     rows = best[: max(fits, 1)]
@@ -205,34 +212,20 @@ def _check(found: Findings, budget: Budget) -> None:
         found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
     check = Check([row.candidate for row in rows], found.conditions)
     try:
-        check.run(list(islice(groups(found.prompts, found.conditions.batch), _groups(found))), over, budget.say)
+        check.run(groups(found.prompts, found.conditions.batch), over, budget.say)
     finally:
         if check.rounds:
             found.noise = check.noise
         else:
             found.notes.append("There was no time to decode with the best: speed-ups are foretold, not measured.")
         for row, estimate in zip(rows, check.speedups(), strict=False):
-            found.rows[found.rows.index(row)] = with_measured(row, estimate)
+            found.rows[found.rows.index(row)] = replace(row, measured=estimate)
 
 
-def groups(prompts: Sequence[Tensor], batch: int) -> Iterator[list[Tensor]]:
-    """Groups of so many prompts, again and again all of them in turn."""
+def groups(prompts: Sequence[Tensor], batch: int) -> list[list[Tensor]]:
+    """Groups of so many prompts, which together hold every prompt; the last is filled with the first ones again."""
     again = cycle(prompts)
-    while True:
-        yield list(islice(again, batch))
-
-
-def _groups(found: Findings) -> int:
-    """Groups that hold every prompt once."""
-    return -(-len(found.prompts) // found.conditions.batch)
-
-
-def _options(conditions: Conditions) -> dict[str, Any]:
-    return {**conditions.options, "sampling": conditions.sampling, "engine": conditions.engine()}
-
-
-def _left_out(skipped: Mapping[int, str]) -> list[str]:
-    return [f"Left out: {message}" for message in skipped.values()]
+    return [list(islice(again, batch)) for _ in range(-(-len(prompts) // batch))]
 
 
 @contextmanager

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from specdec.checks import as_ints, as_tuple
-from specdec.generate import stream
 from specdec.request import Request
-from specdec.tuning.measuring import Conditions
+from specdec.tuning.conditions import Conditions
 
 _SHORTEST = 16  # new tokens, or all that are wanted: less of a text tells little
 _SAMPLES = 2  # most texts of a prompt
@@ -58,12 +57,11 @@ def written(
     What time cuts off is used all the same, as the target wrote it: some tokens are waited for.
     """
     found: list[Written] = []
-    shortest = min(_SHORTEST, conditions.options["max_new_tokens"])
+    shortest = min(_SHORTEST, conditions.new_tokens)
     samples = 1 if conditions.sampling.temperature == 0 else _SAMPLES
     for sample in range(samples):
         say("letting the target write")
-        options = {**conditions.options, "sampling": conditions.sampling, "engine": conditions.engine()}
-        with stream(conditions.target, list(prompts), seed=sample, **options) as run:
+        with conditions.stream(prompts, seed=sample) as run:
             for step, _ in enumerate(run):
                 if over() and step + 1 >= shortest:
                     break

@@ -1,0 +1,50 @@
+"""What every run of a search has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from specdec.drafters import Drafter
+from specdec.engines.base import Engine
+from specdec.generate import Stream, stream
+from specdec.models.target import Target
+from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
+from specdec.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every run of a search has in common.
+
+    Args:
+        target: the target.
+        sampling: the sampling, with every field resolved.
+        batch: rows.
+        engine: makes the engine of a method: an engine keeps captured steps of one kind only.
+        new_tokens: most of each text.
+        tokenizer: of prompts, if there is one.
+    """
+
+    target: Target
+    sampling: Sampling
+    batch: int
+    engine: Callable[[], Engine]
+    new_tokens: int
+    tokenizer: Any = None
+
+    def stream(self, prompts: Sequence[Tensor], drafter: Drafter | None = None, **options: Any) -> Stream:
+        """A run under these conditions, with an engine of its own unless one is given; arguments as for `generate`."""
+        held = {"sampling": self.sampling, "tokenizer": self.tokenizer, "max_new_tokens": self.new_tokens}
+        engine = options.pop("engine", None) or self.engine()
+        return stream(self.target, list(prompts), drafter, engine=engine, **{**held, **options})
+
+
+def rules(sampling: Sampling) -> list[Rule]:
+    """Those that are compared: greedy decoding accepts the same by all of them."""
+    if sampling.temperature == 0:
+        return [SiblingRejection()]
+    return [SiblingRejection(), BlockVerification(), TraversalVerification()]
