@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -90,7 +91,8 @@ def main() -> None:
     )
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    source = provenance("experiments/studies/plans.py", [], {k: str(v) for k, v in vars(asked).items()}, "cpu")
+    options = {name: str(value) for name, value in vars(asked).items()}
+    source = provenance("-m", ["experiments.studies.plans", *sys.argv[1:]], options, "cpu")
     files = {setting: asked.folder / f"{setting}.json".replace(" ", "_") for setting in SETTINGS}
     with tqdm([each for each in SETTINGS if not asked.only or str(each) in asked.only], desc="settings") as bar:
         for setting in bar:
