@@ -137,6 +137,16 @@ def test_no_second_copy_of_the_model_exists_while_it_is_stored(weights):
     assert peak.most < kept + 0.5 * before
 
 
+def test_plain_weights_stay_as_they_are_in_memory_of_their_own():
+    model, again = llama(0, tie_word_embeddings=True), llama(0, tie_word_embeddings=True)
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    assert specdec.store_weights(model, "plain") is model and model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(mine, other) for mine, other in zip(model.parameters(), again.parameters(), strict=True))
+    moved = {name for name, weight in model.named_parameters() if weight.data_ptr() != before[name]}
+    assert moved == {name for name in before if "norm" not in name} and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(PROMPTS[0][None]).logits, again(PROMPTS[0][None]).logits)
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_copies_casts_and_states_of_a_stored_model_are_as_of_any_other(weights):
     model, other = (specdec.store_weights(small(seed, tie_word_embeddings=True), weights) for seed in (0, 1))
@@ -215,7 +225,7 @@ def test_a_layer_that_reads_weights_by_itself_gets_them():
 
 def test_what_cannot_be_stored_is_refused_with_the_cure():
     model = small()
-    with pytest.raises(ValueError, match=r"weights='int3': expected one of 'bf16', 'int8', 'int4'"):
+    with pytest.raises(ValueError, match=r"weights='int3': expected one of 'plain', 'bf16', 'int8', 'int4'"):
         specdec.store_weights(model, "int3")
     with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
         specdec.store_weights(small().train(), "int8")

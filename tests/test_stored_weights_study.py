@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 
-from experiments.studies.stored_weights import FORMATS, MODEL, TOKENS, picture, products, table
+from experiments.studies.stored_weights import FORMATS, MODEL, PASSES, TOKENS, picture, products, table
 
 # float32 takes twice as long as reading it, and what is stored the time of reading float32, whatever the number of tokens
 ROW = {"ms": 48.0, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}
@@ -31,9 +31,9 @@ def test_the_table_gives_microseconds_of_one_matrix_and_times_the_floor():
 
 
 def test_the_picture_shows_times_of_a_pass_and_of_reading_its_bytes():
-    figures = {"reading | sums": {**ROW, "ms": 40.0}, **{f"{n} | float32": ROW for n in TOKENS}, **FIGURES}
-    axes = picture({MODEL: {"figures": figures, "share": {"float32": 1.0, **PART["share"]}}})
+    figures = {"reading | sums": {**ROW, "ms": 40.0}, **{f"{n} | {name}": ROW for n in TOKENS for name in PASSES}}
+    axes = picture({MODEL: {"figures": figures, "share": {"float32": 1.0, "plain": 1.0, **PART["share"]}}})
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines if not line.get_label().startswith("_")}
-    assert list(drawn) == ["float32", *FORMATS] and list(drawn["int8"]) == [48.0] * len(TOKENS)
-    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [40.0, 20.0, 10.0, 5.0]
+    assert list(drawn) == [*PASSES] and list(drawn["int8"]) == [48.0] * len(TOKENS)
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [40.0, 40.0, 20.0, 10.0, 5.0]
     plt.close(axes.figure)

@@ -32,12 +32,14 @@ from specdec.display.picture import PALETTE
 from specdec.display.plots import new_axes
 from specdec.models.cache import cache_argument
 from specdec.models.stored_layers import FORMATS
+from specdec.models.stored_weights import PLAIN
 from specdec_kernels import linear
 
 SIZES = {"SmolLM2": [(576, 576), (1536, 576), (576, 1536), (49152, 576)], "8B": [(4096, 4096)]}
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 200  # tokens of the text before a pass
 MODEL = "a pass of SmolLM2"
+PASSES = ("float32", PLAIN, *FORMATS)
 
 
 def products(rows: int, columns: int) -> tuple[Timed, dict[str, float]]:
@@ -86,7 +88,7 @@ def passes() -> tuple[Timed, dict[str, float]]:
     """Forward passes of SmolLM2 after a text, and their products alone; and which share of float32's bytes each reads."""
     timed: Timed = {}
     share: dict[str, float] = {}
-    for name in ("float32", *FORMATS):
+    for name in PASSES:
         model = specdec.demo.smollm2.load().target
         if name == "float32":
             weights = [part.weight.detach() for part in model.modules() if isinstance(part, nn.Linear)]
@@ -146,7 +148,7 @@ def picture(found: dict[str, Any]) -> Any:
     """Time of a pass by tokens and format, and what reading the format's bytes takes."""
     figures, share, axes = found[MODEL]["figures"], found[MODEL]["share"], new_axes(None)
     floor = min(row["ms"] for name, row in figures.items() if name.startswith("reading"))
-    for name, colour in zip(("float32", *FORMATS), PALETTE, strict=False):
+    for name, colour in zip(PASSES, PALETTE, strict=False):
         axes.plot(TOKENS, [figures[f"{n} | {name}"]["ms"] for n in TOKENS], "o-", color=colour, label=name)
         axes.axhline(floor * share[name], color=colour, linestyle=":", linewidth=1)
     axes.set(title="A forward pass of SmolLM2 on one CPU core (dotted: reading its bytes)", xlabel="tokens")

@@ -1,4 +1,4 @@
-"""The matrices of a model stored in fewer bits, in place.
+"""The matrices of a model stored as they are read fastest, in place.
 
 A layer stays the object that it is, and changes its class: hooks, and drafters that share it, see no difference.
 """
@@ -15,39 +15,46 @@ from transformers import PreTrainedModel
 
 from specdec.checks import wrong_kind
 from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear
+from specdec_kernels.cpu.large_pages import keep_in_large_pages
 from specdec_kernels.reference.stored_linear import OUTPUTS
 
 Module = TypeVar("Module", bound=nn.Module)
 
+PLAIN = "plain"  # the format of weights that stay as they are
 _PART = 1 << 22  # numbers that are packed at a time
 _LARGEST = 65504.0  # in float16
 
 
 def store_weights(model: Module, weights: str) -> Module:
-    """Store the matrices of a model's `nn.Linear` layers in fewer bits, in place, one after the other; returns the model.
+    """Store the matrices of a model's `nn.Linear` layers as a CPU reads them fastest, in place, one after the other.
 
-    Passes of a few tokens on a CPU then take little longer than reading what is stored. An embedding that is tied to such a
-    layer reads its rows there. All else stays as it is: other embeddings, norms, convolutions, experts that are no `nn.Linear`.
+    Passes of a few tokens then take little longer than reading what is stored, in large pages of memory where the system has
+    them. "plain" is that alone: the model stays what it was, with its matrices in memory of their own. An embedding that is
+    tied to such a layer reads its rows there. All else stays as it is: other embeddings, norms, convolutions, experts that are
+    no `nn.Linear`.
 
-    The law of the model is from then on that of these weights, and of activations that are rounded in each product with
-    integers; drafting changes it no further. No parameter takes gradients any more. A layer may be stored by itself, so formats
-    may be mixed: what is stored already is left as it is.
+    In fewer bits, the law of the model is from then on that of these weights, and of activations that are rounded in each
+    product with integers; drafting changes it no further. No parameter takes gradients any more. A layer may be stored by
+    itself, so formats may be mixed: what is stored already is left as it is.
 
     Args:
         model: in eval mode, on a CPU.
-        weights: "bf16"; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a least
-            value, and the LM head as in "int8". For products with integers, activations are rounded to 8 bits in groups of 32.
-            Weights on a grid of GGUF's Q4_0 or Q4_1, as those of such a file are, stay exactly as they are in "int4".
+        weights: "plain": as they are; "bf16"; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a
+            least value, and the LM head as in "int8". For products with integers, activations are rounded to 8 bits in groups
+            of 32. Weights on a grid of GGUF's Q4_0 or Q4_1, as those of such a file are, stay exactly as they are in "int4".
 
     On CPUs without AVX-512, or without its VNNI for integers, it warns that products are slower.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: the format is not known, the model is in training mode or not on a CPU, or there is nothing to store.
     """
     if not isinstance(model, nn.Module):
         raise wrong_kind("model", model, "pass a model of torch")
-    if weights not in FORMATS:
-        raise ValueError(f"weights={weights!r}: expected one of {', '.join(map(repr, FORMATS))}.")
+    if weights not in (known := (PLAIN, *FORMATS)):
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(map(repr, known))}.")
     if model.training:
         raise ValueError(
             f"{type(model).__name__} is in training mode, and stored weights take no gradients; call model.eval()."
@@ -69,14 +76,22 @@ def store_weights(model: Module, weights: str) -> Module:
         if isinstance(part, (nn.Linear, nn.Embedding)) and id(part._parameters.get("weight")) in by_matrix:
             by_matrix[id(part.weight)].append(part)
     for sharing in by_matrix.values():
-        _store(sharing, "int8" if weights == "int4" and head in sharing else weights)
+        if weights == PLAIN:
+            sharing[0].weight.data = sharing[0].weight.data.clone()
+        else:
+            _store(sharing, "int8" if weights == "int4" and head in sharing else weights)
+    keep_in_large_pages(kept for layer in layers for kept in layer.state_dict().values())
+    if weights == PLAIN:
+        return model
     if isinstance(model, PreTrainedModel):
         vars(model)["save_pretrained"] = _refuse_to_save
     return model.requires_grad_(False)
 
 
 def _is_fast(weights: str) -> bool:
-    return torch.cpu._is_avx512_supported() and (weights == "bf16" or torch.cpu._is_vnni_supported())
+    """Whether this CPU has the instructions that products in the format are made for."""
+    floats, integers = torch.cpu._is_avx512_supported(), torch.cpu._is_vnni_supported()
+    return {PLAIN: True, "bf16": floats}.get(weights, floats and integers)
 
 
 def _check(layer: nn.Linear) -> None:
