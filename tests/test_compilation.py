@@ -136,6 +136,16 @@ def test_code_is_kept_in_a_folder_of_this_machine_and_others_are_left_alone(tmp_
     assert torch.__version__ in first.name and other.name.endswith("another") and first.is_dir()
 
 
+def test_a_hook_that_comes_or_goes_after_a_pass_was_compiled_is_obeyed():
+    model = llama()
+    bias = 100.0 * (torch.arange(50) == 9)
+    before = specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0]
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
+    assert specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0].tolist() == [9] * 12
+    hook.remove()
+    assert torch.equal(specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0], before)
+
+
 class Again:
     """A captured stage: run again, as it stands; it fills what it gave the first time."""
 
