@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_models import MODELS
 from tiny_models import GATE, PROMPTS, llama
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
@@ -96,8 +98,29 @@ def test_layers_that_are_alike_are_compiled_once(name, parts):
     assert len(parts) == 1 + ALIKE[name] + 1  # before the layers, the layers by kind, and after them
 
 
+class InFloat32(nn.Module):
+    """A norm that is computed outside of autocast, as some models do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.norm(x)
+
+
+def test_layers_that_begin_inside_a_context_are_cut_around_it(parts, monkeypatch):
+    monkeypatch.setattr("specdec.models.compilation._part", lambda g, i: parts.append(g) or aot_eager(g, [*i]))
+    model = llama()
+    for layer in model.model.layers:
+        layer.input_layernorm = InFloat32(layer.input_layernorm)
+    specdec.generate(model, PROMPTS, engine="compile", **OPTIONS)  # a part that leaves what another enters would warn
+    assert len(parts) == 3
+
+
 def test_a_model_in_which_no_layers_are_found_is_compiled_whole(parts, monkeypatch):
-    monkeypatch.setattr("specdec.models.layerwise._layer", lambda node: None)
+    monkeypatch.setattr("specdec.models.layerwise._layer", lambda node, last: None)
     found = specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
     assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
     assert len(parts) == 1
