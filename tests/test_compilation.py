@@ -19,7 +19,7 @@ import specdec_kernels
 from specdec import Sampling
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
 from specdec.engines.graphs import _tensors
-from specdec.models.compilation import _ReadOnce
+from specdec.models.compilation import Compiled, _ReadOnce
 from specdec.trees import Chain, Dynamic
 from specdec_kernels.linear import _FEW, _LARGE
 
@@ -167,6 +167,24 @@ def test_a_hook_that_comes_or_goes_after_a_pass_was_compiled_is_obeyed():
     assert specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0].tolist() == [9] * 12
     hook.remove()
     assert torch.equal(specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0], before)
+
+
+@pytest.mark.parametrize("folder, reason", [("file/here", "Not a directory"), ("with space", "no path with a space"),
+                                            (None, "home directory")])  # fmt: skip
+def test_without_a_folder_for_code_torchs_own_is_used_and_that_is_said_once(folder, reason, tmp_path, monkeypatch):
+    seen = []
+    (tmp_path / "file").touch()
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "SPECDEC_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("specdec.models.compilation._part", lambda g, i: seen.append(cache_dir()) or g)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME
+    if folder:
+        monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / folder))
+    with pytest.warns(UserWarning, match=f"kept in torch's own folder: .*{reason}.*SPECDEC_CACHE") as said:
+        for size in (1, 2):
+            call = Compiled(lambda x: x + 1, nn.Identity())
+            assert call((size,), torch.ones(size)).tolist() == [2] * size
+    assert len(said) == 1 and seen == [default_cache_dir()] * 2
 
 
 class Again:

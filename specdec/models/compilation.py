@@ -95,12 +95,13 @@ def _part(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
-    """Inductor keeps code in our cache folder, unless the user has named another one."""
+    """Inductor keeps code in our cache folder if it can, unless the user has named another one."""
     found = os.environ.get(_FOLDER)
-    if found not in (None, default_cache_dir()):
+    ours = compiled_folder() if found in (None, default_cache_dir()) else None
+    if ours is None:
         yield
         return
-    os.environ[_FOLDER] = str(compiled_folder())
+    os.environ[_FOLDER] = str(ours)
     try:
         yield
     finally:
