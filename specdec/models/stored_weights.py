@@ -106,15 +106,15 @@ def _store(sharing: list[Any], weights: str) -> None:
     kept = [torch.cat(each) for each in zip(*parts, strict=True)]
     linears = [part for part in sharing if isinstance(part, nn.Linear)]
     for part in sharing:
-        del part._parameters["weight"]
         if part in linears:
             part.__class__ = _class(type(part), StoredLinear)
-            part.stored_as, part.dtype = weights, matrix.dtype
-            part.register_buffer("stored", kept[0])
-            part.register_buffer("scales", kept[1] if len(kept) > 1 else None)
+            part.stored_as, part.stored_dtype = weights, matrix.dtype
+            part.register_buffer("stored_weight", kept[0])
+            part.register_buffer("stored_scales", kept[1] if len(kept) > 1 else None)
         else:
             part.__class__ = _class(type(part), StoredEmbedding)
-            part.tied = (linears[0],)
+            part.stored_in = (linears[0],)
+        del part._parameters["weight"]
 
 
 @cache
