@@ -1,10 +1,12 @@
 """Models whose weights are stored in fewer bits: targets and drafts like any others, of less memory."""
 
 import copy
+import pickle
 import warnings
 from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import tiny_gguf
 import torch
@@ -151,9 +153,9 @@ class Largest(TorchDispatchMode):
 
 def hooked(model):
     """With forward passes that call those of before, as accelerate's hooks have them."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.forward = partial(lambda forward, x: forward(x), layer.forward)
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    for layer in layers:
+        layer.forward = partial(lambda forward, x: forward(x), layer.forward)
     return model
 
 
@@ -211,6 +213,8 @@ def test_a_stored_embedding_refuses_ids_that_its_plain_one_refuses(token):
 
 
 class OwnNames(nn.Linear):
+    scales: torch.Tensor
+
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.register_buffer("scales", torch.full((1,), 3.0))
@@ -315,19 +319,73 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
         specdec.store_weights(nn.Embedding(3, 4).eval(), "int8")
     with pytest.raises(ValueError, match="on meta, and stored weights are for a CPU"):
         specdec.store_weights(nn.Linear(3, 4, device="meta").eval(), "int8")
-    infinite = nn.Linear(3, 4).eval()
-    infinite.weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="up to 65504"):
-        specdec.store_weights(infinite, "bf16")
+    with pytest.raises(ValueError, match=r"computes its weight from others; remove its parametrization"):
+        specdec.store_weights(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).eval(), "int8")
+    with pytest.raises(ValueError, match=r"of torch\.float8_e4m3fn, quantised already"):
+        specdec.store_weights(nn.Linear(3, 4).eval().to(torch.float8_e4m3fn), "int8")
+    taken: Any = nn.Linear(3, 4).eval()
+    taken.stored_as = "mine"
+    with pytest.raises(ValueError, match=r"has stored_as, as stored layers name what they add"):
+        specdec.store_weights(taken, "int8")
     specdec.store_weights(model, "int4")
     with pytest.raises(ValueError, match=r"stored in int4, int8 already; load it anew"):
         specdec.store_weights(model, "bf16")
-    with pytest.raises(ValueError, match=r"save the model before store_weights"):
-        model.save_pretrained("nowhere")
     with pytest.raises(ValueError, match="takes no gradients"):
         model.lm_head(torch.randn(2, 32, requires_grad=True))
     with pytest.raises(ValueError, match="pass a model of torch"):
         specdec.store_weights("a name", "int8")  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("size, formats", [(1e-6, {"bf16", "int8"}), (1e-3, {*FORMATS}), (1e5, {"bf16", "int8"}),
+                                           (torch.inf, set())])  # fmt: skip
+def test_a_format_takes_the_sizes_that_it_has_numbers_for(size, formats):
+    for weights in FORMATS:
+        layer = nn.Linear(32, 16).eval()
+        layer.weight.data *= size / layer.weight.abs().max()
+        expected = layer.weight.data.clone()
+        if weights in formats:
+            specdec.store_weights(layer, weights)
+            assert (layer.weight - expected).norm() < 0.1 * expected.norm()
+        else:
+            with pytest.raises(ValueError, match=f"the largest in size must be from .* in {weights}"):
+                specdec.store_weights(layer, weights)
+
+
+def of_parts():
+    model = small()
+    specdec.store_weights(model.model.layers[1], "int8")
+    return model
+
+
+@pytest.mark.parametrize("made", [of_parts, lambda: specdec.store_weights(small(), "int8").model,
+                                  lambda: specdec.store_weights(small(tie_word_embeddings=True), "bf16")])  # fmt: skip
+def test_transformers_saves_and_resizes_no_model_of_which_anything_is_stored(made, tmp_path):
+    model = made()
+    for call in (lambda: model.save_pretrained(tmp_path), lambda: model.resize_token_embeddings(60), model.tie_weights):
+        with pytest.raises(ValueError, match=r"call it before store_weights"):
+            call()
+    assert not [*tmp_path.iterdir()] and model.config.vocab_size == 50
+    small().save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT about transformers, and of a folder for a base model
+def test_adapters_are_saved_from_a_stored_model_and_its_head_is_found(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = peft.get_peft_model(small(), config).eval()
+    specdec.store_weights(model, "int4")
+    expected = model(PROMPTS[0][None]).logits
+    assert model.get_output_embeddings().stored_as == "int8"
+    model.save_pretrained(tmp_path)
+    loaded = specdec.store_weights(peft.PeftModel.from_pretrained(small(), tmp_path).eval(), "int4")
+    assert torch.equal(loaded(PROMPTS[0][None]).logits, expected)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_pickles_of_a_stored_model_compute_the_same(weights):
+    model = specdec.store_weights(build("Gemma3", **GEMMA, tie_word_embeddings=True), weights)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(PROMPTS[0][None]).logits, model(PROMPTS[0][None]).logits)
+    assert loaded.get_input_embeddings().stored_in[0] is loaded.get_output_embeddings()
 
 
 def test_a_cpu_without_the_instructions_is_told_so(monkeypatch):
