@@ -39,7 +39,8 @@ def store_weights(model: Module, weights: str) -> Module:
         model: in eval mode, on a CPU.
         weights: "bf16"; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a least
             value, and the LM head as in "int8". For products with integers, activations are rounded to 8 bits in groups of 32.
-            Weights on a grid of GGUF's Q4_0 or Q4_1, as those of such a file are, stay exactly as they are in "int4".
+            Weights of a GGUF file in Q4_0, and in Q4_1 if it was made without an importance matrix, stay exactly as they are
+            in "int4".
 
     On CPUs without AVX-512, or without its VNNI for integers, it warns that products are slower.
 
