@@ -16,8 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _reference(*args: Any) -> Tensor:
-    *tensors, scale, softcap, sinks = args
-    return tree_attention(*tensors, scale, softcap or None, sinks)[0]
+    found, _ = tree_attention(*args[:7], softcap=args[7] or None, sinks=args[8])
+    return found
 
 
 _op = define(

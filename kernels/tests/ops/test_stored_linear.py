@@ -104,7 +104,7 @@ def test_without_a_compiler_an_op_is_its_reference(monkeypatch):
     op = define(
         "without_a_compiler", "(Tensor x, Tensor weight, Tensor scale, int out) -> Tensor", reference.linear_int8
     )
-    x, stored = torch.randn(2, 40), packed("int8", torch.randn(20, 40))
+    x, stored = torch.randn(2, 40), reference.pack_int8(torch.randn(20, 40))
     assert torch.equal(op(x, *stored, 20), reference.linear_int8(x, *stored, 20))
 
 
