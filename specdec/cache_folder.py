@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import warnings
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
@@ -17,9 +20,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "specdec")
 
 
-def compiled_folder() -> Path:
-    """The folder of compiled code, which is for one version of torch and one kind of processor. Files are named by content."""
-    return cache_folder() / "compiled" / f"torch-{torch.__version__}-{_processor()}"
+def compiled_folder() -> Path | None:
+    """The folder of compiled code, which is for one version of torch and one kind of processor. Files are named by content.
+
+    None where compilers cannot keep any there, which is said once.
+    """
+    try:
+        folder = cache_folder().absolute() / "compiled" / f"torch-{torch.__version__}-{_processor()}"
+        _check(folder)
+    except (OSError, RuntimeError) as error:  # the latter without a home folder
+        _say(f"Compiled code is kept in torch's own folder: {error}; SPECDEC_CACHE may name another one.")
+        return None
+    return folder
+
+
+@cache
+def _check(folder: Path) -> None:
+    """Raise OSError if no code can be compiled in a folder."""
+    if " " in str(folder):
+        raise OSError(f"compilers take no path with a space, as in {str(folder)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
+@cache
+def _say(what: str) -> None:
+    warnings.warn(what, stacklevel=3)
 
 
 def _processor() -> str:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_models import MODELS
 from tiny_models import GATE, PROMPTS, llama
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
@@ -17,7 +19,7 @@ import specdec_kernels
 from specdec import Sampling
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
 from specdec.engines.graphs import _tensors
-from specdec.models.compilation import _ReadOnce
+from specdec.models.compilation import Compiled, _ReadOnce
 from specdec.trees import Chain, Dynamic
 from specdec_kernels.linear import _FEW, _LARGE
 
@@ -96,8 +98,29 @@ def test_layers_that_are_alike_are_compiled_once(name, parts):
     assert len(parts) == 1 + ALIKE[name] + 1  # before the layers, the layers by kind, and after them
 
 
+class InFloat32(nn.Module):
+    """A norm that is computed outside of autocast, as some models do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.norm(x)
+
+
+def test_layers_that_begin_inside_a_context_are_cut_around_it(parts, monkeypatch):
+    monkeypatch.setattr("specdec.models.compilation._part", lambda g, i: parts.append(g) or aot_eager(g, [*i]))
+    model = llama()
+    for layer in model.model.layers:
+        layer.input_layernorm = InFloat32(layer.input_layernorm)
+    specdec.generate(model, PROMPTS, engine="compile", **OPTIONS)  # a part that leaves what another enters would warn
+    assert len(parts) == 3
+
+
 def test_a_model_in_which_no_layers_are_found_is_compiled_whole(parts, monkeypatch):
-    monkeypatch.setattr("specdec.models.layerwise._layer", lambda node: None)
+    monkeypatch.setattr("specdec.models.layerwise._layer", lambda node, last: None)
     found = specdec.generate(llama(), PROMPTS, engine="compile", **OPTIONS)
     assert all(map(torch.equal, found.tokens, specdec.generate(llama(), PROMPTS, **OPTIONS).tokens))
     assert len(parts) == 1
@@ -134,6 +157,34 @@ def test_code_is_kept_in_a_folder_of_this_machine_and_others_are_left_alone(tmp_
     first, other, own = dict.fromkeys(seen)
     assert first.parent == other.parent == tmp_path / "compiled" and own == tmp_path / "own"
     assert torch.__version__ in first.name and other.name.endswith("another") and first.is_dir()
+
+
+def test_a_hook_that_comes_or_goes_after_a_pass_was_compiled_is_obeyed():
+    model = llama()
+    bias = 100.0 * (torch.arange(50) == 9)
+    before = specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0]
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
+    assert specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0].tolist() == [9] * 12
+    hook.remove()
+    assert torch.equal(specdec.generate(model, PROMPTS[:1], engine="compile", **OPTIONS).tokens[0], before)
+
+
+@pytest.mark.parametrize("folder, reason", [("file/here", "Not a directory"), ("with space", "no path with a space"),
+                                            (None, "home directory")])  # fmt: skip
+def test_without_a_folder_for_code_torchs_own_is_used_and_that_is_said_once(folder, reason, tmp_path, monkeypatch):
+    seen = []
+    (tmp_path / "file").touch()
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "SPECDEC_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("specdec.models.compilation._part", lambda g, i: seen.append(cache_dir()) or g)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME
+    if folder:
+        monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / folder))
+    with pytest.warns(UserWarning, match=f"kept in torch's own folder: .*{reason}.*SPECDEC_CACHE") as said:
+        for size in (1, 2):
+            call = Compiled(lambda x: x + 1, nn.Identity())
+            assert call((size,), torch.ones(size)).tolist() == [2] * size
+    assert len(said) == 1 and seen == [default_cache_dir()] * 2
 
 
 class Again:

@@ -1,9 +1,12 @@
 """Models whose weights are stored in fewer bits: targets and drafts like any others, of less memory."""
 
 import copy
+import pickle
 import warnings
+from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import tiny_gguf
 import torch
@@ -19,7 +22,7 @@ from experiments.equality import gap
 from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter, NgramDrafter
 from specdec.huggingface.gguf import read_model
 from specdec.models.fingerprint import fingerprint
-from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear, rows_of, weight_like
+from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear, rows_of
 from specdec.trees import Widths
 
 FAMILIES = {**GATE, "gemma4": MATRIX["gemma4_shared_unequal_layers"], "deepseek_v3": MATRIX["deepseek_v3_latent"],
@@ -39,7 +42,7 @@ def dense(model):
     """The same model with plain layers that hold what is stored."""
     made = copy.deepcopy(model)
     layers: list[Any] = [part for part in made.modules() if isinstance(part, (StoredLinear, StoredEmbedding))]
-    weights = [nn.Parameter(part.weight, requires_grad=False) for part in layers]
+    weights = [nn.Parameter(part.weight.clone(), requires_grad=False) for part in layers]
     for part, weight in zip(layers, weights, strict=True):
         part.__class__ = nn.Linear if hasattr(part, "out_features") else nn.Embedding
         part.weight = weight
@@ -104,9 +107,8 @@ def test_a_tied_embedding_has_no_matrix_of_its_own_and_keeps_its_scale(weights):
     assert not [*embedding.parameters()] and not [name for name, _ in embedding.named_buffers() if "scale" not in name]
     torch.testing.assert_close(embedding(ids), head.weight[ids] * GEMMA["hidden_size"] ** 0.5, rtol=5e-3, atol=0)
     assert torch.equal(rows_of(embedding, ids), head.weight[ids])
-    like = weight_like(embedding)
-    assert (like.shape, like.dtype, like.device) == (head.weight.shape, torch.float32, head.stored.device)
-    assert head.stored.nbytes == BYTES[weights] * 64 * 32  # 50 tokens take 4 tiles of 16
+    assert (embedding.weight.shape, embedding.weight.dtype) == ((50, 32), torch.float32)
+    assert head.stored_weight.nbytes == BYTES[weights] * 64 * 32  # 50 tokens take 4 tiles of 16
 
 
 class Peak(TorchDispatchMode):
@@ -147,6 +149,100 @@ def test_plain_weights_stay_as_they_are_in_memory_of_their_own():
     assert torch.equal(model(PROMPTS[0][None]).logits, again(PROMPTS[0][None]).logits)
 
 
+class Largest(TorchDispatchMode):
+    """How many numbers the largest float32 tensor has that was made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if type(out) is torch.Tensor and out.dtype == torch.float32:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def hooked(model):
+    """With forward passes that call those of before, as accelerate's hooks have them."""
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    for layer in layers:
+        layer.forward = partial(lambda forward, x: forward(x), layer.forward)
+    return model
+
+
+READERS = {  # whose forward passes read a weight or ask for its dtype
+    "gemma": partial(build, "Gemma3", **{**GEMMA, "vocab_size": 4096}, tie_word_embeddings=True),
+    "mamba": partial(
+        build, "Mamba", vocab_size=4096, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4
+    ),
+    "hooked": lambda: hooked(small(vocab_size=4096)),
+}
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore")  # of kernels that Mamba misses
+def test_no_pass_unpacks_a_matrix(name, weights):
+    model = specdec.store_weights(READERS[name](), weights)
+    model(PROMPTS[0][None])  # the first one looks for the kernels
+    with torch.inference_mode(), Largest() as largest:
+        model(PROMPTS[0][None])
+    assert largest.numbers <= 5 * 4096  # logits
+
+
+def test_a_stored_weight_is_known_without_its_numbers_and_cannot_be_written():
+    layer = specdec.store_weights(nn.Linear(40, 24).eval(), "int8")
+    with Largest() as largest:
+        weight = layer.weight
+        assert (weight.shape, weight.dtype, weight.device.type, weight.numel()) == ((24, 40), torch.float32, "cpu", 960)
+        assert weight.data.shape == (24, 40)
+    assert largest.numbers == 0
+    numbers, x = weight.clone(), torch.randn(3, 40)
+    assert type(numbers) is torch.Tensor and torch.equal(weight[3:5], numbers[3:5])
+    assert torch.equal(nn.functional.linear(x, weight, layer.bias), layer(x))
+    assert torch.equal(nn.functional.embedding(torch.tensor([5, 23]), weight), numbers[[5, 23]])
+
+    def assign():
+        weight.data = numbers
+
+    def erase():
+        weight[5] = 0
+
+    for write in (erase, weight.data.zero_, weight.zero_, assign):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=r"stored in int8 cannot be written.*before store_weights"),
+        ):
+            write()
+
+
+@pytest.mark.parametrize("token", [50, 63, -1])
+def test_a_stored_embedding_refuses_ids_that_its_plain_one_refuses(token):
+    model = specdec.store_weights(small(tie_word_embeddings=True), "int8")
+    with pytest.raises(IndexError):
+        model(torch.tensor([[1, token]]))
+
+
+class OwnNames(nn.Linear):
+    scales: torch.Tensor
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scales", torch.full((1,), 3.0))
+
+    dtype = rows = kept = property(lambda self: self.weight.dtype)
+
+    def forward(self, input):
+        return super().forward(input) * self.scales
+
+
+def test_names_of_a_subclass_are_its_own():
+    layer = OwnNames(40, 24).eval()
+    specdec.store_weights(layer, "int8")
+    x = torch.randn(3, 40)
+    assert layer.dtype == torch.float32
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias) * 3)
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_copies_casts_and_states_of_a_stored_model_are_as_of_any_other(weights):
     model, other = (specdec.store_weights(small(seed, tie_word_embeddings=True), weights) for seed in (0, 1))
@@ -154,12 +250,12 @@ def test_copies_casts_and_states_of_a_stored_model_are_as_of_any_other(weights):
     expected, head = model(ids).logits, model.get_output_embeddings()
     copied = copy.deepcopy(model)
     assert torch.equal(copied(ids).logits, expected)
-    assert copied.get_input_embeddings().tied[0] is copied.get_output_embeddings()
+    assert copied.get_input_embeddings().stored_in[0] is copied.get_output_embeddings()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids).logits, expected)
     before = [buffer.clone() for buffer in head.buffers()]
     model.to(torch.bfloat16)
-    assert model(ids).logits.dtype == weight_like(model.get_input_embeddings()).dtype == torch.bfloat16
+    assert model(ids).logits.dtype == model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert all(torch.equal(*pair) for pair in zip(head.buffers(), before, strict=True))
     # all of the pass is rounded to bfloat16 now, whose steps are 2^-8 of a number
     assert max(parts_from_generate(model, NgramDrafter(), PROMPTS[:1], 8), default=0) < 2.0**-5
@@ -233,19 +329,73 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
         specdec.store_weights(nn.Embedding(3, 4).eval(), "int8")
     with pytest.raises(ValueError, match="on meta, and stored weights are for a CPU"):
         specdec.store_weights(nn.Linear(3, 4, device="meta").eval(), "int8")
-    infinite = nn.Linear(3, 4).eval()
-    infinite.weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="up to 65504"):
-        specdec.store_weights(infinite, "bf16")
+    with pytest.raises(ValueError, match=r"computes its weight from others; remove its parametrization"):
+        specdec.store_weights(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).eval(), "int8")
+    with pytest.raises(ValueError, match=r"of torch\.float8_e4m3fn, quantised already"):
+        specdec.store_weights(nn.Linear(3, 4).eval().to(torch.float8_e4m3fn), "int8")
+    taken: Any = nn.Linear(3, 4).eval()
+    taken.stored_as = "mine"
+    with pytest.raises(ValueError, match=r"has stored_as, as stored layers name what they add"):
+        specdec.store_weights(taken, "int8")
     specdec.store_weights(model, "int4")
     with pytest.raises(ValueError, match=r"stored in int4, int8 already; load it anew"):
         specdec.store_weights(model, "bf16")
-    with pytest.raises(ValueError, match=r"save the model before store_weights"):
-        model.save_pretrained("nowhere")
     with pytest.raises(ValueError, match="takes no gradients"):
         model.lm_head(torch.randn(2, 32, requires_grad=True))
     with pytest.raises(ValueError, match="pass a model of torch"):
         specdec.store_weights("a name", "int8")  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("size, formats", [(1e-6, {"bf16", "int8"}), (1e-3, {*FORMATS}), (1e5, {"bf16", "int8"}),
+                                           (torch.inf, set())])  # fmt: skip
+def test_a_format_takes_the_sizes_that_it_has_numbers_for(size, formats):
+    for weights in FORMATS:
+        layer = nn.Linear(32, 16).eval()
+        layer.weight.data *= size / layer.weight.abs().max()
+        expected = layer.weight.data.clone()
+        if weights in formats:
+            specdec.store_weights(layer, weights)
+            assert (layer.weight - expected).norm() < 0.1 * expected.norm()
+        else:
+            with pytest.raises(ValueError, match=f"the largest in size must be from .* in {weights}"):
+                specdec.store_weights(layer, weights)
+
+
+def of_parts():
+    model = small()
+    specdec.store_weights(model.model.layers[1], "int8")
+    return model
+
+
+@pytest.mark.parametrize("made", [of_parts, lambda: specdec.store_weights(small(), "int8").model,
+                                  lambda: specdec.store_weights(small(tie_word_embeddings=True), "bf16")])  # fmt: skip
+def test_transformers_saves_and_resizes_no_model_of_which_anything_is_stored(made, tmp_path):
+    model = made()
+    for call in (lambda: model.save_pretrained(tmp_path), lambda: model.resize_token_embeddings(60), model.tie_weights):
+        with pytest.raises(ValueError, match=r"call it before store_weights"):
+            call()
+    assert not [*tmp_path.iterdir()] and model.config.vocab_size == 50
+    small().save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT about transformers, and of a folder for a base model
+def test_adapters_are_saved_from_a_stored_model_and_its_head_is_found(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = peft.get_peft_model(small(), config).eval()
+    specdec.store_weights(model, "int4")
+    expected = model(PROMPTS[0][None]).logits
+    assert model.get_output_embeddings().stored_as == "int8"
+    model.save_pretrained(tmp_path)
+    loaded = specdec.store_weights(peft.PeftModel.from_pretrained(small(), tmp_path).eval(), "int4")
+    assert torch.equal(loaded(PROMPTS[0][None]).logits, expected)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_pickles_of_a_stored_model_compute_the_same(weights):
+    model = specdec.store_weights(build("Gemma3", **GEMMA, tie_word_embeddings=True), weights)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(PROMPTS[0][None]).logits, model(PROMPTS[0][None]).logits)
+    assert loaded.get_input_embeddings().stored_in[0] is loaded.get_output_embeddings()
 
 
 def test_a_cpu_without_the_instructions_is_told_so(monkeypatch):

@@ -31,8 +31,8 @@ from experiments.studies.hot_paths import READ, Timed, measure, readings
 from specdec.display.picture import PALETTE
 from specdec.display.plots import new_axes
 from specdec.models.cache import cache_argument
+from specdec.models.storable import PLAIN
 from specdec.models.stored_layers import FORMATS
-from specdec.models.stored_weights import PLAIN
 from specdec_kernels import linear
 
 SIZES = {"SmolLM2": [(576, 576), (1536, 576), (576, 1536), (49152, 576)], "8B": [(4096, 4096)]}

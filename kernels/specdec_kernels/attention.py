@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from specdec_kernels.cpu import define
+from specdec_kernels.reference.tree_attention import tree_attention
 from specdec_kernels.tree_attention import check
 
 WIDTH = 16  # floats of the widest vectors: value_dim is a multiple of it
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _reference(*args: Any) -> Tensor:
+    found, _ = tree_attention(*args[:7], softcap=args[7] or None, sinks=args[8])
+    return found
+
+
 _op = define(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor first, Tensor lengths, Tensor ancestors, float scale, float softcap, "
     "Tensor? sinks) -> Tensor",
+    _reference,
 )
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.cpu import define
+from specdec_kernels.reference import stored_linear as reference
 
-_bf16 = define("linear_bf16", "(Tensor x, Tensor weight, int out) -> Tensor")
-_int8 = define("linear_int8", "(Tensor x, Tensor weight, Tensor scale, int out) -> Tensor")
-_int4 = define("linear_int4", "(Tensor x, Tensor weight, Tensor scales, int out) -> Tensor")
+_bf16 = define("linear_bf16", "(Tensor x, Tensor weight, int out) -> Tensor", reference.linear_bf16)
+_int8 = define("linear_int8", "(Tensor x, Tensor weight, Tensor scale, int out) -> Tensor", reference.linear_int8)
+_int4 = define("linear_int4", "(Tensor x, Tensor weight, Tensor scales, int out) -> Tensor", reference.linear_int4)
 
 
 def linear_bf16(x: Tensor, weight: Tensor, out: int) -> Tensor:

@@ -19,7 +19,7 @@ from specdec.drafters.checkpoints import filled, naming, read_checkpoint
 from specdec.drafters.layers import Layer, Norm, Rotary, head_size
 from specdec.drafters.states_net import StatesNet, TargetParts
 from specdec.models.level import Level
-from specdec.models.stored_layers import rows_of, weight_like
+from specdec.models.stored_layers import rows_of
 from specdec.trees.base import TreePolicy
 
 
@@ -85,7 +85,7 @@ class DFlashNet(BlockNet):
 
     def _embedded(self, tokens: Tensor, target: TargetParts) -> Tensor:
         rows = rows_of(target.embedding if self.embed_tokens is None else self.embed_tokens, tokens)
-        return rows.to(weight_like(self.fc).dtype) * self.reading.embedding_scale
+        return rows.to(self.fc.weight.dtype) * self.reading.embedding_scale
 
     def _base(self, states: Tensor, target: TargetParts) -> Tensor:
         logits = target.logits(states) if self.lm_head is None else self.lm_head(states)

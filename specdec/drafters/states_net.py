@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.models.level import Level
-from specdec.models.stored_layers import weight_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +35,7 @@ class TargetParts:
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., vocab], for what the LM head reads, [..., hidden]."""
         # `device_map` may put the head elsewhere
-        return self.lm_head(hidden.to(weight_like(self.lm_head).dtype)).to(hidden.device)
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype)).to(hidden.device)
 
 
 class StatesNet(nn.Module, ABC):

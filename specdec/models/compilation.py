@@ -14,6 +14,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakSet
 
@@ -60,16 +61,10 @@ class Compiled:
         if is_in_torch_dispatch_mode(include_infra_modes=False):  # `HostReads` watches, and torch.compile refuses that
             return self._run(*args)
         key = shape, left_out()
-        if key in self._shapes:
-            return self._call(*args)
-        self._shapes.add(key)
         what = f"compiling {self._name}, {' x '.join(map(str, shape))}"
         try:
-            with (
-                torch._dynamo.config.patch(recompile_limit=_SHAPES),
-                _own_folder(),
-                tqdm(total=1, desc=what, leave=False, delay=1) as bar,
-            ):
+            with _rules(), tqdm(total=1, desc=what, leave=False, delay=1, disable=key in self._shapes) as bar:
+                self._shapes.add(key)
                 result = self._call(*args)
                 bar.update()
                 return result
@@ -80,8 +75,15 @@ class Compiled:
             return self._run(*args)
 
 
+def _rules() -> AbstractContextManager[object]:
+    """How torch.compile decides what to compile again: known shapes too, when the model was changed."""
+    # Torch leaves it unseen when a model gets its first hook.
+    return torch._dynamo.config.patch(recompile_limit=_SHAPES, skip_nnmodule_hook_guards=False)
+
+
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    return by_layer(graph, _part)
+    with _own_folder():
+        return by_layer(graph, _part)
 
 
 def _part(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -93,12 +95,13 @@ def _part(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
-    """Inductor keeps code in our cache folder, unless the user has named another one."""
+    """Inductor keeps code in our cache folder if it can, unless the user has named another one."""
     found = os.environ.get(_FOLDER)
-    if found not in (None, default_cache_dir()):
+    ours = compiled_folder() if found in (None, default_cache_dir()) else None
+    if ours is None:
         yield
         return
-    os.environ[_FOLDER] = str(compiled_folder())
+    os.environ[_FOLDER] = str(ours)
     try:
         yield
     finally:

@@ -40,25 +40,36 @@ def by_layer(graph: fx.GraphModule, compile_part: Compile) -> Callable[..., Any]
 
 
 def _parts(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """The operations, cut where they come to another layer."""
-    nodes, last = list[fx.Node](), None
+    """The operations, cut where they come to another layer outside of contexts."""
+    nodes, last, entered = list[fx.Node](), None, 0
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        # Contexts are entered and left by operations that belong to no module.
-        layer = _layer(node) if node.meta.get("nn_module_stack") else last
-        if layer != last and nodes:
+        layer = _layer(node, last)
+        if layer != last and nodes and not entered:
             yield nodes
             nodes = []
         last = layer
+        entered += _name(node).startswith("_enter_") - _name(node).startswith("_exit_")
         nodes.append(node)
     yield nodes
 
 
-def _layer(node: fx.Node) -> str | None:
-    """The outermost element of a list of modules in which an operation was met."""
+def _layer(node: fx.Node, last: str | None) -> str | None:
+    """The outermost element of a list of modules in which an operation was met; `last` is that of the one before.
+
+    Contexts are entered and left by operations that belong to no module: they go with what is inside.
+    """
+    while _name(node).startswith("_enter_"):
+        node = node.next
+    if not node.meta.get("nn_module_stack"):
+        return last
     found = _ELEMENT.match(next(reversed(node.meta["nn_module_stack"].values()))[0])
     return found and found[0]
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "")
 
 
 def _ends(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.checks import wrong_kind
-from specdec.models.stored_layers import weight_like
 
 _SUPPORTED = (
     "Supported are decoder-only models with plain attention, such as Llama, Qwen, Gemma, Mistral or GPT-2, or with recurrent "
@@ -71,7 +70,7 @@ def embedding(model: PreTrainedModel) -> Tensor:
 
     It is on the meta device while accelerate keeps it elsewhere.
     """
-    weight = weight_like(model.get_input_embeddings())
+    weight = getattr(model.get_input_embeddings(), "weight", None)
     if weight is None:
         raise UnsupportedModel(model, "it does not read one token at a time through one embedding")
     return cast(Tensor, weight)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
+from torch.utils._pytree import tree_map_only
 
 import specdec_kernels
 from specdec_kernels.reference import stored_linear as layout
@@ -31,79 +32,137 @@ FORMATS = {
 }
 
 
+class StoredMatrix(Tensor):
+    """The weight of a stored layer: a shape, a dtype and a device. Who reads its numbers gets them unpacked, for that alone.
+
+    Linear products with it, and embeddings of ids, read what is stored instead. It cannot be written.
+    """
+
+    _layer: StoredLinear
+
+    @staticmethod
+    def __new__(cls, layer: StoredLinear) -> StoredMatrix:
+        shape, device = (layer.out_features, layer.in_features), layer.stored_weight.device
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.stored_dtype, device=device)
+        made._layer = layer
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("__setitem__", "__set__"):
+            raise _not_writable(args[0])
+        run = _linear if func is linear else func
+        with torch._C.DisableTorchFunctionSubclass():
+            return run(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args and isinstance(args[0], StoredMatrix) else None
+        if first is not None and func._schema.is_mutable:
+            raise _not_writable(first)
+        if first is not None and func is torch.ops.aten.detach.default:
+            return StoredMatrix(first._layer)
+        if first is not None and func is torch.ops.aten.embedding.default:
+            return first._layer.stored_rows(args[1])
+        args, kwargs = tree_map_only(StoredMatrix, lambda matrix: matrix._layer.stored_numbers(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, StoredMatrix):
+        return linear(input, weight, bias)
+    product = weight._layer.stored_product(input)
+    return product if bias is None else product + bias
+
+
+def _not_writable(matrix: Any) -> ValueError:
+    return ValueError(
+        f"The weight of a layer stored in {matrix._layer.stored_as} cannot be written; change it before store_weights."
+    )
+
+
 class StoredLinear(nn.Linear):
     """A linear layer whose matrix is stored in fewer bits.
 
+    All that it adds to a layer is named `stored_...`, as subclasses of `nn.Linear` may have names of their own.
+
     Attributes:
         stored_as: its format.
-        dtype: of what it would hold and return as a plain layer.
-        stored: integers or bfloat16.
-        scales: of integers; None in bfloat16.
+        stored_dtype: of what it would hold and return as a plain layer.
+        stored_weight: integers or bfloat16.
+        stored_scales: of integers; None in bfloat16.
     """
 
     stored_as: str
-    dtype: torch.dtype
-    stored: Tensor
-    scales: Tensor | None
+    stored_dtype: torch.dtype
+    stored_weight: Tensor
+    stored_scales: Tensor | None
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def stored_parts(self) -> tuple[Tensor, ...]:
         """What is stored."""
-        return (self.stored,) if self.scales is None else (self.stored, self.scales)
+        return (self.stored_weight,) if self.stored_scales is None else (self.stored_weight, self.stored_scales)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override] - a parameter of plain layers
+        """[out, in]: the matrix, unpacked by who reads its numbers."""
+        # torch.compile makes no such tensors; it leaves out what is unpacked and not read.
+        return self.stored_numbers() if torch.compiler.is_compiling() else StoredMatrix(self)
+
+    def stored_numbers(self) -> Tensor:
         """[out, in]: the matrix, unpacked for each caller."""
-        return self._unpacked(self.kept)[: self.out_features]
+        return self._stored_unpacked(self.stored_parts)[: self.out_features]
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """[..., in]: rows of the matrix, for ids [...] int64."""
-        return self._unpacked(layout.rows(ids.flatten(), *self.kept)).view(*ids.shape, self.in_features)
+    def stored_rows(self, ids: Tensor) -> Tensor:
+        """[..., in]: rows of the matrix, for ids [...] int64; raises IndexError where there is no such row."""
+        embedding(
+            ids, torch.zeros(1, 1, device=ids.device).expand(self.out_features, 1)
+        )  # for its error: tiles are longer
+        return self._stored_unpacked(layout.rows(ids.flatten(), *self.stored_parts)).view(*ids.shape, self.in_features)
 
-    def _unpacked(self, kept: tuple[Tensor, ...]) -> Tensor:
-        return FORMATS[self.stored_as].unpack(*kept)[:, : self.in_features].to(self.dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
+    def stored_product(self, input: Tensor) -> Tensor:
+        """[..., out]: input [..., in] times the matrix."""
         if input.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"A layer stored in {self.stored_as} takes no gradients; train with the model as it was loaded, and store its "
                 "weights then, or run this under torch.no_grad()."
             )
-        product = FORMATS[self.stored_as].linear(input.float(), *self.kept, self.out_features).to(input.dtype)
+        return FORMATS[self.stored_as].linear(input.float(), *self.stored_parts, self.out_features).to(input.dtype)
+
+    def _stored_unpacked(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return FORMATS[self.stored_as].unpack(*parts)[:, : self.in_features].to(self.stored_dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self.stored_product(input)
         return product if self.bias is None else product + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move what is stored; a cast changes no more than `dtype`."""
-        before = self.kept
+        """Move what is stored; a cast changes no more than the dtype."""
+        before = self.stored_parts
         super()._apply(fn, recurse)
-        for name, kept in zip(("stored", "scales"), before, strict=False):
+        for name, kept in zip(("stored_weight", "stored_scales"), before, strict=False):
             if (moved := getattr(self, name)).dtype != kept.dtype:
                 setattr(self, name, kept.to(moved.device))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[0].device)).dtype
+        self.stored_dtype = fn(torch.empty(0, dtype=self.stored_dtype, device=before[0].device)).dtype
         return self
 
 
 class StoredEmbedding(nn.Embedding):
     """An embedding that reads rows of the matrix of a `StoredLinear`."""
 
-    tied: tuple[StoredLinear]  # in a tuple, as it is no part of this module
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what it returns."""
-        return self.tied[0].dtype
+    stored_in: tuple[StoredLinear]  # in a tuple, as it is no part of this module
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """[vocab, hidden]: the matrix, unpacked for each caller."""
-        return self.tied[0].weight
+        """[vocab, hidden]: the matrix, unpacked by who reads its numbers."""
+        return self.stored_in[0].weight
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def stored_rows(self, ids: Tensor) -> Tensor:
         """[..., hidden]: embeddings, for ids [...] int64, without what a subclass adds."""
-        return self.tied[0].rows(ids)
+        return self.stored_in[0].stored_rows(ids)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.rows(input)
+        return self.stored_rows(input)
 
 
 def is_stored(model: nn.Module) -> bool:
@@ -111,15 +170,8 @@ def is_stored(model: nn.Module) -> bool:
     return any(isinstance(part, StoredLinear) for part in model.modules())
 
 
-def weight_like(layer: Any) -> Any:
-    """The weight of a layer; if it is stored, a tensor of its shape, dtype and device without memory for numbers."""
-    if not isinstance(layer, (StoredLinear, StoredEmbedding)):
-        return getattr(layer, "weight", None)
-    kept = layer.tied[0] if isinstance(layer, StoredEmbedding) else layer
-    nothing = torch.full((), torch.nan, dtype=kept.dtype, device=kept.stored.device)
-    return nothing.expand(kept.out_features, kept.in_features)
-
-
 def rows_of(layer: Any, ids: Tensor) -> Tensor:
     """[..., in]: rows of a layer's weight, for ids [...] int64."""
-    return layer.rows(ids) if isinstance(layer, (StoredLinear, StoredEmbedding)) else embedding(ids, layer.weight)
+    return (
+        layer.stored_rows(ids) if isinstance(layer, (StoredLinear, StoredEmbedding)) else embedding(ids, layer.weight)
+    )

@@ -6,23 +6,23 @@ A layer stays the object that it is, and changes its class: hooks, and drafters 
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from specdec.checks import wrong_kind
-from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear
+from specdec.models.storable import PLAIN, by_matrix, check_model, check_sizes
+from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear, is_stored
 from specdec_kernels.cpu.large_pages import keep_in_large_pages
 from specdec_kernels.reference.stored_linear import OUTPUTS
 
 Module = TypeVar("Module", bound=nn.Module)
 
-PLAIN = "plain"  # the format of weights that stay as they are
 _PART = 1 << 22  # numbers that are packed at a time
-_LARGEST = 65504.0  # in float16
+_OF_PLAIN_WEIGHTS = ("save_pretrained", "resize_token_embeddings", "tie_weights")
 
 
 def store_weights(model: Module, weights: str) -> Module:
@@ -31,7 +31,7 @@ def store_weights(model: Module, weights: str) -> Module:
     Passes of a few tokens then take little longer than reading what is stored, in large pages of memory where the system has
     them. "plain" is that alone: the model stays what it was, with its matrices in memory of their own. An embedding that is
     tied to such a layer reads its rows there. All else stays as it is: other embeddings, norms, convolutions, experts that are
-    no `nn.Linear`.
+    no `nn.Linear`, and adapters of PEFT that are not merged.
 
     In fewer bits, the law of the model is from then on that of these weights, and of activations that are rounded in each
     product with integers; drafting changes it no further. No parameter takes gradients any more. A layer may be stored by
@@ -41,7 +41,8 @@ def store_weights(model: Module, weights: str) -> Module:
         model: in eval mode, on a CPU.
         weights: "plain": as they are; "bf16"; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a
             least value, and the LM head as in "int8". For products with integers, activations are rounded to 8 bits in groups
-            of 32. Weights on a grid of GGUF's Q4_0 or Q4_1, as those of such a file are, stay exactly as they are in "int4".
+            of 32. Weights of a GGUF file in Q4_0, and in Q4_1 if it was made without an importance matrix, stay exactly as they
+            are in "int4".
 
     On CPUs without AVX-512, or without its VNNI for integers, it warns that products are slower.
 
@@ -49,42 +50,30 @@ def store_weights(model: Module, weights: str) -> Module:
         The model.
 
     Raises:
-        ValueError: the format is not known, the model is in training mode or not on a CPU, or there is nothing to store.
+        ValueError: before anything is stored: the format is not known, the model is in training mode or not on a CPU, a layer
+            does not hold plain weights or holds some that the format has no numbers for, or there is nothing to store.
     """
-    if not isinstance(model, nn.Module):
-        raise wrong_kind("model", model, "pass a model of torch")
-    if weights not in (known := (PLAIN, *FORMATS)):
-        raise ValueError(f"weights={weights!r}: expected one of {', '.join(map(repr, known))}.")
-    if model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, and stored weights take no gradients; call model.eval()."
-        )
-    linears = (part for part in model.modules() if isinstance(part, nn.Linear))
-    layers = [part for part in linears if not isinstance(part, StoredLinear) and part.weight.numel()]
-    if not layers:
+    check_model(model, weights)
+    heads = [part.get_output_embeddings() for part in model.modules() if isinstance(part, PreTrainedModel)]
+    stored = [
+        (sharing, "int8" if weights == "int4" and any(head in sharing for head in heads) else weights)
+        for sharing in by_matrix(model)
+    ]
+    if not stored:
         raise ValueError(f"{_nothing_to_store(model)} Nothing was stored in {weights}.")
-    for layer in layers:
-        _check(layer)
+    for sharing, found in stored:
+        check_sizes(sharing[0], found)
     if not _is_fast(weights):
         warnings.warn(
             f"This CPU has no AVX-512 with VNNI, which products in {weights} are made for: they are right, and slower.",
             stacklevel=2,
         )
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    by_matrix: dict[int, list[Any]] = {id(layer.weight): [] for layer in layers}
-    for part in model.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)) and id(part._parameters.get("weight")) in by_matrix:
-            by_matrix[id(part.weight)].append(part)
-    for sharing in by_matrix.values():
-        if weights == PLAIN:
-            sharing[0].weight.data = sharing[0].weight.data.clone()
-        else:
-            _store(sharing, "int8" if weights == "int4" and head in sharing else weights)
-    keep_in_large_pages(kept for layer in layers for kept in layer.state_dict().values())
     if weights == PLAIN:
-        return model
-    if isinstance(model, PreTrainedModel):
-        vars(model)["save_pretrained"] = _refuse_to_save
+        return _moved(model, [sharing[0].weight for sharing, _ in stored])
+    _guard_transformers()
+    for sharing, found in stored:
+        _store(sharing, found)
+    keep_in_large_pages(kept for sharing, _ in stored for kept in sharing[0].state_dict().values())
     return model.requires_grad_(False)
 
 
@@ -94,22 +83,12 @@ def _is_fast(weights: str) -> bool:
     return {PLAIN: True, "bf16": floats}.get(weights, floats and integers)
 
 
-def _check(layer: nn.Linear) -> None:
-    weight = layer.weight
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise ValueError(
-            f"{layer} holds a {type(weight).__name__} of {weight.dtype}, quantised already; load the model without that, or "
-            "decode with it as it is."
-        )
-    if weight.device.type != "cpu":
-        raise ValueError(
-            f"{layer} is on {weight.device}, and stored weights are for a CPU; move the model there: model.cpu()."
-        )
-    least, most = weight.aminmax()
-    if not max(-least, most) <= _LARGEST:
-        raise ValueError(
-            f"{layer} holds weights from {least} to {most}; stored are numbers up to {_LARGEST:.0f} in size."
-        )
+def _moved(model: Module, matrices: Sequence[nn.Parameter]) -> Module:
+    """The model, whose matrices are the same and lie in memory that is no file's."""
+    for matrix in matrices:
+        matrix.data = matrix.data.clone()
+    keep_in_large_pages(matrices)
+    return model
 
 
 def _store(sharing: list[Any], weights: str) -> None:
@@ -121,21 +100,34 @@ def _store(sharing: list[Any], weights: str) -> None:
     kept = [torch.cat(each) for each in zip(*parts, strict=True)]
     linears = [part for part in sharing if isinstance(part, nn.Linear)]
     for part in sharing:
-        del part._parameters["weight"]
         if part in linears:
             part.__class__ = _class(type(part), StoredLinear)
-            part.stored_as, part.dtype = weights, matrix.dtype
-            part.register_buffer("stored", kept[0])
-            part.register_buffer("scales", kept[1] if len(kept) > 1 else None)
+            part.stored_as, part.stored_dtype = weights, matrix.dtype
+            part.register_buffer("stored_weight", kept[0])
+            part.register_buffer("stored_scales", kept[1] if len(kept) > 1 else None)
         else:
             part.__class__ = _class(type(part), StoredEmbedding)
-            part.tied = (linears[0],)
+            part.stored_in = (linears[0],)
+        del part._parameters["weight"]
 
 
 @cache
 def _class(found: type, stored: type) -> type:
     """The class of a layer of class `found` that is stored: where that calls its superclass, it comes to `stored`."""
-    return stored if found in (nn.Linear, nn.Embedding) else type(f"Stored{found.__name__}", (found, stored), {})
+    if found in (nn.Linear, nn.Embedding):
+        return stored
+    return type(f"Stored{found.__name__}", (found, stored), {"__reduce_ex__": _reduce})
+
+
+def _reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    """For copies and pickles, which find no class that was made while running."""
+    _, _, *state = object.__reduce_ex__(layer, 2)
+    return _empty, type(layer).__bases__, *state
+
+
+def _empty(found: type, stored: type) -> Any:
+    made: Any = _class(found, stored)
+    return made.__new__(made)
 
 
 def _nothing_to_store(model: nn.Module) -> str:
@@ -144,8 +136,24 @@ def _nothing_to_store(model: nn.Module) -> str:
     return f"{type(model).__name__} {state}"
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "transformers loads no weights that are stored so; save the model before store_weights, and store them after loading, "
-        "or save its state_dict() for a model whose weights are stored likewise."
-    )
+@cache
+def _guard_transformers() -> None:
+    """From now on, what transformers does with plain weights is refused to models that hold stored ones.
+
+    For all of its models: parts of one are stored by themselves too.
+    """
+    for name in _OF_PLAIN_WEIGHTS:
+        setattr(PreTrainedModel, name, _of_plain_weights(getattr(PreTrainedModel, name)))
+
+
+def _of_plain_weights(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if is_stored(self):
+            raise ValueError(
+                f"{type(self).__name__}.{method.__name__}: transformers knows no weights that are stored so; call it before "
+                "store_weights, and to keep the model, save its state_dict() for one whose weights are stored likewise."
+            )
+        return method(self, *args, **kwargs)
+
+    return checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -36,8 +37,11 @@ def can_load() -> bool:
     return True
 
 
-def define(name: str, schema: str) -> Any:
-    """The op `specdec::name`, whose kernel the library brings: what runs it first, compiled code too, loads that."""
+def define(name: str, schema: str, reference: Callable[..., Any]) -> Any:
+    """The op `specdec::name`, whose kernel the library brings: what runs it first, compiled code too, loads that.
+
+    Where there is no C++ compiler, the op is its reference.
+    """
     tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
     torch.library.define(f"specdec::{name}", schema, tags=tags)
     op = getattr(torch.ops.specdec, name).default
@@ -47,7 +51,6 @@ def define(name: str, schema: str) -> Any:
         device = args[0].device
         if device.type != "cpu":
             raise ValueError(f"specdec::{name} is for a CPU, not {device}.")
-        load()
-        return op(*args)
+        return op(*args) if can_load() else reference(*args)
 
     return op

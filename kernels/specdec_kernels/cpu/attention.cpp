@@ -6,10 +6,12 @@
 #include <cmath>
 #include <memory>
 
-constexpr int BLOCK = 64;                      // slots at a time
-constexpr int KEYS = 8;                        // whose products are summed in registers
-constexpr int MIXED = LANES == 16 ? 6 : 3;     // rows of results that are, each
-constexpr int WIDE = 4;                        // vectors wide
+// Slots are read in blocks. The products of a few keys are summed in registers, and so are some rows of results, which are
+// several vectors wide.
+constexpr int BLOCK = 64;
+constexpr int KEYS = 8;
+constexpr int MIXED = LANES == 16 ? 6 : 3;
+constexpr int WIDE = 4;
 constexpr float NONE = -INFINITY;
 
 template <class T>
@@ -254,16 +256,9 @@ static void attend(const T* q, int64_t q_head, int64_t q_row, const T* k, int64_
     for (r = 0; r < width; r += LANES) soften(scores + r, width, count, most + r, total + r, fix + r);
     for (r = 0; r < rows; r += MIXED) {
       float* mixed = sums + r * z.value_dim;
-      switch (rows - r < MIXED ? rows - r : MIXED) {
-        case 1: mix<1>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
-        case 2: mix<2>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
-        case 3: mix<3>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
-#ifdef __AVX512F__
-        case 4: mix<4>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
-        case 5: mix<5>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
-        case 6: mix<6>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count); break;
-#endif
-      }
+      with_count<MIXED>(rows - r < MIXED ? rows - r : MIXED, [&](auto several) {
+        mix<decltype(several)::value>(scores + r, width, values, next_values, mixed, z.value_dim, fix + r, count);
+      });
     }
   }
   for (int64_t r = 0; r < rows; r++) {

@@ -46,18 +46,8 @@ static void tile(const float* x, const float* w, float* y, int64_t n, int64_t k)
 
 template <int R>
 static void tiles(const float* x, const float* w, float* y, int64_t m, int64_t n, int64_t k) {
-  for (; m > 0; m -= TOKENS, x += TOKENS * k, y += TOKENS * n) {
-    switch (m < TOKENS ? m : TOKENS) {
-      case 1: tile<R, 1>(x, w, y, n, k); break;
-      case 2: tile<R, 2>(x, w, y, n, k); break;
-      case 3: tile<R, 3>(x, w, y, n, k); break;
-#ifdef __AVX512F__
-      case 4: tile<R, 4>(x, w, y, n, k); break;
-      case 5: tile<R, 5>(x, w, y, n, k); break;
-      case 6: tile<R, 6>(x, w, y, n, k); break;
-#endif
-    }
-  }
+  for (; m > 0; m -= TOKENS, x += TOKENS * k, y += TOKENS * n)
+    with_count<TOKENS>(m < TOKENS ? m : TOKENS, [&](auto count) { tile<R, decltype(count)::value>(x, w, y, n, k); });
 }
 
 // y[m, n] = x[m, k] w[n, k]^T, all as they lie one row after the other.

@@ -58,9 +58,16 @@ static Tensor outputs(const Tensor& x, int64_t out) {
   return torch::stable::new_empty(x, sizes);
 }
 
+// How many rows lie in the last dimension, which may have no numbers.
+static int64_t row_count(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) count *= x.size(i);
+  return count;
+}
+
 static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out) {
   const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k;
+  const int64_t k = a.size(a.dim() - 1), m = row_count(a);
   stored::linear_bf16(data(a), bytes(weight), static_cast<float*>(y.data_ptr()), m, out, k, weight.size(1), threads());
   return y;
 }
@@ -68,7 +75,7 @@ static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out)
 template <class Format>
 static Tensor integer_op(const Tensor& x, const Format& format, int64_t out, int64_t groups) {
   const Tensor a = dense(x), y = outputs(a, out);
-  const int64_t k = a.size(a.dim() - 1), m = a.numel() / k;
+  const int64_t k = a.size(a.dim() - 1), m = row_count(a);
   const stored::Rows rows(data(a), m, k, groups);
   stored::linear(rows, format, static_cast<float*>(y.data_ptr()), m, out, groups, threads());
   return y;

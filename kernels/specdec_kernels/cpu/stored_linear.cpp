@@ -3,7 +3,6 @@
 // numbers of x, so that each output has a lane of its own and no lanes are summed. Whatever the number of rows, the products
 // of a row are summed in one order.
 
-#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
@@ -84,12 +83,6 @@ inline float round_bytes(const float* x, uint8_t* q, int64_t n, int32_t& total) 
 
 void put(float* y, Floats v, int64_t count) {
   std::memcpy(y, &v, 4 * (count < OUTPUTS ? count : OUTPUTS));
-}
-
-template <int MOST, class Run>
-void with_count(int64_t count, Run run) {
-  if (count == MOST) run(std::integral_constant<int, MOST>());
-  else if constexpr (MOST > 1) with_count<MOST - 1>(count, run);
 }
 
 // Calls run(first row, number of rows as a type) for m rows, in parts of about one size.

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;  // 32 registers
@@ -17,3 +18,10 @@ static inline Vector load(const float* p) {
 }
 
 static inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+
+// Calls run(count), with a count from 1 to MOST as a type.
+template <int MOST, class Run>
+static inline void with_count(int64_t count, Run run) {
+  if (count == MOST) run(std::integral_constant<int, MOST>());
+  else if constexpr (MOST > 1) with_count<MOST - 1>(count, run);
+}

@@ -6,14 +6,16 @@ Outputs and inputs that are missing in the last tile and step are 0.
 - bf16: n = 2, bfloat16. x is not rounded, and products are summed in float32.
 - int8: n = 4, integers from -127 to 127, with 128 added, and a scale of each output.
 - int4: integers from 0 to 15 in groups of 32 inputs, each with a scale and a least value in float16: a weight is
-  integer * scale + least, as in GGUF's Q4_1, and in Q4_0 with least = -8 * scale. A weight on such a grid stays as it is. A
-  group is [4, 16, 4]: byte (v, output, i) holds input 4 v + i and, in its upper half, 16 + 4 v + i.
+  integer * scale + least, as in GGUF's Q4_1, and in Q4_0 with least = -8 * scale. A group is [4, 16, 4]: byte (v, output, i)
+  holds input 4 v + i and, in its upper half, 16 + 4 v + i.
 
 With integers, x is rounded to integers from -127 to 127, with a scale of each token and group of 32 inputs. Products within a
 group are exact, and groups are summed in float32.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,20 +62,19 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, out: int) -> Tensor:
 def pack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight: [out, in] floating point; returns [tile, group, 4, 16, 4] uint8, and [tile, group, 2, 16] float16.
 
-    Each group takes the better of two grids: from its least to its largest weight, or from its largest in size to 7/8 of that
-    on the other side of 0.
+    Each group takes the best of three grids: from its least to its largest weight; and around 0 from -8 to 7 steps, of which
+    its largest in size is the -8th or the -7th. Weights on one of these stay as they are, up to steps in float16: those of
+    GGUF's Q4_0, which llama.cpp makes with and without an importance matrix, and of Q4_1 without one.
     """
     weight = weight.float()
     weight = pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % OUTPUTS))
     groups = weight.unflatten(1, (-1, GROUP))  # [out, group, 32]
     least, most = groups.aminmax(dim=2)
     extreme = torch.where(most > -least, most, least)
-    grids = [_on_grid(groups, (most - least) / 15, least), _on_grid(groups, extreme / -8, extreme)]
-    errors = [(whole * step[..., None] + low[..., None] - groups).square().sum(2) for whole, step, low in grids]
-    better = errors[1] < errors[0]
-    first, second = grids
-    whole = torch.where(better[..., None], second[0], first[0]).to(torch.uint8)
-    scales = torch.stack([torch.where(better, b, a) for a, b in zip(first[1:], second[1:], strict=True)], 2).half()
+    found = _on_grid(groups, (most - least) / 15, least)
+    for step in (extreme / -8, extreme / -7):
+        found = _nearer(groups, found, _on_grid(groups, step, -8 * step))
+    whole, scales = found[0].to(torch.uint8), torch.stack(found[1:], 2).half()
     tiles = whole.view(-1, OUTPUTS, whole.shape[1], 2, 4, 4)  # [tile, output, group, half, v, i]
     stored = (tiles[:, :, :, 0] | tiles[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4)
     return stored.contiguous(), scales.unflatten(0, (-1, OUTPUTS)).permute(0, 2, 3, 1).contiguous()
@@ -113,11 +114,22 @@ def _rounded(x: Tensor) -> Tensor:
     ).flatten(-2)
 
 
-def _on_grid(groups: Tensor, step: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _on_grid(groups: Tensor, step: Tensor, least: Tensor) -> tuple[Tensor, ...]:
     """The nearest integers from 0 to 15 [..., 32], and the grid that they count on: step and least [...], of float16."""
     step, least = step.half().float(), least.half().float()
     whole = (groups - least[..., None]) / torch.where(step != 0, step, 1)[..., None]
     return whole.round().clamp(0, 15), step, least
+
+
+def _nearer(groups: Tensor, first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of two answers of `_on_grid`, for each group the one with less error."""
+    errors = [
+        (whole * step[..., None] + low[..., None] - groups).square().sum(2) for whole, step, low in (first, second)
+    ]
+    better = errors[1] < errors[0]
+    return torch.where(better[..., None], second[0], first[0]), *map(
+        partial(torch.where, better), second[1:], first[1:]
+    )
 
 
 def _integers(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from cpu_variants import with_fewer_registers
 
 import specdec_kernels
 from specdec_kernels import linear_int8
+from specdec_kernels.cpu import define
 from specdec_kernels.reference import stored_linear as reference
 
 FORMATS = ("bf16", "int8", "int4")
@@ -74,6 +75,11 @@ def test_leading_dimensions_and_strides_may_be_any(name):
     assert product(name, x[:0], stored, 20).shape == (0, 3, 20)
 
 
+def test_a_product_over_no_inputs_is_0():
+    weight = torch.zeros(1, 0, 16, 2, dtype=torch.bfloat16)
+    assert specdec_kernels.linear_bf16(torch.zeros(3, 0), weight, 5).tolist() == [[0.0] * 5] * 3
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_no_number_stays_none_and_zeros_stay_zeros(name):
     x, stored = torch.randn(5, 64), packed(name, torch.randn(17, 64))
@@ -93,13 +99,23 @@ def test_the_ops_keep_their_promises_to_torch(name):
     torch.library.opcheck(op, arguments)
 
 
+def test_without_a_compiler_an_op_is_its_reference(monkeypatch):
+    monkeypatch.setattr("specdec_kernels.cpu.can_load", lambda: False)
+    op = define(
+        "without_a_compiler", "(Tensor x, Tensor weight, Tensor scale, int out) -> Tensor", reference.linear_int8
+    )
+    x, stored = torch.randn(2, 40), reference.pack_int8(torch.randn(20, 40))
+    assert torch.equal(op(x, *stored, 20), reference.linear_int8(x, *stored, 20))
+
+
 def test_weights_on_a_grid_of_gguf_stay_as_they_are():
     integers = torch.randint(0, 16, (32, 4, 32)).float()
     integers[..., 0], integers[..., 1] = 0, 15
     steps, least = (torch.randn(32, 4, 1).half().float() for _ in range(2))
     symmetric = torch.randint(0, 16, (32, 4, 32)).float() - 8
     symmetric[..., 5] = -8
-    for grid in (integers * steps.abs() + least, symmetric * steps):
+    with_importance = symmetric.clamp(-7, 6)
+    for grid in (integers * steps.abs() + least, symmetric * steps, with_importance * steps):
         weight = grid.flatten(1)
         assert torch.equal(reference.unpack_int4(*reference.pack_int4(weight)), weight)
 
