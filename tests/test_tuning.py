@@ -13,13 +13,14 @@ from specdec.clock import Clock, told_by
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
 from specdec.engines.base import Engine
 from specdec.prediction import read_along, replay
+from specdec.prediction.replay import Recorded
 from specdec.rules import BlockVerification, SiblingRejection, TraversalVerification
 from specdec.theory import predicted_speed_up
 from specdec.trace import Step, Trace
 from specdec.trees import Chain, Static, Widths
 from specdec.tuning import Estimate, Plan, Row, Speedup, layers
 from specdec.tuning.budget import Budget
-from specdec.tuning.checking import Check, over_all, speed
+from specdec.tuning.checking import Check, over_all, spent
 from specdec.tuning.conditions import Conditions
 from specdec.tuning.estimate import DRAWS
 from specdec.tuning.foretold import Candidate, Foretold, of_replays, of_tree, replayed
@@ -87,7 +88,7 @@ def test_drafts_from_the_text_are_foretold_by_their_replay(drafter):
     written = generate(target, PROMPTS, max_new_tokens=48).tokens
     pairs = [([prompt], [new]) for prompt, new in zip(PROMPTS, written, strict=True)]
     traces = replayed(drafter, pairs, 97, GREEDY, found)
-    told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], found)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], [0, 1], found)
     steps = [step for trace in traces for step in trace.steps]
     took = np.mean([1 + 0.12 * (step.nodes - 1) for step in steps])
     assert told.speedup.value == pytest.approx(96 / len(steps) / took, rel=EXACT)
@@ -109,7 +110,7 @@ def test_captured_steps_cost_what_their_largest_tree_costs():
     target, found, drafter = llama(0, eos_token_id=None), prices(), NgramDrafter()
     written = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
     traces = replayed(drafter, [([PROMPTS[0]], [written])], 97, GREEDY, found)
-    told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], found, padded=9)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], [0], found, padded=9)
     assert told.speedup.value == pytest.approx(24 / len(traces[0].steps) / (1 + 0.12 * 8), rel=EXACT)
 
 
@@ -180,21 +181,43 @@ def test_a_budget_ends_its_parts_by_their_shares():
         assert whole()
 
 
-def test_speed_is_of_steps_in_which_all_rows_were_at_work():
+def test_the_steps_of_a_row_take_as_long_as_those_in_which_all_rows_were_at_work():
     steps = [
         Step(2, [0, 1], [2, 1], [1, 0], [1, 1], 9.0, 1.0, 1.0, 1.0),
         Step(2, [0, 1], [1, 1], [0, 0], [1, 1], 0.0, 1.0, 2.0, 2.0),
         Step(2, [0, 1], [1, 0], [0, 0], [1, 0], 0.0, 0.5, 0.5, 0.0),
     ]
-    assert speed(Trace(steps=steps)) == pytest.approx(1.2 / 4)
+    assert spent(Trace(steps=steps)) == [(4, 12.0), (2, 8.0)]
 
 
-def test_measured_speedups_are_of_the_time_of_all_groups_together():
+def test_measured_speedups_are_of_the_time_that_all_prompts_take():
     pairs = [[(2.0, 1.0), (2.0, 1.0)], [(6.0, 7.0), (6.0, 7.0)]]
     assert over_all(pairs).value == 1.0
     found = over_all([[(2.0, 1.0)] * 3] * 3)
     assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
-    assert over_all([[(2.0, 1.0)]]).low is None
+    assert over_all([[(2.0, 1.0)] * 9]).low is None  # a prompt that is decoded again is no other one
+
+
+def test_a_long_text_counts_as_much_as_it_is_long():
+    class Ending(Recorded):
+        stop_tokens = 1
+
+    texts = [torch.tensor([*prompt, *new]) for prompt, new in zip(PROMPTS, ([8, 9] * 10 + [1], [5, 1]), strict=True)]
+    held, ticks = Conditions(Ending(texts, 97), GREEDY, 2, Engine, 40), count()
+    check = Check([Candidate("ngram", NgramDrafter(), SiblingRejection())], held)
+    with told_by(lambda: float(next(ticks))):
+        check.run([PROMPTS], lambda: check.rounds == 1, lambda what: None)
+    steps = [len(generate(Ending([text], 97), p, NgramDrafter()).trace.steps) for text, p in zip(texts, PROMPTS)]
+    assert check.speedups()[0].value == pytest.approx(23 / sum(steps)) and 23 > 2 * sum(steps)
+
+
+def test_few_prompts_make_intervals_wider():
+    """Student's law: of 2 samples 9.2 times as wide as if the normal law held, of 200 hardly wider."""
+    draws = np.concatenate([[1.0], np.exp(np.linspace(-0.1, 0.1, DRAWS))])
+    few, many = (Estimate.of_draws(draws, samples) for samples in (2, 200))
+    assert np.log(few.high) == pytest.approx(9.17 * 0.095, rel=0.03) and np.log(many.high) == pytest.approx(
+        0.0965, rel=0.01
+    )
 
 
 def test_candidates_take_turns_with_decoding_alone_and_are_compared_with_it():
@@ -228,6 +251,9 @@ def test_both_kinds_of_knowledge_count_by_how_sure_they_are():
     assert both.value == pytest.approx(1.01, abs=0.01)
     assert Speedup(None, Estimate(1.5)).estimate == Estimate(1.5)
     assert Speedup(Estimate(1.2, 1.1, 1.3), Estimate(1.5)).estimate.value == pytest.approx(1.2)
+    same = Estimate(1.1, 0.99, 1.22)
+    assert vars(Speedup(same, same).estimate) == pytest.approx(vars(same))  # of the same prompts: no surer than one
+    assert "together 1.10 (0.99-1.22)" in str(Speedup(same, same))
 
 
 def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():

@@ -88,16 +88,20 @@ def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Price
     return _foretold(tokens, steps, parts, prices)
 
 
-def of_replays(traces: Sequence[Trace], prices: Prices, padded: int | None = None) -> Foretold:
+def of_replays(traces: Sequence[Trace], prompts: Sequence[int], prices: Prices, padded: int | None = None) -> Foretold:
     """What is foretold of drafts that follow from the text.
 
     Args:
         traces: replays, one for each group of texts that step together.
+        prompts: of these texts, group after group: texts of one prompt are alike.
         prices: of steps.
         padded: nodes of every tree where steps are captured, which all have one shape.
     """
-    tokens = np.array([sum(map(sum, (step.emitted for step in trace.steps))) for trace in traces], float)
-    rows = np.array([sum(n > 0 for step in trace.steps for n in step.emitted) for trace in traces], float)
+    emitted = [np.array([step.emitted for step in trace.steps]) for trace in traces]
+    tokens, rows = (
+        np.bincount(prompts, np.concatenate(of_texts))[np.unique(prompts)]
+        for of_texts in ([each.sum(0) for each in emitted], [(each > 0).sum(0) for each in emitted])
+    )
     full = [[step for step in trace.steps if all(step.emitted)] or trace.steps for trace in traces]
     nodes = [padded or step.nodes for steps in full for step in steps]
     # each size as often as it occurs; what a step drafts is timed in the replay

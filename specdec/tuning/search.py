@@ -58,7 +58,8 @@ def _replayed(
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
         padded = drafter.spec(conditions.sampling).nodes if conditions.engine().captures else None
         traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, padded)
-        yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, prices, padded))
+        owners = [text.prompt for group in groups for text in group]
+        yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, owners, prices, padded))
 
 
 def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:

@@ -207,17 +207,21 @@ def _check(found: Findings, budget: Budget) -> None:
     once = prices.unit * found.conditions.new_tokens
     fits = int((budget.seconds - budget.spent) / max(once, 1e-9)) - 2
     best = finalists(found.rows, _CHECKS)
-    rows = best[: max(fits, 1)]
-    if len(rows) < len(best):
-        found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
+    rows, asked = best[: max(fits, 1)], groups(found.prompts, found.conditions.batch)
     check = Check([row.candidate for row in rows], found.conditions)
     try:
-        check.run(groups(found.prompts, found.conditions.batch), over, budget.say)
+        check.run(asked, over, budget.say)
     finally:
-        if check.rounds:
-            found.noise = check.noise
-        else:
+        if not check.prompts:
             found.notes.append("There was no time to decode with the best: speed-ups are foretold, not measured.")
+        else:
+            found.noise = check.noise
+            if len(rows) < len(best):
+                found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
+            if check.rounds < len(asked):
+                found.notes.append(
+                    f"There was time to decode {check.rounds} of {len(asked)} groups of prompts: what is measured is of these."
+                )
         for row, estimate in zip(rows, check.speedups(), strict=False):
             found.rows[found.rows.index(row)] = replace(row, measured=estimate)
 
