@@ -1,5 +1,6 @@
 """Plans: what is foretold is what runs would give at these prices, and what is said of it follows from the numbers."""
 
+import warnings
 from itertools import count
 
 import numpy as np
@@ -18,7 +19,7 @@ from specdec.rules import BlockVerification, SiblingRejection, TraversalVerifica
 from specdec.theory import predicted_speed_up
 from specdec.trace import Step, Trace
 from specdec.trees import Chain, Static, Widths
-from specdec.tuning import Estimate, Plan, Row, Speedup, layers
+from specdec.tuning import Estimate, Plan, Row, Speedup, layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check, over_all, spent
 from specdec.tuning.conditions import Conditions
@@ -207,8 +208,10 @@ def test_a_long_text_counts_as_much_as_it_is_long():
     check = Check([Candidate("ngram", NgramDrafter(), SiblingRejection())], held)
     with told_by(lambda: float(next(ticks))):
         check.run([PROMPTS], lambda: check.rounds == 1, lambda what: None)
-    steps = [len(generate(Ending([text], 97), p, NgramDrafter()).trace.steps) for text, p in zip(texts, PROMPTS)]
-    assert check.speedups()[0].value == pytest.approx(23 / sum(steps)) and 23 > 2 * sum(steps)
+    steps = [
+        len(generate(Ending([text], 97), p, NgramDrafter()).trace.steps) for text, p in zip(texts, PROMPTS, strict=True)
+    ]
+    assert check.speedups()[0].value == pytest.approx(23 / sum(steps)) and 2 * sum(steps) < 23
 
 
 def test_few_prompts_make_intervals_wider():
@@ -351,3 +354,17 @@ def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
     held = conditions(llama(0))
     alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, 16)
     assert all(len(probe.parents) == 1 for probe in probes([Offer("draft", ModelDrafter(llama(1)))], alone))
+
+
+def test_passes_read_weights_as_they_are_stored_and_multiply_all_of_them():
+    model = llama(0, hidden_size=64, intermediate_size=128)
+    products, plain = roofline.products(model), sum(each.nbytes for each in roofline.parameters(model))
+    assert plain == 8 * products
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of CPUs on which that is slow
+        specdec.store_weights(model, "int8")
+    assert (
+        roofline.products(model) == products
+        and plain / 8 < sum(e.nbytes for e in roofline.parameters(model)) < plain / 4
+    )
+    assert roofline.machine(model).bandwidth > 0

@@ -84,7 +84,7 @@ class Check:
         return over_all(pairs, level)
 
     def _times(self) -> list[np.ndarray]:
-        """[round, method] of each prompt: seconds of so many tokens as its texts have in the mean, which differ where sampled."""
+        """[round, method] of each prompt: seconds of as many tokens as its texts have in the mean."""
         found = [np.array(rounds, float) for rounds in self._spent.values()]
         return [rows[..., 0].mean() * rows[..., 1] / rows[..., 0] for rows in found]
 

@@ -73,12 +73,11 @@ class Findings:
         shares = (found.draft, found.verify, found.other) if found else (0.0, *prices.parts(1))
         context = sum(map(len, self.prompts)) // len(self.prompts)
         sizes = prices.sizes
-        weights = roofline.parameters(model)
         return roofline.Roofline(
             machine=self.machine,
-            weights=sum(weight.nbytes for weight in weights),
+            weights=sum(weight.nbytes for weight in roofline.parameters(model)),
             cache=self.conditions.batch * roofline.kept_bytes(self.conditions.target, context),
-            operations=2.0 * self.conditions.batch * sum(weight.numel() for weight in weights),
+            operations=2.0 * self.conditions.batch * roofline.products(model),
             nodes=sizes,
             seconds=[prices.unit * float(prices.verify(size)[0]) for size in sizes],
             alone=prices.unit,

@@ -161,7 +161,10 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
 
 def _measure(found: Findings, budget: Budget) -> None:
     if found.conditions.target.model is not None:
-        found.machine = roofline.machine(found.conditions.target.model)
+        try:
+            found.machine = roofline.machine(found.conditions.target.model)
+        except Exception as error:  # it explains a plan, which is made without it
+            found.notes.append(f"What this machine allows was not measured: {error}")
     made = probes(found.offers, found.conditions)
     found.prices = measured(
         made,
