@@ -11,7 +11,7 @@ from tiny_models import llama
 import specdec
 from specdec import Law, Sampling, generate
 from specdec.clock import Clock, told_by
-from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
+from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
 from specdec.engines.base import Engine
 from specdec.prediction import read_along, replay
 from specdec.prediction.replay import Recorded
@@ -22,7 +22,7 @@ from specdec.trees import Chain, Static, Widths
 from specdec.tuning import Estimate, Plan, Row, Speedup, layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check, over_all, spent
-from specdec.tuning.conditions import Conditions
+from specdec.tuning.conditions import Conditions, afresh
 from specdec.tuning.estimate import DRAWS
 from specdec.tuning.foretold import Candidate, Foretold, of_replays, of_tree, replayed
 from specdec.tuning.measuring import measured
@@ -368,3 +368,15 @@ def test_passes_read_weights_as_they_are_stored_and_multiply_all_of_them():
         and plain / 8 < sum(e.nbytes for e in roofline.parameters(model)) < plain / 4
     )
     assert roofline.machine(model).bandwidth > 0
+
+
+@pytest.mark.parametrize("wrap", [lambda made: made, Paused, lambda made: Fallback(made, NgramDrafter())])
+def test_a_search_teaches_a_drafter_nothing(wrap):
+    drafter, held = SuffixDrafter(shared=True), conditions(llama(0, eos_token_id=None), Sampling(1.0))
+    for _ in range(2):  # with the same seed, which texts that are remembered would refuse
+        with held.stream(PROMPTS, wrap(drafter)) as run:
+            first = [*run]
+    assert drafter.memory.tokens == 0 and len(first) > 1
+    replayed(wrap(drafter), [(PROMPTS, [torch.tensor([3, 4]), torch.tensor([7, 8])])], 97, GREEDY, prices())
+    assert drafter.memory.tokens == 0
+    assert afresh(plain := ModelDrafter(llama(1))) is plain

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from specdec.drafters import Drafter
+from specdec.drafters.suffix_memory import Memory
 from specdec.engines.base import Engine
 from specdec.generate import Stream, stream
 from specdec.models.target import Target
@@ -37,9 +39,13 @@ class Conditions:
     tokenizer: Any = None
 
     def stream(self, prompts: Sequence[Tensor], drafter: Drafter | None = None, **options: Any) -> Stream:
-        """A run under these conditions, with an engine of its own unless one is given; arguments as for `generate`."""
+        """A run under these conditions, with an engine of its own unless one is given; arguments as for `generate`.
+
+        No run drafts from what another has written, and the user's drafter learns nothing.
+        """
         held = {"sampling": self.sampling, "tokenizer": self.tokenizer, "max_new_tokens": self.new_tokens}
         engine = options.pop("engine", None) or self.engine()
+        drafter = None if drafter is None else afresh(drafter)
         return stream(self.target, list(prompts), drafter, engine=engine, **{**held, **options})
 
 
@@ -48,3 +54,17 @@ def rules(sampling: Sampling) -> list[Rule]:
     if sampling.temperature == 0:
         return [SiblingRejection()]
     return [SiblingRejection(), BlockVerification(), TraversalVerification()]
+
+
+def afresh(drafter: Drafter) -> Drafter:
+    """The drafter with an empty memory in place of its own, which stays as it is; itself if it keeps nothing over runs."""
+    parts = {
+        name: Memory(part.most) if isinstance(part, Memory) else afresh(part)
+        for name, part in vars(drafter).items()
+        if isinstance(part, (Memory, Drafter))
+    }
+    if all(part is getattr(drafter, name) for name, part in parts.items()):
+        return drafter
+    made = copy(drafter)
+    vars(made).update(parts)
+    return made

@@ -15,6 +15,7 @@ from specdec.sampling import Sampling
 from specdec.theory import CostCurve
 from specdec.trace import Trace
 from specdec.trees import Static, Widths
+from specdec.tuning.conditions import afresh
 from specdec.tuning.estimate import Estimate, redrawn
 from specdec.tuning.prices import Prices, work
 from specdec.tuning.probes import SIZES
@@ -142,6 +143,7 @@ def replayed(
         sizes = sorted({*SIZES, drafter.spec(sampling).nodes})
         curve = CostCurve(sizes, [float(prices.plain_step(padded or size)[0]) for size in sizes])
         drafter = Paused(drafter.drafter, drafter.patience, drafter.share, curve)
+    drafter = afresh(drafter)
     return [replay(prompts, written, drafter, vocab, sampling) for prompts, written in groups]
 
 
