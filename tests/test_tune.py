@@ -80,8 +80,24 @@ def test_texts_that_cannot_be_foretold_from_are_refused(texts, error):
 
 
 def test_drafters_that_do_not_fit_are_left_out_with_the_reason():
-    plan = specdec.tune(TARGET, PROMPTS, {"small": llama(1, vocab_size=40), "fits": TARGET}, own=(), **OPTIONS)
+    class Broken(NgramDrafter):
+        def start(self, target, batch, last=None):
+            raise RuntimeError("it is broken")
+
+    def missing():
+        raise OSError("there is no such folder")
+
+    drafters = {
+        "small": llama(1, vocab_size=40),
+        "broken": Broken(),
+        "missing": missing,
+        "word": "x",
+        "fits": lambda: TARGET,
+    }
+    plan = specdec.tune(TARGET, PROMPTS, drafters, own=(), **OPTIONS)
     assert "vocabulary has 40 tokens" in plan.refused["small"] and plan.name == "fits"
+    assert plan.refused["broken"] == "RuntimeError: it is broken" and "no such folder" in plan.refused["missing"]
+    assert "is a str; pass a drafter" in plan.refused["word"]
 
 
 def test_drafters_that_cannot_be_foretold_are_decoded():

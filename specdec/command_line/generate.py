@@ -50,13 +50,16 @@ def run(asked: argparse.Namespace) -> None:
 
 def _drafting(asked: argparse.Namespace, target: Any) -> tuple[Drafter | None, Rule]:
     """The drafter and the rule that are asked for."""
-    given = len(asked.draft) + bool(asked.heads) + bool(asked.drafter)
-    if (not asked.plan and given > 1) or (asked.plan and asked.drafter):
+    several = len(asked.draft) + bool(asked.heads) + bool(asked.drafter)
+    if (not asked.plan and several > 1) or (asked.plan and asked.drafter):
         raise ValueError(
             "--plan, --drafter, --draft and --heads say who drafts: give one of them, or a plan with its models."
         )
     if asked.plan:
-        plan = Plan.load(asked.plan, target, options.drafters(asked))
+        given = options.drafters(asked)
+        if len(asked.draft) == 1:  # where tune compared it with others, the plan calls it by its own name
+            given[asked.draft[0]] = given["draft"]
+        plan = Plan.load(asked.plan, target, given)
         return plan.drafter, plan.rule
     if asked.drafter == "none":
         return None, SiblingRejection()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,14 +78,18 @@ def models(asked: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     return _model(asked, asked.target, "target"), tokenizer(names)
 
 
-def drafters(asked: argparse.Namespace) -> dict[str, Any]:
-    """Draft models and heads by name: a draft that is alone is called so."""
-    found: dict[str, Any] = {}
-    for name in asked.draft:
-        found["draft" if len(asked.draft) == 1 else Path(name).stem] = _model(asked, name, "draft")
-    if asked.heads is not None:
-        found["heads"] = MedusaHeads.load(_folder(asked.heads, "heads") or asked.heads).to(asked.device, _dtype(asked))
-    return found
+def drafters(asked: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Functions that load draft models and heads, by the names that are given; a draft that is alone is called so."""
+    several = [*asked.draft, *(["heads"] if asked.heads else [])]
+    if twice := sorted({name for name in several if several.count(name) > 1}):
+        raise ValueError(f"two drafters are called {', '.join(twice)}: give each once.")
+    alone = len(asked.draft) == 1
+    found = {"draft" if alone else name: partial(_model, asked, name, "draft") for name in asked.draft}
+    return {**found, "heads": partial(_heads, asked)} if asked.heads else found
+
+
+def _heads(asked: argparse.Namespace) -> MedusaHeads:
+    return MedusaHeads.load(_folder(asked.heads, "heads") or asked.heads).to(asked.device, _dtype(asked))
 
 
 def prompts(asked: argparse.Namespace) -> list[Any]:

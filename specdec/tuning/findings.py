@@ -27,7 +27,7 @@ class Findings:
 
     prompts: list[Tensor]
     conditions: Conditions
-    offers: list[Offer]
+    offers: list[Offer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)

@@ -29,7 +29,7 @@ from specdec.tuning.checking import Check
 from specdec.tuning.conditions import Conditions
 from specdec.tuning.findings import Findings
 from specdec.tuning.measuring import measured
-from specdec.tuning.offers import OWN, Offer, fitting, given, own_offers
+from specdec.tuning.offers import OWN, Offer, fitting, named, own_offers
 from specdec.tuning.plan import Plan
 from specdec.tuning.probes import probes
 from specdec.tuning.search import finalists, foretold
@@ -72,8 +72,9 @@ def tune(
     Args:
         target: as for `generate`.
         prompts: as for `generate`: some that are like those to come. Those that cannot be decoded are left out, and noted.
-        drafters: drafters, draft models or Medusa heads to be compared: one, several, or several by name. Trees are chosen for
-            those that grow trees. Ones that do not fit the target are left out, and the plan says why.
+        drafters: drafters, draft models or Medusa heads to be compared, or functions that make them: one, several, or several
+            by name. Trees are chosen for those that grow trees. Ones that cannot be made or do not fit the target are left out,
+            and the plan says why.
         own: what is compared of the target's own: "ngram", "suffix" (from the text, each also `Paused`), "layers" (drafting
             without some of its layers, which are sought), "mtp" (the layer in its repository).
         sampling: how tokens are chosen.
@@ -112,10 +113,10 @@ def tune(
     ids = [torch.from_numpy(text.tokens) for text in request.texts]
     left_out = [f"Left out: {message}" for message in request.skipped.values()]
     known = None if texts is None else as_written(texts, request, max_new_tokens)
-    found = Findings(ids, conditions, given(drafters), notes=left_out, written=known or [])
+    found, asked_of = Findings(ids, conditions, notes=left_out, written=known or []), named(drafters)
     with Budget(seconds, progress) as budget, steadily(request.target.device):
         try:
-            _search(found, tuple(own), budget)
+            _search(found, asked_of, tuple(own), budget)
         except KeyboardInterrupt:
             found.notes.append(
                 f"It was interrupted after {budget.spent:.0f} of {seconds:.0f} s: this is the plan so far."
@@ -123,12 +124,13 @@ def tune(
     return found.plan()
 
 
-def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
+def _search(found: Findings, drafters: dict[str, Any], names: tuple[str, ...], budget: Budget) -> None:
     """All parts, one after the other, each as long as its share of the time."""
     conditions = found.conditions
     ours, refused = own_offers(conditions.target, names)
     found.refused.update(refused)
-    found.offers, refused = fitting([*found.offers, *ours], max(found.prompts, key=len), conditions)
+    every = drafters | {offer.name: offer.drafter for offer in ours}
+    found.offers, refused = fitting(every, max(found.prompts, key=len), conditions)
     found.refused.update(refused)
     found.written = found.written or written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
     if not found.written:
