@@ -88,7 +88,7 @@ def test_drafts_from_the_text_are_foretold_by_their_replay(drafter):
     target, found = llama(0, eos_token_id=None), prices()
     written = generate(target, PROMPTS, max_new_tokens=48).tokens
     pairs = [([prompt], [new]) for prompt, new in zip(PROMPTS, written, strict=True)]
-    traces = replayed(drafter, pairs, 97, GREEDY, found)
+    traces = replayed(drafter, pairs, 97, GREEDY, found, lambda: False)
     told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], [0, 1], found)
     steps = [step for trace in traces for step in trace.steps]
     took = np.mean([1 + 0.12 * (step.nodes - 1) for step in steps])
@@ -110,7 +110,7 @@ def test_texts_of_equal_prompts_are_replayed_as_they_were_written():
 def test_captured_steps_cost_what_their_largest_tree_costs():
     target, found, drafter = llama(0, eos_token_id=None), prices(), NgramDrafter()
     written = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
-    traces = replayed(drafter, [([PROMPTS[0]], [written])], 97, GREEDY, found)
+    traces = replayed(drafter, [([PROMPTS[0]], [written])], 97, GREEDY, found, lambda: False)
     told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], [0], found, padded=9)
     assert told.speedup.value == pytest.approx(24 / len(traces[0].steps) / (1 + 0.12 * 8), rel=EXACT)
 
@@ -154,7 +154,7 @@ def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
     held = conditions(target)
     made = probes([Offer("draft", ModelDrafter(llama(1)))], held)
     with told_by(lambda: float(next(ticks))):
-        found = measured(made, groups(PROMPTS, 1), held, lambda: False, lambda what: None)
+        *_, found = measured(made, groups(PROMPTS, 1), held, lambda: False, lambda what: None)
     assert found.alone == [5.0, 5.0] and found.knows("draft") and not found.knows("other")
     assert {sample.nodes for sample in found.plain} == {1, 2, 4, 8, 16, 32}
     assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
@@ -235,7 +235,7 @@ def test_candidates_take_turns_with_decoding_alone_and_are_compared_with_it():
 
 
 def row(name="draft", predicted=None, measured=None, acceptance=2.0, draft=0.5, verify=1.2, other=0.1, batch_rule=None):
-    told = Foretold(Estimate(acceptance, acceptance, acceptance), draft, verify, other, predicted or Estimate(1.0))
+    told = Foretold(Estimate(acceptance, acceptance, acceptance), draft, verify, other, predicted or Estimate(1.0), 1)
     return Row(Candidate(name, NgramDrafter(), SiblingRejection()), told, measured=measured)
 
 
@@ -377,6 +377,8 @@ def test_a_search_teaches_a_drafter_nothing(wrap):
         with held.stream(PROMPTS, wrap(drafter)) as run:
             first = [*run]
     assert drafter.memory.tokens == 0 and len(first) > 1
-    replayed(wrap(drafter), [(PROMPTS, [torch.tensor([3, 4]), torch.tensor([7, 8])])], 97, GREEDY, prices())
+    replayed(
+        wrap(drafter), [(PROMPTS, [torch.tensor([3, 4]), torch.tensor([7, 8])])], 97, GREEDY, prices(), lambda: False
+    )
     assert drafter.memory.tokens == 0
     assert afresh(plain := ModelDrafter(llama(1))) is plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,7 @@ class Foretold:
         acceptance: tokens of a row per step.
         draft, verify, other: the parts of a step, in steps without a draft.
         speedup: over decoding without a draft.
+        texts: how many it is foretold from.
     """
 
     acceptance: Estimate
@@ -62,6 +63,7 @@ class Foretold:
     verify: float
     other: float
     speedup: Estimate
+    texts: int
 
     @property
     def step(self) -> float:
@@ -86,7 +88,7 @@ def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Price
         prices.verify(nodes),
         prices.other(candidate.name, rule, nodes),
     ]
-    return _foretold(tokens, steps, parts, prices)
+    return _foretold(tokens, steps, parts, prices, sum(map(len, texts)))
 
 
 def of_replays(traces: Sequence[Trace], prompts: Sequence[int], prices: Prices, padded: int | None = None) -> Foretold:
@@ -111,10 +113,12 @@ def of_replays(traces: Sequence[Trace], prompts: Sequence[int], prices: Prices, 
     verify = share @ np.array([prices.verify(size) for size in sizes.tolist()])
     whole = share @ np.array([prices.plain_step(size) for size in sizes.tolist()])
     drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / prices.unit
-    return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices)
+    return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices, len(prompts))
 
 
-def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray], prices: Prices) -> Foretold:
+def _foretold(
+    tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray], prices: Prices, texts: int
+) -> Foretold:
     """From tokens and steps of each prompt, and the parts of a step [1 + DRAWS] each."""
     drawn = redrawn(len(tokens), seed=1)
     acceptance = tokens[drawn].sum(1) / steps[drawn].sum(1)
@@ -122,7 +126,7 @@ def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray]
     known = min(len(tokens), prices.samples)
     draft, verify, other = (float(part[0]) for part in parts)
     told = Estimate.of_draws(speed, known)
-    return Foretold(Estimate.of_draws(acceptance, len(tokens)), draft, verify, other, told)
+    return Foretold(Estimate.of_draws(acceptance, len(tokens)), draft, verify, other, told, texts)
 
 
 def replayed(
@@ -131,20 +135,26 @@ def replayed(
     vocab: int,
     sampling: Sampling,
     prices: Prices,
+    over: Callable[[], bool],
     padded: int | None = None,
 ) -> list[Trace]:
     """The steps of a drafter without the target. A pause is decided by the prices, as there is no target to be timed.
 
     Args:
         groups: prompts and new tokens of the texts that step together.
+        over: whether time is over; the first group is replayed in any case.
         padded: as for `of_replays`.
     """
     if isinstance(drafter, Paused) and drafter.seconds is None:
         sizes = sorted({*SIZES, drafter.spec(sampling).nodes})
         curve = CostCurve(sizes, [float(prices.plain_step(padded or size)[0]) for size in sizes])
         drafter = Paused(drafter.drafter, drafter.patience, drafter.share, curve)
-    drafter = afresh(drafter)
-    return [replay(prompts, written, drafter, vocab, sampling) for prompts, written in groups]
+    drafter, traces = afresh(drafter), []
+    for prompts, written in groups:
+        traces.append(replay(prompts, written, drafter, vocab, sampling))
+        if over():
+            break
+    return traces
 
 
 def can_be_replayed(drafter: Drafter) -> bool:

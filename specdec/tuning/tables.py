@@ -42,6 +42,9 @@ def _said(plan: Plan, most: int) -> list[str]:
         said.append(f"{left} more were foretold, and are slower.")
     if plan.noise is not None:
         said.append(f"Noise: decoding without a draft against itself, {plan.noise}.")
+    few = {row.candidate.name: row.foretold.texts for row in plan.rows if row.foretold}
+    every = plan.conditions.get("texts", 0)
+    said += [f"{name} was foretold from {count} of {every} texts." for name, count in few.items() if count < every]
     untold = {row.candidate.name: row.untold for row in plan.rows if row.untold}
     said += [f"{name} was not foretold: {why}" for name, why in untold.items()]
     said += [f"{name} was not compared: {why}" for name, why in plan.refused.items()]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice, repeat
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from specdec.arguments import as_engine, as_request
 from specdec.checks import as_float, as_int, check_flag
 from specdec.clock import told_by
+from specdec.drafters import LayerSkipDrafter
 from specdec.engines.base import Engine
 from specdec.models.target import Target
 from specdec.prompts import Prompts
 from specdec.sampling import Sampling
 from specdec.trace.bill import CostlyDraftsWarning
+from specdec.trees import Chain
 from specdec.tuning import layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check
@@ -33,11 +35,16 @@ from specdec.tuning.offers import OWN, Offer, fitting, named, own_offers
 from specdec.tuning.plan import Plan
 from specdec.tuning.probes import probes
 from specdec.tuning.search import finalists, foretold
-from specdec.tuning.writing import as_written, written
+from specdec.tuning.writing import as_written, write
 
-# the share of all the time at which each part ends
+# The share of all the time at which each part ends.
 _WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
-_CHECKS = 3  # candidates that are decoded
+# Most rounds of measuring. It ends before if after some rounds every price is so sure, in steps without a draft.
+_ROUNDS, _LOOK, _SURE = 200, 8, 0.02
+# Texts, after the first one, that are read of each drafter after an interrupt.
+_HURRIED = 3
+# Candidates that are decoded.
+_CHECKS = 3
 
 
 def tune(
@@ -121,6 +128,11 @@ def tune(
             found.notes.append(
                 f"It was interrupted after {budget.spent:.0f} of {seconds:.0f} s: this is the plan so far."
             )
+            if not found.rows:
+                with suppress(KeyboardInterrupt):
+                    _foretell(
+                        found, lambda share: partial(next, chain(repeat(False, _HURRIED), repeat(True))), budget.say
+                    )
     return found.plan()
 
 
@@ -132,14 +144,15 @@ def _search(found: Findings, drafters: dict[str, Any], names: tuple[str, ...], b
     every = drafters | {offer.name: offer.drafter for offer in ours}
     found.offers, refused = fitting(every, max(found.prompts, key=len), conditions)
     found.refused.update(refused)
-    found.written = found.written or written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
+    if not found.written:
+        write(found.written, found.prompts, conditions, budget.until(_WRITTEN), budget.say)
     if not found.written:
         found.notes.append("The target ends every text with its first tokens: nothing is to be gained.")
         return
     if "layers" in names and conditions.target.model is not None:
         _search_layers(found, conditions.target.model, budget)
     _measure(found, budget)
-    _foretell(found, budget)
+    _foretell(found, budget.until, budget.say)
     _check(found, budget)
 
 
@@ -155,7 +168,7 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
     except ValueError as error:
         found.refused["layers"] = str(error)
         return
-    found.offers.append(Offer("layers", layers.drafter(trial)))
+    found.offers.append(Offer("layers", LayerSkipDrafter(skip=sorted(trial.skip), tree=Chain(trial.length))))
     found.notes.append(
         f"Layers left out: {sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}."
     )
@@ -167,31 +180,30 @@ def _measure(found: Findings, budget: Budget) -> None:
             found.machine = roofline.machine(found.conditions.target.model)
         except Exception as error:  # it explains a plan, which is made without it
             found.notes.append(f"What this machine allows was not measured: {error}")
-    made = probes(found.offers, found.conditions)
-    found.prices = measured(
-        made,
-        cycle(groups(found.prompts, found.conditions.batch)),
-        found.conditions,
-        budget.until(_MEASURED),
-        budget.say,
-    )
-    if found.prices.plain:
-        found.noise = found.prices.noise
+    every = islice(cycle(groups(found.prompts, found.conditions.batch)), _ROUNDS)
+    made, over = probes(found.offers, found.conditions), budget.until(_MEASURED)
+    for prices in measured(made, every, found.conditions, over, budget.say):
+        found.prices, found.noise = prices, prices.noise
+        if len(prices.alone) % _LOOK == 0 and prices.sure(_SURE):
+            break
 
 
-def _foretell(found: Findings, budget: Budget) -> None:
+def _foretell(found: Findings, until: Callable[[float], Callable[[], bool]], say: Callable[[str], None]) -> None:
     """Tree by tree, of all drafters in turn; of each at least the first."""
-    prices, over = found.prices, budget.until(_FORETOLD)
-    if prices is None or not prices.plain:
-        found.notes.append("Time ended before steps were timed: give more seconds.")
+    prices, over, share = found.prices, until(_FORETOLD), (_FORETOLD - _MEASURED) / (len(found.offers) + 1)
+    if prices is None:
+        found.notes.append("No steps were timed: give more seconds.")
         return
     searches = {
-        offer.name: foretold(offer, found.prompts, found.written, found.conditions, prices) for offer in found.offers
+        offer.name: foretold(
+            offer, found.prompts, found.written, found.conditions, prices, until(_MEASURED + i * share)
+        )
+        for i, offer in enumerate(found.offers, 1)
     }
     first = True
     while searches and (first or not over()):
         for name in list(searches):
-            budget.say(f"foretelling {name}")
+            say(f"foretelling {name}")
             if (row := next(searches[name], None)) is None:
                 del searches[name]
             else:
