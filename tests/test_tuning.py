@@ -261,15 +261,23 @@ def test_both_kinds_of_knowledge_count_by_how_sure_they_are():
 
 def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():
     slow = row(predicted=Estimate(0.8, 0.7, 0.9), acceptance=1.5, draft=0.6, verify=1.2, other=0.1)
-    said = reason(slow, "does not pay", 1)
+    said = reason(slow, "does not pay", None, 1)
     assert "drafting takes 0.60 of a step and must take less than 0.20 (3.0 times as fast)" in said
     assert "1.90 tokens would be needed, 1.27 times as many" in said
     large = row(predicted=Estimate(0.6, 0.5, 0.7), acceptance=1.5, draft=0.1, verify=2.2, other=0.2)
-    said = reason(large, "does not pay", 8)
+    said = reason(large, "does not pay", None, 8)
     assert "batch of 8 is too large: the target's pass over the drafts takes 2.20" in said and "less than 1.20" in said
-    unsure = reason(row(measured=Estimate(1.1, 0.9, 1.3)), "cannot tell", 1)
-    assert "2.0 times as narrow: about 4 times as many seconds" in unsure
-    assert "measured once only" in reason(row(measured=Estimate(1.1)), "cannot tell", 1)
+    unsure = reason(row(measured=Estimate(1.1, 0.9, 1.3)), "cannot tell", None, 1)
+    assert "2.0 times as narrow: about 4 times as many prompts" in unsure
+    assert "give more prompts" in reason(row(measured=Estimate(1.1)), "cannot tell", None, 1)
+    noise = Estimate(1.0, 0.95, 1.06)
+    near, far = (row(measured=Estimate(value, 1.02, 1.3)) for value in (1.05, 1.1))
+    assert "within this machine's noise, 0.95-1.06" in reason(near, "cannot tell", noise, 1)
+    assert "2.0 times as narrow: about 4 times" in reason(
+        far, "cannot tell", noise, 1
+    )  # against the noise, not against 1
+    slow = row(predicted=Estimate(0.7, 0.6, 0.8), acceptance=1.3, draft=0.6, verify=1.2, other=0.1)
+    assert " Acceptance is too low" in (said := reason(slow, "does not pay", None, 1)) and "0.00" not in said
 
 
 def test_finalists_are_the_best_and_what_only_decoding_can_tell():
@@ -342,7 +350,7 @@ def test_a_table_says_what_was_found_refused_and_not_tried():
     assert (
         "| draft | its own | SiblingRejection | 2.00 (2.00-2.00) | 1.80 | 1.20 (1.10-1.30) | 1.15 (1.10-1.20) |" in said
     )
-    assert "1 more were foretold, and are slower." in said and "mtp was not compared: there is none." in said
+    assert "1 more are not shown." in said and "mtp was not compared: there is none." in said
     assert "Time ended." in said and "against itself, 1.00 (0.98-1.02)" in said and "suffix" not in said
 
 

@@ -17,6 +17,8 @@ from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.sampling import Sampling
 
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -68,3 +70,20 @@ def afresh(drafter: Drafter) -> Drafter:
     made = copy(drafter)
     vars(made).update(parts)
     return made
+
+
+def named(target: Target) -> str:
+    """What tells a target from others, in words."""
+    if target.model is None:
+        return f"{type(target).__name__}, {target.vocab} tokens"
+    layers = getattr(target.model.config.get_text_config(), "num_hidden_layers", "unknown")
+    return f"{type(target.model).__name__}, layers: {layers}, {target.vocab} tokens"
+
+
+def chosen(sampling: Sampling) -> str:
+    """How tokens are chosen, in words."""
+    if sampling.temperature == 0:
+        said = ["greedy"]
+    else:
+        said = [f"{name} {value:g}" for name in _FILTERS if (value := getattr(sampling, name)) is not None]
+    return ", ".join([*said, *(type(processor).__name__ for processor in sampling.processors)])

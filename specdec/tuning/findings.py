@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.tuning import roofline
-from specdec.tuning.conditions import Conditions
+from specdec.tuning.conditions import Conditions, chosen, named
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import ALONE, Foretold
 from specdec.tuning.offers import Offer
@@ -45,21 +45,22 @@ class Findings:
         }  # fmt: skip
         best = rows[0] if rows else None
         told = verdict(best, self.noise) if best else "cannot tell"
-        why = reason(best, told, batch) if best else "Nothing was foretold or decoded; see the notes."
-        chosen = best if best and _pays(best, told) else Row(ALONE, measured=self.noise)
-        speedup = chosen.speedup if chosen is best else Speedup(Estimate(1.0, 1.0, 1.0), self.noise)
-        made = chosen.candidate
+        why = reason(best, told, self.noise, batch) if best else "Nothing was foretold or decoded; see the notes."
+        taken = best if best and _pays(best, told) else Row(ALONE)
+        speedup = taken.speedup if taken is best else Speedup(Estimate(1.0, 1.0, 1.0))
+        made = taken.candidate
         return Plan(
-            made.name, made.drafter, made.rule, speedup, told, why, roofline=self._roofline(chosen.foretold), **shared
+            made.name, made.drafter, made.rule, speedup, told, why, roofline=self._roofline(taken.foretold), **shared
         )
 
     def _held(self) -> dict[str, Any]:
-        sampling, target = self.conditions.sampling, self.conditions.target
+        target = self.conditions.target
         return {
+            "target": named(target),
             "prompts": len(self.prompts),
             "texts": len(self.written),
             "batch": self.conditions.batch,
-            "temperature": sampling.temperature,
+            "sampling": chosen(self.conditions.sampling),
             "new tokens": self.conditions.new_tokens,
             "device": str(target.device),
             "threads": torch.get_num_threads(),
