@@ -38,6 +38,8 @@ def main(words: Sequence[str] | None = None) -> None:
         asked.run(asked)
     except (ValueError, OSError) as error:
         sys.exit(f"specdec: {error}")
+    except KeyboardInterrupt:
+        sys.exit("specdec: interrupted.")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,14 @@ def test_a_plan_is_made_shown_and_saved(tmp_path, capsys):
         (["generate", "--target", "demo", "--prompt", "a", "--dtype", "fp32"], "--dtype fp32: there is no such type"),
         (["generate", *DEMO, "--prompt", "a", "--plan", "p", "--drafter", "ngram"], "say who drafts: give one of them"),
         (["generate", *DEMO, "--prompt", "a", "--drafter", "ngram"], "say who drafts: give one of them"),
+        (["generate", "--target", "demo", "--prompt", "a", "--threads", "0"], "--threads=0: must be"),
+        (["generate", "--target", "demo", "--prompt", "a", "--device", "cuda:99"], "--device cuda:99: torch finds"),
+        (
+            ["generate", "--target", "demo", "--prompt", "a", "--device", "here"],
+            "--device here: there is no such device",
+        ),
+        (["tune", "--target", "demo", "--prompt", "a", "--save", "."], ". cannot be written"),
+        (["tune", "--target", "demo", "--prompt", "a", "--picture", "a.foo"], "--picture a.foo: there is no such kind"),
         (["tune", *DEMO, "--draft", "demo", "--prompt", "a"], "two drafters are called demo"),
         (["generate", "--target", "demo", "--prompt", "a", "--top-k", "3"], "top_k=3 at temperature=0"),
     ],
@@ -73,6 +81,15 @@ def test_a_plan_is_made_shown_and_saved(tmp_path, capsys):
 def test_mistakes_end_in_a_message(words, message):
     with pytest.raises(SystemExit, match=message):
         main(words)
+
+
+def test_an_interrupt_ends_in_a_message(monkeypatch):
+    def interrupted(asked):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("specdec.command_line.options.models", interrupted)
+    with pytest.raises(SystemExit, match="specdec: interrupted"):
+        main(["generate", *DEMO, "--prompt", "a"])
 
 
 @pytest.mark.parametrize("command", ["tune", "generate"])

@@ -277,7 +277,8 @@ def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():
         far, "cannot tell", noise, 1
     )  # against the noise, not against 1
     slow = row(predicted=Estimate(0.7, 0.6, 0.8), acceptance=1.3, draft=0.6, verify=1.2, other=0.1)
-    assert " Acceptance is too low" in (said := reason(slow, "does not pay", None, 1)) and "0.00" not in said
+    said = reason(slow, "does not pay", None, 1)
+    assert " Acceptance is too low" in said and "0.00" not in said
 
 
 def test_finalists_are_the_best_and_what_only_decoding_can_tell():
@@ -327,7 +328,9 @@ def test_a_plan_is_loaded_as_it_was_saved(name, drafter, drafters, tmp_path):
     again = Plan.load(tmp_path / "plan.yaml", llama(0), drafters)
     assert str(again.drafter) == str(drafter) and type(again.rule) is TraversalVerification
     assert (again.name, again.speedup, again.verdict, again.reason) == (name, told, "pays", "because")
-    assert again.conditions == {"batch": 2}
+    assert again.conditions == {"batch": 2} and again.table() == plan.table() and "It holds for" in again._repr_html_()
+    with pytest.raises(ValueError, match="no rows to draw"):
+        again.picture()
 
 
 def test_a_plan_whose_drafter_is_not_given_is_refused_with_the_cure(tmp_path):
@@ -335,9 +338,38 @@ def test_a_plan_whose_drafter_is_not_given_is_refused_with_the_cure(tmp_path):
     plan.save(tmp_path / "plan.yaml")
     with pytest.raises(ValueError, match=r"drafts with 'draft', which is not given: pass drafters="):
         Plan.load(tmp_path / "plan.yaml", llama(0), {"other": llama(1)})
-    (tmp_path / "other.yaml").write_text("a: 1\n")
-    with pytest.raises(ValueError, match=r"not a file that Plan\.save"):
-        Plan.load(tmp_path / "other.yaml", llama(0))
+    plan = Plan(
+        "draft", None, SiblingRejection(), Speedup(), "pays", "because", conditions={"target": "Other, 2 tokens"}
+    )
+    plan.save(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match=r"made for another target .Other, 2 tokens. than this one .LlamaForCausalLM"):
+        Plan.load(tmp_path / "plan.yaml", llama(0), {"draft": llama(1)})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("rule: SiblingRejection", "rule: TypicalAcceptance"),
+        ("rule: SiblingRejection\n", ""),
+        ("rule: SiblingRejection", "rule: [1]"),
+        ("parents: [-1, 0]", "parents: [-1, 5]"),
+        ("parents: [-1, 0]", "parents: abc"),
+        ("skip: null", "skip: [a]"),
+        ("predicted: [1.5, null, null]", "predicted: [a]"),
+        ("verdict: pays", "verdict: yes"),
+        ("conditions: {}", "conditions: 3"),
+        ("format: specdec plan 1", "format: specdec plan 2"),
+        ("reason", "{"),
+    ],
+)
+def test_files_that_are_no_plans_are_refused_with_the_cure(wrong, tmp_path):
+    path, told = tmp_path / "plan.yaml", Speedup(Estimate(1.5))
+    Plan("draft", ModelDrafter(llama(1), Chain(1)), SiblingRejection(), told, "pays", "because").save(path)
+    text = path.read_text()
+    assert wrong[0] in text and Plan.load(path, llama(0), {"draft": llama(1)}).verdict == "pays"
+    path.write_text(text.replace(*wrong))
+    with pytest.raises(ValueError, match=r"not a file that Plan\.save of this version wrote.*run specdec.tune again"):
+        Plan.load(path, llama(0), {"draft": llama(1)})
 
 
 def test_a_table_says_what_was_found_refused_and_not_tried():
