@@ -51,7 +51,8 @@ class Estimate:
             return cls(float(draws[0]))
         value, wide = float(draws[0]), _widening(samples, level)
         ends = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
-        return cls(value, *(value * max(float(end) / value, 0.0) ** wide for end in ends))
+        low, high = (value * max(float(end) / value, 0.0) ** wide for end in ends)
+        return cls(value, min(low, value), max(high, value))
 
 
 @cache

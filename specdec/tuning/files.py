@@ -124,7 +124,7 @@ def _read(path: str | PathLike[str] | None) -> dict[str, Any]:
         wrong = ["what it holds"]
     if wrong:
         raise ValueError(
-            f"{path}: not a file that Plan.save of this version wrote ({_FORMAT!r}): {', '.join(wrong)}; run specdec.tune again."
+            f"{path}: not a file that Plan.save of this version wrote ({_FORMAT}): {', '.join(wrong)}; run specdec.tune again."
         )
     return said
 
