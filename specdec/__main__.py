@@ -5,7 +5,7 @@
 
 Try it with the small models that come along:
 
-  python -m specdec tune --target demo --draft demo --prompts prompts.txt --save plan.yaml
+  python -m specdec tune --target demo --draft demo --prompt "def fib(n):" --prompt "import os" --save plan.yaml
   python -m specdec generate --target demo --draft demo --plan plan.yaml --prompt "def fib(n):"
 """
 
@@ -38,6 +38,8 @@ def main(words: Sequence[str] | None = None) -> None:
         asked.run(asked)
     except (ValueError, OSError) as error:
         sys.exit(f"specdec: {error}")
+    except KeyboardInterrupt:
+        sys.exit("specdec: interrupted.")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import torch
 from block_nets import NORMS, config, drawn, dspark
 from block_nets import target as block_target
 from tiny_models import llama
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from specdec import Law, Sampling, generate
 from specdec.drafters import Eagle3Drafter, Eagle3Net, LayerSkipDrafter, ModelDrafter
 from specdec.drafters.dspark import DSparkDrafter
-from specdec.prediction import Text, acceptance_length, read_along, texts
+from specdec.prediction import NotForetold, Text, acceptance_length, read_along, texts
 from specdec.rules import BlockVerification, KSeq, LenientRejection, SiblingRejection, TraversalVerification
 from specdec.testing import Table, TabularDrafter, TabularTarget, model_log_probs, target_law
 from specdec.testing.laws import _enumerate
@@ -178,3 +179,11 @@ def test_what_cannot_be_said_of_a_text_is_refused_with_the_cure(rule, parents, l
     )
     with pytest.raises(ValueError, match=cure):
         text.starts(Static(parents, law), rule)
+
+
+def test_laws_of_drafters_in_the_target_are_not_told_with_logits_processors():
+    sampling = Sampling(processors=[RepetitionPenaltyLogitsProcessor(1.5)])
+    known = [llama(0), torch.arange(3, 9), 4, sampling]
+    with pytest.raises(NotForetold, match=r"Logits processors change the laws of LayerSkipDrafter.*run it instead"):
+        read_along(known[0], LayerSkipDrafter(exit_layer=1), *known[1:])
+    assert len(read_along(known[0], ModelDrafter(llama(1)), *known[1:]).tokens) == 2

@@ -57,7 +57,7 @@ def test_given_texts_are_foretold_from_and_not_written_again(monkeypatch):
     made = generate(TARGET, PROMPTS, max_new_tokens=12).tokens
     asked = {"own": ("ngram",), **OPTIONS, "max_new_tokens": 10}
     written = specdec.tune(TARGET, PROMPTS, **asked)
-    monkeypatch.setattr(tune_module, "written", None)
+    monkeypatch.setattr(tune_module, "write", None)
     plan = specdec.tune(TARGET, PROMPTS, texts=made, **asked)
     first, again = (
         {str(row.candidate.drafter): row.foretold.acceptance for row in each.rows} for each in (written, plan)
@@ -80,8 +80,24 @@ def test_texts_that_cannot_be_foretold_from_are_refused(texts, error):
 
 
 def test_drafters_that_do_not_fit_are_left_out_with_the_reason():
-    plan = specdec.tune(TARGET, PROMPTS, {"small": llama(1, vocab_size=40), "fits": TARGET}, own=(), **OPTIONS)
+    class Broken(NgramDrafter):
+        def start(self, target, batch, last=None):
+            raise RuntimeError("it is broken")
+
+    def missing():
+        raise OSError("there is no such folder")
+
+    drafters = {
+        "small": llama(1, vocab_size=40),
+        "broken": Broken(),
+        "missing": missing,
+        "word": "x",
+        "fits": lambda: TARGET,
+    }
+    plan = specdec.tune(TARGET, PROMPTS, drafters, own=(), **OPTIONS)
     assert "vocabulary has 40 tokens" in plan.refused["small"] and plan.name == "fits"
+    assert plan.refused["broken"] == "RuntimeError: it is broken" and "no such folder" in plan.refused["missing"]
+    assert "is a str; pass a drafter" in plan.refused["word"]
 
 
 def test_drafters_that_cannot_be_foretold_are_decoded():
@@ -103,15 +119,34 @@ def test_too_little_time_is_said():
     assert any("time" in note.lower() for note in plan.notes)
 
 
-@pytest.mark.parametrize("part, rows", [("_measure", 0), ("_check", 8)])
-def test_an_interrupt_leaves_the_plan_so_far(part, rows, monkeypatch):
-    def interrupted(found, budget):
-        raise KeyboardInterrupt
+def test_all_texts_are_written_in_groups_and_as_many_used_as_time_allows():
+    prompts, wide = [torch.tensor([3, 4, 3, i]) for i in range(40)], []
+    score = specdec.ModelTarget.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(specdec.ModelTarget, "start", lambda *a, **k: (wide.append(len(a[1])), score(*a, **k))[1])
+        plan = specdec.tune(TARGET, prompts, {"twin": TARGET}, own=(), **{**OPTIONS, "seconds": 40})
+    assert max(wide) == 1 and plan.conditions["texts"] < 40
+    assert plan.rows[0].foretold.texts <= plan.conditions["texts"]
 
-    monkeypatch.setattr(tune_module, part, interrupted)
-    plan = specdec.tune(TARGET, PROMPTS, {"twin": TARGET}, own=(), **OPTIONS)
-    assert "interrupted" in " ".join(plan.notes) and len(plan.rows) >= rows
-    assert (plan.name == "twin") == (rows > 0)
+
+@pytest.mark.parametrize("place, rows", [("written", False), ("timed", True), ("foretold", True), ("decoded", True)])
+def test_an_interrupt_leaves_the_plan_so_far(place, rows, monkeypatch):
+    class Interrupted(Budget):
+        def say(self, what):
+            timed = what.startswith("timing") and next(self.turns) == 9
+            if timed if place == "timed" else what.startswith(SAID[place]):
+                monkeypatch.setattr(Interrupted, "say", Budget.say)
+                raise KeyboardInterrupt
+
+    Interrupted.turns = count()
+    looks = count()
+    monkeypatch.setattr(tune_module, "Budget", lambda *a: Interrupted(*a, lambda: float(next(looks))))
+    plan = specdec.tune(TARGET, PROMPTS, {"twin": TARGET}, own=("ngram",), **{**OPTIONS, "seconds": 1e9})
+    assert "interrupted" in " ".join(plan.notes)
+    assert {row.candidate.name for row in plan.rows} == ({"twin", "ngram"} if rows else set())
+
+
+SAID = {"written": "letting", "timed": "timing", "foretold": "foretelling", "decoded": "decoding"}
 
 
 def test_prompts_that_cannot_be_decoded_are_left_out_and_noted():

@@ -1,5 +1,6 @@
 """Plans: what is foretold is what runs would give at these prices, and what is said of it follows from the numbers."""
 
+import warnings
 from itertools import count
 
 import numpy as np
@@ -10,17 +11,18 @@ from tiny_models import llama
 import specdec
 from specdec import Law, Sampling, generate
 from specdec.clock import Clock, told_by
-from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
+from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
 from specdec.engines.base import Engine
 from specdec.prediction import read_along, replay
+from specdec.prediction.replay import Recorded
 from specdec.rules import BlockVerification, SiblingRejection, TraversalVerification
 from specdec.theory import predicted_speed_up
 from specdec.trace import Step, Trace
 from specdec.trees import Chain, Static, Widths
-from specdec.tuning import Estimate, Plan, Row, Speedup, layers
+from specdec.tuning import Estimate, Plan, Row, Speedup, layers, roofline
 from specdec.tuning.budget import Budget
-from specdec.tuning.checking import Check, over_all, speed
-from specdec.tuning.conditions import Conditions
+from specdec.tuning.checking import Check, over_all, spent
+from specdec.tuning.conditions import Conditions, afresh
 from specdec.tuning.estimate import DRAWS
 from specdec.tuning.foretold import Candidate, Foretold, of_replays, of_tree, replayed
 from specdec.tuning.measuring import measured
@@ -86,8 +88,8 @@ def test_drafts_from_the_text_are_foretold_by_their_replay(drafter):
     target, found = llama(0, eos_token_id=None), prices()
     written = generate(target, PROMPTS, max_new_tokens=48).tokens
     pairs = [([prompt], [new]) for prompt, new in zip(PROMPTS, written, strict=True)]
-    traces = replayed(drafter, pairs, 97, GREEDY, found)
-    told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], found)
+    traces = replayed(drafter, pairs, 97, GREEDY, found, lambda: False)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in trace.steps]) for trace in traces], [0, 1], found)
     steps = [step for trace in traces for step in trace.steps]
     took = np.mean([1 + 0.12 * (step.nodes - 1) for step in steps])
     assert told.speedup.value == pytest.approx(96 / len(steps) / took, rel=EXACT)
@@ -108,8 +110,8 @@ def test_texts_of_equal_prompts_are_replayed_as_they_were_written():
 def test_captured_steps_cost_what_their_largest_tree_costs():
     target, found, drafter = llama(0, eos_token_id=None), prices(), NgramDrafter()
     written = generate(target, PROMPTS[0], max_new_tokens=24).tokens[0]
-    traces = replayed(drafter, [([PROMPTS[0]], [written])], 97, GREEDY, found)
-    told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], found, padded=9)
+    traces = replayed(drafter, [([PROMPTS[0]], [written])], 97, GREEDY, found, lambda: False)
+    told = of_replays([Trace(steps=[_undrafted(step) for step in traces[0].steps])], [0], found, padded=9)
     assert told.speedup.value == pytest.approx(24 / len(traces[0].steps) / (1 + 0.12 * 8), rel=EXACT)
 
 
@@ -152,7 +154,7 @@ def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
     held = conditions(target)
     made = probes([Offer("draft", ModelDrafter(llama(1)))], held)
     with told_by(lambda: float(next(ticks))):
-        found = measured(made, groups(PROMPTS, 1), held, lambda: False, lambda what: None)
+        *_, found = measured(made, groups(PROMPTS, 1), held, lambda: False, lambda what: None)
     assert found.alone == [5.0, 5.0] and found.knows("draft") and not found.knows("other")
     assert {sample.nodes for sample in found.plain} == {1, 2, 4, 8, 16, 32}
     assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
@@ -180,21 +182,45 @@ def test_a_budget_ends_its_parts_by_their_shares():
         assert whole()
 
 
-def test_speed_is_of_steps_in_which_all_rows_were_at_work():
+def test_the_steps_of_a_row_take_as_long_as_those_in_which_all_rows_were_at_work():
     steps = [
         Step(2, [0, 1], [2, 1], [1, 0], [1, 1], 9.0, 1.0, 1.0, 1.0),
         Step(2, [0, 1], [1, 1], [0, 0], [1, 1], 0.0, 1.0, 2.0, 2.0),
         Step(2, [0, 1], [1, 0], [0, 0], [1, 0], 0.0, 0.5, 0.5, 0.0),
     ]
-    assert speed(Trace(steps=steps)) == pytest.approx(1.2 / 4)
+    assert spent(Trace(steps=steps)) == [(4, 12.0), (2, 8.0)]
 
 
-def test_measured_speedups_are_of_the_time_of_all_groups_together():
+def test_measured_speedups_are_of_the_time_that_all_prompts_take():
     pairs = [[(2.0, 1.0), (2.0, 1.0)], [(6.0, 7.0), (6.0, 7.0)]]
     assert over_all(pairs).value == 1.0
     found = over_all([[(2.0, 1.0)] * 3] * 3)
     assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
-    assert over_all([[(2.0, 1.0)]]).low is None
+    assert over_all([[(2.0, 1.0)] * 9]).low is None  # a prompt that is decoded again is no other one
+
+
+def test_a_long_text_counts_as_much_as_it_is_long():
+    class Ending(Recorded):
+        stop_tokens = 1
+
+    texts = [torch.tensor([*prompt, *new]) for prompt, new in zip(PROMPTS, ([8, 9] * 10 + [1], [5, 1]), strict=True)]
+    held, ticks = Conditions(Ending(texts, 97), GREEDY, 2, Engine, 40), count()
+    check = Check([Candidate("ngram", NgramDrafter(), SiblingRejection())], held)
+    with told_by(lambda: float(next(ticks))):
+        check.run([PROMPTS], lambda: check.rounds == 1, lambda what: None)
+    steps = [
+        len(generate(Ending([text], 97), p, NgramDrafter()).trace.steps) for text, p in zip(texts, PROMPTS, strict=True)
+    ]
+    assert check.speedups()[0].value == pytest.approx(23 / sum(steps)) and 2 * sum(steps) < 23
+
+
+def test_few_prompts_make_intervals_wider():
+    """Student's law: of 2 samples 9.2 times as wide as if the normal law held, of 200 hardly wider."""
+    draws = np.concatenate([[1.0], np.exp(np.linspace(-0.1, 0.1, DRAWS))])
+    few, many = (Estimate.of_draws(draws, samples) for samples in (2, 200))
+    assert np.log(few.high) == pytest.approx(9.17 * 0.095, rel=0.03) and np.log(many.high) == pytest.approx(
+        0.0965, rel=0.01
+    )
 
 
 def test_candidates_take_turns_with_decoding_alone_and_are_compared_with_it():
@@ -209,7 +235,7 @@ def test_candidates_take_turns_with_decoding_alone_and_are_compared_with_it():
 
 
 def row(name="draft", predicted=None, measured=None, acceptance=2.0, draft=0.5, verify=1.2, other=0.1, batch_rule=None):
-    told = Foretold(Estimate(acceptance, acceptance, acceptance), draft, verify, other, predicted or Estimate(1.0))
+    told = Foretold(Estimate(acceptance, acceptance, acceptance), draft, verify, other, predicted or Estimate(1.0), 1)
     return Row(Candidate(name, NgramDrafter(), SiblingRejection()), told, measured=measured)
 
 
@@ -228,19 +254,31 @@ def test_both_kinds_of_knowledge_count_by_how_sure_they_are():
     assert both.value == pytest.approx(1.01, abs=0.01)
     assert Speedup(None, Estimate(1.5)).estimate == Estimate(1.5)
     assert Speedup(Estimate(1.2, 1.1, 1.3), Estimate(1.5)).estimate.value == pytest.approx(1.2)
+    same = Estimate(1.1, 0.99, 1.22)
+    assert vars(Speedup(same, same).estimate) == pytest.approx(vars(same))  # of the same prompts: no surer than one
+    assert "together 1.10 (0.99-1.22)" in str(Speedup(same, same))
 
 
 def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():
     slow = row(predicted=Estimate(0.8, 0.7, 0.9), acceptance=1.5, draft=0.6, verify=1.2, other=0.1)
-    said = reason(slow, "does not pay", 1)
+    said = reason(slow, "does not pay", None, 1)
     assert "drafting takes 0.60 of a step and must take less than 0.20 (3.0 times as fast)" in said
     assert "1.90 tokens would be needed, 1.27 times as many" in said
     large = row(predicted=Estimate(0.6, 0.5, 0.7), acceptance=1.5, draft=0.1, verify=2.2, other=0.2)
-    said = reason(large, "does not pay", 8)
+    said = reason(large, "does not pay", None, 8)
     assert "batch of 8 is too large: the target's pass over the drafts takes 2.20" in said and "less than 1.20" in said
-    unsure = reason(row(measured=Estimate(1.1, 0.9, 1.3)), "cannot tell", 1)
-    assert "2.0 times as narrow: about 4 times as many seconds" in unsure
-    assert "measured once only" in reason(row(measured=Estimate(1.1)), "cannot tell", 1)
+    unsure = reason(row(measured=Estimate(1.1, 0.9, 1.3)), "cannot tell", None, 1)
+    assert "2.0 times as narrow: about 4 times as many prompts" in unsure
+    assert "give more prompts" in reason(row(measured=Estimate(1.1)), "cannot tell", None, 1)
+    noise = Estimate(1.0, 0.95, 1.06)
+    near, far = (row(measured=Estimate(value, 1.02, 1.3)) for value in (1.05, 1.1))
+    assert "within this machine's noise, 0.95-1.06" in reason(near, "cannot tell", noise, 1)
+    assert "2.0 times as narrow: about 4 times" in reason(
+        far, "cannot tell", noise, 1
+    )  # against the noise, not against 1
+    slow = row(predicted=Estimate(0.7, 0.6, 0.8), acceptance=1.3, draft=0.6, verify=1.2, other=0.1)
+    said = reason(slow, "does not pay", None, 1)
+    assert " Acceptance is too low" in said and "0.00" not in said
 
 
 def test_finalists_are_the_best_and_what_only_decoding_can_tell():
@@ -290,7 +328,9 @@ def test_a_plan_is_loaded_as_it_was_saved(name, drafter, drafters, tmp_path):
     again = Plan.load(tmp_path / "plan.yaml", llama(0), drafters)
     assert str(again.drafter) == str(drafter) and type(again.rule) is TraversalVerification
     assert (again.name, again.speedup, again.verdict, again.reason) == (name, told, "pays", "because")
-    assert again.conditions == {"batch": 2}
+    assert again.conditions == {"batch": 2} and again.table() == plan.table() and "It holds for" in again._repr_html_()
+    with pytest.raises(ValueError, match="no rows to draw"):
+        again.picture()
 
 
 def test_a_plan_whose_drafter_is_not_given_is_refused_with_the_cure(tmp_path):
@@ -298,9 +338,38 @@ def test_a_plan_whose_drafter_is_not_given_is_refused_with_the_cure(tmp_path):
     plan.save(tmp_path / "plan.yaml")
     with pytest.raises(ValueError, match=r"drafts with 'draft', which is not given: pass drafters="):
         Plan.load(tmp_path / "plan.yaml", llama(0), {"other": llama(1)})
-    (tmp_path / "other.yaml").write_text("a: 1\n")
-    with pytest.raises(ValueError, match=r"not a file that Plan\.save"):
-        Plan.load(tmp_path / "other.yaml", llama(0))
+    plan = Plan(
+        "draft", None, SiblingRejection(), Speedup(), "pays", "because", conditions={"target": "Other, 2 tokens"}
+    )
+    plan.save(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match=r"made for another target .Other, 2 tokens. than this one .LlamaForCausalLM"):
+        Plan.load(tmp_path / "plan.yaml", llama(0), {"draft": llama(1)})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("rule: SiblingRejection", "rule: TypicalAcceptance"),
+        ("rule: SiblingRejection\n", ""),
+        ("rule: SiblingRejection", "rule: [1]"),
+        ("parents: [-1, 0]", "parents: [-1, 5]"),
+        ("parents: [-1, 0]", "parents: abc"),
+        ("skip: null", "skip: [a]"),
+        ("predicted: [1.5, null, null]", "predicted: [a]"),
+        ("verdict: pays", "verdict: yes"),
+        ("conditions: {}", "conditions: 3"),
+        ("format: specdec plan 1", "format: specdec plan 2"),
+        ("reason", "{"),
+    ],
+)
+def test_files_that_are_no_plans_are_refused_with_the_cure(wrong, tmp_path):
+    path, told = tmp_path / "plan.yaml", Speedup(Estimate(1.5))
+    Plan("draft", ModelDrafter(llama(1), Chain(1)), SiblingRejection(), told, "pays", "because").save(path)
+    text = path.read_text()
+    assert wrong[0] in text and Plan.load(path, llama(0), {"draft": llama(1)}).verdict == "pays"
+    path.write_text(text.replace(*wrong))
+    with pytest.raises(ValueError, match=r"not a file that Plan\.save of this version wrote.*run specdec.tune again"):
+        Plan.load(path, llama(0), {"draft": llama(1)})
 
 
 def test_a_table_says_what_was_found_refused_and_not_tried():
@@ -313,7 +382,7 @@ def test_a_table_says_what_was_found_refused_and_not_tried():
     assert (
         "| draft | its own | SiblingRejection | 2.00 (2.00-2.00) | 1.80 | 1.20 (1.10-1.30) | 1.15 (1.10-1.20) |" in said
     )
-    assert "1 more were foretold, and are slower." in said and "mtp was not compared: there is none." in said
+    assert "1 more are not shown." in said and "mtp was not compared: there is none." in said
     assert "Time ended." in said and "against itself, 1.00 (0.98-1.02)" in said and "suffix" not in said
 
 
@@ -325,3 +394,31 @@ def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
     held = conditions(llama(0))
     alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, 16)
     assert all(len(probe.parents) == 1 for probe in probes([Offer("draft", ModelDrafter(llama(1)))], alone))
+
+
+def test_passes_read_weights_as_they_are_stored_and_multiply_all_of_them():
+    model = llama(0, hidden_size=64, intermediate_size=128)
+    products, plain = roofline.products(model), sum(each.nbytes for each in roofline.parameters(model))
+    assert plain == 8 * products
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of CPUs on which that is slow
+        specdec.store_weights(model, "int8")
+    assert (
+        roofline.products(model) == products
+        and plain / 8 < sum(e.nbytes for e in roofline.parameters(model)) < plain / 4
+    )
+    assert roofline.machine(model).bandwidth > 0
+
+
+@pytest.mark.parametrize("wrap", [lambda made: made, Paused, lambda made: Fallback(made, NgramDrafter())])
+def test_a_search_teaches_a_drafter_nothing(wrap):
+    drafter, held = SuffixDrafter(shared=True), conditions(llama(0, eos_token_id=None), Sampling(1.0))
+    for _ in range(2):  # with the same seed, which texts that are remembered would refuse
+        with held.stream(PROMPTS, wrap(drafter)) as run:
+            first = [*run]
+    assert drafter.memory.tokens == 0 and len(first) > 1
+    replayed(
+        wrap(drafter), [(PROMPTS, [torch.tensor([3, 4]), torch.tensor([7, 8])])], 97, GREEDY, prices(), lambda: False
+    )
+    assert drafter.memory.tokens == 0
+    assert afresh(plain := ModelDrafter(llama(1))) is plain

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from specdec.command_line import options
@@ -14,6 +15,7 @@ from specdec.drafters import Drafter, NgramDrafter, SuffixDrafter
 from specdec.generate import Generation, generate
 from specdec.rules import Rule, SiblingRejection
 from specdec.tuning import Plan
+from specdec.tuning.conditions import chosen
 from specdec.tuning.offers import as_drafter
 
 _FROM_TEXT = {"ngram": NgramDrafter, "suffix": SuffixDrafter}
@@ -34,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(asked: argparse.Namespace) -> None:
     given = options.prompts(asked)
+    options.check_writable(asked.output)
     target, tokenizer = options.models(asked)
     drafter, rule = _drafting(asked, target)
     out = generate(
@@ -50,13 +53,18 @@ def run(asked: argparse.Namespace) -> None:
 
 def _drafting(asked: argparse.Namespace, target: Any) -> tuple[Drafter | None, Rule]:
     """The drafter and the rule that are asked for."""
-    given = len(asked.draft) + bool(asked.heads) + bool(asked.drafter)
-    if (not asked.plan and given > 1) or (asked.plan and asked.drafter):
+    several = len(asked.draft) + bool(asked.heads) + bool(asked.drafter)
+    if (not asked.plan and several > 1) or (asked.plan and asked.drafter):
         raise ValueError(
             "--plan, --drafter, --draft and --heads say who drafts: give one of them, or a plan with its models."
         )
     if asked.plan:
-        plan = Plan.load(asked.plan, target, options.drafters(asked))
+        given = options.drafters(asked)
+        if len(asked.draft) == 1:  # where tune compared it with others, the plan calls it by its own name
+            given[asked.draft[0]] = given["draft"]
+        plan, wanted = Plan.load(asked.plan, target, given), chosen(options.sampling(asked))
+        if (held := plan.conditions.get("sampling", wanted)) != wanted:
+            print(f"The plan was made for other sampling ({held}) than this ({wanted}).", file=sys.stderr)
         return plan.drafter, plan.rule
     if asked.drafter == "none":
         return None, SiblingRejection()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from specdec import demo
+from specdec.checks import as_int
 from specdec.drafters import MedusaHeads
 from specdec.huggingface.names import model, tokenizer
 from specdec.prompt_files import read
@@ -72,19 +76,24 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 def models(asked: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target and the tokenizer."""
     logging.disable_progress_bar()
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(as_int("--threads", asked.threads, 1))
+    _check_device(asked.device)
     names = asked.tokenizer or _folder(asked.target, "tokenizer") or asked.target
     return _model(asked, asked.target, "target"), tokenizer(names)
 
 
-def drafters(asked: argparse.Namespace) -> dict[str, Any]:
-    """Draft models and heads by name: a draft that is alone is called so."""
-    found: dict[str, Any] = {}
-    for name in asked.draft:
-        found["draft" if len(asked.draft) == 1 else Path(name).stem] = _model(asked, name, "draft")
-    if asked.heads is not None:
-        found["heads"] = MedusaHeads.load(_folder(asked.heads, "heads") or asked.heads).to(asked.device, _dtype(asked))
-    return found
+def drafters(asked: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Functions that load draft models and heads, by the names that are given; a draft that is alone is called so."""
+    several = [*asked.draft, *(["heads"] if asked.heads else [])]
+    if twice := sorted({name for name in several if several.count(name) > 1}):
+        raise ValueError(f"two drafters are called {', '.join(twice)}: give each once.")
+    alone = len(asked.draft) == 1
+    found = {"draft" if alone else name: partial(_model, asked, name, "draft") for name in asked.draft}
+    return {**found, "heads": partial(_heads, asked)} if asked.heads else found
+
+
+def _heads(asked: argparse.Namespace) -> MedusaHeads:
+    return MedusaHeads.load(_folder(asked.heads, "heads") or asked.heads).to(asked.device, _dtype(asked))
 
 
 def prompts(asked: argparse.Namespace) -> list[Any]:
@@ -99,6 +108,23 @@ def sampling(asked: argparse.Namespace) -> Sampling:
     return Sampling(asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
 
 
+def check_writable(*paths: str | None) -> None:
+    """Make the folders of files that are to be written; ValueError or OSError if one cannot be."""
+    for path in map(Path, filter(None, paths)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written: name a file in a folder that is yours.")
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: there is no such device; give cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: torch finds {count} such devices here; give cpu.")
+
+
 def _model(asked: argparse.Namespace, name: str, part: str) -> PreTrainedModel:
     return model(_folder(name, part) or name, _dtype(asked)).to(asked.device)  # type: ignore[arg-type] - its stub is wrong
 
@@ -110,6 +136,6 @@ def _folder(name: str, part: str) -> str | None:
 
 def _dtype(asked: argparse.Namespace) -> torch.dtype:
     found = getattr(torch, asked.dtype, None)
-    if not isinstance(found, torch.dtype):
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"--dtype {asked.dtype}: there is no such type; give float32, bfloat16 or float16.")
     return found

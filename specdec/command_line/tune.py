@@ -34,6 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(asked: argparse.Namespace) -> None:
     given = options.prompts(asked)
+    options.check_writable(asked.save, asked.picture)
+    _check_picture(asked.picture)
     target, tokenizer = options.models(asked)
     plan = tune(
         target, given, options.drafters(asked), own=asked.own, sampling=options.sampling(asked), tokenizer=tokenizer,
@@ -41,9 +43,21 @@ def run(asked: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"\n{plan.table()}\n\n{plan}")
     if asked.save:
-        Path(asked.save).parent.mkdir(parents=True, exist_ok=True)
         plan.save(asked.save)
         print(asked.save)
-    if asked.picture:
+    if asked.picture and plan.rows:
         plan.picture().figure.savefig(asked.picture)
         print(asked.picture)
+
+
+def _check_picture(path: str | None) -> None:
+    """ValueError if matplotlib cannot draw such a file: better before a search than after it."""
+    if path is None:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--picture is drawn by matplotlib: pip install 'specdec[pictures]'.") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"--picture {path}: there is no such kind of picture; give one of {', '.join(sorted(kinds))}.")

@@ -26,7 +26,7 @@ from specdec.loop import Decoding
 from specdec.models.causal_lm import CausalLM
 from specdec.models.routing import passing_through
 from specdec.models.target import Target
-from specdec.prediction.text import Text
+from specdec.prediction.text import NotForetold, Text
 from specdec.sampling import Sampling
 from specdec.tree import DraftTree, Topology, TreeSpec, chain
 from specdec.trees import TreePolicy
@@ -78,6 +78,9 @@ def read_along(
         sampling: how the text was sampled.
         depth: of the deepest trees, for drafters whose laws depend on where a step began: those that use the target's states
             or layers. A block bounds it.
+
+    Raises:
+        NotForetold: logits processors, with a drafter that uses the target's states or layers.
     """
     check_kind("drafter", drafter, TreeDrafter, "pass a drafter that grows trees, such as ModelDrafter(draft)")
     inside = isinstance(drafter, (StatesDrafter, LayerSkipDrafter))
@@ -88,6 +91,12 @@ def read_along(
     model = as_target(target).model
     if model is None:
         raise ValueError(f"{drafter} uses what is in transformers models; the target is a {type(target).__name__}.")
+    request = as_request(target, [text[:first]], sampling=sampling, max_new_tokens=len(text) - first)
+    if request.texts[0].processors:
+        raise NotForetold(
+            f"Logits processors change the laws of {drafter} from node to node of a tree; run it instead."
+        )
+    sampling = request.sampling
     if isinstance(drafter, LayerSkipDrafter):
         return _of_layers(model, drafter, text, first, sampling, depth)
     return _of_states(model, drafter, text, first, sampling, depth)

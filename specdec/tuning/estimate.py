@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 
 from specdec.checks import as_int
 
-DRAWS = 500  # of a bootstrap
+# Of a bootstrap.
+DRAWS = 500
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,23 @@ class Estimate:
         """From [1 + DRAWS] numbers: the first is of the samples as they are, the others of samples drawn from them again.
 
         Args:
-            samples: how many there were; one says nothing of its error.
+            samples: how many there were, of what varies most; one says nothing of its error.
             level: of the interval.
         """
         if as_int("samples", samples, 1) == 1:
             return cls(float(draws[0]))
-        low, high = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
-        return cls(float(draws[0]), float(low), float(high))
+        value, wide = float(draws[0]), _widening(samples, level)
+        ends = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
+        low, high = (value * max(float(end) / value, 0.0) ** wide for end in ends)
+        return cls(value, min(low, value), max(high, value))
+
+
+@cache
+def _widening(samples: int, level: float) -> float:
+    """How many times as wide an interval must be as that of few samples drawn again: Student's law, of which many are drawn."""
+    students = np.random.default_rng(0).standard_t(samples - 1, 100_000)
+    normal = NormalDist().inv_cdf((1 + level) / 2)
+    return float(np.quantile(abs(students), level)) / normal * (samples / (samples - 1)) ** 0.5
 
 
 def redrawn(count: int, seed: int) -> np.ndarray:

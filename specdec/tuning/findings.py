@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.tuning import roofline
-from specdec.tuning.conditions import Conditions
+from specdec.tuning.conditions import Conditions, chosen, named
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import ALONE, Foretold
 from specdec.tuning.offers import Offer
@@ -27,7 +27,7 @@ class Findings:
 
     prompts: list[Tensor]
     conditions: Conditions
-    offers: list[Offer]
+    offers: list[Offer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
@@ -45,21 +45,22 @@ class Findings:
         }  # fmt: skip
         best = rows[0] if rows else None
         told = verdict(best, self.noise) if best else "cannot tell"
-        why = reason(best, told, batch) if best else "Nothing was foretold or decoded; see the notes."
-        chosen = best if best and _pays(best, told) else Row(ALONE, measured=self.noise)
-        speedup = chosen.speedup if chosen is best else Speedup(Estimate(1.0, 1.0, 1.0), self.noise)
-        made = chosen.candidate
+        why = reason(best, told, self.noise, batch) if best else "Nothing was foretold or decoded; see the notes."
+        taken = best if best and _pays(best, told) else Row(ALONE)
+        speedup = taken.speedup if taken is best else Speedup(Estimate(1.0, 1.0, 1.0))
+        made = taken.candidate
         return Plan(
-            made.name, made.drafter, made.rule, speedup, told, why, roofline=self._roofline(chosen.foretold), **shared
+            made.name, made.drafter, made.rule, speedup, told, why, roofline=self._roofline(taken.foretold), **shared
         )
 
     def _held(self) -> dict[str, Any]:
-        sampling, target = self.conditions.sampling, self.conditions.target
+        target = self.conditions.target
         return {
+            "target": named(target),
             "prompts": len(self.prompts),
             "texts": len(self.written),
             "batch": self.conditions.batch,
-            "temperature": sampling.temperature,
+            "sampling": chosen(self.conditions.sampling),
             "new tokens": self.conditions.new_tokens,
             "device": str(target.device),
             "threads": torch.get_num_threads(),
@@ -73,12 +74,11 @@ class Findings:
         shares = (found.draft, found.verify, found.other) if found else (0.0, *prices.parts(1))
         context = sum(map(len, self.prompts)) // len(self.prompts)
         sizes = prices.sizes
-        weights = roofline.parameters(model)
         return roofline.Roofline(
             machine=self.machine,
-            weights=sum(weight.nbytes for weight in weights),
+            weights=sum(weight.nbytes for weight in roofline.parameters(model)),
             cache=self.conditions.batch * roofline.kept_bytes(self.conditions.target, context),
-            operations=2.0 * self.conditions.batch * sum(weight.numel() for weight in weights),
+            operations=2.0 * self.conditions.batch * roofline.products(model),
             nodes=sizes,
             seconds=[prices.unit * float(prices.verify(size)[0]) for size in sizes],
             alone=prices.unit,

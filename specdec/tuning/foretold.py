@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from specdec.sampling import Sampling
 from specdec.theory import CostCurve
 from specdec.trace import Trace
 from specdec.trees import Static, Widths
+from specdec.tuning.conditions import afresh
 from specdec.tuning.estimate import Estimate, redrawn
 from specdec.tuning.prices import Prices, work
 from specdec.tuning.probes import SIZES
@@ -54,6 +55,7 @@ class Foretold:
         acceptance: tokens of a row per step.
         draft, verify, other: the parts of a step, in steps without a draft.
         speedup: over decoding without a draft.
+        texts: how many it is foretold from.
     """
 
     acceptance: Estimate
@@ -61,6 +63,7 @@ class Foretold:
     verify: float
     other: float
     speedup: Estimate
+    texts: int
 
     @property
     def step(self) -> float:
@@ -85,19 +88,23 @@ def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Price
         prices.verify(nodes),
         prices.other(candidate.name, rule, nodes),
     ]
-    return _foretold(tokens, steps, parts, prices)
+    return _foretold(tokens, steps, parts, prices, sum(map(len, texts)))
 
 
-def of_replays(traces: Sequence[Trace], prices: Prices, padded: int | None = None) -> Foretold:
+def of_replays(traces: Sequence[Trace], prompts: Sequence[int], prices: Prices, padded: int | None = None) -> Foretold:
     """What is foretold of drafts that follow from the text.
 
     Args:
         traces: replays, one for each group of texts that step together.
+        prompts: of these texts, group after group: texts of one prompt are alike.
         prices: of steps.
         padded: nodes of every tree where steps are captured, which all have one shape.
     """
-    tokens = np.array([sum(map(sum, (step.emitted for step in trace.steps))) for trace in traces], float)
-    rows = np.array([sum(n > 0 for step in trace.steps for n in step.emitted) for trace in traces], float)
+    emitted = [np.array([step.emitted for step in trace.steps]) for trace in traces]
+    tokens, rows = (
+        np.bincount(prompts, np.concatenate(of_texts))[np.unique(prompts)]
+        for of_texts in ([each.sum(0) for each in emitted], [(each > 0).sum(0) for each in emitted])
+    )
     full = [[step for step in trace.steps if all(step.emitted)] or trace.steps for trace in traces]
     nodes = [padded or step.nodes for steps in full for step in steps]
     # each size as often as it occurs; what a step drafts is timed in the replay
@@ -106,10 +113,12 @@ def of_replays(traces: Sequence[Trace], prices: Prices, padded: int | None = Non
     verify = share @ np.array([prices.verify(size) for size in sizes.tolist()])
     whole = share @ np.array([prices.plain_step(size) for size in sizes.tolist()])
     drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / prices.unit
-    return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices)
+    return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices, len(prompts))
 
 
-def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray], prices: Prices) -> Foretold:
+def _foretold(
+    tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray], prices: Prices, texts: int
+) -> Foretold:
     """From tokens and steps of each prompt, and the parts of a step [1 + DRAWS] each."""
     drawn = redrawn(len(tokens), seed=1)
     acceptance = tokens[drawn].sum(1) / steps[drawn].sum(1)
@@ -117,7 +126,7 @@ def _foretold(tokens: np.ndarray, steps: np.ndarray, parts: Sequence[np.ndarray]
     known = min(len(tokens), prices.samples)
     draft, verify, other = (float(part[0]) for part in parts)
     told = Estimate.of_draws(speed, known)
-    return Foretold(Estimate.of_draws(acceptance, len(tokens)), draft, verify, other, told)
+    return Foretold(Estimate.of_draws(acceptance, len(tokens)), draft, verify, other, told, texts)
 
 
 def replayed(
@@ -126,19 +135,26 @@ def replayed(
     vocab: int,
     sampling: Sampling,
     prices: Prices,
+    over: Callable[[], bool],
     padded: int | None = None,
 ) -> list[Trace]:
     """The steps of a drafter without the target. A pause is decided by the prices, as there is no target to be timed.
 
     Args:
         groups: prompts and new tokens of the texts that step together.
+        over: whether time is over; the first group is replayed in any case.
         padded: as for `of_replays`.
     """
     if isinstance(drafter, Paused) and drafter.seconds is None:
         sizes = sorted({*SIZES, drafter.spec(sampling).nodes})
         curve = CostCurve(sizes, [float(prices.plain_step(padded or size)[0]) for size in sizes])
         drafter = Paused(drafter.drafter, drafter.patience, drafter.share, curve)
-    return [replay(prompts, written, drafter, vocab, sampling) for prompts, written in groups]
+    drafter, traces = afresh(drafter), []
+    for prompts, written in groups:
+        traces.append(replay(prompts, written, drafter, vocab, sampling))
+        if over():
+            break
+    return traces
 
 
 def can_be_replayed(drafter: Drafter) -> bool:

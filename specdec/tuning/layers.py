@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters import LayerSkipDrafter
 from specdec.drafters.layer_skip import layers_of, skippable
 from specdec.sampling import Sampling
 from specdec.training.skip_search import LayerCosts, Rehearsal, Trial, measure_layer_costs, predict, search
-from specdec.trees import Chain
 
-DEPTH = 6  # of the longest chain considered
-_PLACES = 64  # at which chains are tried, of all texts together
-_REPEATS = 5  # of each timing
-
-
-class TooFewTexts(ValueError):
-    """The texts are too short to try chains of layers that are left out in them; the message names the cure."""
+# Of the longest chain considered.
+DEPTH = 6
+# At which chains are tried, of all texts together.
+_PLACES = 64
+# Of each timing.
+_REPEATS = 5
 
 
 def found(
@@ -43,7 +40,7 @@ def found(
     layers, free = len(layers_of(model)), skippable(model)
     most = min(len(free), layers - 1)
     if most < 1:
-        raise TooFewTexts(
+        raise ValueError(
             f"The target has {layers} layers, of which {len(free)} can be left out; at least one must stay."
         )
     say("searching layers to leave out")
@@ -66,9 +63,11 @@ def found(
 
 def places(texts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The texts, cut after `DEPTH` tokens from each of some places."""
-    long = [(prompt, new) for prompt, new in texts if len(new) >= DEPTH and len(prompt) > 1]
+    if all(len(prompt) < 2 for prompt, _ in texts):
+        raise ValueError("Every prompt has one token only, after which layers cannot be tried: choose longer prompts.")
+    long = [(prompt, new) for prompt, new in texts if len(new) >= DEPTH and len(prompt) > 1][:_PLACES]
     if not long:
-        raise TooFewTexts(
+        raise ValueError(
             f"The target ends every text before {DEPTH} tokens: choose other prompts, or own without layers."
         )
     each = max(_PLACES // len(long), 1)
@@ -77,8 +76,3 @@ def places(texts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         for prompt, new in long
         for end in torch.linspace(len(prompt) + DEPTH, len(prompt) + len(new), each).long().unique()
     ]
-
-
-def drafter(trial: Trial) -> LayerSkipDrafter:
-    """The drafter that leaves these layers out."""
-    return LayerSkipDrafter(skip=sorted(trial.skip), tree=Chain(trial.length))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,58 +21,49 @@ def measured(
     conditions: Conditions,
     over: Callable[[], bool],
     say: Callable[[str], None],
-) -> Prices:
+) -> Iterator[Prices]:
     """Time the probes, round after round, each on another group of prompts, until time or the groups are over.
 
-    What was compiled or captured in a first round of captured engines is not counted.
+    Yields what is known after each round. What was compiled or captured in a first round of captured engines is not counted.
     """
-    plain: list[Sample] = []
-    drafted: dict[Any, list[Sample]] = {}
-    alone: list[float] = []
+    prices = Prices()
     for turn, group in enumerate(groups):
-        if over() and alone:
-            break
         found: list[tuple[Probe, list[Step]]] = []
         for probe in probes:
-            if over() and alone:
+            if over() and prices.alone:
                 break
             say(f"timing {probe.name or 'the target'}")
             found.append((probe, _steps(probe, group, conditions, turn)))
         if turn == 0 and probes[0].engine.captures and not over():
             continue
         if unit := _alone(found):
-            alone.append(unit)
-            for probe, steps in found:
-                _sort(probe, steps, unit, plain, drafted)
-    return Prices(plain, drafted, alone)
+            prices = _joined(prices, unit, found)
+            yield prices
+        if over() and prices.alone:
+            return
 
 
 def _alone(found: Sequence[tuple[Probe, list[Step]]]) -> float:
     """Median seconds of the steps without a draft; 0 if there are none."""
-    own = [
-        _rest(step) + step.draft_seconds
-        for probe, steps in found
-        if probe.name is None
-        for step in steps
-        if step.nodes == 1
-    ]
+    own = [sum(_parts(step)) for probe, steps in found if probe.name is None for step in steps if step.nodes == 1]
     return float(np.median(own)) if own else 0.0
 
 
-def _sort(probe: Probe, steps: list[Step], unit: float, plain: list[Sample], drafted: dict[Any, list[Sample]]) -> None:
-    for step in steps:
-        if step.nodes not in probe.parents:  # cut at the end of a text
-            continue
-        sample = Sample(step.nodes, step.draft_seconds / unit, step.verify_seconds / unit, step.other_seconds / unit)
-        if probe.name is None:
-            plain.append(sample)
-        else:
-            key = probe.name, type(probe.rule).__name__, work(probe.parents[step.nodes])
-            drafted.setdefault(key, []).append(sample)
+def _joined(prices: Prices, unit: float, found: Sequence[tuple[Probe, list[Step]]]) -> Prices:
+    """Prices with the steps of one more round."""
+    plain, drafted = [*prices.plain], {key: [*samples] for key, samples in prices.drafted.items()}
+    for probe, steps in found:
+        for step in steps:
+            if step.nodes not in probe.parents:  # cut at the end of a text
+                continue
+            key = probe.name or "", type(probe.rule).__name__, work(probe.parents[step.nodes])
+            own = plain if probe.name is None else drafted.setdefault(key, [])
+            own.append(Sample(step.nodes, *(part / unit for part in _parts(step))))
+    return Prices(plain, drafted, [*prices.alone, unit])
 
 
-def _rest(step: Step) -> float:
-    return step.verify_seconds + step.other_seconds
+def _parts(step: Step) -> tuple[float, float, float]:
+    return step.draft_seconds, step.verify_seconds, step.other_seconds
 
 
 def _steps(probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int) -> list[Step]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +18,9 @@ from specdec.models.target import Target
 from specdec.tuning.conditions import Conditions
 
 OWN = ("ngram", "suffix", "layers", "mtp")
-_STEPS = 3  # that tell whether a drafter can draft for a target
-_CURE = "pass a drafter, a draft model or Medusa heads"
+# Of a run that tells whether a drafter can draft for a target.
+_STEPS = 3
+_CURE = "pass a drafter, a draft model or Medusa heads, or a function that makes one"
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,34 @@ class Offer:
     drafter: Drafter
 
 
-def given(drafters: Any) -> list[Offer]:
-    """The drafters that a user gives: one or several, by name or without. Models and heads are made drafters."""
+def named(drafters: Any) -> dict[str, Any]:
+    """What a user gives to draft with, one or several, by its names or by what it is."""
     if drafters is None:
-        return []
-    alone = isinstance(drafters, (Drafter, PreTrainedModel, MedusaHeads))
+        return {}
+    alone = isinstance(drafters, (Drafter, PreTrainedModel, MedusaHeads, FunctionType, partial))
     if isinstance(drafters, Mapping):
-        named = [(str(name), drafter) for name, drafter in drafters.items()]
+        several = [(str(name), drafter) for name, drafter in drafters.items()]
     else:
-        several = (drafters,) if alone else as_tuple("drafters", drafters, "drafters", _CURE)
-        named = [(_name(drafter), drafter) for drafter in several]
-    names = [name for name, _ in named]
+        several = [
+            (_name(each), each)
+            for each in ((drafters,) if alone else as_tuple("drafters", drafters, "drafters", _CURE))
+        ]
+    names = [name for name, _ in several]
     numbered = [
         f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)
     ]
     if taken := sorted({*numbered} & {*OWN, "autoregressive"}):
         raise ValueError(f"drafters named {', '.join(taken)}: the target's own are called so; choose other names.")
-    return [Offer(name, as_drafter(name, drafter)) for name, (_, drafter) in zip(numbered, named, strict=True)]
+    return dict(zip(numbered, (drafter for _, drafter in several), strict=True))
+
+
+def given(drafters: Any) -> list[Offer]:
+    """The drafters that a user gives. Models and heads are made drafters."""
+    return [Offer(name, as_drafter(name, drafter)) for name, drafter in named(drafters).items()]
 
 
 def as_drafter(name: str, value: Any) -> Drafter:
-    """The drafter itself, or one that is made of a model or of heads."""
+    """The drafter itself, or one that is made of a model, of heads, or by a function that gives any of these."""
     match value:
         case Drafter():
             return value
@@ -61,6 +71,8 @@ def as_drafter(name: str, value: Any) -> Drafter:
             return ModelDrafter(value)
         case MedusaHeads():
             return MedusaDrafter(value)
+        case FunctionType() | partial():
+            return as_drafter(name, value())
     raise wrong_kind(f"the drafter {name!r}", value, _CURE)
 
 
@@ -82,17 +94,18 @@ def own_offers(target: Target, names: Sequence[str]) -> tuple[list[Offer], dict[
     return found, refused
 
 
-def fitting(offers: Sequence[Offer], prompt: Tensor, conditions: Conditions) -> tuple[list[Offer], dict[str, str]]:
-    """The drafters that can draft a text of this prompt, found by drafting, and why the others cannot."""
+def fitting(drafters: Mapping[str, Any], prompt: Tensor, conditions: Conditions) -> tuple[list[Offer], dict[str, str]]:
+    """Drafters that can draft a text of this prompt, found by making them and drafting, and why the others cannot."""
     found, refused = [], {}
-    for offer in offers:
+    for name, value in drafters.items():
         try:
-            with conditions.stream([prompt], offer.drafter) as run:
+            drafter = as_drafter(name, value)
+            with conditions.stream([prompt], drafter) as run:
                 for _ in islice(run, _STEPS):
                     pass
-            found.append(offer)
-        except ValueError as error:
-            refused[offer.name] = str(error)
+            found.append(Offer(name, drafter))
+        except Exception as error:  # whatever a stranger's drafter raises, the others are compared
+            refused[name] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return found, refused
 
 

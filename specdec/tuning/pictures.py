@@ -13,11 +13,14 @@ from specdec.tuning.tables import shape
 if TYPE_CHECKING:
     from specdec.tuning.plan import Plan
 
-_ROWS = 8  # that a picture shows
+# That a picture shows.
+_ROWS = 8
 
 
 def speedups(plan: Plan, axes: Any = None) -> Any:
     """Predicted and measured speed-ups of the best candidates, with 95 % intervals, and this machine's noise around 1."""
+    if not plan.rows:
+        raise ValueError("This plan has no rows to draw: it was loaded, or time ended before anything was foretold.")
     axes, rows = new_axes(axes), plan.rows[:_ROWS]
     for part, colour, shift in (("predicted", BLUE, -0.12), ("measured", ORANGE, 0.12)):
         known = [(i, found) for i, row in enumerate(rows) if (found := getattr(row.speedup, part)) is not None]

@@ -36,6 +36,7 @@ class Plan:
         noise: decoding without a draft over itself, or the spread of single steps.
         roofline: where the time goes; None if that was not reached, or the target is no transformers model.
         conditions: what it holds for, by name.
+        saved: the table, of a plan that was loaded.
     """
 
     name: str
@@ -50,16 +51,18 @@ class Plan:
     noise: Estimate | None = None
     roofline: Roofline | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    saved: str = ""
 
     def __str__(self) -> str:
-        chosen = self.name if self.drafter is None else f"{self.name}: {self.drafter}, {type(self.rule).__name__}()"
-        return f"{chosen}\nspeed-up {self.speedup}"
+        if self.drafter is None:
+            return f"{self.name}: nothing is drafted"
+        return f"{self.name}: {self.drafter}, {type(self.rule).__name__}()\nspeed-up {self.speedup}"
 
     __repr__ = __str__
 
     def table(self, most: int = _MOST) -> str:
         """The best candidates as markdown, with what is said below it: reasons, refusals and notes."""
-        return tables.table(self, most)
+        return self.saved or tables.table(self, most)
 
     def picture(self, axes: Any = None) -> Any:
         """Predicted and measured speed-ups with their intervals, on axes of matplotlib."""
@@ -79,7 +82,7 @@ class Plan:
 
     @staticmethod
     def load(path: str | PathLike[str], target: Any, drafters: Any = None) -> Plan:
-        """A plan that was saved, without its rows, and with its drafter made anew.
+        """A plan that was saved, with its table but without its rows, and with its drafter made anew.
 
         Args:
             path: the file.
@@ -87,7 +90,7 @@ class Plan:
             drafters: as for `tune`, by the same names; those that are not the plan's are not needed.
 
         Raises:
-            ValueError: it is no plan, or its drafter is not among those that are given.
+            ValueError: it is no plan, or one for another target, or its drafter is not among those that are given.
         """
         return Plan(**files.load(path, target, drafters))
 

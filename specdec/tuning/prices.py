@@ -38,7 +38,7 @@ def work(parents: Sequence[int]) -> Work:
     return Work(len({depth[node] for node in inner}), len(inner))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prices:
     """Samples by what was drafted, and the price of a step as [1 + DRAWS] numbers: see `Estimate.of_draws`.
 
@@ -66,6 +66,12 @@ class Prices:
         """How many steps the least sampled size was timed in."""
         counts = [sum(sample.nodes == nodes for sample in self.plain) for nodes in {s.nodes for s in self.plain}]
         return min(counts, default=0)
+
+    def sure(self, within: float) -> bool:
+        """Whether the interval of every price reaches so far at most, in steps without a draft."""
+        drafts = [medians(np.array([sample.draft for sample in samples])) for samples in self.drafted.values()]
+        ends = np.quantile([self.undrafted, *self._verify[1], *drafts], [0.025, 0.975], axis=1)
+        return bool(np.all(ends[1] - ends[0] <= 2 * within))
 
     @cached_property
     def _verify(self) -> tuple[np.ndarray, np.ndarray]:

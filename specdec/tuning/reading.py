@@ -17,11 +17,11 @@ def ways(tensors: Sequence[Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
     """
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
     rows = [each.view(-1, math.gcd(len(each), 4096)) for each in flat]
-    ones = {matrix.shape[1]: matrix.new_ones(matrix.shape[1]) for matrix in rows}
+    ones = [matrix.new_ones(matrix.shape[1]) for matrix in rows]
     return {
         "maxima": lambda: [each.amax() for each in flat],
         "sums": lambda: [each.sum() for each in flat],
-        "matrix times vector": lambda: [matrix @ ones[matrix.shape[1]] for matrix in rows],
+        "matrix times vector": lambda: [matrix @ one for matrix, one in zip(rows, ones, strict=True)],
     }
 
 

@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Foretold
 from specdec.tuning.rows import Row, Verdict
 
-_AMPLE = 1.5  # a pass over a tree that takes so many passes over one token is what costs
+# A pass over a tree that takes so many passes over one token is what costs.
+_AMPLE = 1.5
 
 
 def verdict(row: Row, noise: Estimate | None) -> Verdict:
     """Whether a candidate pays, as far as it was measured, or else foretold."""
-    found = row.speedup.estimate
+    found, (low, high) = row.speedup.estimate, _band(noise)
     if found is None or found.low is None:
         return "cannot tell"
-    high = max(1.0, noise.high if noise and noise.high else 1.0)
-    low = min(1.0, noise.low if noise and noise.low else 1.0)
     if found.above(high):
         return "pays"
     return "does not pay" if found.below(low) else "cannot tell"
 
 
-def reason(row: Row, found: Verdict, batch: int) -> str:
+def _band(noise: Estimate | None) -> tuple[float, float]:
+    """Between which speed-ups none can be told from 1."""
+    if noise is None or noise.low is None or noise.high is None:
+        return 1.0, 1.0
+    return min(1.0, noise.low), max(1.0, noise.high)
+
+
+def reason(row: Row, found: Verdict, noise: Estimate | None, batch: int) -> str:
     """The verdict in words."""
     name, known = row.candidate.name, row.speedup.estimate
     if known is None:
         return f"{name} was neither foretold nor decoded: give more seconds."
     if found == "pays":
         return f"{name} pays: {row.speedup}, {_parts(row.foretold)}"
+    lack = _lack(row, batch)
     if found == "cannot tell":
-        return (
-            f"This machine cannot tell whether {name} pays: {row.speedup}. {_more(known)} {_lack(row, batch)}".rstrip()
-        )
-    return f"Nothing pays: the best is {name}, {row.speedup}. {_lack(row, batch)}"
+        return f"This machine cannot tell whether {name} pays: {row.speedup}. {_more(known, noise)} {lack}".rstrip()
+    return f"Nothing pays: the best is {name}, {row.speedup}. {lack}".rstrip()
 
 
-def _more(known: Estimate) -> str:
+def _more(known: Estimate, noise: Estimate | None) -> str:
+    """What an answer would need."""
     if known.low is None or known.high is None:
-        return "It was measured once only: give more seconds or prompts."
-    wide = (known.high - known.low) / 2
-    apart = max(abs(known.value - 1), 0.01)
-    times = max((wide / apart) ** 2, 1.0)
-    if times > 100:
+        return "One prompt, or one round, says nothing of others: give more prompts and seconds."
+    low, high = _band(noise)
+    apart = max(known.value - high, low - known.value)
+    if apart <= 0:
+        return f"That is within this machine's noise, {low:.2f}-{high:.2f}: less noise or more seconds are needed."
+    wide = known.value - known.low if known.value > high else known.high - known.value
+    if (times := max(wide / apart, 1.1)) > 10:
         return "The difference is too small to be worth a longer search."
     return (
-        f"For an answer the interval must be {wide / apart:.1f} times as narrow: about {times:.0f} times as many seconds, or "
-        "less noise."
+        f"For an answer the interval must be {times:.1f} times as narrow: about {ceil(times**2)} times as many prompts and "
+        "seconds."
     )
 
 
@@ -65,7 +75,7 @@ def _lack(row: Row, batch: int) -> str:
         return ""
     length, rest = found.acceptance.value, found.verify + found.other
     said = [f"A step gives {length:.2f} tokens and takes {found.step:.2f} of one without a draft."]
-    if length > rest:
+    if length - rest > 0.01:
         said.append(
             f"The draft is too slow: drafting takes {found.draft:.2f} of a step and must take less than {length - rest:.2f} "
             f"({found.draft / (length - rest):.1f} times as fast)."
@@ -76,5 +86,6 @@ def _lack(row: Row, batch: int) -> str:
             f"token a row, and must take less than {max(length - found.other - found.draft, 0):.2f}; try a smaller batch."
         )
     times = found.step / length
-    said.append(f"Or acceptance is too low: {found.step:.2f} tokens would be needed, {times:.2f} times as many.")
+    or_ = "Or acceptance" if len(said) > 1 else "Acceptance"
+    said.append(f"{or_} is too low: {found.step:.2f} tokens would be needed, {times:.2f} times as many.")
     return " ".join(said)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.clock import finish, host_seconds
 from specdec.models.ready import autocast_dtype
+from specdec.models.stored_layers import StoredLinear
 from specdec.models.target import ModelTarget, Target
 from specdec.tuning import reading
 
@@ -80,26 +82,35 @@ def machine(model: PreTrainedModel) -> Machine:
     """Measure the speeds of the machine with the target's own weights."""
     weights = parameters(model)
     took = reading.least(weights, _REPEATS)["milliseconds"] / 1e3
-    first = max(weights, key=lambda weight: weight.numel())
-    size = min(first.shape[-1], 1024)
-    a, b = torch.ones(_ROWS, size, dtype=first.dtype, device=first.device), first.new_ones(size, size)
+    size, device = min(max(weights, key=torch.numel).shape[-1], 1024), weights[0].device
+    a, b = (torch.ones(rows, size, dtype=model.dtype, device=device) for rows in (_ROWS, size))
     times = []
     with torch.inference_mode():
         for _ in range(_REPEATS):
             began = host_seconds()
             torch.mm(a, b)
-            finish(first.device)
+            finish(device)
             times.append(host_seconds() - began)
     return Machine(sum(weight.nbytes for weight in weights) / took, 2 * _ROWS * size * size / min(times))
 
 
 def parameters(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights that a pass reads: matrices, each once, but for embeddings that are no LM head."""
-    head, inputs = (
-        getattr(module, "weight", None) for module in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
-    apart = inputs is not head
-    return [p.detach() for p in model.parameters() if p.dim() > 1 and not (apart and p is inputs)]
+    """What a pass reads: matrices, each once and as it is stored, but for embeddings that are no LM head."""
+    head, inputs = model.get_output_embeddings() or nn.Identity(), model.get_input_embeddings()
+    apart = {id(p) for p in inputs.parameters()} - {id(p) for p in head.parameters()}
+    plain = [p.detach() for p in model.parameters() if p.dim() > 1 and id(p) not in apart]
+    return [*plain, *(kept for layer in _stored(model) for kept in layer.kept)]
+
+
+def products(model: PreTrainedModel) -> int:
+    """Multiplications of a pass over one node."""
+    kept = {id(part) for layer in _stored(model) for part in layer.kept}
+    plain = sum(weight.numel() for weight in parameters(model) if id(weight) not in kept)
+    return plain + sum(layer.in_features * layer.out_features for layer in _stored(model))
+
+
+def _stored(model: PreTrainedModel) -> list[StoredLinear]:
+    return [part for part in model.modules() if isinstance(part, StoredLinear)]
 
 
 def kept_bytes(target: Target, context: int) -> int:

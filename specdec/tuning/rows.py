@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from specdec.tuning.estimate import Estimate
 from specdec.tuning.foretold import Candidate, Foretold
 
 Verdict = Literal["pays", "does not pay", "cannot tell"]
-
 
 # Standard errors from the middle to either end of a 95 % interval.
 _WITHIN = 1.96
@@ -36,30 +37,29 @@ class Speedup:
     def estimate(self) -> Estimate | None:
         """Both together, each weighted by how sure it is; None if neither is known.
 
-        Predictions leave out what prices do not tell; in what is measured there is the chance of drafts.
+        They are of the same prompts, so that both do not make it surer: its ends, too, are means. An interval that holds 1 in
+        both holds it here.
         """
-        known = {"predicted": self.predicted, "measured": self.measured}
-        sure = {name: found for name, found in known.items() if found is not None and found.low is not None}
+        known = [(self.predicted, _PREDICTED), (self.measured, _MEASURED)]
+        sure = [_at_least(found, error) for found, error in known if found is not None and found.low is not None]
         if not sure:
             return self.measured or self.predicted
-        errors = {
-            name: max(_error(found), _PREDICTED if name == "predicted" else _MEASURED) for name, found in sure.items()
-        }
-        weights = {name: 1 / error**2 for name, error in errors.items()}
-        whole = sum(weights.values())
-        middle = sum(weights[name] * math.log(found.value) for name, found in sure.items()) / whole
-        ends = (math.exp(middle + sign * _WITHIN * whole**-0.5) for sign in (-1, 1))
-        return Estimate(math.exp(middle), *ends)
+        ends = np.log([[found.value, found.low, found.high] for found in sure])
+        return Estimate(*np.exp(np.average(ends, 0, (ends[:, 2] - ends[:, 1]) ** -2.0)).tolist())
 
     def __str__(self) -> str:
         parts = {"predicted": self.predicted, "measured": self.measured}
+        if None not in parts.values():
+            parts["together"] = self.estimate
         return ", ".join(f"{name} {part}" for name, part in parts.items() if part is not None) or "unknown"
 
 
-def _error(found: Estimate) -> float:
-    """The standard error of an estimate, as a share of it."""
+def _at_least(found: Estimate, error: float) -> Estimate:
+    """The same with an interval of at least so large a standard error, as a share."""
     assert found.low is not None and found.high is not None
-    return (found.high - found.low) / (2 * _WITHIN * found.value)
+    wide = math.exp(_WITHIN * error)
+    low = max(min(found.low, found.value / wide), 1e-9 * found.value)
+    return Estimate(found.value, low, max(found.high, found.value * wide))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,15 +27,24 @@ _LAW = Law.SAMPLED_THEN_TOP  # no law with as many children is accepted more oft
 
 
 def foretold(
-    offer: Offer, prompts: Sequence[Tensor], written: Sequence[Written], conditions: Conditions, prices: Prices
+    offer: Offer,
+    prompts: Sequence[Tensor],
+    written: Sequence[Written],
+    conditions: Conditions,
+    prices: Prices,
+    over: Callable[[], bool],
 ) -> Iterator[Row]:
-    """The candidates of a drafter, one after the other; without a prediction where only decoding can tell."""
+    """The candidates of a drafter, one after the other; without a prediction where only decoding can tell.
+
+    Args:
+        over: whether there is no time to read or replay one more text.
+    """
     if can_be_replayed(offer.drafter):
-        yield from _replayed(offer, prompts, written, conditions, prices)
+        yield from _replayed(offer, prompts, written, conditions, prices, over)
     elif untold := _untold(offer, prices):
         yield Row(Candidate(offer.name, offer.drafter, SiblingRejection()), untold=untold)
     else:
-        yield from _trees(offer, prompts, written, conditions, prices)
+        yield from _trees(offer, prompts, written, conditions, prices, over)
 
 
 def _untold(offer: Offer, prices: Prices) -> str:
@@ -50,15 +59,21 @@ def _untold(offer: Offer, prices: Prices) -> str:
 
 
 def _replayed(
-    offer: Offer, prompts: Sequence[Tensor], written: Sequence[Written], conditions: Conditions, prices: Prices
+    offer: Offer,
+    prompts: Sequence[Tensor],
+    written: Sequence[Written],
+    conditions: Conditions,
+    prices: Prices,
+    over: Callable[[], bool],
 ) -> Iterator[Row]:
     groups = whole_groups(written, conditions.batch)
     pairs = [([prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
     given = offer.drafter
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
         padded = drafter.spec(conditions.sampling).nodes if conditions.engine().captures else None
-        traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, padded)
-        yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, prices, padded))
+        traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, over, padded)
+        owners = [text.prompt for group in groups[: len(traces)] for text in group]
+        yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, owners, prices, padded))
 
 
 def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:
@@ -68,13 +83,18 @@ def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:
 
 
 def _trees(
-    offer: Offer, prompts: Sequence[Tensor], written: Sequence[Written], conditions: Conditions, prices: Prices
+    offer: Offer,
+    prompts: Sequence[Tensor],
+    written: Sequence[Written],
+    conditions: Conditions,
+    prices: Prices,
+    over: Callable[[], bool],
 ) -> Iterator[Row]:
     drafter = offer.drafter
     assert isinstance(drafter, TreeDrafter)
     depth = deepest(drafter)
     try:
-        texts = read(drafter, prompts, written, conditions, depth)
+        texts = read(drafter, prompts, written, conditions, depth, over)
     except ValueError as error:
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), untold=str(error))
         return
@@ -93,9 +113,14 @@ def _trees(
 
 
 def read(
-    drafter: TreeDrafter, prompts: Sequence[Tensor], written: Sequence[Written], conditions: Conditions, depth: int
+    drafter: TreeDrafter,
+    prompts: Sequence[Tensor],
+    written: Sequence[Written],
+    conditions: Conditions,
+    depth: int,
+    over: Callable[[], bool],
 ) -> list[list[Text]]:
-    """For each prompt, both models' laws along its texts.
+    """For each prompt, both models' laws along its texts: of the first one, and of others until time is over.
 
     Raises:
         ValueError: they cannot be known.
@@ -106,6 +131,8 @@ def read(
         whole = torch.cat([prompt, text.new])
         made = read_along(conditions.target, drafter, whole, len(prompt), conditions.sampling, depth)
         found.setdefault(text.prompt, []).append(made)
+        if over():
+            break
     return [*found.values()]
 
 

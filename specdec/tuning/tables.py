@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from specdec.tuning.plan import Plan
 
 HEADER = ("drafter", "tree", "rule", "acceptance length (95 %)", "step", "predicted (95 %)", "measured (95 %)")
+_WORDS = (
+    "Acceptance length: tokens of a step, of which one is the target's own. Step: its time, in steps without a draft; the loop "
+    "is what it takes besides drafting and the target's pass. Its own: the tree that the drafter came with."
+)
 
 
 def table(plan: Plan, most: int) -> str:
@@ -26,6 +30,8 @@ def table(plan: Plan, most: int) -> str:
 
 def html(plan: Plan, most: int) -> str:
     """The same for a notebook, after what was chosen."""
+    if plan.saved:
+        return f"{_paragraphs(str(plan).splitlines())}<pre>{escape(plan.saved)}</pre>"
     cells = [HEADER, *map(_cells, plan.rows[:most])]
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     return f"{_paragraphs(str(plan).splitlines())}<table>{body}</table>{_paragraphs(_said(plan, most))}"
@@ -39,14 +45,17 @@ def _said(plan: Plan, most: int) -> list[str]:
     """What is said below a table of so many rows."""
     said, left = [plan.reason, *plan.notes], len(plan.rows) - most
     if left > 0:
-        said.append(f"{left} more were foretold, and are slower.")
+        said.append(f"{left} more are not shown.")
     if plan.noise is not None:
         said.append(f"Noise: decoding without a draft against itself, {plan.noise}.")
+    few = {row.candidate.name: row.foretold.texts for row in plan.rows if row.foretold}
+    every = plan.conditions.get("texts", 0)
+    said += [f"{name} was foretold from {count} of {every} texts." for name, count in few.items() if count < every]
     untold = {row.candidate.name: row.untold for row in plan.rows if row.untold}
     said += [f"{name} was not foretold: {why}" for name, why in untold.items()]
     said += [f"{name} was not compared: {why}" for name, why in plan.refused.items()]
-    held = ", ".join(f"{name} {value}" for name, value in plan.conditions.items())
-    return [*said, f"It holds for: {held}.", "Step: in steps without a draft."]
+    held = "; ".join(f"{name} {value}" for name, value in plan.conditions.items())
+    return [*said, f"It holds for: {held}.", _WORDS]
 
 
 def shape(candidate: Candidate) -> str:

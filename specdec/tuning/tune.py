@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice, repeat
 from typing import Any
 
 import torch
@@ -18,26 +18,33 @@ from transformers import PreTrainedModel
 from specdec.arguments import as_engine, as_request
 from specdec.checks import as_float, as_int, check_flag
 from specdec.clock import told_by
+from specdec.drafters import LayerSkipDrafter
 from specdec.engines.base import Engine
 from specdec.models.target import Target
 from specdec.prompts import Prompts
 from specdec.sampling import Sampling
 from specdec.trace.bill import CostlyDraftsWarning
+from specdec.trees import Chain
 from specdec.tuning import layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check
 from specdec.tuning.conditions import Conditions
 from specdec.tuning.findings import Findings
 from specdec.tuning.measuring import measured
-from specdec.tuning.offers import OWN, Offer, fitting, given, own_offers
+from specdec.tuning.offers import OWN, Offer, fitting, named, own_offers
 from specdec.tuning.plan import Plan
 from specdec.tuning.probes import probes
 from specdec.tuning.search import finalists, foretold
-from specdec.tuning.writing import as_written, written
+from specdec.tuning.writing import as_written, write
 
-# the share of all the time at which each part ends
+# The share of all the time at which each part ends.
 _WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
-_CHECKS = 3  # candidates that are decoded
+# Most rounds of measuring. It ends before if after some rounds every price is so sure, in steps without a draft.
+_ROUNDS, _LOOK, _SURE = 200, 8, 0.02
+# Texts, after the first one, that are read of each drafter after an interrupt.
+_HURRIED = 3
+# Candidates that are decoded.
+_CHECKS = 3
 
 
 def tune(
@@ -72,8 +79,9 @@ def tune(
     Args:
         target: as for `generate`.
         prompts: as for `generate`: some that are like those to come. Those that cannot be decoded are left out, and noted.
-        drafters: drafters, draft models or Medusa heads to be compared: one, several, or several by name. Trees are chosen for
-            those that grow trees. Ones that do not fit the target are left out, and the plan says why.
+        drafters: drafters, draft models or Medusa heads to be compared, or functions that make them: one, several, or several
+            by name. Trees are chosen for those that grow trees. Ones that cannot be made or do not fit the target are left out,
+            and the plan says why.
         own: what is compared of the target's own: "ngram", "suffix" (from the text, each also `Paused`), "layers" (drafting
             without some of its layers, which are sought), "mtp" (the layer in its repository).
         sampling: how tokens are chosen.
@@ -112,32 +120,39 @@ def tune(
     ids = [torch.from_numpy(text.tokens) for text in request.texts]
     left_out = [f"Left out: {message}" for message in request.skipped.values()]
     known = None if texts is None else as_written(texts, request, max_new_tokens)
-    found = Findings(ids, conditions, given(drafters), notes=left_out, written=known or [])
+    found, asked_of = Findings(ids, conditions, notes=left_out, written=known or []), named(drafters)
     with Budget(seconds, progress) as budget, steadily(request.target.device):
         try:
-            _search(found, tuple(own), budget)
+            _search(found, asked_of, tuple(own), budget)
         except KeyboardInterrupt:
             found.notes.append(
                 f"It was interrupted after {budget.spent:.0f} of {seconds:.0f} s: this is the plan so far."
             )
+            if not found.rows:
+                with suppress(KeyboardInterrupt):
+                    _foretell(
+                        found, lambda share: partial(next, chain(repeat(False, _HURRIED), repeat(True))), budget.say
+                    )
     return found.plan()
 
 
-def _search(found: Findings, names: tuple[str, ...], budget: Budget) -> None:
+def _search(found: Findings, drafters: dict[str, Any], names: tuple[str, ...], budget: Budget) -> None:
     """All parts, one after the other, each as long as its share of the time."""
     conditions = found.conditions
     ours, refused = own_offers(conditions.target, names)
     found.refused.update(refused)
-    found.offers, refused = fitting([*found.offers, *ours], max(found.prompts, key=len), conditions)
+    every = drafters | {offer.name: offer.drafter for offer in ours}
+    found.offers, refused = fitting(every, max(found.prompts, key=len), conditions)
     found.refused.update(refused)
-    found.written = found.written or written(found.prompts, conditions, budget.until(_WRITTEN), budget.say)
+    if not found.written:
+        write(found.written, found.prompts, conditions, budget.until(_WRITTEN), budget.say)
     if not found.written:
         found.notes.append("The target ends every text with its first tokens: nothing is to be gained.")
         return
     if "layers" in names and conditions.target.model is not None:
         _search_layers(found, conditions.target.model, budget)
     _measure(found, budget)
-    _foretell(found, budget)
+    _foretell(found, budget.until, budget.say)
     _check(found, budget)
 
 
@@ -153,7 +168,7 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
     except ValueError as error:
         found.refused["layers"] = str(error)
         return
-    found.offers.append(Offer("layers", layers.drafter(trial)))
+    found.offers.append(Offer("layers", LayerSkipDrafter(skip=sorted(trial.skip), tree=Chain(trial.length))))
     found.notes.append(
         f"Layers left out: {sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}."
     )
@@ -161,32 +176,34 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
 
 def _measure(found: Findings, budget: Budget) -> None:
     if found.conditions.target.model is not None:
-        found.machine = roofline.machine(found.conditions.target.model)
-    made = probes(found.offers, found.conditions)
-    found.prices = measured(
-        made,
-        cycle(groups(found.prompts, found.conditions.batch)),
-        found.conditions,
-        budget.until(_MEASURED),
-        budget.say,
-    )
-    if found.prices.plain:
-        found.noise = found.prices.noise
+        try:
+            found.machine = roofline.machine(found.conditions.target.model)
+        except Exception as error:  # it explains a plan, which is made without it
+            found.notes.append(f"What this machine allows was not measured: {error}")
+    every = islice(cycle(groups(found.prompts, found.conditions.batch)), _ROUNDS)
+    made, over = probes(found.offers, found.conditions), budget.until(_MEASURED)
+    for prices in measured(made, every, found.conditions, over, budget.say):
+        found.prices, found.noise = prices, prices.noise
+        if len(prices.alone) % _LOOK == 0 and prices.sure(_SURE):
+            break
 
 
-def _foretell(found: Findings, budget: Budget) -> None:
+def _foretell(found: Findings, until: Callable[[float], Callable[[], bool]], say: Callable[[str], None]) -> None:
     """Tree by tree, of all drafters in turn; of each at least the first."""
-    prices, over = found.prices, budget.until(_FORETOLD)
-    if prices is None or not prices.plain:
-        found.notes.append("Time ended before steps were timed: give more seconds.")
+    prices, over, share = found.prices, until(_FORETOLD), (_FORETOLD - _MEASURED) / (len(found.offers) + 1)
+    if prices is None:
+        found.notes.append("No steps were timed: give more seconds.")
         return
     searches = {
-        offer.name: foretold(offer, found.prompts, found.written, found.conditions, prices) for offer in found.offers
+        offer.name: foretold(
+            offer, found.prompts, found.written, found.conditions, prices, until(_MEASURED + i * share)
+        )
+        for i, offer in enumerate(found.offers, 1)
     }
     first = True
     while searches and (first or not over()):
         for name in list(searches):
-            budget.say(f"foretelling {name}")
+            say(f"foretelling {name}")
             if (row := next(searches[name], None)) is None:
                 del searches[name]
             else:
@@ -207,17 +224,21 @@ def _check(found: Findings, budget: Budget) -> None:
     once = prices.unit * found.conditions.new_tokens
     fits = int((budget.seconds - budget.spent) / max(once, 1e-9)) - 2
     best = finalists(found.rows, _CHECKS)
-    rows = best[: max(fits, 1)]
-    if len(rows) < len(best):
-        found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
+    rows, asked = best[: max(fits, 1)], groups(found.prompts, found.conditions.batch)
     check = Check([row.candidate for row in rows], found.conditions)
     try:
-        check.run(groups(found.prompts, found.conditions.batch), over, budget.say)
+        check.run(asked, over, budget.say)
     finally:
-        if check.rounds:
-            found.noise = check.noise
-        else:
+        if not check.prompts:
             found.notes.append("There was no time to decode with the best: speed-ups are foretold, not measured.")
+        else:
+            found.noise = check.noise
+            if len(rows) < len(best):
+                found.notes.append(f"There was time to decode with {len(rows)} of the best {len(best)} only.")
+            if check.rounds < len(asked):
+                found.notes.append(
+                    f"There was time to decode {check.rounds} of {len(asked)} groups of prompts: what is measured is of these."
+                )
         for row, estimate in zip(rows, check.speedups(), strict=False):
             found.rows[found.rows.index(row)] = replace(row, measured=estimate)
 

@@ -13,8 +13,10 @@ from specdec.checks import as_ints, as_tuple
 from specdec.request import Request
 from specdec.tuning.conditions import Conditions
 
-_SHORTEST = 16  # new tokens, or all that are wanted: less of a text tells little
-_SAMPLES = 2  # most texts of a prompt
+# New tokens, of all texts together: less tells little.
+_SHORTEST = 16
+# Most texts of a prompt.
+_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,27 @@ def as_written(texts: Any, request: Request, most: int) -> list[Written]:
     return found
 
 
-def written(
-    prompts: Sequence[Tensor], conditions: Conditions, over: Callable[[], bool], say: Callable[[str], None]
-) -> list[Written]:
-    """Texts of all prompts, and where sampled further ones of all prompts, as far as time allows.
+def write(
+    found: list[Written],
+    prompts: Sequence[Tensor],
+    conditions: Conditions,
+    over: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Add texts of all prompts, and where sampled further ones of all prompts, as far as time allows.
 
-    What time cuts off is used all the same, as the target wrote it: some tokens are waited for.
+    What time or Ctrl-C cuts off is added all the same, as the target wrote it: some tokens are waited for.
     """
-    found: list[Written] = []
     shortest = min(_SHORTEST, conditions.new_tokens)
-    samples = 1 if conditions.sampling.temperature == 0 else _SAMPLES
-    for sample in range(samples):
+    for sample in range(1 if conditions.sampling.temperature == 0 else _SAMPLES):
         say("letting the target write")
-        with conditions.stream(prompts, seed=sample) as run:
-            for step, _ in enumerate(run):
-                if over() and step + 1 >= shortest:
-                    break
-            made = run.generation.tokens
-        found += [Written(i, sample, new) for i, new in enumerate(made) if len(new) > 1]
+        with conditions.stream(prompts, seed=sample, batch_size=conditions.batch) as run:
+            try:
+                for _ in run:
+                    if over() and sum(map(len, run.generation.tokens)) >= shortest:
+                        break
+            finally:
+                made = run.generation.tokens
+                found += [Written(i, sample, new) for i, new in enumerate(made) if len(new) > 1]
         if over():
             break
-    return found
