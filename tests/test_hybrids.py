@@ -184,8 +184,6 @@ def plant_nodes_that_see_their_siblings(patch):
         nodes = topology.parents.shape[1]
         return torch.ones(nodes, nodes, dtype=torch.bool).tril().expand(len(topology.parents), -1, -1)
 
-    visible = Topology.visible.fget
-    patch.setattr(Topology, "visible", property(visible))  # attention stays right
     read = recurrences.GatedDelta.read
 
     def reading(own, kept, fixed, state, topology):

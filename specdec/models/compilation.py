@@ -1,4 +1,4 @@
-"""Forward passes compiled by torch.compile: a layer once for all that are alike, once per number of tokens.
+"""Forward passes compiled by torch.compile: a layer once for all that are alike, once per number of tokens of a pass.
 
 Code is for texts of any length in a cache of one size: attention reads on the device how many slots there are to see, and the
 room behind them costs nothing. Where there is no such kernel (float16 and float64 on a CPU, patterns but causal and sliding),
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -33,6 +34,7 @@ from specdec_kernels.linear import pays
 
 _SHAPES = 256  # most shapes compiled of one model; torch's own limit is 8
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the variable that names inductor's
+_lock = threading.Lock()  # held while torch's limit is another one, which is for the whole process
 _not_compiled: WeakSet[nn.Module] = WeakSet()
 
 
@@ -61,23 +63,25 @@ class Compiled:
             return self._run(*args)
         key = shape, left_out()
         if key in self._shapes:
-            return self._call(*args)
+            # Torch's own settings may have changed (its number of threads, say), for which it compiles anew.
+            with contextlib.suppress(FailOnRecompileLimitHit):
+                return self._call(*args)
         self._shapes.add(key)
-        what = f"compiling {self._name}, {' x '.join(map(str, shape))}"
         try:
-            with (
-                torch._dynamo.config.patch(recompile_limit=_SHAPES),
-                _own_folder(),
-                tqdm(total=1, desc=what, leave=False, delay=1) as bar,
-            ):
-                result = self._call(*args)
-                bar.update()
-                return result
-        except TorchDynamoException as error:
+            with _lock, torch._dynamo.config.patch(recompile_limit=_SHAPES), _own_folder(), self._shown(shape):
+                return self._call(*args)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             warnings.warn(f"engine: {self._name} cannot be compiled and runs as it stands: {reason}", stacklevel=2)
             _not_compiled.add(self._model)
             return self._run(*args)
+
+    @contextlib.contextmanager
+    def _shown(self, shape: tuple[int, ...]) -> Iterator[None]:
+        what = f"compiling {self._name}, {' x '.join(map(str, shape))}"
+        with tqdm(total=1, desc=what, leave=False, delay=1) as bar:
+            yield
+            bar.update()
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
