@@ -171,6 +171,8 @@ def test_code_is_kept_in_a_folder_of_this_machine_and_others_are_left_alone(tmp_
 class Again:
     """A captured stage: run again, as it stands; it fills what it gave the first time."""
 
+    bytes = 0
+
     def __init__(self, stage):
         self.stage, self.outputs = stage, None
 

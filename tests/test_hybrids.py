@@ -18,7 +18,6 @@ from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
 from specdec.models.ready import UnsupportedModel
 from specdec.models.recurrent import RecurrentLayer
-from specdec.tree import Topology
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)

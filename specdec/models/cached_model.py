@@ -73,7 +73,9 @@ class CachedModel:
 
     @cached_property
     def _compiled(self) -> Compiled:
-        return Compiled(self._logits, self.lm.model)
+        return Compiled(
+            CachedModel._logits, self.lm.model
+        )  # not of this run: in a circle it would outlive its last user
 
     @property
     def states(self) -> Tensor | None:
@@ -209,7 +211,7 @@ class CachedModel:
                 # Levels of a tree share code. Recurrent layers keep its nodes in place, so for them each has its own.
                 seen = nodes if self.cache.recurrent else max(nodes, min(self._nodes, MAX_NODES))
                 view.prepare(seen, [layer.shape.size for layer in self.cache.recurrent])
-                logits = self._compiled((*tokens.shape, slots, seen), tokens, positions, self.cache, keep)
+                logits = self._compiled((*tokens.shape, slots, seen), self, tokens, positions, self.cache, keep)
             else:
                 with self._few_rows:
                     logits = self._logits(tokens, positions, self.cache, keep)
