@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.engines.base import Stages
 from specdec.models.fingerprint import fingerprint
+from specdec.models.memory import DoesNotFit
 from specdec.models.ready import autocast_dtype
 from specdec.models.target import Target, TargetRun
 
@@ -52,6 +54,16 @@ class Runs:
     description: Drafter
     busy: threading.Lock
     smaller: Runs | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of device memory in texts, caches, buffers and captured stages, and in those of a smaller batch."""
+        held = self.batch.tokens.nbytes + self.target.bytes + self.drafter.bytes + self.stages.bytes
+        return held + (self.smaller.bytes if self.smaller is not None else 0)
 
     def is_of(self, target: Target) -> bool:
         """Whether it is a run of this target, or of an equal one."""
@@ -121,7 +133,17 @@ def end(request: Request, runs: Runs) -> None:
         request.engine.give_back(runs.key, runs)
 
 
-def _begun(
+def _begun(request: Request, *args: Any, **named: Any) -> Runs:
+    """As `_started`; if memory does not suffice, once more without what ended runs have given back."""
+    try:
+        return _started(request, *args, **named)
+    except (DoesNotFit, torch.OutOfMemoryError):
+        if not request.engine.drop():
+            raise
+    return _started(request, *args, **named)
+
+
+def _started(
     request: Request,
     texts: Sequence[Text],
     longest: int,
@@ -184,7 +206,8 @@ def _key(request: Request, rows: int, longest: int, stages: Stages) -> Any:
     """All that tensors and captured stages depend on, to be compared with `==`."""
     target, drafter, engine, stop = request.target, request.drafter, request.engine, request.stop_tokens
     capacity = _capacity(request, longest, stages)
-    shapes = engine, rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins
+    # a weak reference, as keys are kept by the engine: in a circle it would keep its memory until Python next looks for circles
+    shapes = ref(engine), rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins
     if not engine.captures:
         return shapes
     models = [model for model in (target.model, *drafter.models) if model is not None]

@@ -106,11 +106,6 @@ class Topology:
         """The same nodes, where each sees only its ancestors: in a block they see each other besides."""
         return self
 
-    @property
-    def visible(self) -> Tensor:
-        """[batch, node, node + 2] bool: a True column (the prefix), `ancestors`, and a False column (unused slots)."""
-        return torch.nn.functional.pad(torch.nn.functional.pad(self.ancestors, (1, 0), value=True), (0, 1))
-
 
 class _Chain(Topology):
     @cached_property

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from captured import DRAFT, DRAFTERS, texts
 from test_models import MODELS, TOLERANCE, WRONG, Walk
 from transformers.masking_utils import (
     causal_mask_function,
@@ -74,3 +75,15 @@ def test_patterns_and_trees_without_a_kernel_have_no_packed_mask():
     assert short.packed_mask(4) is not None and long.packed_mask(4) is None
     chunked = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
     assert short.packed_mask(_window(chunked, 4, False, None)) is None
+
+
+@pytest.mark.parametrize("name", ["none", "chain", "dynamic", "layers left out", "heads", "features"])
+def test_where_there_is_a_kernel_no_dense_mask_is_built(name, told, monkeypatch):
+    expected = texts(DRAFTERS[name](DRAFT), "eager")
+    monkeypatch.setattr(View, "bias", lambda *_: pytest.fail("a dense mask"))
+    for engine in ("eager", "graph"):
+        told.clear()
+        assert all(map(torch.equal, texts(DRAFTERS[name](DRAFT), engine), expected))
+        assert told and all(
+            answer.shape[3] == 3 for answer in told
+        )  # two bounds and one word, however long the cache is

@@ -24,9 +24,9 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.current, self.recording, self.pinned, self.uses = "default", [], [], {}
-        self.fails, self.refuses_to_end = None, False
+        self.fails, self.segments = None, []
         replaced = {"CUDAGraph": self.graph, "Stream": Stream, "graph_pool_handle": object, "stream": self.stream,
-                    "synchronize": lambda: None, "empty_cache": self.empty_cache}  # fmt: skip
+                    "memory_snapshot": self.snapshot, "synchronize": lambda: None, "empty_cache": self.empty_cache}  # fmt: skip
         for name, stand_in in replaced.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         below = {"_host_emptyCache": lambda: None, "_cuda_endAllocateToPool": self.end_allocation,
@@ -39,6 +39,13 @@ class Machine:
 
     def stream(self, stream):
         return StreamContext(self, stream)
+
+    def allocate(self, size):
+        """What a stage does that is captured now."""
+        self.segments.append((self.recording[-1], size))
+
+    def snapshot(self, pool):
+        return [{"total_size": size} for owner, size in self.segments if owner is pool]
 
     def empty_cache(self):
         if self.recording:

@@ -68,7 +68,39 @@ def test_other_trees_texts_and_seeds_are_not_compiled_again():
         options = {**OPTIONS, "sampling": Sampling(1.0), "seed": seed}
         specdec.generate(model, prompts, drafter, engine=engine, **options)
         compiled.append(counters["stats"]["unique_graphs"] - before)
-    assert compiled == [4] * 3  # the tree, and three levels of the draft
+    assert compiled == [2] * 3  # the tree, and all levels of the draft
+
+
+LEVELS = {  # drafts, and how many sizes their passes have: a draft model reads an accepted leaf and the root together
+    "a model's chain": (lambda draft: ModelDrafter(draft, Chain(3)), {(1, 2), (1, 1)}),
+    "a model's long chain": (lambda draft: ModelDrafter(draft, Chain(9)), {(1, 2), (1, 1)}),
+    "a model's tree": (lambda draft: ModelDrafter(draft, Dynamic(8, 4, 2)), {(1, 2)}),
+    "layers left out": (lambda draft: LayerSkipDrafter(skip=[1], tree=Chain(3)), {(1, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_of_a_draft_that_are_as_wide_share_code(name):
+    make, sizes = LEVELS[name]
+    before, options = counters["stats"]["unique_graphs"], {"prompts": PROMPTS[:1], **OPTIONS}
+    found = specdec.generate(llama(), drafter=make(llama(1)), engine="compile", **options)
+    assert counters["stats"]["unique_graphs"] - before == 1 + len(sizes)  # and the tree of the target
+    assert torch.equal(found.tokens[0], specdec.generate(llama(), **options).tokens[0])
+
+
+def test_code_that_torch_gives_up_is_compiled_again_beyond_its_own_limit():
+    model, engine, threads = specdec.ModelTarget(llama()), specdec.Graphs(compile=True), torch.get_num_threads()
+    expected = specdec.generate(model, PROMPTS, **OPTIONS).tokens
+    before = counters["stats"]["unique_graphs"]
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for number in (1, 2):
+                torch.set_num_threads(number)
+                found = specdec.generate(model, PROMPTS, engine=engine, **OPTIONS).tokens
+                assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(threads)
+    assert counters["stats"]["unique_graphs"] - before == 2
 
 
 @pytest.mark.filterwarnings("ignore:engine. the stage")
@@ -189,6 +221,8 @@ def test_without_a_folder_for_code_torchs_own_is_used_and_that_is_said_once(fold
 
 class Again:
     """A captured stage: run again, as it stands; it fills what it gave the first time."""
+
+    bytes = 0
 
     def __init__(self, stage):
         self.stage, self.outputs = stage, None

@@ -20,7 +20,7 @@ from captured import (
     texts,
 )
 from test_models import MODELS
-from tiny_models import PROMPTS, llama
+from tiny_models import PROMPTS, VOCAB, llama
 
 import specdec
 import specdec_kernels.reference.verify
@@ -107,6 +107,29 @@ def test_longer_texts_replay_the_same_graphs(monkeypatch):
     expected, found = (texts(drafter, e, PROMPTS[:1], max_new_tokens=60, stop_tokens=()) for e in ("eager", engine))
     assert torch.equal(found[0], expected[0])
     assert engine.captured == 4
+
+
+def counting():
+    """A model that writes the next token after each."""
+    model = llama(num_hidden_layers=1, max_position_embeddings=4096)
+    for product in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+        product.weight.data.zero_()
+    embedding = model.get_input_embeddings().weight.data
+    embedding[0] = 1  # padding, which is 0
+    model.lm_head.weight.data = torch.nn.functional.normalize(embedding).roll(1, 0)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:engine. the stage")
+def test_2048_new_tokens_and_longer_texts_replay_the_same_graphs():
+    target, drafter, made = ModelTarget(counting()), NgramDrafter(15), []
+    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    for length, new_tokens in ((5, 2048), (2060, 20)):  # in rooms of 2304 tokens
+        options = {"prompts": [torch.arange(length) % VOCAB], "max_new_tokens": new_tokens, "stop_tokens": ()}
+        found = specdec.generate(target, drafter=drafter, engine=engine, **options)
+        assert torch.equal(found.tokens[0], torch.arange(length, length + new_tokens) % VOCAB)
+        assert {step.nodes for step in found.trace.steps} <= {1, 16}
+        assert len(made) == 2 * 2  # both sizes of trees are scored and decided on
 
 
 def test_another_batch_begins_anew():

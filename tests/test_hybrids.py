@@ -18,7 +18,6 @@ from specdec.models.cache import TreeCache
 from specdec.models.cached_model import CachedModel
 from specdec.models.ready import UnsupportedModel
 from specdec.models.recurrent import RecurrentLayer
-from specdec.tree import Topology
 from specdec.trees import Chain, Widths
 
 torch.set_num_threads(1)
@@ -184,8 +183,6 @@ def plant_nodes_that_see_their_siblings(patch):
         nodes = topology.parents.shape[1]
         return torch.ones(nodes, nodes, dtype=torch.bool).tril().expand(len(topology.parents), -1, -1)
 
-    visible = Topology.visible.fget
-    patch.setattr(Topology, "visible", property(visible))  # attention stays right
     read = recurrences.GatedDelta.read
 
     def reading(own, kept, fixed, state, topology):

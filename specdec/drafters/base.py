@@ -90,6 +90,11 @@ class DraftRun(ABC):
         """Whether it can begin texts in some rows while the others go on. If not, `Drafter.start` begins a new run of all."""
         return type(self).enter is not DraftRun.enter
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of device memory that it holds and the target's run does not: see `TargetRun.bytes`."""
+        return 0
+
     def enter(self, rows: list[int]) -> None:  # noqa: B027 - optional
         """Follow what these rows hold, which the target has read.
 

@@ -67,6 +67,10 @@ class _FallbackRun(DraftRun):
                 run.read(torch.stack([states[:, :, i] for i in columns], 2), start, count)
 
     @property
+    def bytes(self) -> int:
+        return self.first.bytes + self.second.bytes
+
+    @property
     def enters(self) -> bool:
         return self.first.enters and self.second.enters
 

@@ -85,6 +85,10 @@ class ModelDraftRun(TreeDraftRun):
         super().__init__(drafter, batch, last, cached)
         self.cached = cached
 
+    @property
+    def bytes(self) -> int:
+        return self.cached.cache.bytes
+
     def enter(self, rows: list[int]) -> None:
         self.cached.enter(self.batch, rows)
 

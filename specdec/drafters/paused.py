@@ -112,6 +112,10 @@ class _PausedRun(DraftRun):
         self.drafting.read(states, start, count)
 
     @property
+    def bytes(self) -> int:
+        return self.drafting.bytes
+
+    @property
     def enters(self) -> bool:
         return self.drafting.enters
 

@@ -109,6 +109,10 @@ class StatesRun(TreeDraftRun):
         # [batch, kept]: of the last position that was read, or zeros; captured graphs write to it in place
         self.last = torch.zeros(len(batch), net.kept, dtype=_dtype(net, batch.device), device=batch.device)
 
+    @property
+    def bytes(self) -> int:
+        return self.cache.bytes
+
     def resumed(self, last: StatesRun | None) -> StatesRun:
         """This run at its first step, which may go on from `last`: a run that has ended, perhaps this one."""
         self._earlier, self._begins = last, True

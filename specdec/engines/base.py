@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from specdec.engines.pool import Parts
 
 
 class Stages:
@@ -14,6 +17,7 @@ class Stages:
     static_shapes = False  # whether a stage must have the same shapes in all steps
     captures = False  # whether stages are captured, so that they may depend on no length of text
     compiles = False  # whether forward passes of steps are compiled
+    bytes = 0  # of device memory that captured stages hold
 
     def rounded(self, slots: int) -> int:
         """Round the room of a row up, so that a later run of nearly equal lengths can go on in the same parts."""
@@ -44,5 +48,9 @@ class Engine:
         """Take the parts that an ended run of this key has given back; None if there are none. No other run gets them."""
         return None
 
-    def give_back(self, key: Any, parts: Any) -> None:
+    def give_back(self, key: Any, parts: Parts) -> None:
         """Offer the parts of an ended run to the next run of the same key."""
+
+    def drop(self) -> bool:
+        """Free all that ended runs have given back; whether there was anything."""
+        return False

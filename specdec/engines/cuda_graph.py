@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,14 @@ class CudaGraph:
     Args:
         graph: the stage's operations.
         outputs: what the stage returned; every replay fills the same tensors.
+        bytes: by how much its pool of memory has grown.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any):
-        self.replay, self.outputs = graph.replay, outputs
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any, bytes: int):
+        self.replay, self.outputs, self.bytes = graph.replay, outputs, bytes
 
 
+_capturing = threading.Lock()  # torch allows one capture at a time in a process
 _failed: list[torch.cuda.CUDAGraph] = []  # kept alive, as `CudaCapture._end` explains
 
 
@@ -35,6 +38,16 @@ class CudaCapture:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, stage: Callable[[], Any]) -> CudaGraph:
+        with _capturing:
+            before = self._bytes
+            graph, outputs = self._captured(stage)
+            return CudaGraph(graph, outputs, self._bytes - before)
+
+    @property
+    def _bytes(self) -> int:
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
+
+    def _captured(self, stage: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph, outputs, failure = torch.cuda.CUDAGraph(), None, None
         try:
             # If `torch.cuda.graph` fails to begin or end, it does not restore the current stream: this `with` does.
@@ -52,7 +65,7 @@ class CudaCapture:
             if failure is None:
                 raise
             raise failure  # noqa: B904 - ending the failed capture fails too, with an error that says no more
-        return CudaGraph(graph, outputs)
+        return graph, outputs
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """Do what `CUDAGraph.capture_end` leaves undone when it raises: else torch takes the capture to go on."""

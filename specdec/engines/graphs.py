@@ -28,10 +28,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from specdec.checks import check_callable, check_flag, put
+from specdec.checks import as_int, check_callable, check_flag, put
 from specdec.engines.base import Engine, Stages
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
+from specdec.engines.pool import Parts, Pool
 
 # The room of a row, in slots, is a multiple of this. Code is compiled for one size of the cache, so that such rooms are powers
 # of two between these, and multiples of the last.
@@ -43,6 +44,7 @@ class Graph(Protocol):
     """A captured stage."""
 
     outputs: Any  # what the stage returned; every replay fills the same tensors
+    bytes: int  # of device memory that it holds
 
     def replay(self) -> None: ...
 
@@ -53,6 +55,7 @@ _Capture = Callable[[Callable[[], Any]], Graph]
 class _Captured(NamedTuple):
     graph: Graph
     args: tuple[Any, ...]  # the arguments, in the memory that the graph reads
+    bytes: int  # of device memory that both hold
 
 
 class Graphs(Engine):
@@ -62,26 +65,30 @@ class Graphs(Engine):
     >>> specdec.generate(target, prompts, drafter, engine=engine)  # the third step of every shape is captured
     >>> specdec.generate(target, others, drafter, engine=engine)  # same sizes: nothing is captured again
 
-    A run that ends gives its graphs and buffers back, and the next run of the same kind takes them: one of the same models,
-    drafter, rule, sampling and batch size, whose texts need as much room (blocks of 256 tokens). A run of another kind drops
-    what is idle. Two runs at once hold two sets.
+    A run owns its graphs, the memory that they work in, its caches and its buffers. When it ends it gives them back, and the
+    next run of the same kind takes them: one of the same models, drafter, rule, sampling and batch size, whose texts need as
+    much room (blocks of 256 tokens). Two runs at once hold two sets. What waits is dropped with the engine, if a run begins
+    that finds too little memory, and, the oldest first, as far as it takes more than `pool_bytes`.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile). A layer is compiled once for all layers
             that are alike and for texts of any length, but for each size of tree and of the cache by itself (1024, 2048, 4096,
             8192, 12288, ... tokens): see `specdec.models.compilation`.
+        pool_bytes: most bytes of device memory that may wait for later runs; 0 keeps nothing. By default a quarter of what the
+            device has. A run that owned more is not kept, and a warning says so.
         capture: how a stage is captured; by default as a CUDA graph where there is CUDA, else not at all.
     """
 
     captures = True
 
-    def __init__(self, *, compile: bool = False, capture: _Capture | None = None):
+    def __init__(self, *, compile: bool = False, pool_bytes: int | None = None, capture: _Capture | None = None):
         check_flag("compile", compile)
+        if pool_bytes is not None:
+            pool_bytes = as_int("pool_bytes", pool_bytes, 0, cure="give a number of bytes; 0 keeps nothing")
         if capture is not None:
             check_callable("capture", capture, "pass a function that captures a stage, or None")
         self._compile, self._capture = compile, capture
-        self._idle: list[tuple[Any, Any]] = []  # (key, what was given back)
-        self._lock = threading.Lock()
+        self._pool, self._lock = Pool(pool_bytes), threading.Lock()
         self._stages: WeakSet[CapturedStages] = WeakSet()
 
     @property
@@ -97,17 +104,19 @@ class Graphs(Engine):
             self._stages.add(made)
         return made
 
-    def take(self, key: Any) -> Any:
-        with self._lock:
-            place = next((i for i, (known, _) in enumerate(self._idle) if known == key), None)
-            if place is None:
-                self._idle.clear()
-                return None
-            return self._idle.pop(place)[1]
+    @property
+    def pooled_bytes(self) -> int:
+        """Bytes of device memory that wait for later runs: caches, buffers and graphs of runs that have ended."""
+        return self._pool.bytes
 
-    def give_back(self, key: Any, parts: Any) -> None:
-        with self._lock:
-            self._idle.append((key, parts))
+    def take(self, key: Any) -> Any:
+        return self._pool.take(key)
+
+    def give_back(self, key: Any, parts: Parts) -> None:
+        self._pool.add(key, parts)
+
+    def drop(self) -> bool:
+        return self._pool.clear()
 
 
 class CapturedStages(Stages):
@@ -130,6 +139,10 @@ class CapturedStages(Stages):
         self._filled: dict[tuple[int, ...], Hashable] = {}
         self._reasons: dict[str, str] = {}  # why stages cannot be captured, by name
         self._inside = False  # whether a stage is being run: its parts are not captured by themselves
+
+    @property
+    def bytes(self) -> int:  # type: ignore[override]
+        return sum(captured.bytes for captured in self.graphs.values())
 
     def rounded(self, slots: int) -> int:
         least, most = _COMPILED
@@ -162,8 +175,12 @@ class CapturedStages(Stages):
         try:
             if key not in self.graphs:
                 held = tuple(map(self._held, args, sources))
-                self.graphs[key] = _Captured(capture(lambda: stage(*held)), held)
-            graph, held = self.graphs[key]
+                graph = capture(lambda: stage(*held))
+                cloned = [
+                    part for arg, source in zip(held, sources, strict=True) if source is None for part in _tensors(arg)
+                ]
+                self.graphs[key] = _Captured(graph, held, graph.bytes + sum(part.nbytes for part in cloned))
+            graph, held, _ = self.graphs[key]
             for to, arg, source in zip(held, args, sources, strict=True):
                 if source is None:
                     for target, new in zip(_tensors(to), _tensors(arg), strict=True):

@@ -54,14 +54,26 @@ class View:
         """[batch, count] int64: the position of each query in its text."""
         return self.lengths[:, None] + self.topology.depths[:, -self.count :]
 
-    def prepare(self, sizes: Iterable[int] = ()) -> None:
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """[batch, count, node] bool: whether a node is the query or an ancestor of it."""
+        return self.topology.ancestors[:, -self.count :]
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """[batch, node] int64: edges from the root to each node."""
+        return self.topology.depths
+
+    def prepare(self, nodes: int, sizes: Iterable[int] = ()) -> None:
         """Compute the cached properties that masks are made of: torch.compile cannot follow `cached_property`.
 
         Args:
+            nodes: absent nodes are added up to so many, so that masks of all levels of a tree have one shape.
             sizes: of `windows` that will be asked for.
         """
-        _ = self.positions, self.topology.ancestors, self.topology.depths
-        _ = [self.windows(size) for size in sizes]
+        added = 0, nodes - self.topology.parents.shape[1]
+        self.ancestors, self.depths = (nn.functional.pad(part, added) for part in (self.ancestors, self.depths))
+        _ = self.positions, [self.windows(size) for size in sizes]
 
     def windows(self, size: int) -> Tensor:
         """[batch, count, size] int64: where a convolution finds the inputs that each query sees."""
@@ -82,24 +94,23 @@ class View:
         Args:
             window: how many positions, its own included, a query may see; None for other patterns.
         """
-        depths = self.topology.depths
-        if window is None or depths.shape[1] > MAX_NODES:  # long prompts are read as long chains
+        if window is None or self.depths.shape[1] > MAX_NODES:  # long prompts are read as long chains
             return None
-        near = depths[:, -self.count :, None] - depths[:, None] < window
-        words = reference.pack(self.topology.ancestors[:, -self.count :] & near)
+        near = (self.positions - self.lengths[:, None])[..., None] - self.depths[:, None] < window
+        words = reference.pack(self.ancestors & near)
         bounds = torch.stack([self.positions - window + 1, self.lengths[:, None].expand(-1, self.count)], 2)
         return torch.cat([bounds.clamp(min=0).to(torch.int32), words], 2)[:, None]
 
     @property
     def _index(self) -> Tensor:
-        """[batch, slot] int64: the column of `Topology.visible` for each slot."""
+        """[batch, slot] int64: 0 for slots of the prefix, 1 + the node in slots of nodes, and one more for unused slots."""
         slots = torch.arange(1, self.slots + 1, device=self.lengths.device)
-        return (slots - self.lengths[:, None]).clamp_(0, self.topology.parents.shape[1] + 1)
+        return (slots - self.lengths[:, None]).clamp_(0, self.depths.shape[1] + 1)
 
     @property
     def _allowed(self) -> Tensor:
         """[batch, 1, count, slot] bool: whether a slot is in the query's prefix or holds one of its ancestors."""
-        visible = self.topology.visible[:, -self.count :]
+        visible = nn.functional.pad(nn.functional.pad(self.ancestors, (1, 0), value=True), (0, 1))
         index = self._index[:, None].expand(-1, self.count, -1)
         return visible.gather(2, index)[:, None]
 
@@ -108,7 +119,7 @@ class View:
         """[batch, 1, 1, slot] int64: the position of each key in its text."""
         slots = torch.arange(self.slots, device=self.lengths.device)
         index = self._index
-        depth = nn.functional.pad(self.topology.depths, (1, 1)).gather(1, index)
+        depth = nn.functional.pad(self.depths, (1, 1)).gather(1, index)
         return torch.where(index == 0, slots, self.lengths[:, None] + depth)[:, None, None]
 
     def bias(self, pattern: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:

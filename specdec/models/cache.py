@@ -195,6 +195,13 @@ class TreeCache(Cache):
         """[batch, head, slot, dim] in `dtype`, as attention reads them: the inverse of `packed`."""
         return stored
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys, values and recurrent states."""
+        parts = [*self._stacks.values(), *(part for layer in self.recurrent for part in layer.parts)]
+        marked = (part for mark in self._marks.values() for pair in mark.states for part in pair if part is not None)
+        return sum(part.nbytes for part in (*parts, *marked))
+
     @contextmanager
     def only(self, rows: Sequence[int]) -> Iterator[None]:
         """Inside, forward passes run over these rows alone."""

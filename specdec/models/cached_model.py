@@ -22,6 +22,7 @@ from specdec.models.products import few_rows
 from specdec.models.served_functions import one_pass
 from specdec.models.states import Capture
 from specdec.tree import Topology, chain
+from specdec_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
     from specdec.drafters.base import DraftRun
@@ -55,7 +56,7 @@ class CachedModel:
         last: CachedModel | None,
     ):
         self.lm, self.made = lm, (rows, capacity, nodes, states, autocast)
-        self._autocast = autocast
+        self._autocast, self._nodes = autocast, nodes
         self.cache = lm.cache(lm.layout(autocast), rows, capacity, lm.device, nodes, marks)
         self.capture = Capture(lm.model, states, lm.device)
         self.compiles = False  # whether passes over nodes are compiled: their shapes recur
@@ -72,7 +73,9 @@ class CachedModel:
 
     @cached_property
     def _compiled(self) -> Compiled:
-        return Compiled(self._logits, self.lm.model)
+        return Compiled(
+            CachedModel._logits, self.lm.model
+        )  # not of this run: in a circle it would outlive its last user
 
     @property
     def states(self) -> Tensor | None:
@@ -205,8 +208,10 @@ class CachedModel:
         tokens, keep = self.lm.translate(tokens), logits_to_keep or count
         with self.lm.route, self.capture.of_pass(keep), one_pass():
             if compiles:
-                view.prepare(layer.shape.size for layer in self.cache.recurrent)
-                logits = self._compiled((*tokens.shape, slots), tokens, positions, self.cache, keep)
+                # Levels of a tree share code. Recurrent layers keep its nodes in place, so for them each has its own.
+                seen = nodes if self.cache.recurrent else max(nodes, min(self._nodes, MAX_NODES))
+                view.prepare(seen, [layer.shape.size for layer in self.cache.recurrent])
+                logits = self._compiled((*tokens.shape, slots, seen), self, tokens, positions, self.cache, keep)
             else:
                 with self._few_rows:
                     logits = self._logits(tokens, positions, self.cache, keep)

@@ -1,4 +1,4 @@
-"""Forward passes compiled by torch.compile: a layer once for all that are alike, once per number of tokens.
+"""Forward passes compiled by torch.compile: a layer once for all that are alike, once per number of tokens of a pass.
 
 Code is for texts of any length in a cache of one size: attention reads on the device how many slots there are to see, and the
 room behind them costs nothing. Where there is no such kernel (float16 and float64 on a CPU, patterns but causal and sliding),
@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -68,7 +68,7 @@ class Compiled:
                 result = self._call(*args)
                 bar.update()
                 return result
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             warnings.warn(f"engine: {self._name} cannot be compiled and runs as it stands: {reason}", stacklevel=2)
             _not_compiled.add(self._model)

@@ -50,6 +50,13 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
+    return all_memory(device)
+
+
+def all_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
     if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -78,6 +78,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, OfCache):
         self.fixed = {name: each.zeros() for name, each in shape.fixed.items()}
 
     @property
+    def parts(self) -> list[Tensor]:
+        """All that it keeps."""
+        return [self.inputs, *([] if self.state is None else [self.state]), *self.kept.values(), *self.fixed.values()]
+
+    @property
     def in_prompt(self) -> Tensor:
         """[rows, node] bool: which tokens of this pass are of a prompt."""
         return self._cache.in_prompt

@@ -86,6 +86,11 @@ class TargetRun(ABC):
         """Whether it can begin texts in some rows while the others go on. If not, `Target.start` begins a new run of all."""
         return type(self).enter is not TargetRun.enter
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of device memory that it holds: an engine that keeps it for later runs counts them."""
+        return 0
+
     def enter(self, rows: list[int], draft: DraftRun) -> None:  # noqa: B027 - optional
         """Read what these rows hold, but for their roots, and pass the states to `draft.read` if the drafter asks.
 
@@ -157,6 +162,10 @@ class ModelTargetRun(TargetRun):
     def __init__(self, target: ModelTarget, batch: Batch, cached: CachedModel):
         super().__init__(target, batch)
         self.cached = cached
+
+    @property
+    def bytes(self) -> int:
+        return self.cached.cache.bytes
 
     def enter(self, rows: list[int], draft: DraftRun) -> None:
         for row in rows:

@@ -25,6 +25,7 @@ class Tape:
     """
 
     outputs: Any  # what the stage returned; every replay fills the same tensors
+    bytes: int  # of memory that its operations have made and that it keeps
 
     def __init__(self, stage: Callable[[], Any]):
         recorder = _Recorder()
@@ -34,7 +35,7 @@ class Tape:
         finally:  # a stage that cannot be captured is run as it stands, from where it was
             for storage, content in recorder.before.values():
                 storage.copy_(content)
-        self._operations = recorder.operations
+        self._operations, self.bytes = recorder.operations, sum(recorder.made.values())
 
     def replay(self) -> None:
         """Carry out the operations of the stage again."""
@@ -53,6 +54,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []  # function, arguments, keyword arguments, result
         self.before: dict[int, tuple[Any, Any]] = {}  # by address: a storage, and what it held
+        self.made: dict[int, int] = {}  # by address: bytes of storages that are results of operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,6 +64,9 @@ class _Recorder(TorchDispatchMode):
                 self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, out))
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        storages = [tensor.untyped_storage() for tensor in _tensors(out)]
+        self.made |= {each.data_ptr(): each.nbytes() for each in storages if each.data_ptr() not in given}
         return out
 
 
