@@ -221,8 +221,10 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
         specdec.store_weights(small().train(), "int8")
     with pytest.raises(ValueError, match=r"Embedding has no nn\.Linear"):
         specdec.store_weights(nn.Embedding(3, 4).eval(), "int8")
-    with pytest.raises(ValueError, match="on meta, and stored weights are for a CPU"):
+    with pytest.raises(ValueError, match="on meta, where nothing reads int8; move it"):
         specdec.store_weights(nn.Linear(3, 4, device="meta").eval(), "int8")
+    with pytest.raises(ValueError, match=r"on meta, where nothing reads bf16; cast it, model\.bfloat16"):
+        specdec.store_weights(nn.Linear(3, 4, device="meta").eval(), "bf16")
     infinite = nn.Linear(3, 4).eval()
     infinite.weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="up to 65504"):

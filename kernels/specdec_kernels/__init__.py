@@ -1,8 +1,8 @@
 """The ops specdec runs on: tree attention and what else is worth a kernel.
 
 `specdec_kernels.reference` is the specification, in plain torch: it is importable without triton and runs without a GPU.
-On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `attention` and the products are for a CPU, but
-`joined_linear`.
+On CUDA devices the ops launch the kernels of `specdec_kernels.triton`; `attention`, `linear` and
+`linear_bf16` are for a CPU, and `joined_linear` is made of torch's products.
 """
 
 from specdec_kernels.attention import attention

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import specdec_kernels
 from specdec.checks import wrong_kind
 from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear
 from specdec_kernels.reference.stored_linear import OUTPUTS
@@ -26,23 +27,24 @@ _LARGEST = 65504.0  # in float16
 def store_weights(model: Module, weights: str) -> Module:
     """Store the matrices of a model's `nn.Linear` layers in fewer bits, in place, one after the other; returns the model.
 
-    Passes of a few tokens on a CPU then take little longer than reading what is stored. An embedding that is tied to such a
-    layer reads its rows there. All else stays as it is: other embeddings, norms, convolutions, experts that are no `nn.Linear`.
+    Passes of a few tokens on a CPU then take little longer than reading what is stored. A GPU reads integers so too, by kernels
+    that were never timed: what they save for certain is room. An embedding that is tied to such a layer reads its rows there.
+    All else stays as it is: other embeddings, norms, convolutions, experts that are no `nn.Linear`.
 
     The law of the model is from then on that of these weights, and of activations that are rounded in each product with
     integers; drafting changes it no further. No parameter takes gradients any more. A layer may be stored by itself, so formats
     may be mixed: what is stored already is left as it is.
 
     Args:
-        model: in eval mode, on a CPU.
-        weights: "bf16"; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a least
+        model: in eval mode, on a CPU or CUDA devices.
+        weights: "bf16", for a CPU; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a least
             value, and the LM head as in "int8". For products with integers, activations are rounded to 8 bits in groups of 32.
             Weights on a grid of GGUF's Q4_0 or Q4_1, as those of such a file are, stay exactly as they are in "int4".
 
     On CPUs without AVX-512, or without its VNNI for integers, it warns that products are slower.
 
     Raises:
-        ValueError: the format is not known, the model is in training mode or not on a CPU, or there is nothing to store.
+        ValueError: the format is not known, the model is in training mode or on another device, or there is nothing to store.
     """
     if not isinstance(model, nn.Module):
         raise wrong_kind("model", model, "pass a model of torch")
@@ -57,8 +59,8 @@ def store_weights(model: Module, weights: str) -> Module:
     if not layers:
         raise ValueError(f"{_nothing_to_store(model)} Nothing was stored in {weights}.")
     for layer in layers:
-        _check(layer)
-    if not _is_fast(weights):
+        _check(layer, weights)
+    if any(layer.weight.device.type == "cpu" for layer in layers) and not _is_fast(weights):
         warnings.warn(
             f"This CPU has no AVX-512 with VNNI, which products in {weights} are made for: they are right, and slower.",
             stacklevel=2,
@@ -79,17 +81,16 @@ def _is_fast(weights: str) -> bool:
     return torch.cpu._is_avx512_supported() and (weights == "bf16" or torch.cpu._is_vnni_supported())
 
 
-def _check(layer: nn.Linear) -> None:
+def _check(layer: nn.Linear, weights: str) -> None:
     weight = layer.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise ValueError(
             f"{layer} holds a {type(weight).__name__} of {weight.dtype}, quantised already; load the model without that, or "
             "decode with it as it is."
         )
-    if weight.device.type != "cpu":
-        raise ValueError(
-            f"{layer} is on {weight.device}, and stored weights are for a CPU; move the model there: model.cpu()."
-        )
+    if weight.device.type not in ("cpu", *(specdec_kernels.DEVICES if weights != "bf16" else ())):
+        cure = "cast it, model.bfloat16(), or " if weights == "bf16" else ""
+        raise ValueError(f"{layer} is on {weight.device}, where nothing reads {weights}; {cure}move it: model.cpu().")
     least, most = weight.aminmax()
     if not max(-least, most) <= _LARGEST:
         raise ValueError(
