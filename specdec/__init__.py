@@ -6,6 +6,7 @@ from specdec.custom_generate import custom_generate
 from specdec.engines.graphs import Graphs
 from specdec.generate import Generation, generate, stream
 from specdec.laws import Law
+from specdec.models.joined_weights import join_weights
 from specdec.models.stored_weights import store_weights
 from specdec.models.target import ModelTarget
 from specdec.sampling import Sampling
@@ -30,6 +31,7 @@ __all__ = [
     "display",
     "drafters",
     "generate",
+    "join_weights",
     "prediction",
     "rules",
     "store_weights",

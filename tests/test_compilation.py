@@ -19,7 +19,7 @@ import specdec_kernels
 from specdec import Sampling
 from specdec.drafters import LayerSkipDrafter, ModelDrafter, NgramDrafter
 from specdec.engines.graphs import _tensors
-from specdec.models.compilation import Compiled, _ReadOnce
+from specdec.models.compilation import Compiled, _Products
 from specdec.trees import Chain, Dynamic
 from specdec_kernels.linear import _FEW, _LARGE
 
@@ -259,7 +259,7 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_stands():
 def test_large_matrices_are_read_once_for_a_few_tokens(tokens, columns):
     x, weight = torch.randn(tokens, columns), torch.randn(256, columns)
     compiled = make_fx(lambda x, weight: x @ weight.permute(1, 0) + 1, tracing_mode="fake")(x, weight)
-    _ReadOnce()(compiled.graph)
+    _Products()(compiled.graph)
     compiled.recompile()
     ours = compiled.graph.find_nodes(op="call_function", target=torch.ops.specdec.linear.default)
     assert len(ours) == (tokens in _FEW and weight.numel() >= _LARGE)

@@ -327,7 +327,7 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
         specdec.store_weights(small().train(), "int8")
     with pytest.raises(ValueError, match=r"Embedding has no nn\.Linear"):
         specdec.store_weights(nn.Embedding(3, 4).eval(), "int8")
-    with pytest.raises(ValueError, match="on meta, and stored weights are for a CPU"):
+    with pytest.raises(ValueError, match="on meta, where nothing reads int8; move it"):
         specdec.store_weights(nn.Linear(3, 4, device="meta").eval(), "int8")
     with pytest.raises(ValueError, match=r"computes its weight from others; remove its parametrization"):
         specdec.store_weights(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).eval(), "int8")
@@ -337,6 +337,8 @@ def test_what_cannot_be_stored_is_refused_with_the_cure():
     taken.stored_as = "mine"
     with pytest.raises(ValueError, match=r"has stored_as, as stored layers name what they add"):
         specdec.store_weights(taken, "int8")
+    with pytest.raises(ValueError, match=r"on meta, where nothing reads bf16; cast it, model\.bfloat16"):
+        specdec.store_weights(nn.Linear(3, 4, device="meta").eval(), "bf16")
     specdec.store_weights(model, "int4")
     with pytest.raises(ValueError, match=r"stored in int4, int8 already; load it anew"):
         specdec.store_weights(model, "bf16")

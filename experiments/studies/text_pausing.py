@@ -16,7 +16,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from experiments.bench.real_prompts import real
 from experiments.bench.report import markdown
 from specdec import Sampling
 from specdec.batch import Batch
+from specdec.clock import told_by
 from specdec.drafters import Drafter, NgramDrafter, Paused, SuffixDrafter
 from specdec.models.target import Scores, TargetRun
 from specdec.prediction.replay import Recorded, RecordedRun
@@ -75,8 +75,8 @@ def replay(texts: list[tuple[Tensor, Tensor]], drafter: Drafter | None) -> float
     known = torch.unique(torch.cat([part for text in texts for part in text]))  # a small vocabulary takes less time
     small = [(torch.searchsorted(known, prompt), torch.searchsorted(known, new)) for prompt, new in texts]
     prompts, news = ([text[i] for text in small] for i in (0, 1))
-    target = Timed([torch.cat(text) for text in small], prompts, len(known))
-    with mock.patch("time.perf_counter", lambda: target.now):
+    target = Timed([torch.cat(text) for text in small], len(known))
+    with told_by(lambda: target.now):
         budgets = [len(new) for new in news]
         out = specdec.generate(target, prompts, drafter, max_new_tokens=budgets, stop_tokens=())
     assert all(map(torch.equal, out.tokens, news))

@@ -124,7 +124,7 @@ def figures(case: Case, method: str, device: str, new_tokens: int) -> dict[str, 
     torch.manual_seed(0)
     rate, dtype = report.bandwidth(device), torch.bfloat16 if device == "cuda" else torch.float32
     if case.random:
-        target = llama3(device, dtype, tiny=case.size != RANDOM)
+        target = specdec.join_weights(llama3(device, dtype, tiny=case.size != RANDOM))
         prompts = [torch.randint(target.config.vocab_size, (case.context + 1,)) for _ in range(case.batch)]
         run = random_method(method)
     else:
@@ -212,7 +212,7 @@ def grown(model: Any, case: Case, device: str, dtype: torch.dtype) -> PreTrained
         model = enlarge(model, layers, intermediate, hidden_size=hidden)
     model.config.max_position_embeddings = 2 * case.context + 1024  # rotary positions know no limit of their own
     model.generation_config.eos_token_id = None
-    return model
+    return specdec.join_weights(model)
 
 
 def texts(pair: Any, case: Case) -> list[Tensor]:

@@ -137,7 +137,30 @@ class Recurrence:
         return 6 * 2 * self.batch * self.heads * (states + pairs)
 
 
-Work = Shape | Laws | Compaction | Recurrence
+@dataclass(frozen=True)
+class Product:
+    """One call of `linear_int8` or `linear_int4`, by default on a matrix of the MLP of Llama 3 8B."""
+
+    op: str
+    tokens: int
+    out: int = 14336
+    inputs: int = 4096
+    exponentials = 0
+
+    @property
+    def bytes(self) -> int:
+        """What is stored, with its scales, and float32 inputs and outputs."""
+        weights = self.out * self.inputs
+        stored = weights + 4 * self.out if self.op == "linear_int8" else weights // 2 + 4 * weights // 32
+        return stored + 4 * self.tokens * (self.inputs + self.out)
+
+    @property
+    def flops(self) -> int:
+        """In units of bf16: products of integers take half as long."""
+        return self.tokens * self.out * self.inputs
+
+
+Work = Shape | Laws | Compaction | Recurrence | Product
 
 
 class Rates(NamedTuple):

@@ -17,10 +17,12 @@ import bench_tree_attention as attention
 import bench_verify
 import processes
 import report
+import stored_products
 import torch
 import verification
-from floors import Compaction, Laws, Recurrence, Shape, Work
+from floors import Compaction, Laws, Product, Recurrence, Shape, Work
 
+import specdec_kernels
 from specdec.clock import finish
 from specdec_kernels import tree_attention
 
@@ -36,6 +38,8 @@ OPS: dict[str, list[Work]] = {
     "gated_delta": [Recurrence("gated_delta", 2), Recurrence("gated_delta", 2, nodes=64, kept=20)],
     "linear_attention": [Recurrence("linear_attention", 2), Recurrence("linear_attention", 2, nodes=64, kept=20)],
     "fold_linear_attention": [Recurrence("fold_linear_attention", 2, nodes=0)],
+    "linear_int4": [Product("linear_int4", 64), Product("linear_int4", 1)],
+    "linear_int8": [Product("linear_int8", 64), Product("linear_int8", 1)],
 }  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def shapes_of(method: str, dry: bool) -> Sequence[Work]:
         return OPS[method]
     if method == "tree_attention":
         return attention.DRY
-    return [s for s in (*bench_verify.DRY, *recurrences.DRY) if s.op == method]
+    return [s for s in (*bench_verify.DRY, *recurrences.DRY, *stored_products.DRY) if s.op == method]
 
 
 def figures(shape: Work, method: str, device: str) -> dict[str, Any]:
@@ -74,6 +78,9 @@ def prepared(shape: Work, device: str) -> tuple[Callable[..., Any], Callable, li
     if isinstance(shape, Recurrence):
         turns = [recurrences.inputs(shape, device, seed) for seed in range(2)]
         return recurrences.candidates(shape)[processes.OURS], partial(recurrences.fault, shape), turns
+    if isinstance(shape, Product):
+        turns = [stored_products.inputs(shape, device, seed) for seed in range(2)]
+        return getattr(specdec_kernels, shape.op), partial(stored_products.fault, shape), turns
     if not isinstance(shape, Shape):
 
         def check(call: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:

@@ -76,3 +76,16 @@ class RecurrenceConfig(NamedTuple):
 # On every chip, for every size. Products are of float32, each three of the tensor cores, whose operands are held in registers:
 # wider tiles spill, or leave room for two programs on a multiprocessor in place of three.
 RECURRENCE = RecurrenceConfig(16, 32, 4, 3)
+
+
+class StoredConfig(NamedTuple):
+    """Blocks of `tokens` x `tiles` of 16 outputs of a product with a stored matrix."""
+
+    tokens: int
+    tiles: int
+    warps: int
+    stages: int  # of the software pipeline over groups of inputs
+
+
+# By the most tokens of a launch, on every chip. A group of a tile is 256 or 512 bytes, so that many stages are under way.
+STORED = {16: StoredConfig(16, 4, 4, 6), 64: StoredConfig(64, 4, 4, 6)}

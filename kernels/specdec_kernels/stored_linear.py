@@ -1,7 +1,7 @@
-"""The ops `specdec::linear_bf16`, `linear_int8`, `linear_int4`: a few tokens times a matrix stored in fewer bits, on a CPU.
+"""The ops `specdec::linear_bf16`, `linear_int8`, `linear_int4`: a few tokens times a matrix stored in fewer bits.
 
-They are as fast as memory gives what is stored with AVX-512, integers with its instructions for them (VNNI), and right on every
-CPU.
+On a CPU they are as fast as memory gives what is stored with AVX-512, integers with its instructions for them (VNNI), and right
+on every CPU. There are kernels for integers on CUDA devices too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,19 @@ def _check(x: Tensor, weight: Tensor, out: int, inputs: int, step: int) -> None:
         raise ValueError(
             f"x {[*x.shape]}, out {out}: the matrix has up to {len(weight) * 16} outputs, {inputs} inputs."
         )
+
+
+def _on_gpu(x: Tensor, weight: Tensor, scales: Tensor, out: int) -> Tensor:
+    from specdec_kernels.backend import on
+    from specdec_kernels.triton.stored_linear import stored_linear
+
+    with on(x):
+        found = stored_linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales, out)
+    return found.view(*x.shape[:-1], out)
+
+
+torch.library.impl("specdec::linear_int8", "CUDA", _on_gpu)
+torch.library.impl("specdec::linear_int4", "CUDA", _on_gpu)
 
 
 def _empty(x: Tensor, *stored: Any) -> Tensor:

@@ -12,6 +12,7 @@ from specdec_kernels.triton.compact import compact
 from specdec_kernels.triton.gated_delta import gated_delta
 from specdec_kernels.triton.law import law
 from specdec_kernels.triton.linear_attention import fold_linear_attention, linear_attention
+from specdec_kernels.triton.stored_linear import stored_linear
 from specdec_kernels.triton.tree_attention import tree_attention
 from specdec_kernels.triton.verify import verify
 
@@ -19,6 +20,7 @@ VOCAB = 128256  # of Llama 3
 Filters = tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
 
 MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # one warp's tensor core instruction
+INTEGERS = {**MMA, "sm_80": "IMMA", "sm_90": "IMMA", "sm_100": "IMMA"}
 WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
 PREFETCH = {"sm_80": "LDGSTS", "sm_90": "LDGSTS", "sm_100": "LDGSTS"}  # what is read next is on its way already
 
@@ -153,4 +155,29 @@ def _recurrences() -> list[Launch]:
     return [*cases, Launch("fold_linear_attention", fold, "_fold_kernel", (MMA, PREFETCH), quick=True)]
 
 
-CASES = [*_tree_attention(), *_verification(), *_recurrences()]
+def _stored(name: str, tokens: int) -> None:
+    """A matrix of the MLP of Llama 3 8B."""
+    groups, tiles = 4096 // 32, 14336 // 16
+    stored = {
+        "int8": (torch.empty(tiles, 8 * groups, 16, 4, dtype=torch.uint8), torch.empty(tiles, 16)),
+        "int4": (torch.empty(tiles, groups, 4, 16, 4, dtype=torch.uint8), torch.empty(tiles, groups, 2, 16).half()),
+    }
+    stored_linear(torch.empty(tokens, 4096), *stored[name], 14336)
+
+
+def _stored_products() -> list[Launch]:
+    wide = {**INTEGERS, "sm_90": "IGMMA", "sm_100": "UTC"}
+    return [
+        Launch(
+            f"linear_{name} tokens{tokens}",
+            partial(_stored, name, tokens),
+            "_stored_kernel",
+            (INTEGERS if tokens == 16 else wide, PREFETCH),
+            quick=(name, tokens) == ("int4", 64),
+        )
+        for name in ("int8", "int4")
+        for tokens in (16, 64)
+    ]
+
+
+CASES = [*_tree_attention(), *_verification(), *_recurrences(), *_stored_products()]

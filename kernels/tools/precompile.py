@@ -28,14 +28,16 @@ import bench_splits  # noqa: E402
 import bench_tree_attention  # noqa: E402
 import bench_verify  # noqa: E402
 import smoke  # noqa: E402
+import stored_products  # noqa: E402
 import torch  # noqa: E402
 import verification  # noqa: E402
-from floors import Compaction, Laws, Recurrence, Shape  # noqa: E402
+from floors import Compaction, Laws, Product, Recurrence, Shape  # noqa: E402
 
 from specdec_kernels.triton.compact import compact  # noqa: E402
 from specdec_kernels.triton.gated_delta import gated_delta  # noqa: E402
 from specdec_kernels.triton.law import law  # noqa: E402
 from specdec_kernels.triton.linear_attention import fold_linear_attention, linear_attention  # noqa: E402
+from specdec_kernels.triton.stored_linear import stored_linear  # noqa: E402
 from specdec_kernels.triton.tree_attention import tree_attention  # noqa: E402
 from specdec_kernels.triton.verify import verify  # noqa: E402
 
@@ -67,6 +69,8 @@ def launches() -> Iterator[partial]:
             yield partial(_compact, shape)
         elif isinstance(shape, Recurrence):
             yield partial(_recurrence, shape)
+        elif isinstance(shape, Product):
+            yield partial(_product, shape)
         elif isinstance(shape, Laws):
             yield partial(_law if shape.op == "law" else _verify, shape)
 
@@ -110,6 +114,11 @@ def _recurrence(shape) -> None:
         fold_linear_attention(*arguments)
     else:
         kernel(*arguments[: -bench_recurrences.FOLDED], arguments[-bench_recurrences.FOLDED :])
+
+
+def _product(shape) -> None:
+    x, weight, scales, out = stored_products.inputs(replace(shape, out=64), "cpu", 0)
+    stored_linear(x.to("meta"), weight.to("meta"), scales.to("meta"), out)
 
 
 def _empty(*what):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import specdec_kernels
 from specdec.checks import wrong_kind
 from specdec.models.stored_layers import FORMATS, StoredLinear
 
@@ -30,13 +31,13 @@ def check_model(model: Any, weights: str) -> None:
         )
 
 
-def by_matrix(model: nn.Module) -> list[list[Any]]:
+def by_matrix(model: nn.Module, weights: str) -> list[list[Any]]:
     """What is to be stored: the linear layers, and embeddings tied to them, of each matrix."""
     adapters = {*_adapters(model)}
     parts = [part for part in model.modules() if part not in adapters and not isinstance(part, StoredLinear)]
     linears = [part for part in parts if isinstance(part, nn.Linear) and part.weight.numel()]
     for layer in linears:
-        _check(layer)
+        _check(layer, weights)
     found: dict[int, list[Any]] = {id(layer.weight): [] for layer in linears}
     for part in parts:
         if isinstance(part, (nn.Linear, nn.Embedding)) and id(part._parameters.get("weight")) in found:
@@ -52,7 +53,7 @@ def _adapters(model: nn.Module) -> Iterator[nn.Module]:
             yield from adapter.modules() if isinstance(adapter, nn.Module) else ()
 
 
-def _check(layer: nn.Linear) -> None:
+def _check(layer: nn.Linear, weights: str) -> None:
     weight = layer.weight
     if layer._parameters.get("weight") is not weight or isinstance(getattr(type(layer), "weight", None), property):
         raise ValueError(
@@ -63,10 +64,9 @@ def _check(layer: nn.Linear) -> None:
             f"{layer} holds a {type(weight).__name__} of {weight.dtype}, quantised already; load the model without that, or "
             "decode with it as it is."
         )
-    if weight.device.type != "cpu":
-        raise ValueError(
-            f"{layer} is on {weight.device}, and stored weights are for a CPU; move the model there: model.cpu()."
-        )
+    if weight.device.type not in ("cpu", *(specdec_kernels.DEVICES if weights in ("int8", "int4") else ())):
+        cure = "cast it, model.bfloat16(), or " if weights == "bf16" else ""
+        raise ValueError(f"{layer} is on {weight.device}, where nothing reads {weights}; {cure}move it: model.cpu().")
     if taken := [name for name in dir(layer) if name.startswith("stored_")]:
         raise ValueError(f"{layer} has {', '.join(taken)}, as stored layers name what they add; give it another name.")
 

@@ -1,4 +1,4 @@
-"""Layers whose matrices are stored in fewer bits, and read so by their products on a CPU.
+"""Layers whose matrices are stored in fewer bits, and read so by their products.
 
 `specdec_kernels.reference.stored_linear` says how.
 """

@@ -28,17 +28,18 @@ _OF_PLAIN_WEIGHTS = ("save_pretrained", "resize_token_embeddings", "tie_weights"
 def store_weights(model: Module, weights: str) -> Module:
     """Store the matrices of a model's `nn.Linear` layers as a CPU reads them fastest, in place, one after the other.
 
-    Passes of a few tokens then take little longer than reading what is stored, in large pages of memory where the system has
-    them. "plain" is that alone: the model stays what it was, with its matrices in memory of their own. An embedding that is
-    tied to such a layer reads its rows there. All else stays as it is: other embeddings, norms, convolutions, experts that are
-    no `nn.Linear`, and adapters of PEFT that are not merged.
+    Passes of a few tokens on a CPU then take little longer than reading what is stored, in large pages of memory where the
+    system has them. "plain" is that alone: the model stays what it was, with its matrices in memory of their own. A GPU reads
+    integers so too, by kernels that were never timed: what they save for certain is room. An embedding that is tied to such a
+    layer reads its rows there. All else stays as it is: other embeddings, norms, convolutions, experts that are no `nn.Linear`,
+    and adapters of PEFT that are not merged.
 
     In fewer bits, the law of the model is from then on that of these weights, and of activations that are rounded in each
     product with integers; drafting changes it no further. No parameter takes gradients any more. A layer may be stored by
     itself, so formats may be mixed: what is stored already is left as it is.
 
     Args:
-        model: in eval mode, on a CPU.
+        model: in eval mode, on a CPU, or for integers on CUDA devices.
         weights: "plain": as they are; "bf16"; "int8": a scale for each output; "int4": groups of 32 inputs with a scale and a
             least value, and the LM head as in "int8". For products with integers, activations are rounded to 8 bits in groups
             of 32. Weights of a GGUF file in Q4_0, and in Q4_1 if it was made without an importance matrix, stay exactly as they
@@ -50,20 +51,20 @@ def store_weights(model: Module, weights: str) -> Module:
         The model.
 
     Raises:
-        ValueError: before anything is stored: the format is not known, the model is in training mode or not on a CPU, a layer
+        ValueError: before anything is stored: the format is not known, the model is in training mode or elsewhere, a layer
             does not hold plain weights or holds some that the format has no numbers for, or there is nothing to store.
     """
     check_model(model, weights)
     heads = [part.get_output_embeddings() for part in model.modules() if isinstance(part, PreTrainedModel)]
     stored = [
         (sharing, "int8" if weights == "int4" and any(head in sharing for head in heads) else weights)
-        for sharing in by_matrix(model)
+        for sharing in by_matrix(model, weights)
     ]
     if not stored:
         raise ValueError(f"{_nothing_to_store(model)} Nothing was stored in {weights}.")
     for sharing, found in stored:
         check_sizes(sharing[0], found)
-    if not _is_fast(weights):
+    if any(sharing[0].weight.device.type == "cpu" for sharing, _ in stored) and not _is_fast(weights):
         warnings.warn(
             f"This CPU has no AVX-512 with VNNI, which products in {weights} are made for: they are right, and slower.",
             stacklevel=2,

@@ -99,12 +99,12 @@ def parameters(model: PreTrainedModel) -> list[torch.Tensor]:
     head, inputs = model.get_output_embeddings() or nn.Identity(), model.get_input_embeddings()
     apart = {id(p) for p in inputs.parameters()} - {id(p) for p in head.parameters()}
     plain = [p.detach() for p in model.parameters() if p.dim() > 1 and id(p) not in apart]
-    return [*plain, *(kept for layer in _stored(model) for kept in layer.kept)]
+    return [*plain, *(kept for layer in _stored(model) for kept in layer.stored_parts)]
 
 
 def products(model: PreTrainedModel) -> int:
     """Multiplications of a pass over one node."""
-    kept = {id(part) for layer in _stored(model) for part in layer.kept}
+    kept = {id(part) for layer in _stored(model) for part in layer.stored_parts}
     plain = sum(weight.numel() for weight in parameters(model) if id(weight) not in kept)
     return plain + sum(layer.in_features * layer.out_features for layer in _stored(model))
 

@@ -48,7 +48,7 @@ def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
 
 def test_kernels_compiled_beforehand_are_a_cache_of_tritons(tmp_path, monkeypatch):
     some = {launch.func: launch for launch in precompile.launches()}
-    assert len(some) == 5  # ops, those of recurrences counted as one
+    assert len(some) == 6  # ops, those of recurrences counted as one, and those of stored matrices
     monkeypatch.setenv("TRITON_CACHE_DIR", "set by main")
     monkeypatch.setattr(precompile, "launches", lambda: [some[precompile._attention], some[precompile._compact]])
     monkeypatch.setattr(sys, "argv", ["precompile.py", str(tmp_path / "made.tar.gz")])
