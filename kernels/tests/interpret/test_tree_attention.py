@@ -102,7 +102,7 @@ def test_the_largest_tree_a_long_prefix_and_many_splits(case, seed):
 @pytest.fixture
 def descriptors(monkeypatch):
     """The blocks of those that were made, on a chip that has the copy engine."""
-    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4))
+    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4, overlaps=False))
     monkeypatch.setattr(kernels, "_refusals", [])
     blocks, make = [], kernels.TensorDescriptor
 
