@@ -75,6 +75,7 @@ class Topology:
     parents: Tensor  # [batch, node] int64
     depth: int
     width: int | None = None
+    is_chain = False  # whether every node is known to be the child of the one before
 
     @cached_property
     def ancestors(self) -> Tensor:
@@ -108,10 +109,16 @@ class Topology:
 
 
 class _Chain(Topology):
+    is_chain = True
+
     @cached_property
     def ancestors(self) -> Tensor:
         batch, nodes = self.parents.shape
         return torch.ones(nodes, nodes, dtype=torch.bool, device=self.parents.device).tril().expand(batch, -1, -1)
+
+    @cached_property
+    def depths(self) -> Tensor:
+        return self.parents + 1
 
 
 def chain(batch: int, nodes: int, device: torch.device | str = "cpu") -> Topology:

@@ -26,7 +26,8 @@ import specdec_kernels
 from specdec.clock import finish
 from specdec_kernels import tree_attention
 
-# by op, the riskiest first: descriptors of the copy engine, then 128 rows of warp groups, then splits; drawn laws, filters
+# by op, the riskiest first: descriptors of the copy engine and splits that merge in a launch that begins early, then 128 rows
+# of warp groups; drawn laws, filters
 OPS: dict[str, list[Work]] = {
     "tree_attention": [
         Shape(*attention.LLAMA3, 16, 1024, 1), Shape(*attention.LLAMA3, 64, 8192, 1), Shape(*attention.LLAMA3, 4, 1, 2),

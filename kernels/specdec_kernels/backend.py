@@ -20,6 +20,7 @@ class Chip(NamedTuple):
     arch: str  # family, the key of `configs`: "sm_80", "sm_90", "sm_100", "gfx942"
     processors: int  # multiprocessors or compute units: how many programs run at once, at one each
     tma: bool  # has the bulk tensor copy engine
+    overlaps: bool  # has programmatic dependent launch: programs may begin before those they wait for have ended
     precision: str = "tf32x3"  # of products of float32 matrices: about that of float32 itself
 
 
@@ -28,10 +29,10 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.arch: chip
     for chip in (
-        Chip("sm_80", 108, False),
-        Chip("sm_90", 132, True),
-        Chip("sm_100", 148, True),
-        Chip("gfx942", 304, False, "ieee"),
+        Chip("sm_80", 108, False, False),
+        Chip("sm_90", 132, True, True),
+        Chip("sm_100", 148, True, True),
+        Chip("gfx942", 304, False, False, "ieee"),
     )
 }
 

@@ -12,48 +12,49 @@ class Config(NamedTuple):
     block_n: int
     warps: int
     stages: int  # of the software pipeline over the unmasked tiles
+    resident: int  # programs of this kernel, as compiled, that a multiprocessor holds at once (`plan.resident`)
 
 
 # (arch, head_dim padded to a power of two, rows) -> configuration of tree attention for 16-bit elements. `rows` is the most
 # that one program takes: 16 when no more than 16 rows share a KV head, 64 when no more than 64, else the largest there is.
 ATTENTION = {
-    ("sm_80", 64, 16): Config(16, 64, 4, 3),
-    ("sm_80", 64, 64): Config(64, 64, 4, 3),
-    ("sm_80", 64, 128): Config(128, 64, 8, 2),
-    ("sm_80", 128, 16): Config(16, 64, 4, 2),
-    ("sm_80", 128, 64): Config(64, 64, 8, 2),
-    ("sm_80", 128, 128): Config(128, 32, 8, 2),
-    ("sm_80", 256, 16): Config(16, 32, 4, 2),
-    ("sm_80", 256, 64): Config(64, 32, 8, 2),
-    ("sm_90", 64, 16): Config(16, 64, 4, 3),
-    ("sm_90", 64, 64): Config(64, 64, 4, 3),
-    ("sm_90", 64, 128): Config(128, 128, 8, 2),
-    ("sm_90", 128, 16): Config(16, 64, 4, 3),
-    ("sm_90", 128, 64): Config(64, 64, 4, 3),
-    ("sm_90", 128, 128): Config(128, 128, 8, 2),
-    ("sm_90", 256, 16): Config(16, 32, 4, 3),
-    ("sm_90", 256, 64): Config(64, 32, 8, 2),
-    ("sm_90", 256, 128): Config(128, 32, 8, 2),
-    ("sm_100", 64, 16): Config(16, 64, 4, 3),
-    ("sm_100", 64, 64): Config(64, 64, 4, 3),
-    ("sm_100", 64, 128): Config(128, 64, 8, 3),
-    ("sm_100", 128, 16): Config(16, 64, 4, 3),
-    ("sm_100", 128, 64): Config(64, 64, 4, 3),
-    ("sm_100", 128, 128): Config(128, 64, 8, 3),
-    ("sm_100", 256, 16): Config(16, 32, 4, 3),
-    ("sm_100", 256, 64): Config(64, 32, 8, 2),
-    ("gfx942", 64, 16): Config(16, 64, 4, 2),
-    ("gfx942", 64, 64): Config(64, 64, 4, 2),
-    ("gfx942", 64, 128): Config(128, 32, 8, 2),
-    ("gfx942", 128, 16): Config(16, 64, 4, 2),
-    ("gfx942", 128, 64): Config(64, 64, 4, 2),
-    ("gfx942", 128, 128): Config(128, 32, 8, 2),
-    ("gfx942", 256, 16): Config(16, 32, 4, 2),
-    ("gfx942", 256, 64): Config(64, 16, 8, 2),
+    ("sm_80", 64, 16): Config(16, 64, 4, 3, 4),
+    ("sm_80", 64, 64): Config(64, 64, 4, 3, 2),
+    ("sm_80", 64, 128): Config(128, 64, 8, 2, 1),
+    ("sm_80", 128, 16): Config(16, 64, 4, 2, 3),
+    ("sm_80", 128, 64): Config(64, 64, 8, 2, 1),
+    ("sm_80", 128, 128): Config(128, 32, 8, 2, 1),
+    ("sm_80", 256, 16): Config(16, 32, 4, 2, 2),
+    ("sm_80", 256, 64): Config(64, 32, 8, 2, 1),
+    ("sm_90", 64, 16): Config(16, 64, 4, 3, 4),
+    ("sm_90", 64, 64): Config(64, 64, 4, 3, 2),
+    ("sm_90", 64, 128): Config(128, 128, 8, 2, 1),
+    ("sm_90", 128, 16): Config(16, 64, 4, 3, 3),
+    ("sm_90", 128, 64): Config(64, 64, 4, 3, 2),
+    ("sm_90", 128, 128): Config(128, 128, 8, 2, 1),
+    ("sm_90", 256, 16): Config(16, 32, 4, 3, 2),
+    ("sm_90", 256, 64): Config(64, 32, 8, 2, 1),
+    ("sm_90", 256, 128): Config(128, 32, 8, 2, 1),
+    ("sm_100", 64, 16): Config(16, 64, 4, 3, 4),
+    ("sm_100", 64, 64): Config(64, 64, 4, 3, 3),
+    ("sm_100", 64, 128): Config(128, 64, 8, 3, 1),
+    ("sm_100", 128, 16): Config(16, 64, 4, 3, 3),
+    ("sm_100", 128, 64): Config(64, 64, 4, 3, 2),
+    ("sm_100", 128, 128): Config(128, 64, 8, 3, 1),
+    ("sm_100", 256, 16): Config(16, 32, 4, 3, 2),
+    ("sm_100", 256, 64): Config(64, 32, 8, 2, 1),
+    ("gfx942", 64, 16): Config(16, 64, 4, 2, 3),
+    ("gfx942", 64, 64): Config(64, 64, 4, 2, 2),
+    ("gfx942", 64, 128): Config(128, 32, 8, 2, 1),
+    ("gfx942", 128, 16): Config(16, 64, 4, 2, 2),
+    ("gfx942", 128, 64): Config(64, 64, 4, 2, 1),
+    ("gfx942", 128, 128): Config(128, 32, 8, 2, 1),
+    ("gfx942", 256, 16): Config(16, 32, 4, 2, 2),
+    ("gfx942", 256, 64): Config(64, 16, 8, 2, 1),
 }
 
 # For float32, every product of which takes three of the tensor cores: exactness for tests and small models, not speed.
-EXACT = {64: Config(16, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 8, 1)}
+EXACT = {64: Config(16, 32, 4, 2, 3), 128: Config(16, 32, 4, 2, 1), 256: Config(16, 16, 8, 1, 1)}
 
 
 def attention_config(arch: str, dim: int, rows: int, element_size: int) -> Config:

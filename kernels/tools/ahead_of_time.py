@@ -39,6 +39,7 @@ class Compiled(NamedTuple):
     spills: int  # loads and stores of spilled registers
     stack: int  # bytes a thread
     shared: int  # bytes a program
+    warps: int  # a program
     instructions: Counter[str]
 
 
@@ -103,21 +104,21 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
 
 
 def _read(name: str, kernel: Any) -> Compiled:
-    shared = kernel.metadata.shared
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         vgpr, spills, stack = (
             int(re.search(rf"\.{field}:\s+(\d+)", text)[1])  # type: ignore[index]
             for field in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        return Compiled(name, vgpr, spills, stack, shared, Counter(_GCN.findall(text)))
+        return Compiled(name, vgpr, spills, stack, shared, warps, Counter(_GCN.findall(text)))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         instructions = Counter(_SASS.findall(_run("nvdisasm", "-c", file.name)))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    return Compiled(name, registers, instructions["LDL"] + instructions["STL"], stack, shared, instructions)
+    return Compiled(name, registers, instructions["LDL"] + instructions["STL"], stack, shared, warps, instructions)
 
 
 def _run(tool: str, *arguments: str) -> str:

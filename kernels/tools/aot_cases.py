@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from specdec_kernels.configs import attention_config
 from specdec_kernels.triton.compact import compact
 from specdec_kernels.triton.gated_delta import gated_delta
 from specdec_kernels.triton.law import law
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
     kernel: str  # the kernel that must have the instructions
     needs: tuple[Mapping[str, str], ...] = ()  # by arch, prefixes of instructions; archs that are not there need none
     quick: bool = False  # belongs to the set that is compiled with every change
+    resident: Callable[[str], int] = lambda arch: 1  # how many of its programs a multiprocessor must hold
 
 
 def _attention(nodes, head_dim, value_dim=None, dtype=torch.bfloat16, heads=32, kv_heads=8, softcap=None, sinks=False):
@@ -46,6 +48,10 @@ def _attention(nodes, head_dim, value_dim=None, dtype=torch.bfloat16, heads=32, 
     tree_attention(query, key, value, *bounds, ancestors, None, softcap, torch.empty(heads) if sinks else None)
 
 
+def _resident(rows: int, dim: int, element_size: int, arch: str) -> int:
+    return attention_config(arch, dim, rows, element_size).resident
+
+
 def _tree_attention() -> list[Launch]:
     tma = {"sm_90": "UTMALDG", "sm_100": "UTMALDG"}
     cases = [
@@ -55,6 +61,7 @@ def _tree_attention() -> list[Launch]:
             "tree_attention_kernel",
             (MMA if nodes == 4 else WIDE, tma),
             quick=(head_dim == 128 and not capped) or (nodes, head_dim, capped) == (16, 256, True),
+            resident=partial(_resident, 4 * nodes, head_dim, 2),
         )
         for head_dim in (64, 128, 256)
         for nodes in (4, 16, 64)
@@ -66,14 +73,16 @@ def _tree_attention() -> list[Launch]:
             partial(_attention, 16, *dims),
             "tree_attention_kernel",
             (WIDE, tma),
+            resident=partial(_resident, 64, padded, 2),
         )
-        for dims in ((80, 80), (192, 128))
+        for dims, padded in (((80, 80), 128), ((192, 128), 256))
     ]
     return cases + [
         Launch(
             f"tree_attention float32 head_dim{d}",
             partial(_attention, 4, d, dtype=torch.float32),
             "tree_attention_kernel",
+            resident=partial(_resident, 16, d, 4),
         )
         for d in (64, 128, 256)
     ]

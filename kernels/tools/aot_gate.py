@@ -17,6 +17,8 @@ import triton
 from ahead_of_time import SHARED, Compiled, compiling
 from aot_cases import CASES, Launch
 
+from specdec_kernels.plan import resident
+
 BUDGETS = Path(__file__).resolve().parents[1] / "budgets.json"
 QUICK = ("sm_80", "sm_90")
 Budgets = dict[str, dict[str, int]]  # arch and launch and kernel -> what it may take; nothing said: no spills, no stack
@@ -66,6 +68,9 @@ def _faults(arch: str, launch: Launch, kernel: Compiled, budget: dict[str, int])
         if found > most:
             yield f"{found} {unit}, its budget is {most}: smaller tiles, fewer stages or more warps"
     if kernel.kernel == launch.kernel:
+        found, most = resident(arch, kernel.registers, kernel.shared, kernel.warps), launch.resident(arch)
+        if found < most:
+            yield f"{found} programs fit a multiprocessor, the plan counts on {most}: correct `Config.resident`"
         for need in launch.needs:
             if arch in need and not any(op.startswith(need[arch]) for op in kernel.instructions):
                 yield f"no {need[arch]} instruction: it does not use the unit it is meant for"

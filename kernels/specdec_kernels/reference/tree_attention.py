@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+QUERIES = 256  # whose scores `biased_attention` writes out at a time
+
 
 def tree_attention(
     query: Tensor,  # [batch, heads, node, head_dim]
@@ -68,12 +70,22 @@ def biased_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [heads]
 ) -> Tensor:
-    """`tree_attention` for whatever a bias can say, shared by layers. Every slot is read. [batch, node, heads, value_dim]."""
-    if softcap is None and sinks is None:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+    """`tree_attention` for whatever a bias can say, shared by layers. Every slot is read. [batch, node, heads, value_dim].
+
+    No memory but the bias grows with all nodes times slots.
+    """
     batch, heads, nodes, head_dim = query.shape
     groups = heads // key.shape[1]
+    if softcap is None and sinks is None:
+        # On a GPU only torch's math kernel, which writes out all scores, takes both a mask and shared heads.
+        shared = query.device.type == "cpu"
+        if not shared:
+            key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
+        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=shared)
+        return out.transpose(1, 2)
+    if nodes > QUERIES:
+        parts = zip(query.split(QUERIES, 2), bias.split(QUERIES, 2), strict=True)
+        return torch.cat([biased_attention(part, key, value, b, scale, softcap, sinks) for part, b in parts], 1)
     packed = query.reshape(batch, key.shape[1], groups * nodes, head_dim)
     scores = packed @ key.transpose(2, 3) * (head_dim**-0.5 if scale is None else scale)
     scores = scores.view(batch, heads, nodes, key.shape[2])

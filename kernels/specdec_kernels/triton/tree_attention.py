@@ -15,17 +15,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from specdec_kernels import tma
+from specdec_kernels import plan, tma
 from specdec_kernels.backend import UPCAST, chip
 from specdec_kernels.configs import attention_config
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 WORD: tl.constexpr = tl.constexpr(32)
-MAX_SPLITS = 32  # the partial results of 64 nodes x 32 heads x 128 take 1 MB a split
-MERGE_ROWS = 8
+MERGE_ROWS, MERGE_SPLITS = 4, 16  # of a tile: a row to each warp
 
 
 @triton.jit
@@ -78,11 +78,12 @@ def update(state, b_s, b_v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def begin(sinks, o_h, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr):
-    """An empty online softmax: accumulator, maximum, sum. A sink is a logit that was seen before everything else."""
+def begin(sinks, o_h, split, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr):
+    """An empty online softmax: accumulator, maximum, sum. A sink is a logit that the first split saw before everything else."""
     if SINKS:
-        b_m = tl.load(sinks + o_h).to(tl.float32) * LOG2E
-        b_l = tl.full([ROWS], 1.0, tl.float32)
+        b_sink = tl.load(sinks + o_h).to(tl.float32) * LOG2E
+        b_m = tl.where(split == 0, b_sink, -float("inf"))
+        b_l = tl.full([ROWS], 1.0, tl.float32)  # what is added to -inf is forgotten
     else:
         b_m = tl.full([ROWS], -float("inf"), tl.float32)
         b_l = tl.zeros([ROWS], tl.float32)
@@ -90,13 +91,13 @@ def begin(sinks, o_h, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.const
 
 
 @triton.jit
-def store(state, out, lse, o_row, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Normalise, and write rows o_row of out [row, DIM] and of lse [row] (natural)."""
+def store(state, out, lse, o_row, m_row, columns, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Normalise, and write rows o_row of lse [row] (natural) and of out [row, DIM], of this so many columns."""
     b_acc, b_m, b_l = state
     o_d = tl.arange(0, BLOCK_DIM)
     b_sum = tl.where(b_l > 0, b_l, 1.0)
     p_out = out + o_row.to(tl.int64)[:, None] * DIM + o_d[None, :]
-    tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < DIM)[None, :])
+    tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < columns)[None, :])
     tl.store(lse + o_row, (b_m + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
@@ -107,10 +108,13 @@ def tree_attention_kernel(
     q_strides, k_strides, v_strides, first_b, first_t, length_b, word_b, word_t,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr, OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid [row blocks, batch x KV heads, splits]. Writes split i of out [split, batch, node, head, VALUE_DIM] and lse."""
+    """Grid [row blocks, batch x KV heads, splits]. Writes split i of out [split, batch, node, head, VALUE_DIM] and lse.
+
+    A split that no tiles are left for writes -inf to lse, and nothing to out. OVERLAP: what comes next may begin, and wait.
+    """
     batch, head, split = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS, tl.program_id(2)
     at = (batch, head)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -136,7 +140,7 @@ def tree_attention_kernel(
     start, stop = split * share, tl.minimum((split + 1) * share, prefix + tree)
     origin = length - prefix * BLOCK_N
 
-    state = begin(sinks, o_h, BLOCK_M, BLOCK_V, SINKS)
+    state = begin(sinks, o_h, split, BLOCK_M, BLOCK_V, SINKS)
     for i in tl.range(start, tl.minimum(stop, whole), num_stages=1):
         o_n = origin + i * BLOCK_N + tl.arange(0, BLOCK_N)
         b_k = load_slots(p_k, origin + i * BLOCK_N, k_strides[2], o_n >= 0, HEAD_DIM, BLOCK_N, BLOCK_D, UPCAST)
@@ -158,31 +162,45 @@ def tree_attention_kernel(
         b_s = tl.where((b_word[:, None] >> o_n[None, :] & 1) != 0, b_s, -float("inf"))
         state = update(state, b_s, b_v, True, PRECISION)
 
+    if OVERLAP:
+        gdc_launch_dependents()
     o_row = ((split * (tl.num_programs(1) // KV_HEADS) + batch) * nodes + o_t) * (KV_HEADS * GROUPS) + o_h
-    store(state, out, lse, o_row, m_row, VALUE_DIM, BLOCK_V)
+    store(state, out, lse, o_row, m_row, tl.where(start < stop, VALUE_DIM, 0), VALUE_DIM, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def merge_kernel(parts, parts_lse, sinks, out, lse, rows, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
-                 BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
-    """Attention over disjoint slots, parts [split, row, DIM] and their log-sum-exps, put together in the order of splits."""
+@triton.jit(do_not_specialize=["rows", "splits"])
+def merge_kernel(parts, parts_lse, out, lse, rows, splits, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_DIM: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Attention over disjoint slots put together: parts [split, row, DIM] and their log-sum-exps, at most MOST of each.
+
+    Parts go by tiles of BLOCK_S, most often one. Those whose log-sum-exp is -inf are not read: they were not written.
+    """
     o_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_d = tl.arange(0, BLOCK_DIM)
     m_row = o_row < rows
-    b_acc, b_m, b_l = begin(sinks, o_row % HEADS, BLOCK_R, BLOCK_DIM, SINKS)
-    for split in range(SPLITS):
-        o_part = split * rows + o_row
-        b_lse = tl.load(parts_lse + o_part, mask=m_row, other=-float("inf")) * LOG2E
-        # [BLOCK_R, BLOCK_DIM]
-        p_part = parts + o_part.to(tl.int64)[:, None] * DIM + o_d[None, :]
-        b_part = tl.load(p_part, mask=m_row[:, None] & (o_d < DIM)[None, :], other=0.0)
-        b_new = tl.maximum(b_m, b_lse)
-        b_max = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_decay, b_weight = tl.exp2(b_m - b_max), tl.exp2(b_lse - b_max)
-        b_acc = b_acc * b_decay[:, None] + b_part * b_weight[:, None]
-        b_l = b_l * b_decay + b_weight
-        b_m = b_new
-    store((b_acc, b_m, b_l), out, lse, o_row, m_row, DIM, BLOCK_DIM)
+    if OVERLAP:  # its programs begin while the last ones of attention write
+        gdc_wait()
+    b_m = tl.max(load_lse(parts_lse, 0, o_row, m_row, rows, splits, MOST), 0)
+    b_max = tl.where(b_m == -float("inf"), 0.0, b_m)  # no part saw anything: inf - inf is NaN
+    b_l, b_acc = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R, BLOCK_DIM], tl.float32)
+    for start in tl.range(0, splits, BLOCK_S):
+        # [BLOCK_S, BLOCK_R]
+        b_weight = tl.exp2(load_lse(parts_lse, start, o_row, m_row, rows, splits, BLOCK_S) - b_max[None, :])
+        # [BLOCK_S, BLOCK_R, BLOCK_DIM]
+        o_part = (start + tl.arange(0, BLOCK_S))[:, None] * rows + o_row[None, :]
+        o_d = tl.arange(0, BLOCK_DIM)[None, None, :]
+        m_part = (b_weight > 0)[:, :, None] & (o_d < DIM)
+        b_part = tl.load(parts + o_part.to(tl.int64)[:, :, None] * DIM + o_d, mask=m_part, other=0.0)
+        b_acc += tl.sum(b_part * b_weight[:, :, None], 0)
+        b_l += tl.sum(b_weight, 0)
+    store((b_acc, b_m, b_l), out, lse, o_row, m_row, DIM, DIM, BLOCK_DIM)
+
+
+@triton.jit
+def load_lse(parts_lse, start, o_row, m_row, rows, splits, BLOCK_S: tl.constexpr):
+    """[BLOCK_S, row]: of the splits from `start` on, in base 2; -inf where there is none."""
+    o_s = start + tl.arange(0, BLOCK_S)
+    m_s = (o_s < splits)[:, None] & m_row[None, :]
+    return tl.load(parts_lse + o_s[:, None] * rows + o_row[None, :], mask=m_s, other=-float("inf")) * LOG2E
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, lengths: Tensor, ancestors: Tensor,
@@ -195,8 +213,11 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
     block_d, block_v = (max(64, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
     device = chip()
     config = attention_config(device.arch, max(block_d, block_v), nodes * groups, query.element_size())
-    programs = triton.cdiv(nodes * groups, config.block_m) * batch * kv_heads
-    splits = splits or min(triton.cdiv(device.processors, programs), triton.cdiv(slots, 4 * config.block_n), MAX_SPLITS)
+    words = ancestors.shape[2]
+    prefix = max(slots - nodes, 0)
+    splits = splits or plan.splits(
+        plan.grid(config, device.processors, batch * kv_heads, nodes * groups, prefix, words)
+    )
 
     out = query.new_empty(batch, nodes, heads, value_dim)
     lse = query.new_empty(batch, nodes, heads, dtype=torch.float32)
@@ -211,12 +232,12 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
         tree_attention_kernel[triton.cdiv(nodes * groups, config.block_m), batch * kv_heads, splits](
             query, k, v, key, value, first, lengths, ancestors, sinks, parts, parts_lse,
             2 * scale / softcap if softcap else scale, softcap * LOG2E.value if softcap else 0.0,
-            nodes, ancestors.shape[2], query.stride()[:3], key.stride()[:3], value.stride()[:3],
+            nodes, words, query.stride()[:3], key.stride()[:3], value.stride()[:3],
             *first.stride(), lengths.stride(0), *ancestors.stride()[:2],
             KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_V=block_v, STAGES=config.stages,
-            SOFTCAP=softcap is not None, SINKS=sinks is not None and splits == 1,
-            TMA={None: None, tma.BY_HEAD: "by head", tma.BY_SLOT: "by slot"}[axes],
+            SOFTCAP=softcap is not None, SINKS=sinks is not None,
+            TMA={None: None, tma.BY_HEAD: "by head", tma.BY_SLOT: "by slot"}[axes], OVERLAP=device.overlaps,
             PRECISION=device.precision, UPCAST=UPCAST, num_warps=config.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -224,8 +245,9 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, len
     if splits > 1:
         rows = batch * nodes * heads
         merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-            parts, parts_lse, sinks, out, lse, rows, HEADS=heads, DIM=value_dim, BLOCK_R=MERGE_ROWS,
-            BLOCK_DIM=block_v, SPLITS=splits, SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
+            parts, parts_lse, out, lse, rows, splits, DIM=value_dim, BLOCK_R=MERGE_ROWS, BLOCK_DIM=block_v,
+            BLOCK_S=MERGE_SPLITS, MOST=plan.MOST, OVERLAP=device.overlaps, num_warps=MERGE_ROWS, enable_fp_fusion=True,
+            **({"launch_pdl": True} if device.overlaps else {}),
         )  # fmt: skip
     return out, lse
 

@@ -7,6 +7,7 @@ import tarfile
 import aot_gate
 import precompile
 import pytest
+from ahead_of_time import compiling
 from aot_cases import CASES
 
 from specdec_kernels import configs
@@ -22,9 +23,13 @@ def test_kernels_are_within_their_budgets(arch):
 
 
 PLANTED = {
-    "too many stages": (configs.Config(64, 128, 4, 5), "bytes of shared memory, sm_90 has"),
-    "too few warps": (configs.Config(128, 128, 4, 2), "spill instructions, its budget is 0"),
-    "no warp groups": (configs.Config(16, 64, 4, 2), "no HGMMA instruction"),
+    "too many stages": (configs.Config(64, 128, 4, 5, 1), "bytes of shared memory, sm_90 has"),
+    "too few warps": (configs.Config(128, 128, 4, 2, 1), "spill instructions, its budget is 0"),
+    "no warp groups": (configs.Config(16, 64, 4, 2, 1), "no HGMMA instruction"),
+    "fewer programs at once than planned": (
+        configs.Config(64, 64, 4, 3, 3),
+        "2 programs fit a multiprocessor, the plan",
+    ),
 }
 
 
@@ -44,6 +49,13 @@ def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
     assert faults == [
         f"sm_90 {PLAIN.name} tree_attention_kernel: no UTMALDG instruction: it does not use the unit it is meant for"
     ]
+
+
+def test_what_begins_early_waits_before_it_reads():
+    with compiling("sm_90") as kernels:
+        PLAIN.run()
+    attention, merge = (list(kernel.instructions) for kernel in kernels)  # in the order in which they come first
+    assert "PREEXIT" in attention and merge.index("ACQBULK") < merge.index("LDG")
 
 
 def test_kernels_compiled_beforehand_are_a_cache_of_tritons(tmp_path, monkeypatch):

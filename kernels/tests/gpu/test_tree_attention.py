@@ -8,6 +8,7 @@ import specdec
 from specdec.drafters import ModelDrafter
 from specdec.trees import Widths
 from specdec_kernels import tree_attention
+from specdec_kernels.tree_attention import MAX_NODES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [
@@ -44,9 +45,11 @@ def test_one_graph_serves_other_trees_and_lengths():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_sliding", "gpt_oss_sliding"])
-def test_models_write_the_text_that_they_write_on_the_cpu(name):
+@pytest.mark.parametrize("most", [7, MAX_NODES])  # 7: as many nodes as a tree has; prompts are read in parts
+def test_models_write_the_text_that_they_write_on_the_cpu(name, most, monkeypatch):
     from tiny_models import GATE, PROMPTS
 
+    monkeypatch.setattr("specdec.models.attention.MAX_NODES", most)
     models = [GATE[name]().to(device) for device in ("cpu", "cuda")]
     texts = [
         specdec.generate(

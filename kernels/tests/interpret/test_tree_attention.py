@@ -23,6 +23,14 @@ def seed():
     return seed
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that nobody has written to is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def assert_kernel_is_right(case, seed, launch=kernels.tree_attention):
     arguments = draw(case, seed)
     assert_right(arguments, launch(**arguments, splits=case.splits))
@@ -61,19 +69,40 @@ def test_splits_merge_with_sinks_and_softcap(splits, seed):
     assert_kernel_is_right(case, seed)
 
 
+def test_splits_that_a_short_text_leaves_nothing_for_write_no_result(seed, monkeypatch):
+    written, launch = [], kernels.merge_kernel
+
+    class Noted:
+        def __getitem__(self, grid):
+            def run(parts, *arguments, **options):
+                written.extend(not part.isnan().any() for part in parts)
+                launch[grid](parts, *arguments, **options)
+
+            return run
+
+    arguments = draw(Case(5, 300, 2, 1), seed)
+    arguments["lengths"].fill_(40)  # two tiles of slots; a third one of nodes
+    monkeypatch.setattr(kernels, "merge_kernel", Noted())
+    assert_right(arguments, kernels.tree_attention(**arguments, splits=5))
+    assert written == [True, True, True, False, False]
+
+
 def test_queries_may_be_the_last_nodes_of_a_tree(seed):
     assert_kernel_is_right(Case(5, 70, earlier=50, window=20, batch=2), seed)
 
 
-@pytest.mark.parametrize("case", [Case(256, 20, 1, 1), Case(3, 4000, 1, 1, dtype=torch.bfloat16)], ids=str)
-def test_the_largest_tree_and_a_long_prefix(case, seed):
+LARGE = [Case(256, 20, 1, 1), Case(3, 4000, 1, 1, dtype=torch.bfloat16), Case(2, 640, 1, 1, splits=40)]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_the_largest_tree_a_long_prefix_and_many_splits(case, seed):
     assert_kernel_is_right(case, seed)
 
 
 @pytest.fixture
 def descriptors(monkeypatch):
     """The blocks of those that were made, on a chip that has the copy engine."""
-    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4))
+    monkeypatch.setattr(kernels, "chip", lambda: CHIPS["sm_90"]._replace(processors=4, overlaps=False))
     monkeypatch.setattr(kernels, "_refusals", [])
     blocks, make = [], kernels.TensorDescriptor
 
@@ -142,19 +171,20 @@ def test_a_node_that_sees_nothing_gets_zeros(splits, seed):
     assert out[:, ::2].ne(0).all() and lse[:, ::2].isfinite().all()
 
 
-WINDOWED = Case(60, 140, 2, 2, window=40, splits=4)
+WINDOWED, UNSPLIT = (Case(60, 140, 2, 2, window=40, splits=splits) for splits in (4, 1))
 FULL = Case(9, 90, 4, 2, softcap=2.0, sinks=True, splits=2, batch=3)
 MUTANTS = {
     "the window one slot short": ("o_n[None, :] >= b_first", "o_n[None, :] > b_first", WINDOWED),
     "tiles at the window's edge unmasked": ("- tl.max(b_first, 0), 0) //", "- tl.min(b_first, 0), 0) //", WINDOWED),
-    "no guard where a row saw nothing yet": ('tl.where(b_m_new == -float("inf"), 0.0, b_m_new)', "b_m_new + 0", WINDOWED),
-    "no guard of empty splits": ('tl.where(b_new == -float("inf"), 0.0, b_new)', "b_new + 0", WINDOWED),
+    "no guard where a row saw nothing yet": ('tl.where(b_m_new == -float("inf"), 0.0, b_m_new)', "b_m_new + 0", UNSPLIT),
+    "splits read that nobody wrote": ("(b_weight > 0)[:, :, None] & ", "", FULL),
     "slots after the tree read": ("(tl.reduce_or(b_word, 0) >> o_n & 1) != 0", "o_n >= 0", FULL),
     "slots before the text read": ("o_n >= 0, VALUE_DIM", "o_n >= -1000, VALUE_DIM", FULL),
     "children seen for nodes": ("b_word[:, None] >> o_n[None, :]", "b_word[:, None] >> (o_n[None, :] ^ 1)", FULL),
     "splits that overlap": ("(split + 1) * share", "(split + 1) * share + 1", FULL),
-    "the sink in every split": ("sinks is not None and splits == 1", "sinks is not None", FULL),
-    "merged sums not rescaled": ("b_l = b_l * b_decay + b_weight", "b_l = b_l + b_weight", FULL),
+    "the sink in every split": ("tl.where(split == 0, b_sink", "tl.where(split >= 0, b_sink", FULL),
+    "the last of many splits left out": ("o_s < splits", "o_s < splits - 1", FULL),
+    "only one tile of splits merged": ("tl.range(0, splits, BLOCK_S)", "tl.range(0, BLOCK_S, BLOCK_S)", LARGE[2]),
     "half a softcap": ("1 - 2 / (1 + tl", "1 - 1 / (1 + tl", FULL),
     "values of the first head": ("tl.cast(head, tl.int64) * v_strides[1]", "0 * v_strides[1]", FULL),
 }  # fmt: skip
