@@ -53,7 +53,7 @@ def _halfway(low, high):
 
 @triton.jit
 def _floor_of_tile(b_top, top_k, SHIFT: tl.constexpr, WIDE: tl.constexpr):
-    """A logit that top_k to 2 top_k groups are not below, whose largest logits are b_top; the least there is if there are fewer."""
+    """A logit that top_k to 2 top_k groups are not below, whose largest logits are b_top; -inf if there are fewer groups."""
     b_key = _key(b_top, SHIFT, WIDE)
     low, high = _key(tl.full((), -float("inf"), b_top.dtype), SHIFT, WIDE), tl.max(b_key)
     while low < high:

@@ -48,7 +48,8 @@ def _owed(
     b_p = exponential(b_x, peak, cut, rate(temperature, WIDE)) * (1 / total).to(b_x.dtype)
     if DRAFT:
         up = tl.where(unit < _LITTLE, 1 / _LITTLE, 1.0)  # a power of two, as is the unit: neither product rounds
-        b_w = tl.load(p_draft + o_v, mask=o_v < vocab, other=0.0).to(b_p.dtype) * up.to(b_p.dtype)
+        b_w = tl.load(p_draft + o_v, mask=o_v < vocab, other=0.0).to(b_p.dtype)
+        b_w = tl.minimum(b_w, 2 * unit.to(b_p.dtype)) * up.to(b_p.dtype)  # siblings alone have larger weights
         b_p = tl.maximum(b_p - (scale / unit / up).to(b_p.dtype) * b_w, 0.0)
     return _put(b_p, o_v, b_token, b_token // BLOCK == i_block, b_owed, WIDTH)
 
@@ -160,16 +161,15 @@ def _begin_kernel(
         p_logits, p_part, p_first, p_arrived, i_row * nodes + node, i_tile, vocab, tiles, temperature,
         GREEDY, WIDE, BLOCK, LINE,
     )  # fmt: skip
-    if DRAFT:
-        if node < internal:
-            parent = i_row * internal + node
-            b_index, _ = _children(i_row, node, p_children, p_laws, nodes, width, WIDTH)
-            b_token, _ = _tokens(i_row, b_index, p_tokens, nodes, WIDTH)
-            o_v, b_w = read_tile(p_draft, parent, i_tile, vocab, tiles, BLOCK, LINE)
-            b_w = tl.where(o_v < vocab, b_w.to(tl.float64 if DRAFT_WIDE else tl.float32), 0.0)
-            b_here = (b_token >= 0) & (b_token // LINE % tiles == i_tile)
-            b_w = _put(b_w, o_v, b_token, b_here, tl.zeros([WIDTH], tl.float64), WIDTH)
-            tl.store(p_weight + parent * tiles + i_tile, summed(b_w, BLOCK))
+    if DRAFT and node < internal:
+        parent = i_row * internal + node
+        b_index, _ = _children(i_row, node, p_children, p_laws, nodes, width, WIDTH)
+        b_token, _ = _tokens(i_row, b_index, p_tokens, nodes, WIDTH)
+        o_v, b_w = read_tile(p_draft, parent, i_tile, vocab, tiles, BLOCK, LINE)
+        b_w = tl.where(o_v < vocab, b_w.to(tl.float64 if DRAFT_WIDE else tl.float32), 0.0)
+        b_here = (b_token >= 0) & (b_token // LINE % tiles == i_tile)
+        b_w = _put(b_w, o_v, b_token, b_here, tl.zeros([WIDTH], tl.float64), WIDTH)
+        tl.store(p_weight + parent * tiles + i_tile, summed(b_w, BLOCK))
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "j"])
@@ -188,7 +188,7 @@ def _reject_kernel(
     b_index, b_rank = _children(i_row, node, p_children, p_laws, nodes, width, WIDTH)
     b_next = tl.where(b_rank == j, b_index, 0)
     settled = tl.load(p_next + at, mask=j > 0, other=0)
-    if (settled == 0) & ((tl.max(b_next) > 0) | (j == 0)):
+    if (settled == 0) & ((tl.max(b_next) > 0) | (i_block + j == 0)):
         peak, cut, total, best = merged(p_part, p_first, at, parts, temperature, GREEDY, PARTS)
         b_token, b_p, b_own, b_drawable, b_chance, drawn, unit = _siblings(
             i_row, node, b_index, b_rank, p_logits, peak, cut, total, best, p_tokens, p_laws, p_draft, p_weight,
@@ -207,15 +207,14 @@ def _reject_kernel(
             first = tl.min(tl.where((b_tried > 0) & (b_coin < b_limit), o_w, WIDTH))
             child = tl.sum(tl.where(o_w == first, b_index, 0))
             tl.store(p_next + at, tl.where(total == total, child, -1), mask=i_block == 0)
-            if DRAFT:
-                if (j < drawn) & (child == 0):
-                    scale += (rest + tl.sum(b_owed)) * (unit / tl.sum(tl.where(b_next > 0, b_drawable, 0.0)))
-                    b_mass = _owed(
-                        p_logits + at * vocab, p_draft + parent * vocab, peak, cut, total, i_block, vocab,
-                        b_token, b_p * 0, scale, unit, temperature, DRAFT, WIDE, WIDTH, BLOCK,
-                    )  # fmt: skip
-                    tl.store(p_scale + j, scale)
-                    tl.store(p_rest + j * blocks + i_block, summed(b_mass, BLOCK))
+            if DRAFT and (j < drawn) & (child == 0):
+                scale += (rest + tl.sum(b_owed)) * (unit / tl.sum(tl.where(b_next > 0, b_drawable, 0.0)))
+                b_mass = _owed(
+                    p_logits + at * vocab, p_draft + parent * vocab, peak, cut, total, i_block, vocab,
+                    b_token, b_p * 0, scale, unit, temperature, DRAFT, WIDE, WIDTH, BLOCK,
+                )  # fmt: skip
+                tl.store(p_scale + j, scale)
+                tl.store(p_rest + j * blocks + i_block, summed(b_mass, BLOCK))
 
 
 @triton.jit
@@ -313,7 +312,7 @@ def verify(
     logits, tokens, children, laws = (x.contiguous() for x in (logits, tokens, children, laws))
     width, heat, wide, greedy = children.shape[2], warmth(temperature), logits.dtype == torch.float64, temperature == 0
     drawn = draft_probs is not None and not greedy
-    draft = draft_probs.contiguous() if draft_probs is not None else logits  # not read where there is none
+    draft = draft_probs.contiguous() if draft_probs is not None and drawn else logits  # else it is not read
     tiles, filters = Tiles.of(logits), Filters.of(vocab, temperature, top_k, top_p, min_p)
     part = tiles.numbers(logits, batch * nodes)
     block = min(_BLOCK // 2 if wide else _BLOCK, max(triton.next_power_of_2(vocab), 16))

@@ -24,7 +24,6 @@ from specdec import DraftTree, Law, Topology
 from specdec_kernels.reference import verify as reference
 from specdec_kernels.triton import tiles as tiling
 
-
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
