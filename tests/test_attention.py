@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """The CPU answers as a GPU does, and takes few queries at a time; collects the packed masks, None where there was none."""
+def asked(monkeypatch):
+    """The CPU answers as a GPU does; collects the packed masks, None where there was none."""
     answers, sight = [], View.packed_mask
 
     def note(view, window):
@@ -33,9 +33,15 @@ def told(monkeypatch):
         return answers[-1]
 
     monkeypatch.setattr(specdec_kernels, "DEVICES", {"cpu"})
-    monkeypatch.setattr(attention, "MAX_NODES", NODES)
     monkeypatch.setattr(View, "packed_mask", note)
     return answers
+
+
+@pytest.fixture
+def told(asked, monkeypatch):
+    """The same, where a kernel takes few queries at a time."""
+    monkeypatch.setattr(attention, "MAX_NODES", NODES)
+    return asked
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,11 +155,11 @@ def test_scores_that_are_written_out_are_those_of_few_queries(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["none", "chain", "dynamic", "layers left out", "heads", "features"])
-def test_where_there_is_a_kernel_no_dense_mask_is_built(name, told, monkeypatch):
+def test_where_there_is_a_kernel_no_dense_mask_is_built(name, asked, monkeypatch):
     expected = texts(DRAFTERS[name](DRAFT), "eager")
     monkeypatch.setattr(View, "bias", lambda *_: pytest.fail("a dense mask"))
     for engine in ("eager", "graph"):
-        told.clear()
+        asked.clear()
         assert all(map(torch.equal, texts(DRAFTERS[name](DRAFT), engine), expected))
         # two bounds and one word, however long the cache is
-        assert told and all(answer.shape[3] == 3 for answer in told)
+        assert asked and all(answer.shape[3] == 3 for answer in asked)

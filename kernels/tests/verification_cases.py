@@ -19,7 +19,14 @@ from specdec_kernels.reference.law import law as law_reference
 FLOAT32 = 1e-5  # how far a float32 threshold may be from the float64 one: a few roundings of a sum over the vocabulary
 TOTAL = 3e-6  # relative, of a sum of exponentials: a float32 argument of 20 rounds by 1e-6, the chip's exp2 by 2e-7
 PLAIN = (1.0, None, None, None)  # temperature, top-k, top-p, min-p
-FILTERS = [(0.0, None, None, None), (1.0, None, None, 0.1), (0.5, 5, None, None), (0.75, 20, 0.8, 0.05)]
+GREEDY = (0.0, None, None, None)
+FILTERS = [
+    GREEDY,
+    (1.0, None, None, 0.1),
+    (0.5, 5, None, None),
+    (0.75, None, 0.9, None),
+    (0.75, 20, 0.8, 0.05),
+]
 
 
 def fresh_seed() -> int:
@@ -44,7 +51,10 @@ def assert_law_is_right(logits: Tensor, filters: tuple, found: tuple[Tensor, Ten
     due, first = law_reference(exact, *filters)
     assert torch.equal(best, first) and torch.equal(law[:, 0], due[:, 0])
     kept, right = ((exact >= numbers[:, 1:2]) & exact.isfinite() for numbers in (law, due))
-    weights = ((exact - due[:, :1]) / (filters[0] or 1.0)).exp()
+    if filters[0] == 0:
+        assert torch.equal(law, due)
+        return
+    weights = ((exact - due[:, :1]) / filters[0]).exp()
     disputed = (weights * (kept != right)).sum(1) / due[:, 2]
     assert disputed.max() <= FLOAT32, f"tokens of weight {disputed.max():.1e} are kept or left out wrongly"
     torch.testing.assert_close(law[:, 2], (weights * kept).sum(1), rtol=TOTAL, atol=0)

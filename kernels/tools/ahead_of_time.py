@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 import subprocess
 import tempfile
@@ -40,6 +41,8 @@ class Compiled(NamedTuple):
     stack: int  # bytes a thread
     shared: int  # bytes a program
     warps: int  # a program
+    # Of kernels over the vocabulary, instructions of a thread by token it holds, rounded up; 0 of others.
+    per_token: int
     instructions: Counter[str]
 
 
@@ -91,7 +94,9 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(_read(self.fn.__name__, kernel))
+        threads = TARGETS[arch].warp_size * kernel.metadata.num_warps
+        tokens = options["BLOCK"] / threads if "BLOCK" in options and "vocab" in self.arg_names else 0
+        compiled.append(_read(self.fn.__name__, kernel, tokens))
         return kernel
 
     driver.set_active(_Absent(TARGETS[arch]))
@@ -103,22 +108,29 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
         driver._active = None
 
 
-def _read(name: str, kernel: Any) -> Compiled:
+def _read(name: str, kernel: Any, tokens: float) -> Compiled:
+    """`tokens`: how many of the vocabulary a thread holds."""
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+
+    def per_token(instructions: Counter[str]) -> int:
+        return math.ceil((instructions.total() - instructions["NOP"]) / tokens) if tokens else 0
+
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         vgpr, spills, stack = (
             int(re.search(rf"\.{field}:\s+(\d+)", text)[1])  # type: ignore[index]
             for field in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        return Compiled(name, vgpr, spills, stack, shared, warps, Counter(_GCN.findall(text)))
+        instructions = Counter(_GCN.findall(text))
+        return Compiled(name, vgpr, spills, stack, shared, warps, per_token(instructions), instructions)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         instructions = Counter(_SASS.findall(_run("nvdisasm", "-c", file.name)))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    return Compiled(name, registers, instructions["LDL"] + instructions["STL"], stack, shared, warps, instructions)
+    spills = instructions["LDL"] + instructions["STL"]
+    return Compiled(name, registers, spills, stack, shared, warps, per_token(instructions), instructions)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -121,10 +121,14 @@ def _verification() -> list[Launch]:
         Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_reject_kernel"),
         Launch("verify float64", partial(_verify, torch.float64, True, 4, filtered), "_reject_kernel"),
         *(
-            Launch(f"law {name}", partial(law, rows, 0.7, top_k, top_p, None), "_law_kernel", (PREFETCH,))
-            for name, top_k, top_p in (("plain", None, None), ("top-k", 50, None), ("top-p", None, 0.9))
+            Launch(f"law {name}", partial(law, rows, temperature, top_k, top_p, None), kernel)
+            for name, temperature, top_k, top_p, kernel in (
+                ("greedy", 0.0, None, None, "_tile_kernel"),
+                ("top-k", 0.7, 50, None, "_filter_kernel"),
+                ("top-p", 0.7, None, 0.9, "_filter_kernel"),
+            )
         ),
-        Launch("law filtered", partial(law, rows, *filtered), "_law_kernel", (PREFETCH,), quick=True),
+        Launch("law filtered", partial(law, rows, *filtered), "_filter_kernel", quick=True),
         Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
     ]
 

@@ -57,19 +57,18 @@ def law(
 
     Returns:
         (peak, cut, total) [row, 3] float64, total NaN where there is no law (a NaN or +inf, or all logits -inf);
-        the first most probable token [row] int64, which is the whole law at temperature 0: cut and total are those
-        of temperature 1 there.
+        the first most probable token [row] int64, which is the whole law at temperature 0: there cut is the peak, and
+        total is 1.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     peak, best = scores.max(-1, keepdim=True)
-    kept = probabilities(logits, temperature or 1.0, top_k, top_p, min_p) > 0
-    cut = scores.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    total = (
-        ((scores - peak) / (temperature or 1.0))
-        .exp()
-        .where(scores >= cut, 0)
-        .sum(-1, keepdim=True, dtype=torch.float64)
-    )
+    if temperature == 0:
+        cut, total = peak, torch.ones_like(peak, dtype=torch.float64)
+    else:
+        kept = probabilities(logits, temperature, top_k, top_p, min_p) > 0
+        cut = scores.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        weights = ((scores - peak) / temperature).exp().where(scores >= cut, 0)
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
     total = total.masked_fill(~peak.isfinite(), torch.nan)
     return torch.cat([peak.double(), cut.double(), total], -1), best[:, 0]
 

@@ -41,6 +41,17 @@ def test_planted_defects_fail(name, monkeypatch):
     assert any(message in fault for fault in faults), faults
 
 
+def test_more_instructions_a_token_fail(monkeypatch):
+    from specdec_kernels.triton import tiles
+
+    monkeypatch.setattr(tiles, "_TILE", 1024)  # which does no more for each token, but as much for each tile
+    budgets = json.loads(aot_gate.BUDGETS.read_text("utf-8"))["kernels"]
+    greedy = next(launch for launch in CASES if launch.name == "law greedy")
+    _, faults = aot_gate.gate(("sm_90",), [greedy], budgets)
+    assert [fault.split(":")[0] for fault in faults] == ["sm_90 law greedy _tile_kernel"]
+    assert "instructions a token, its budget is 12" in faults[0]
+
+
 def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
     from specdec_kernels.triton import tree_attention
 

@@ -9,7 +9,7 @@ import specdec_kernels.triton.verify as kernel
 SETS = 210
 BUGS = {
     "weights of the children among those off them": (
-        "_put(b_w, o_v, b_token, tl.zeros([WIDTH], tl.float64), WIDTH)",
+        "_put(b_w, o_v, b_token, b_here, tl.zeros([WIDTH], tl.float64), WIDTH)",
         "b_w",
     ),
     "weights not in units": (

@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from verification_cases import FILTERS, law_logits
+from planted import planted
+from program_order import backwards
+from verification_cases import FILTERS, PLAIN, assert_law_is_right, law_logits
 
+import specdec_kernels.triton.law as kernel
 from specdec_kernels.reference.law import law as reference
+from specdec_kernels.triton import filters as filtering
+from specdec_kernels.triton import tiles as tiling
 from specdec_kernels.triton.law import law
 
 TOTAL = {
@@ -15,16 +20,47 @@ TOTAL = {
 }  # relative: roundings of exp, summed in float64
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernel_keeps_exactly_the_tokens_of_the_specification(dtype, filters):
-    x = law_logits(70, dtype)
+pytestmark = pytest.mark.usefixtures("poisoned")
+EXTREME = [(1.0, 1, None, None), (0.5, 60, None, None), (0.75, None, 1e-9, None)]
+
+
+def assert_exact(x, filters):
     (got, best), (due, first) = law(x, *filters), reference(x, *filters)
     kept = [(x.double() >= row[:, 1:2]) & x.isfinite() for row in (got, due)]
     assert torch.equal(*kept)
     assert torch.equal(best, first)
     assert torch.equal(got[:, 0], due[:, 0])
-    torch.testing.assert_close(got[:, 2], due[:, 2], rtol=TOTAL[dtype], atol=0)
+    torch.testing.assert_close(got[:, 2], due[:, 2], rtol=TOTAL[x.dtype], atol=0)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_keeps_exactly_the_tokens_of_the_specification(dtype, filters):
+    assert_exact(law_logits(70, dtype), filters)
+
+
+@pytest.mark.parametrize("room", [1, 512])  # groups: 1 is too few wherever a filter keeps more than a few tokens
+@pytest.mark.parametrize("filters", [*FILTERS, *EXTREME], ids=str)
+def test_neither_tiles_nor_their_room_nor_the_order_of_programs_change_a_law(filters, room, monkeypatch):
+    monkeypatch.setattr(tiling, "_TILE", 16)
+    monkeypatch.setattr(filtering, "_ROOM", room)
+    x = law_logits(70, torch.bfloat16)[: 3 if room > 1 else 1]
+    assert_exact(x, filters)
+    found = law(x, *filters)
+    with backwards():
+        assert all(map(torch.equal, law(x, *filters), found))  # bit by bit
+
+
+@pytest.mark.parametrize("filters", [(0.7, None, 0.9, None), (0.7, 50, None, None)], ids=str)
+def test_large_vocabularies_of_hard_laws(filters):
+    """Near and exact ties, one token that is certain, denormals, none but a few tokens that are possible."""
+    x = torch.randn(5, 151936, generator=torch.Generator().manual_seed(0)) * 3
+    x[1, 5:60] = x[1].max() + torch.arange(55) % 2 * 0.0625
+    x[2, 77] = 200.0
+    x[3, 9:-9] = -torch.inf
+    assert_law_is_right(x[:4].bfloat16(), filters, law(x[:4].bfloat16(), *filters))
+    x[4, :9], x[4, 9:] = 1e-40, -torch.inf
+    assert_law_is_right(x[4:], filters, law(x[4:], *filters))
 
 
 def test_rows_of_several_blocks_in_float64():
@@ -42,3 +78,39 @@ def test_logits_that_are_no_law_have_no_total(filters):
     for compute in (law, reference):
         with np.errstate(invalid="ignore"):
             assert compute(x, *filters)[0][:, 2].isnan().tolist() == [True, True, True, False]
+
+
+BUGS = {
+    "the floor of one tile is the threshold": (
+        filtering,
+        "cut = tl.maximum(cut, least)",
+        "cut = tl.maximum(cut, floor)",
+    ),
+    "what found no room is forgotten": (filtering, "if tl.max(b_count) > stride:", "if tl.max(b_count) < 0:"),
+    "the mass of what top-k cut counts": (filtering, "if TOP_K:\n            due", "if not TOP_P:\n            due"),
+    "sums of tiles in units of their own peaks": (tiling, "tl.sum(b_total * tl.exp2(", "tl.sum(b_total + 0 * tl.exp2("),
+    "the first token of the last tile": (tiling, "tl.min(tl.where(mask & (b_peak", "tl.max(tl.where(mask & (b_peak"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflows and NaN, which is what they are
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
+    module, *change = BUGS[bug]
+    wrong = planted(module, *change, tmp_path)
+    monkeypatch.setattr(tiling, "_TILE", 16)
+    if module is filtering:
+        monkeypatch.setattr(wrong, "_ROOM", 2)
+        monkeypatch.setattr(kernel, "Filters", wrong.Filters)
+    else:
+        monkeypatch.setattr(kernel, "merged", wrong.merged)
+    x = law_logits(70, torch.bfloat16)
+    assert any(differs(x, filters) for filters in (PLAIN, *FILTERS[2:], (1.0, 5, 0.8, None)))
+
+
+def differs(x, filters):
+    try:
+        assert_exact(x, filters)
+    except AssertionError:
+        return True
+    return False

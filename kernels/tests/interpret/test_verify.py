@@ -6,12 +6,25 @@ from typing import Any
 import pytest
 import torch
 from planted import planted
+from program_order import backwards
 from random_trees import random_trees
-from verification_cases import PLAIN, battery, coins, differing, verify_arguments, with_nan_where_nobody_looks, wrong
+from verification_cases import (
+    GREEDY,
+    PLAIN,
+    battery,
+    coins,
+    differing,
+    verify_arguments,
+    with_nan_where_nobody_looks,
+    wrong,
+)
 
 import specdec_kernels.triton.verify as kernel
 from specdec import DraftTree, Law, Topology
 from specdec_kernels.reference import verify as reference
+from specdec_kernels.triton import tiles as tiling
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def test_float64_decisions_are_those_of_the_specification():
@@ -20,14 +33,17 @@ def test_float64_decisions_are_those_of_the_specification():
 
 
 def test_many_blocks_decide_as_one_does(monkeypatch):
-    monkeypatch.setattr(kernel, "_BLOCK", 16)  # of float64 8
+    monkeypatch.setattr(kernel, "_BLOCK", 32)  # of float64 16
+    monkeypatch.setattr(tiling, "_TILE", 64)  # of float64 16
     case = next(case for case in battery() if case[0].shape[2] == 30)
     assert not differing(kernel.verify(*case), reference.verify(*case)).any()
+    with backwards():  # whichever program ends a row
+        assert not differing(kernel.verify(*case), reference.verify(*case)).any()
 
 
 @pytest.mark.parametrize(
     ("dtype", "filters"),
-    [(torch.float32, PLAIN), (torch.float32, (0.0, None, None, None)), (torch.bfloat16, (0.5, 4, 0.9, 0.05))],
+    [(torch.float32, PLAIN), (torch.float32, GREEDY), (torch.bfloat16, GREEDY), (torch.bfloat16, (0.5, 4, 0.9, 0.05))],
     ids=str,
 )
 def test_lower_precision_decides_otherwise_only_next_to_a_threshold(dtype, filters):

@@ -76,3 +76,57 @@ def test_on_cuda_devices_sibling_rejection_is_one_op():
         made = SiblingRejection().decide_batch(tree, law, GivenCoins(coins, coins))
         assert [made.path.shape, made.accepted.shape, made.token.shape] == [(2, 3), (2,), (2,)]
     assert seen.names == ["verify.default"]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that are launched, none of which runs, and of torch's ops."""
+    from triton.runtime.jit import JITFunction
+
+    names = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: names.append(kernel.fn.__name__))
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.__name__.startswith(("new_empty", "empty", "view", "_unsafe_view", "select", "slice")):
+                names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Noted():
+        yield names
+
+
+FILTERED = (0.7, 50, 0.9, None)
+POINTS = ["_begin_kernel", "_reject_kernel", "_emit_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "draws", "due"),
+    [
+        ((0.0, None, None, None), 0, POINTS),
+        ((0.0, *FILTERED[1:]), 16, POINTS),  # what is most probable is, whatever was drawn and filtered
+        ((0.7, None, None, None), 0, POINTS),
+        (FILTERED, 0, ["_begin_kernel", "_filter_kernel", "_reject_kernel", "_emit_kernel"]),
+        ((0.7, None, None, None), 1, POINTS),
+        ((0.7, None, None, None), 4, ["_begin_kernel", *["_reject_kernel"] * 4, "_emit_kernel"]),
+        (FILTERED, 4, ["_begin_kernel", "_filter_kernel", *["_reject_kernel"] * 4, "_emit_kernel"]),
+        ((0.7, None, None, None), 16, ["_begin_kernel", *["_reject_kernel"] * 16, "_emit_kernel"]),
+    ],
+)
+def test_a_verification_is_so_many_launches(filters, draws, due, launches):
+    from specdec_kernels.triton.verify import verify
+
+    logits, tokens = torch.empty(2, 64, 128256, device="meta"), torch.empty(2, 64, dtype=torch.int64, device="meta")
+    children, laws = tokens.new_empty(2, 64, draws or 4), tokens.new_empty(2, 64, dtype=torch.uint8)
+    coins = (logits.new_empty(2, 64, dtype=torch.float64) for _ in range(2))
+    weights = logits.new_empty(2, 63 // draws + 1, 128256) if draws else None
+    verify(logits, tokens, children, laws, weights, *coins, 3, *filters, 1.0)
+    assert launches == due
+
+
+@pytest.mark.parametrize("filters", [(0.0, None, None, None), FILTERED], ids=str)
+def test_laws_are_two_launches(filters, launches):
+    from specdec_kernels.triton.law import law
+
+    law(torch.empty(64, 128256, device="meta"), *filters)
+    assert launches == ["_tile_kernel", "_filter_kernel" if filters == FILTERED else "_merge_kernel"]
