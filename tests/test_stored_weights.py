@@ -22,7 +22,7 @@ from experiments.equality import gap
 from specdec.drafters import LayerSkipDrafter, MedusaDrafter, ModelDrafter, NgramDrafter
 from specdec.huggingface.gguf import read_model
 from specdec.models.fingerprint import fingerprint
-from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear, rows_of
+from specdec.models.stored_layers import FORMATS, StoredEmbedding, StoredLinear, rows_of, unrounded
 from specdec.trees import Widths
 
 FAMILIES = {**GATE, "gemma4": MATRIX["gemma4_shared_unequal_layers"], "deepseek_v3": MATRIX["deepseek_v3_latent"],
@@ -220,6 +220,27 @@ def test_a_stored_embedding_refuses_ids_that_its_plain_one_refuses(token):
     model = specdec.store_weights(small(tie_word_embeddings=True), "int8")
     with pytest.raises(IndexError):
         model(torch.tensor([[1, token]]))
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_products_are_unrounded_where_that_is_asked_for(weights):
+    layer = specdec.store_weights(nn.Linear(72, 24).eval(), weights)
+    x = torch.randn(3, 72)
+    rounded, exact = layer(x), x @ layer.weight.clone().T + layer.bias
+    with unrounded():
+        torch.testing.assert_close(layer(x), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(x), rounded)
+    assert ((rounded - exact).abs().max() > 1e-3) == (weights != "bf16")
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_model_that_scores_by_place_in_a_pass_is_refused_whatever_it_is_stored_in(weights):
+    model = specdec.store_weights(small(), weights)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: out + 0.01 * torch.arange(out.shape[-2])[:, None]
+    )
+    with pytest.raises(ValueError, match=r"of the largest logit, of which rounding is at most 1e-03"):
+        specdec.ModelTarget(model)
 
 
 class OwnNames(nn.Linear):

@@ -13,7 +13,6 @@ from specdec.models.cache import cache_argument
 from specdec.models.prepared_inputs import difference_from_text, prepared_inputs, preparer_name
 from specdec.models.ready import UnsupportedModel, device_of, rows_of
 from specdec.models.routing import Route
-from specdec.models.stored_layers import is_stored
 
 # Largest difference between a tree and its paths, as a fraction of the largest logit. Rounding stays orders of
 # magnitude below (measured: 1e-6 in float32); a wrong mask or position changes logits by a tenth or more.
@@ -91,7 +90,7 @@ def apart_by(model: PreTrainedModel, found: Tensor, alone: Tensor, inside: torch
     """
     dtype = alone.dtype if inside is None or alone.dtype.itemsize < inside.itemsize else inside
     difference = float((found - alone).abs().max() / alone.abs().max())
-    quantised = getattr(model, "is_quantized", False) or is_stored(model)
+    quantised = getattr(model, "is_quantized", False)
     limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
     near = difference <= limit or not bool(alone.isfinite().all())
     return None if near else f"{difference:.1e} of the largest logit, of which rounding is at most {limit:.0e}"

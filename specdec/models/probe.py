@@ -28,6 +28,7 @@ from specdec.models.recording import RecordingCache
 from specdec.models.recurrent_probe import checks, over_cache
 from specdec.models.routing import Route
 from specdec.models.served_functions import one_pass, serve
+from specdec.models.stored_layers import unrounded
 from specdec.tree import Topology
 
 Layout = list[LayerShape]
@@ -113,7 +114,7 @@ def _probe(model: PreTrainedModel) -> Layout:
             model, f"its cache holds more than plain keys and values (cache layers: {', '.join(odd)})"
         )
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), unrounded():  # rounding of activations differs by more than a tree may
             if recurrent:
                 return _probe_recurrent(model)
             logits, layout = score_probe_tree(model)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,26 @@ FORMATS = {
     "int8": Format(layout.pack_int8, specdec_kernels.linear_int8, layout.unpack_int8),
     "int4": Format(layout.pack_int4, specdec_kernels.linear_int4, layout.unpack_int4),
 }
+
+
+class _Here(threading.local):
+    unrounded = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Inside, in this thread, integers are multiplied with activations to the precision of float32.
+
+    That takes thrice as long: what rounding takes away is multiplied too, twice over.
+    """
+    before, _here.unrounded = _here.unrounded, True
+    try:
+        yield
+    finally:
+        _here.unrounded = before
 
 
 class StoredMatrix(Tensor):
@@ -127,7 +149,16 @@ class StoredLinear(nn.Linear):
                 f"A layer stored in {self.stored_as} takes no gradients; train with the model as it was loaded, and store its "
                 "weights then, or run this under torch.no_grad()."
             )
-        return FORMATS[self.stored_as].linear(input.float(), *self.stored_parts, self.out_features).to(input.dtype)
+        x = input.float()
+        product = self._stored_product(x)
+        if not torch.compiler.is_compiling() and _here.unrounded and self.stored_scales is not None:
+            for _ in range(2):
+                x = x - layout.rounded(x)[..., : self.in_features]
+                product = product + self._stored_product(x)
+        return product.to(input.dtype)
+
+    def _stored_product(self, x: Tensor) -> Tensor:
+        return FORMATS[self.stored_as].linear(x, *self.stored_parts, self.out_features)
 
     def _stored_unpacked(self, parts: tuple[Tensor, ...]) -> Tensor:
         return FORMATS[self.stored_as].unpack(*parts)[:, : self.in_features].to(self.stored_dtype)

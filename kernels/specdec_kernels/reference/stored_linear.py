@@ -56,7 +56,7 @@ def unpack_int8(weight: Tensor, scale: Tensor) -> Tensor:
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight, scale: of `pack_int8`; returns [..., out]."""
-    return _product(_rounded(x), unpack_int8(weight, scale), out)
+    return _product(rounded(x), unpack_int8(weight, scale), out)
 
 
 def pack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def unpack_int4(weight: Tensor, scales: Tensor) -> Tensor:
 
 def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, out: int) -> Tensor:
     """x: [..., in] float32; weight, scales: of `pack_int4`; returns [..., out]."""
-    return _product(_rounded(x), unpack_int4(weight, scales), out)
+    return _product(rounded(x), unpack_int4(weight, scales), out)
 
 
 def rows(ids: Tensor, weight: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
@@ -97,14 +97,8 @@ def rows(ids: Tensor, weight: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
     return weight.movedim(-2, 1)[at].unsqueeze(-2), *(each.movedim(-1, 1)[at].unsqueeze(-1) for each in scales)
 
 
-def _tiles(weight: Tensor, n: int) -> Tensor:
-    """[tile, step, 16, n] of [out, in]."""
-    weight = pad(weight, (0, -weight.shape[1] % n, 0, -weight.shape[0] % OUTPUTS))
-    return weight.view(-1, OUTPUTS, weight.shape[1] // n, n).transpose(1, 2)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """x [..., in] rounded in each group; no numbers in groups where x is not finite."""
+def rounded(x: Tensor) -> Tensor:
+    """x [..., in] rounded in each group, filled up with zeros to whole ones; no numbers in groups where x is not finite."""
     groups = pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     most = groups.abs().amax(-1, True)
     whole = (groups * torch.where(most >= LEAST, 127 / most, 0)).round()
@@ -112,6 +106,12 @@ def _rounded(x: Tensor) -> Tensor:
     return (
         torch.where(finite, whole, 0) * torch.where(finite, torch.where(most >= LEAST, most / 127, 0), torch.nan)
     ).flatten(-2)
+
+
+def _tiles(weight: Tensor, n: int) -> Tensor:
+    """[tile, step, 16, n] of [out, in]."""
+    weight = pad(weight, (0, -weight.shape[1] % n, 0, -weight.shape[0] % OUTPUTS))
+    return weight.view(-1, OUTPUTS, weight.shape[1] // n, n).transpose(1, 2)
 
 
 def _on_grid(groups: Tensor, step: Tensor, least: Tensor) -> tuple[Tensor, ...]:
