@@ -20,7 +20,7 @@ from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
 from specdec.engines.base import Stages
 from specdec.models.fingerprint import fingerprint
-from specdec.models.memory import DoesNotFit
+from specdec.models.memory import DoesNotFit, all_memory
 from specdec.models.ready import autocast_dtype
 from specdec.models.target import Target, TargetRun
 
@@ -56,8 +56,9 @@ class Runs:
     smaller: Runs | None = None
 
     @property
-    def device(self) -> torch.device:
-        return self.batch.device
+    def device_memory(self) -> int | None:
+        """Bytes of memory that the device has; None where it is not known."""
+        return all_memory(self.batch.device)
 
     @property
     def bytes(self) -> int:

@@ -74,7 +74,7 @@ def test_other_trees_texts_and_seeds_are_not_compiled_again():
 LEVELS = {  # drafts, and how many sizes their passes have: a draft model reads an accepted leaf and the root together
     "a model's chain": (lambda draft: ModelDrafter(draft, Chain(3)), {(1, 2), (1, 1)}),
     "a model's long chain": (lambda draft: ModelDrafter(draft, Chain(9)), {(1, 2), (1, 1)}),
-    "a model's tree": (lambda draft: ModelDrafter(draft, Dynamic(8, 4, 2)), {(1, 2)}),
+    "a model's tree": (lambda draft: ModelDrafter(draft, Dynamic(3, 3, 2)), {(1, 2)}),
     "layers left out": (lambda draft: LayerSkipDrafter(skip=[1], tree=Chain(3)), {(1, 1)}),
 }
 

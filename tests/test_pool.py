@@ -125,6 +125,14 @@ def test_the_oldest_parts_are_dropped_beyond_the_limit(caches):
 
 
 def test_what_is_larger_than_the_limit_is_not_kept_and_nothing_is_kept_by_0_bytes(caches):
+    engine = specdec.Graphs()
+    taking(engine, None, prompts=PROMPTS[:1])
+    most = engine.pooled_bytes
+    engine = specdec.Graphs(pool_bytes=most)
+    taking(engine, None, prompts=PROMPTS[:1])
+    with pytest.warns(UserWarning, match="is not kept"):
+        taking(engine, None)  # and does not drop what was there
+    assert engine.pooled_bytes == most and any(cache() for cache in caches)
     engine = specdec.Graphs(pool_bytes=1000)
     with pytest.warns(
         UserWarning, match=r"takes [\d,]+ bytes and is not kept .* may take 1,000: .* Raise Graphs\(pool_b"
@@ -141,8 +149,7 @@ def test_by_default_a_quarter_of_the_memory_may_wait(monkeypatch):
     engine = specdec.Graphs()
     taking(engine, None)
     size = engine.pooled_bytes
-    for module in (memory, specdec.engines.pool):
-        monkeypatch.setattr(module, "all_memory", lambda device: 4 * size - 1)
+    monkeypatch.setattr(specdec.runs, "all_memory", lambda device: 4 * size - 1)
     engine = specdec.Graphs()
     with pytest.warns(UserWarning, match=f"takes {size:,} bytes"):
         taking(engine, None)

@@ -6,10 +6,6 @@ import threading
 import warnings
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
-from specdec.models.memory import all_memory
-
 _SHARE = 4  # by default, parts of ended runs take at most one such part of their device's memory
 
 
@@ -22,7 +18,9 @@ class Parts(Protocol):
         ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device_memory(self) -> int | None:
+        """Bytes of memory that its device has; None where it is not known."""
+        ...
 
 
 class _Idle(NamedTuple):
@@ -59,16 +57,17 @@ class Pool:
 
     def add(self, key: Any, parts: Parts) -> None:
         """Keep the parts of a run that has ended, and drop the oldest as far as all take more than the limit."""
-        size, limit = parts.bytes, self._limit
+        size, limit, memory = parts.bytes, self._limit, parts.device_memory
         if limit is None:
-            memory = all_memory(parts.device)
-            limit = size if memory is None else memory // _SHARE
-        if size > limit > 0:
-            warnings.warn(
-                f"engine: what this run owned takes {size:,} bytes and is not kept for the next one, as all that is kept may "
-                f"take {limit:,}: a run of its kind allocates and captures anew. Raise Graphs(pool_bytes=...) to keep it.",
-                stacklevel=2,
-            )
+            limit = self.bytes + size if memory is None else memory // _SHARE
+        if size > limit:
+            if limit:  # 0 asks for it
+                warnings.warn(
+                    f"engine: what this run owned takes {size:,} bytes and is not kept for the next one, as all that "
+                    f"is kept may take {limit:,}: a run of its kind captures anew. Raise Graphs(pool_bytes=...) to keep it.",
+                    stacklevel=2,
+                )
+            return
         dropped = []  # freed after the lock is
         with self._lock:
             self._idle.append(_Idle(key, parts, size))

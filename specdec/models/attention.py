@@ -78,7 +78,9 @@ class View:
             sizes: of `windows` that will be asked for.
         """
         added = 0, nodes - self.topology.parents.shape[1]
-        self.ancestors, self.depths = (nn.functional.pad(part, added) for part in (self.ancestors, self.depths))
+        for name in ("ancestors", "depths"):
+            part = getattr(self, name).clone(memory_format=torch.contiguous_format)  # code is for one layout
+            setattr(self, name, nn.functional.pad(part, added))
         _ = self.positions, [self.windows(size) for size in sizes]
 
     def windows(self, size: int) -> Tensor:
