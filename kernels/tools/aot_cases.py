@@ -21,7 +21,7 @@ VOCAB = 128256  # of Llama 3
 Filters = tuple[float, int | None, float | None, float | None]  # temperature, top-k, top-p, min-p
 
 MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # one warp's tensor core instruction
-INTEGERS = {**MMA, "sm_80": "IMMA", "sm_90": "IMMA", "sm_100": "IMMA"}
+INTEGERS = {**MMA, "sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "UTC"}
 WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
 PREFETCH = {"sm_80": "LDGSTS", "sm_90": "LDGSTS", "sm_100": "LDGSTS"}  # what is read next is on its way already
 
@@ -179,13 +179,12 @@ def _stored(name: str, tokens: int) -> None:
 
 
 def _stored_products() -> list[Launch]:
-    wide = {**INTEGERS, "sm_90": "IGMMA", "sm_100": "UTC"}
     return [
         Launch(
             f"linear_{name} tokens{tokens}",
             partial(_stored, name, tokens),
             "_stored_kernel",
-            (INTEGERS if tokens == 16 else wide, PREFETCH),
+            (INTEGERS, PREFETCH),
             quick=(name, tokens) == ("int4", 64),
         )
         for name in ("int8", "int4")

@@ -10,7 +10,7 @@ from specdec_kernels.reference import stored_linear as reference
 from specdec_kernels.triton import stored_linear as kernel
 
 EPSILON = 2.0**-24  # of float32
-SIZES = [(1, 16, 32), (3, 15, 40), (16, 70, 33), (17, 65, 96), (70, 20, 64)]  # tokens, outputs, inputs
+SIZES = [(1, 16, 32), (3, 15, 40), (16, 70, 33), (17, 65, 96), (70, 20, 64), (2, 16, 1000)]  # tokens, outputs, inputs
 
 
 def drawn(name, tokens, out, inputs) -> tuple[torch.Tensor, Any]:
@@ -36,6 +36,12 @@ def agree(name, found, x, stored):
 def test_products_are_right(name, tokens, out, inputs):
     x, stored = drawn(name, tokens, out, inputs)
     assert agree(name, product(x, stored, out), x, stored)
+
+
+@pytest.mark.parametrize("blocks, parts", [(224, 1), (64, 6), (16, 16), (3000, 1)])
+def test_programs_fill_the_processors_of_an_h200(blocks, parts):
+    """For 128 groups of inputs."""
+    assert -(-128 // kernel.part_of(128, blocks, 132)) == parts
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
