@@ -243,6 +243,14 @@ def test_a_model_that_scores_by_place_in_a_pass_is_refused_whatever_it_is_stored
         specdec.ModelTarget(model)
 
 
+@pytest.mark.parametrize("weights", FORMATS)
+def test_stored_models_decode_under_autocast(weights):
+    model = specdec.store_weights(small(), weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = specdec.generate(model, PROMPTS[0], NgramDrafter(), max_new_tokens=8, stop_tokens=()).tokens[0]
+        assert torch.equal(found[:4], reference(model, PROMPTS[0], max_new_tokens=4, eos_token_id=None, pad_token_id=0))
+
+
 class OwnNames(nn.Linear):
     scales: torch.Tensor
 

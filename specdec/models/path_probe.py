@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.models.cache import cache_argument
 from specdec.models.prepared_inputs import difference_from_text, prepared_inputs, preparer_name
-from specdec.models.ready import UnsupportedModel, device_of, rows_of
+from specdec.models.ready import UnsupportedModel, autocast_dtype, device_of, rows_of
 from specdec.models.routing import Route
 
 # Largest difference between a tree and its paths, as a fraction of the largest logit. Rounding stays orders of
@@ -88,7 +88,8 @@ def apart_by(model: PreTrainedModel, found: Tensor, alone: Tensor, inside: torch
     Args:
         inside: a dtype that the model computes some of it in.
     """
-    dtype = alone.dtype if inside is None or alone.dtype.itemsize < inside.itemsize else inside
+    dtypes = inside, autocast_dtype(device_of(model)), alone.dtype  # stored layers give float32 under autocast
+    dtype = min((dtype for dtype in dtypes if dtype), key=lambda dtype: dtype.itemsize)
     difference = float((found - alone).abs().max() / alone.abs().max())
     quantised = getattr(model, "is_quantized", False)
     limit = _LOW_PRECISION_TOLERANCE if quantised else _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
