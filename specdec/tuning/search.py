@@ -22,8 +22,10 @@ from specdec.tuning.rows import Row
 from specdec.tuning.shapes import is_chain, parents_of
 from specdec.tuning.writing import Written
 
-_FEW = 6  # texts that tell which shapes are promising
-_LAW = Law.SAMPLED_THEN_TOP  # no law with as many children is accepted more often
+# Texts that tell which shapes are promising.
+_FEW = 6
+# No law with as many children is accepted more often.
+_LAW = Law.SAMPLED_THEN_TOP
 
 
 def foretold(
@@ -68,12 +70,18 @@ def _replayed(
 ) -> Iterator[Row]:
     groups = whole_groups(written, conditions.batch)
     pairs = [([prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
-    given = offer.drafter
+    given, captures = offer.drafter, conditions.engine().captures
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
-        padded = drafter.spec(conditions.sampling).nodes if conditions.engine().captures else None
+        padded = drafter.spec(conditions.sampling).nodes if captures else None
         traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, over, padded)
+        # as many for the next one, which is asked for later
+        pairs, over = pairs[: len(traces)], _never
         owners = [text.prompt for group in groups[: len(traces)] for text in group]
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, owners, prices, padded))
+
+
+def _never() -> bool:
+    return False
 
 
 def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.arguments import as_engine, as_request
-from specdec.checks import as_float, as_int, check_flag
+from specdec.checks import as_int, check_flag
 from specdec.clock import told_by
 from specdec.drafters import LayerSkipDrafter
 from specdec.engines.base import Engine
@@ -98,7 +98,6 @@ def tune(
         ValueError: bad input, or no prompt that can be decoded.
     """
     check_flag("progress", progress)
-    as_float("seconds", seconds, "(0, inf)")
     batch = as_int("batch_size", batch_size, 1)
     asked = {
         "sampling": sampling,
