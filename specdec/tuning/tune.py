@@ -34,7 +34,7 @@ from specdec.tuning.measuring import measured
 from specdec.tuning.offers import OWN, Offer, fitting, named, own_offers
 from specdec.tuning.plan import Plan
 from specdec.tuning.probes import probes
-from specdec.tuning.search import finalists, foretold
+from specdec.tuning.search import Known, finalists, foretold
 from specdec.tuning.writing import as_written, write
 
 # The share of all the time at which each part ends.
@@ -193,10 +193,9 @@ def _foretell(found: Findings, until: Callable[[float], Callable[[], bool]], say
     if prices is None:
         found.notes.append("No steps were timed: give more seconds.")
         return
+    known = (found.prompts, found.written, found.conditions, prices)
     searches = {
-        offer.name: foretold(
-            offer, found.prompts, found.written, found.conditions, prices, until(_MEASURED + i * share)
-        )
+        offer.name: foretold(offer, Known(*known, until(_MEASURED + i * share)))
         for i, offer in enumerate(found.offers, 1)
     }
     first = True
