@@ -272,7 +272,7 @@ def test_reasons_name_the_number_that_would_have_to_change_and_by_how_much():
     assert "give more prompts" in reason(row(measured=Estimate(1.1)), "cannot tell", None, 1)
     noise = Estimate(1.0, 0.95, 1.06)
     near, far = (row(measured=Estimate(value, 1.02, 1.3)) for value in (1.05, 1.1))
-    assert "within this machine's noise, 0.95-1.06" in reason(near, "cannot tell", noise, 1)
+    assert "no more than this machine's noise, 0.95-1.06" in reason(near, "cannot tell", noise, 1)
     assert "2.0 times as narrow: about 4 times" in reason(
         far, "cannot tell", noise, 1
     )  # against the noise, not against 1

@@ -21,7 +21,8 @@ from specdec.tuning.prices import Prices, work
 from specdec.tuning.probes import SIZES
 from specdec.tuning.shapes import parents_of
 
-FOLLOWS = (NgramDrafter, SuffixDrafter)  # drafters that follow from the text alone
+# Drafters that follow from the text alone.
+FOLLOWS = (NgramDrafter, SuffixDrafter)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,11 +48,12 @@ def _more(known: Estimate, noise: Estimate | None) -> str:
         return "One prompt, or one round, says nothing of others: give more prompts and seconds."
     low, high = _band(noise)
     apart = max(known.value - high, low - known.value)
-    if apart <= 0:
-        return f"That is within this machine's noise, {low:.2f}-{high:.2f}: less noise or more seconds are needed."
     wide = known.value - known.low if known.value > high else known.high - known.value
-    if (times := max(wide / apart, 1.1)) > 10:
+    if wide > 10 * apart:
+        if low < high:
+            return f"That is no more than this machine's noise, {low:.2f}-{high:.2f}: less noise or more seconds are needed."
         return "The difference is too small to be worth a longer search."
+    times = max(wide / apart, 1.1)
     return (
         f"For an answer the interval must be {times:.1f} times as narrow: about {ceil(times**2)} times as many prompts and "
         "seconds."

@@ -16,7 +16,8 @@ from specdec.models.target import ModelTarget, Target
 from specdec.tuning import reading
 
 _REPEATS = 5
-_ROWS = 256  # of the product that tells the speed of arithmetic
+# Of the product that tells the speed of arithmetic.
+_ROWS = 256
 
 
 @dataclass(frozen=True)

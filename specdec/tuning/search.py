@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,29 +23,38 @@ from specdec.tuning.rows import Row
 from specdec.tuning.shapes import is_chain, parents_of
 from specdec.tuning.writing import Written
 
-_FEW = 6  # texts that tell which shapes are promising
-_LAW = Law.SAMPLED_THEN_TOP  # no law with as many children is accepted more often
+# Texts that tell which shapes are promising.
+_FEW = 6
+# No law with as many children is accepted more often.
+_LAW = Law.SAMPLED_THEN_TOP
 
 
-def foretold(
-    offer: Offer,
-    prompts: Sequence[Tensor],
-    written: Sequence[Written],
-    conditions: Conditions,
-    prices: Prices,
-    over: Callable[[], bool],
-) -> Iterator[Row]:
-    """The candidates of a drafter, one after the other; without a prediction where only decoding can tell.
+@dataclass(frozen=True)
+class Known:
+    """What candidates are foretold from.
 
     Args:
+        prompts, written: the texts.
+        conditions: of all runs.
+        prices: of steps.
         over: whether there is no time to read or replay one more text.
     """
+
+    prompts: Sequence[Tensor]
+    written: Sequence[Written]
+    conditions: Conditions
+    prices: Prices
+    over: Callable[[], bool]
+
+
+def foretold(offer: Offer, known: Known) -> Iterator[Row]:
+    """The candidates of a drafter, one after the other; without a prediction where only decoding can tell."""
     if can_be_replayed(offer.drafter):
-        yield from _replayed(offer, prompts, written, conditions, prices, over)
-    elif untold := _untold(offer, prices):
+        yield from _replayed(offer, known)
+    elif untold := _untold(offer, known.prices):
         yield Row(Candidate(offer.name, offer.drafter, SiblingRejection()), untold=untold)
     else:
-        yield from _trees(offer, prompts, written, conditions, prices, over)
+        yield from _trees(offer, known)
 
 
 def _untold(offer: Offer, prices: Prices) -> str:
@@ -58,22 +68,22 @@ def _untold(offer: Offer, prices: Prices) -> str:
     return "" if prices.knows(offer.name) else "time ended before steps with its trees were measured."
 
 
-def _replayed(
-    offer: Offer,
-    prompts: Sequence[Tensor],
-    written: Sequence[Written],
-    conditions: Conditions,
-    prices: Prices,
-    over: Callable[[], bool],
-) -> Iterator[Row]:
-    groups = whole_groups(written, conditions.batch)
-    pairs = [([prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
-    given = offer.drafter
+def _replayed(offer: Offer, known: Known) -> Iterator[Row]:
+    conditions, prices, over = known.conditions, known.prices, known.over
+    groups = whole_groups(known.written, conditions.batch)
+    pairs = [([known.prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
+    given, captures = offer.drafter, conditions.engine().captures
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
-        padded = drafter.spec(conditions.sampling).nodes if conditions.engine().captures else None
+        padded = drafter.spec(conditions.sampling).nodes if captures else None
         traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, over, padded)
+        # as many for the next one, which is asked for later
+        pairs, over = pairs[: len(traces)], _never
         owners = [text.prompt for group in groups[: len(traces)] for text in group]
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, owners, prices, padded))
+
+
+def _never() -> bool:
+    return False
 
 
 def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:
@@ -82,29 +92,21 @@ def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:
     return groups if len(groups) == 1 else [group for group in groups if len(group) == batch]
 
 
-def _trees(
-    offer: Offer,
-    prompts: Sequence[Tensor],
-    written: Sequence[Written],
-    conditions: Conditions,
-    prices: Prices,
-    over: Callable[[], bool],
-) -> Iterator[Row]:
-    drafter = offer.drafter
+def _trees(offer: Offer, known: Known) -> Iterator[Row]:
+    drafter, prices, every = offer.drafter, known.prices, rules(known.conditions.sampling)
     assert isinstance(drafter, TreeDrafter)
     depth = deepest(drafter)
     try:
-        texts = read(drafter, prompts, written, conditions, depth, over)
+        texts = read(drafter, known, depth)
     except ValueError as error:
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), untold=str(error))
         return
     acceptance = shapes.positional([own[0] for own in texts[:_FEW]], depth, _LAW)
-    first = rules(conditions.sampling)[-1]
-    proposals = shapes.proposed(acceptance, prices.costs(offer.name, type(first).__name__, shapes.NODES))
+    proposals = shapes.proposed(acceptance, prices.costs(offer.name, type(every[-1]).__name__, shapes.NODES))
     if (own := parents_of(drafter)) is not None:
         proposals = list(dict.fromkeys([*proposals, own]))
     for parents in proposals:
-        for rule in suited(parents, rules(conditions.sampling)):
+        for rule in suited(parents, every):
             candidate = Candidate(offer.name, drafter.with_tree(tree_of(parents)), rule)
             yield Row(candidate, of_tree(candidate, texts, prices))
     if own is None:
@@ -112,26 +114,20 @@ def _trees(
         yield Row(Candidate(offer.name, drafter, SiblingRejection()), untold=untold)
 
 
-def read(
-    drafter: TreeDrafter,
-    prompts: Sequence[Tensor],
-    written: Sequence[Written],
-    conditions: Conditions,
-    depth: int,
-    over: Callable[[], bool],
-) -> list[list[Text]]:
+def read(drafter: TreeDrafter, known: Known, depth: int) -> list[list[Text]]:
     """For each prompt, both models' laws along its texts: of the first one, and of others until time is over.
 
     Raises:
         ValueError: they cannot be known.
     """
     found: dict[int, list[Text]] = {}
-    for text in written:
-        prompt = prompts[text.prompt]
+    target, sampling = known.conditions.target, known.conditions.sampling
+    for text in known.written:
+        prompt = known.prompts[text.prompt]
         whole = torch.cat([prompt, text.new])
-        made = read_along(conditions.target, drafter, whole, len(prompt), conditions.sampling, depth)
+        made = read_along(target, drafter, whole, len(prompt), sampling, depth)
         found.setdefault(text.prompt, []).append(made)
-        if over():
+        if known.over():
             break
     return [*found.values()]
 

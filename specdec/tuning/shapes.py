@@ -12,9 +12,12 @@ from specdec.prediction import Text
 from specdec.theory import Costs, best_trees
 from specdec.trees import Static, Widths
 
-NODES = 32  # most of a tree
-_WIDTH = 4  # most children of a node
-_TREES = 8  # trees of so many sizes are looked at more closely
+# Most of a tree.
+NODES = 32
+# Most children of a node.
+_WIDTH = 4
+# Trees of so many sizes are looked at more closely.
+_TREES = 8
 
 
 def parents_of(drafter: Drafter | None) -> tuple[int, ...] | None:

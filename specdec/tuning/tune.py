@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.arguments import as_engine, as_request
-from specdec.checks import as_float, as_int, check_flag
+from specdec.checks import as_int, check_flag
 from specdec.clock import told_by
 from specdec.drafters import LayerSkipDrafter
 from specdec.engines.base import Engine
@@ -34,7 +34,7 @@ from specdec.tuning.measuring import measured
 from specdec.tuning.offers import OWN, Offer, fitting, named, own_offers
 from specdec.tuning.plan import Plan
 from specdec.tuning.probes import probes
-from specdec.tuning.search import finalists, foretold
+from specdec.tuning.search import Known, finalists, foretold
 from specdec.tuning.writing import as_written, write
 
 # The share of all the time at which each part ends.
@@ -98,7 +98,6 @@ def tune(
         ValueError: bad input, or no prompt that can be decoded.
     """
     check_flag("progress", progress)
-    as_float("seconds", seconds, "(0, inf)")
     batch = as_int("batch_size", batch_size, 1)
     asked = {
         "sampling": sampling,
@@ -194,10 +193,9 @@ def _foretell(found: Findings, until: Callable[[float], Callable[[], bool]], say
     if prices is None:
         found.notes.append("No steps were timed: give more seconds.")
         return
+    known = (found.prompts, found.written, found.conditions, prices)
     searches = {
-        offer.name: foretold(
-            offer, found.prompts, found.written, found.conditions, prices, until(_MEASURED + i * share)
-        )
+        offer.name: foretold(offer, Known(*known, until(_MEASURED + i * share)))
         for i, offer in enumerate(found.offers, 1)
     }
     first = True
