@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 from triton.runtime.interpreter import interpreter_builder
 
@@ -16,8 +17,5 @@ def backwards() -> Iterator[None]:
     def opposite(*index: int) -> None:
         place(*(size - 1 - i for size, i in zip(interpreter_builder.grid_dim, index, strict=True)))
 
-    interpreter_builder.set_grid_idx = opposite
-    try:
+    with mock.patch.object(interpreter_builder, "set_grid_idx", opposite):
         yield
-    finally:
-        interpreter_builder.set_grid_idx = place

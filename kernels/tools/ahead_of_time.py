@@ -93,7 +93,7 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
     compiled, launch = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        kernel: Any = launch(self, *args, grid=grid, warmup=True, **options)
         threads = TARGETS[arch].warp_size * kernel.metadata.num_warps
         tokens = options["BLOCK"] / threads if "BLOCK" in options and "vocab" in self.arg_names else 0
         compiled.append(_read(self.fn.__name__, kernel, tokens))

@@ -24,6 +24,7 @@ MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  
 INTEGERS = {**MMA, "sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "UTC"}
 WIDE = {**MMA, "sm_90": "HGMMA", "sm_100": "UTC"}  # that of a warp group, from 64 rows on
 PREFETCH = {"sm_80": "LDGSTS", "sm_90": "LDGSTS", "sm_100": "LDGSTS"}  # what is read next is on its way already
+ORDERED = dict.fromkeys(PREFETCH, "MEMBAR")  # what a program stored is there for whoever sees that it arrived
 
 
 class Launch(NamedTuple):
@@ -115,7 +116,7 @@ def _verification() -> list[Launch]:
     )
     stack = torch.empty(64, 2, 128, 8, 128, dtype=torch.bfloat16)
     return [
-        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_reject_kernel", quick=True),
+        Launch("verify", partial(_verify, torch.bfloat16, True, 4, plain), "_emit_kernel", (ORDERED,), quick=True),
         Launch("verify width16", partial(_verify, torch.bfloat16, True, 16, plain), "_reject_kernel"),
         Launch("verify points", partial(_verify, torch.float32, False, 4, plain), "_reject_kernel", quick=True),
         Launch("verify greedy", partial(_verify, torch.bfloat16, False, 4, greedy), "_reject_kernel"),
@@ -128,7 +129,7 @@ def _verification() -> list[Launch]:
                 ("top-p", 0.7, None, 0.9, "_filter_kernel"),
             )
         ),
-        Launch("law filtered", partial(law, rows, *filtered), "_filter_kernel", quick=True),
+        Launch("law filtered", partial(law, rows, *filtered), "_filter_kernel", (ORDERED,), quick=True),
         Launch("compact", partial(compact, stack, tree[:, :8], count, count), "_compact_kernel", quick=True),
     ]
 

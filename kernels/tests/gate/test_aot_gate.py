@@ -12,6 +12,7 @@ from aot_cases import CASES
 
 from specdec_kernels import configs
 
+GREEDY = next(launch for launch in CASES if launch.name == "law greedy")
 PLAIN = next(launch for launch in CASES if launch.name == "tree_attention rows64 head_dim128")
 
 
@@ -46,10 +47,15 @@ def test_more_instructions_a_token_fail(monkeypatch):
 
     monkeypatch.setattr(tiles, "_TILE", 1024)  # which does no more for each token, but as much for each tile
     budgets = json.loads(aot_gate.BUDGETS.read_text("utf-8"))["kernels"]
-    greedy = next(launch for launch in CASES if launch.name == "law greedy")
-    _, faults = aot_gate.gate(("sm_90",), [greedy], budgets)
+    _, faults = aot_gate.gate(("sm_90",), [GREEDY], budgets)
     assert [fault.split(":")[0] for fault in faults] == ["sm_90 law greedy _tile_kernel"]
     assert "instructions a token, its budget is 12" in faults[0]
+
+
+def test_no_exponential_is_computed_at_temperature_0():
+    with aot_gate.compiling("sm_90") as kernels:
+        GREEDY.run()
+    assert [kernel.instructions["MUFU"] for kernel in kernels] == [0, 0]
 
 
 def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):

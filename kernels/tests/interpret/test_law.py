@@ -1,5 +1,7 @@
 """Laws as numbers per row, kernel against specification."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_logits_that_are_no_law_have_no_total(filters):
             assert compute(x, *filters)[0][:, 2].isnan().tolist() == [True, True, True, False]
 
 
-BUGS = {
+BUGS: dict[str, tuple[ModuleType, str, str]] = {
     "the floor of one tile is the threshold": (
         filtering,
         "cut = tl.maximum(cut, least)",
@@ -96,8 +98,8 @@ BUGS = {
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflows and NaN, which is what they are
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
-    module, *change = BUGS[bug]
-    wrong = planted(module, *change, tmp_path)
+    module, old, changed = BUGS[bug]
+    wrong = planted(module, old, changed, tmp_path)
     monkeypatch.setattr(tiling, "_TILE", 16)
     if module is filtering:
         monkeypatch.setattr(wrong, "_ROOM", 2)

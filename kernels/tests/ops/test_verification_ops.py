@@ -120,7 +120,8 @@ def test_a_verification_is_so_many_launches(filters, draws, due, launches):
     children, laws = tokens.new_empty(2, 64, draws or 4), tokens.new_empty(2, 64, dtype=torch.uint8)
     coins = (logits.new_empty(2, 64, dtype=torch.float64) for _ in range(2))
     weights = logits.new_empty(2, 63 // draws + 1, 128256) if draws else None
-    verify(logits, tokens, children, laws, weights, *coins, 3, *filters, 1.0)
+    arguments: Any = (logits, tokens, children, laws, weights, *coins, 3, *filters, 1.0)
+    verify(*arguments)
     assert launches == due
 
 
