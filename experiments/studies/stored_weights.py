@@ -5,7 +5,7 @@
 Writes that file, the tables beside it as .md, and the picture as .svg:
 
 - A few tokens times matrices of SmolLM2 and one of an 8B model, as many of each as are many times the cache: with our ops, and
-  with what torch has for these formats. The floor is the time in which the fastest of `experiments/bench/reading.py` goes
+  with what torch has for these formats. The floor is the time in which the fastest of `specdec.tuning.reading` goes
   through the same matrices in float32 in that round, times the share of their bytes that the format stores.
 - Eager forward passes of SmolLM2 over a few tokens after a text, whole, and their products alone, beside the same floor.
 
