@@ -7,7 +7,8 @@ Writes that file, the tables beside it as .md, and the picture as .svg:
 - A few tokens times matrices of SmolLM2 and one of an 8B model, as many of each as are many times the cache: with our ops, and
   with what torch has for these formats. The floor is the time in which the fastest of `specdec.tuning.reading` goes
   through the same matrices in float32 in that round, times the share of their bytes that the format stores.
-- Eager forward passes of SmolLM2 over a few tokens after a text, whole, and their products alone, beside the same floor.
+- Eager forward passes of SmolLM2 over a few tokens after a text, with the products of our runs, whole, and these products alone,
+  beside the same floor.
 
 What the formats change in texts: `quantised_self`.
 """
@@ -31,6 +32,7 @@ from experiments.studies.hot_paths import READ, Timed, measure, readings
 from specdec.display.picture import PALETTE
 from specdec.display.plots import new_axes
 from specdec.models.cache import cache_argument
+from specdec.models.products import few_rows
 from specdec.models.storable import PLAIN
 from specdec.models.stored_layers import FORMATS
 from specdec_kernels import linear
@@ -108,12 +110,14 @@ def passes() -> tuple[Timed, dict[str, float]]:
 
 
 def _pass(model: Any, cache: DynamicCache, ids: Tensor) -> None:
-    model(ids, **{cache_argument(model): cache})
+    with few_rows(ids.device):
+        model(ids, **{cache_argument(model): cache})
     cache.crop(-ids.shape[1])
 
 
 def _products(layers: list[nn.Linear], inputs: dict[int, Tensor]) -> list[Tensor]:
-    return [layer(inputs[layer.in_features]) for layer in layers]
+    with few_rows(torch.device("cpu")):
+        return [layer(inputs[layer.in_features]) for layer in layers]
 
 
 def measured(rounds: int) -> dict[str, Any]:
@@ -151,7 +155,7 @@ def picture(found: dict[str, Any]) -> Any:
     for name, colour in zip(PASSES, PALETTE, strict=False):
         axes.plot(TOKENS, [figures[f"{n} | {name}"]["ms"] for n in TOKENS], "o-", color=colour, label=name)
         axes.axhline(floor * share[name], color=colour, linestyle=":", linewidth=1)
-    axes.set(title="A forward pass of SmolLM2 on one CPU core (dotted: reading its bytes)", xlabel="tokens")
+    axes.set(title="A pass of SmolLM2 on one CPU core (dotted: reading its bytes)", xlabel="tokens")
     axes.set(ylabel="time (ms)", xscale="log", yscale="log")
     axes.set_xticks(TOKENS, map(str, TOKENS))
     axes.set_yticks([4, 8, 16, 32, 64, 128, 256], ["4", "8", "16", "32", "64", "128", "256"])
