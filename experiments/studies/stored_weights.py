@@ -7,8 +7,8 @@ Writes that file, the tables beside it as .md, and the picture as .svg:
 - A few tokens times matrices of SmolLM2 and one of an 8B model, as many of each as are many times the cache: with our ops, and
   with what torch has for these formats. The floor is the time in which the fastest of `specdec.tuning.reading` goes
   through the same matrices in float32 in that round, times the share of their bytes that the format stores.
-- Eager forward passes of SmolLM2 over a few tokens after a text, with the products of our runs, whole, and these products alone,
-  beside the same floor.
+- Eager passes of SmolLM2 over a few tokens after a text, with the products of our runs, and these products alone, beside the
+  same floor.
 
 What the formats change in texts: `quantised_self`.
 """
