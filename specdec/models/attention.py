@@ -196,7 +196,7 @@ def mask(
     if not isinstance(q_offset, View):
         return None
     view = q_offset
-    if _packs(device, dtype, view.topology.parents.shape[1]):
+    if _packs(device, dtype, view.depths.shape[1]):
         packed = view.packed_mask(_window(mask_function, local_size, use_vmap, config))
         if packed is not None:
             return packed
