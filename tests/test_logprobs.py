@@ -150,13 +150,13 @@ def test_under_a_rule_that_is_not_lossless_they_are_the_targets(rule):
 def test_captured_stages_give_them_too(drafter, sampling):
     engine = specdec.Graphs(capture=Tape)
     options = {"sampling": sampling, "max_new_tokens": [12, 5, 9, 1], "stop_tokens": (), "engine": engine}
-    for seed, asked in ((0, True), (1, True), (2, False), (3, True)):
+    for seed, asked, captured in ((0, True, 4), (1, True, 4), (2, False, 8), (3, True, 8)):
         out = specdec.generate(TARGET, PROMPTS, drafter, seed=seed, logprobs=asked, **options)
         if asked:
             assert_forced(out, sampling=sampling)
         else:
             assert out.logprobs is None
-        assert engine.captured == 4
+        assert engine.captured == captured
 
 
 def test_stages_beside_those_that_are_captured_give_them_too():
