@@ -25,6 +25,7 @@ def results(folder: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in folder.glob("*.json")]
 
 
+@pytest.mark.filterwarnings("ignore:engine. the stage")  # drafts from the text are made on the host
 @pytest.mark.parametrize("preset", SWEEPS)
 def test_sweep_preset_runs(run, preset):
     params = yaml.safe_load((CONF / "sweep" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
