@@ -26,6 +26,7 @@ def results(folder: Path) -> list[dict]:
 
 
 @pytest.mark.filterwarnings("ignore:engine. the stage")  # drafts from the text are made on the host
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch.compile
 @pytest.mark.parametrize("preset", SWEEPS)
 def test_sweep_preset_runs(run, preset):
     params = yaml.safe_load((CONF / "sweep" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
