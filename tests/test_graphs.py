@@ -21,6 +21,7 @@ from captured import (
 )
 from test_models import MODELS
 from tiny_models import PROMPTS, VOCAB, llama
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import specdec
 import specdec_kernels.reference.verify
@@ -361,3 +362,21 @@ def test_scores_that_are_replayed_fit_those_that_are_not(name):
 def test_engines_that_there_are_not():
     with pytest.raises(ValueError, match="engine='fast': must be one of 'eager', 'graph', 'compile'"):
         specdec.generate(TARGET, PROMPTS, engine="fast")
+
+
+def test_what_watches_steps_in_several_threads_takes_turns():
+    entered, left = threading.Event(), threading.Event()
+
+    def watch():
+        with HostReads():
+            entered.set()
+            left.wait(10)
+
+    other = threading.Thread(target=watch)
+    with HostReads():
+        other.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(10)
+    left.set()
+    other.join()
+    assert not is_in_torch_dispatch_mode()

@@ -14,9 +14,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Held while a thread's operations are watched. Torch keeps for the whole process that some are, and what overlaps in two threads
+# leaves that behind, after which nothing is compiled any more.
+watching = threading.RLock()
+
 
 class HostReads(TorchFunctionMode):
     """Notes in `reads` the operations in which host and device wait for each other: none of them can be captured.
+
+    Threads take turns.
 
     Args:
         device: the device. On CUDA, waiting inside of operations is noted too.
@@ -29,6 +35,7 @@ class HostReads(TorchFunctionMode):
 
     def __enter__(self) -> HostReads:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(watching)
             if self._device is not None and self._device.type == "cuda":
                 stack.enter_context(_waiting_inside(self.reads))
             stack.enter_context(_Waits(self.reads))

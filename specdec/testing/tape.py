@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specdec.engines.host_reads import watching
+
 
 class Tape:
     """A captured stage of a step. A replay carries out its operations again, in the same memory, without its Python.
@@ -30,7 +32,7 @@ class Tape:
     def __init__(self, stage: Callable[[], Any]):
         recorder = _Recorder()
         try:
-            with recorder:
+            with watching, recorder:
                 self.outputs = stage()
         finally:  # a stage that cannot be captured is run as it stands, from where it was
             for storage, content in recorder.before.values():

@@ -1,7 +1,7 @@
 """Memory of tensors is put into large pages where the system has them, and holds what it held."""
 
 import os
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ def large_pages() -> int:
 
 @pytest.mark.skipif(not page_size(), reason="this system has no large pages")
 def test_what_is_said_to_be_in_large_pages_is_there_and_what_it_was():
-    before, memory = large_pages(), mmap(-1, 8 * page_size())
+    before, memory = large_pages(), mmap(-1, 8 * page_size(), flags=MAP_PRIVATE | MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.float32)
     torch.arange(len(tensor), out=tensor)
     place, made = tensor.data_ptr(), keep_in_large_pages([tensor, tensor[:10]])
