@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Held while a thread's operations are watched. Torch keeps for the whole process that some are, and what overlaps in two threads
-# leaves that behind, after which nothing is compiled any more.
+# Held while a thread's operations are watched. Torch keeps for the whole process that some are, and what overlaps in two
+# threads leaves that behind, after which nothing is compiled any more.
 watching = threading.RLock()
 
 
