@@ -1,5 +1,7 @@
 """Drafters whose steps are captured, and what a run by captured stages is compared with."""
 
+import contextlib
+import gc
 import warnings
 from copy import copy
 
@@ -94,3 +96,14 @@ def assert_replays(name, sampling, engine, target=TARGET, draft=DRAFT):
             assert engine.captured >= 2
         else:
             assert engine.captured == 4
+
+
+@contextlib.contextmanager
+def collecting_nothing():
+    """Python frees what nobody refers to, and does not look for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from captured import DRAFT, DRAFTERS, OPTIONS, TARGET
+from captured import DRAFT, DRAFTERS, OPTIONS, TARGET, collecting_nothing
 from hybrid_models import HYBRIDS
 from test_capture_failures import CUDA, Machine
 from test_threads import together
@@ -32,16 +32,6 @@ SHARED = (  # what runs share, and what leads to everything
     nn.Module, ModelTarget, Drafter, CausalLM, specdec.Graphs, torch._ops.OpOverload, type, types.ModuleType,
     types.FunctionType,
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def collecting_nothing():
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def storages(owner):

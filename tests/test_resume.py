@@ -1,12 +1,11 @@
 """Runs that go on in the caches of an earlier generation: the same text, and only what is new is read."""
 
-import contextlib
 import gc
 from functools import partial
 
 import pytest
 import torch
-from captured import DRAFT, DRAFTERS, SAMPLINGS
+from captured import DRAFT, DRAFTERS, SAMPLINGS, collecting_nothing
 from test_vocabulary import Foreign, permuted, words
 from tiny_models import GATE, llama
 
@@ -376,17 +375,6 @@ def test_what_cannot_be_resumed_is_refused(case):
 def test_a_stream_that_has_not_begun_has_nothing_to_resume():
     with pytest.raises(ValueError, match=r"the stream has not begun; .* next\(stream\)"):
         _ = specdec.stream(small(), PROMPTS, keep=True).generation
-
-
-@contextlib.contextmanager
-def collecting_nothing():
-    """Python frees what nobody refers to, and does not look for circles."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def test_an_engine_does_not_collect_what_turns_leave_that_go_on_from_one_generation(caches, monkeypatch):

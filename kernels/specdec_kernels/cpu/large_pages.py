@@ -6,7 +6,7 @@ Products read several rows of a matrix side by side, each in a page of its own, 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -18,10 +18,10 @@ _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 def keep_in_large_pages(tensors: Iterable[Tensor]) -> int:
-    """Ask the system to hold the memory of CPU tensors in large pages, where it lies; values and addresses stay.
+    """Ask the system to hold the memory of tensors in large pages, where it lies; values and addresses stay.
 
-    It takes about as long as copying them. Memory that is a file's, as of weights that were mapped and not read, and small
-    tensors with nothing of their kind beside them, stay in small pages.
+    It takes about as long as copying them. Tensors on other devices are left out. Memory that is a file's, as of weights that
+    were mapped and not read, and small tensors with nothing of their kind beside them, stay in small pages.
 
     Returns:
         Bytes of large pages that were made or were there; 0 where the system has none, or makes them later.
@@ -29,8 +29,9 @@ def keep_in_large_pages(tensors: Iterable[Tensor]) -> int:
     size = page_size()
     if not size:
         return 0
-    starts = {start for tensor in tensors for start in _pages(tensor, size)}
-    return size * sum(_is_made(start, size) for start in sorted(starts))
+    starts = {start for tensor in tensors if tensor.device.type == "cpu" for start in _pages(tensor, size)}
+    advise = ctypes.CDLL(None).madvise
+    return size * sum(_is_made(advise, start, size) for start in sorted(starts))
 
 
 @cache
@@ -48,8 +49,7 @@ def _pages(tensor: Tensor, size: int) -> range:
     return range(start - start % size, start + tensor.nbytes, size)
 
 
-def _is_made(start: int, size: int) -> bool:
-    advise = ctypes.CDLL(None, use_errno=True).madvise
+def _is_made(advise: Callable[..., int], start: int, size: int) -> bool:
     place = ctypes.c_void_p(start), ctypes.c_size_t(size)
     if advise(*place, _COLLAPSE) == 0:
         return True

@@ -30,3 +30,11 @@ def test_what_is_said_to_be_in_large_pages_is_there_and_what_it_was():
 def test_a_system_without_large_pages_is_asked_for_nothing(monkeypatch):
     monkeypatch.setattr("specdec_kernels.cpu.large_pages.page_size", lambda: 0)
     assert keep_in_large_pages([torch.zeros(4)]) == 0
+
+
+def test_the_system_is_not_asked_for_memory_of_other_devices(monkeypatch):
+    asked = []
+    monkeypatch.setattr("specdec_kernels.cpu.large_pages.page_size", lambda: 4096)
+    monkeypatch.setattr("specdec_kernels.cpu.large_pages._is_made", lambda *place: asked.append(place) or True)
+    keep_in_large_pages([torch.zeros(4, device="meta")])
+    assert not asked
