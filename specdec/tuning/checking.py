@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.trace import Trace
 from specdec.tuning.conditions import Conditions
 from specdec.tuning.estimate import Estimate, redrawn
-from specdec.tuning.foretold import ALONE, Candidate
+from specdec.tuning.foretold import ALONE, Candidate, full_steps
 
 
 class Check:
@@ -105,6 +105,5 @@ def over_all(pairs: Sequence[Any], level: float = 0.95) -> Estimate:
 def spent(trace: Trace) -> list[tuple[int, float]]:
     """(tokens, seconds) of each row: its steps, each as long as those in the mean in which all rows are at work."""
     emitted = np.array([step.emitted for step in trace.steps])
-    full = [step for step in trace.steps if all(step.emitted)] or trace.steps
-    seconds = np.mean([step.draft_seconds + step.verify_seconds + step.other_seconds for step in full])
+    seconds = np.mean([step.draft_seconds + step.verify_seconds + step.other_seconds for step in full_steps(trace)])
     return [(int(row.sum()), float(seconds * (row > 0).sum())) for row in emitted.T]

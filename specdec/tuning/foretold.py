@@ -13,7 +13,7 @@ from specdec.prediction import Text, replay
 from specdec.rules import Rule, SiblingRejection
 from specdec.sampling import Sampling
 from specdec.theory import CostCurve
-from specdec.trace import Trace
+from specdec.trace import Step, Trace
 from specdec.trees import Static, Widths
 from specdec.tuning.conditions import afresh
 from specdec.tuning.estimate import Estimate, redrawn
@@ -92,11 +92,17 @@ def of_tree(candidate: Candidate, texts: Sequence[Sequence[Text]], prices: Price
     return _foretold(tokens, steps, parts, prices, sum(map(len, texts)))
 
 
-def of_replays(traces: Sequence[Trace], prompts: Sequence[int], prices: Prices, padded: int | None = None) -> Foretold:
+def of_replays(
+    traces: Sequence[Trace], idle: Trace, prompts: Sequence[int], prices: Prices, padded: int | None = None
+) -> Foretold:
     """What is foretold of drafts that follow from the text.
+
+    A replay tells what drafting and the loop take beyond those of a replay without a draft: above all what is accepted takes
+    time. Captured steps take the same whatever is accepted.
 
     Args:
         traces: replays, one for each group of texts that step together.
+        idle: a replay of the first group without a draft.
         prompts: of these texts, group after group: texts of one prompt are alike.
         prices: of steps.
         padded: nodes of every tree where steps are captured, which all have one shape.
@@ -106,15 +112,24 @@ def of_replays(traces: Sequence[Trace], prompts: Sequence[int], prices: Prices, 
         np.bincount(prompts, np.concatenate(of_texts))[np.unique(prompts)]
         for of_texts in ([each.sum(0) for each in emitted], [(each > 0).sum(0) for each in emitted])
     )
-    full = [[step for step in trace.steps if all(step.emitted)] or trace.steps for trace in traces]
-    nodes = [padded or step.nodes for steps in full for step in steps]
-    # each size as often as it occurs; what a step drafts is timed in the replay
+    nodes = [padded or step.nodes for trace in traces for step in full_steps(trace)]
+    # each size as often as it occurs
     sizes, counts = np.unique(nodes, return_counts=True)
-    share = counts / counts.sum()
-    verify = share @ np.array([prices.verify(size) for size in sizes.tolist()])
-    whole = share @ np.array([prices.plain_step(size) for size in sizes.tolist()])
-    drafting = np.median([np.mean([step.draft_seconds for step in steps]) for steps in full]) / prices.unit
-    return _foretold(tokens, rows, [np.full_like(whole, drafting), verify, whole - verify], prices, len(prompts))
+    verify = (counts / counts.sum()) @ np.array([prices.verify(size) for size in sizes.tolist()])
+    drafting, deciding = np.median([_beside_the_pass(trace) for trace in traces], 0) - _beside_the_pass(idle)
+    draft = np.full_like(verify, max(drafting, 0.0) / prices.unit)
+    other = prices.plain_step(padded) - verify if padded else prices.loop + max(deciding, 0.0) / prices.unit
+    return _foretold(tokens, rows, [draft, verify, other], prices, len(prompts))
+
+
+def full_steps(trace: Trace) -> list[Step]:
+    """The steps in which all rows were at work, or all if there are none."""
+    return [step for step in trace.steps if all(step.emitted)] or trace.steps
+
+
+def _beside_the_pass(trace: Trace) -> np.ndarray:
+    """[2]: seconds of drafting, and of the loop, of a step in the mean."""
+    return np.mean([(step.draft_seconds, step.other_seconds) for step in full_steps(trace)], 0)
 
 
 def _foretold(

@@ -45,7 +45,8 @@ def measured(
 
 def _alone(found: Sequence[tuple[Probe, list[Step]]]) -> float:
     """Median seconds of the steps without a draft; 0 if there are none."""
-    own = [sum(_parts(step)) for probe, steps in found if probe.name is None for step in steps if step.nodes == 1]
+    alone = [steps for probe, steps in found if probe.name is None and 1 in probe.parents]
+    own = [sum(_parts(step)) for steps in alone for step in steps if step.nodes == 1]
     return float(np.median(own)) if own else 0.0
 
 

@@ -89,6 +89,11 @@ class Prices:
             np.array([sample.draft + sample.verify + sample.other for sample in self.plain if sample.nodes == 1])
         )
 
+    @property
+    def loop(self) -> np.ndarray:
+        """[1 + DRAWS]: a step without a draft, but for the target's pass."""
+        return self.undrafted - self.verify(1)
+
     def verify(self, nodes: int) -> np.ndarray:
         """[1 + DRAWS]: the target's pass over so many nodes."""
         return _at(nodes, *self._verify)

@@ -28,8 +28,8 @@ SIZES = (1, 2, 4, 8, 16, 32)
 DEEPEST = 8
 # Steps of a run that are not counted: they make constants and fill caches.
 COLD = 2
-# How often each size is timed in a run.
-_TURNS = 3
+# How often each size is timed in a run, and how many steps a run has at least.
+_TURNS, _LEAST = 3, 9
 # Of trees that are timed with a drafter, each of another size.
 _SHAPES = ((1, 1), (1,) * 5, (3, 3), (3, 3, 2))
 
@@ -54,7 +54,7 @@ class Probe:
 
     @property
     def steps(self) -> int:
-        return COLD + _TURNS * len(self.parents)
+        return COLD + max(_TURNS * len(self.parents), _LEAST)
 
 
 def deepest(drafter: TreeDrafter) -> int:
@@ -67,7 +67,8 @@ def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
     apart = conditions.engine().captures  # captured steps have one shape in a run
     sizes = [size for size in SIZES if size <= conditions.target.vocab]
     made = []
-    for group in [[size] for size in sizes] if apart else [sizes]:
+    # steps without a draft have a run to themselves, as they have in use: after larger ones they take longer
+    for group in [[size] for size in sizes] if apart else [[1], sizes[1:]]:
         stars = {size: [-1, *[0] * (size - 1)] for size in group}
         made.append(Probe(None, Stars(group), SiblingRejection(), stars, conditions.engine()))
     for offer in offers:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.drafters import BlockDrafter, Paused, TreeDrafter
 from specdec.laws import Law
-from specdec.prediction import Text, read_along
+from specdec.prediction import Text, read_along, replay
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.trees import Chain, Static, Widths
 from specdec.tuning import shapes
@@ -18,7 +18,7 @@ from specdec.tuning.conditions import Conditions, rules
 from specdec.tuning.foretold import Candidate, can_be_replayed, of_replays, of_tree, replayed
 from specdec.tuning.offers import Offer
 from specdec.tuning.prices import Prices
-from specdec.tuning.probes import deepest
+from specdec.tuning.probes import Stars, deepest
 from specdec.tuning.rows import Row
 from specdec.tuning.shapes import is_chain, parents_of
 from specdec.tuning.writing import Written
@@ -73,13 +73,14 @@ def _replayed(offer: Offer, known: Known) -> Iterator[Row]:
     groups = whole_groups(known.written, conditions.batch)
     pairs = [([known.prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
     given, captures = offer.drafter, conditions.engine().captures
+    idle = replay(*pairs[0], Stars([1]), conditions.target.vocab, conditions.sampling)
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
         padded = drafter.spec(conditions.sampling).nodes if captures else None
         traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, over, padded)
         # as many for the next one, which is asked for later
         pairs, over = pairs[: len(traces)], _never
         owners = [text.prompt for group in groups[: len(traces)] for text in group]
-        yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, owners, prices, padded))
+        yield Row(Candidate(offer.name, drafter, SiblingRejection()), of_replays(traces, idle, owners, prices, padded))
 
 
 def _never() -> bool:
