@@ -1,6 +1,8 @@
-"""How long tree attention should take by arithmetic, from the grid that its plan makes. What it assumes was not measured here.
+"""How long tree attention, and a whole step, should take by arithmetic. What it assumes was not measured here.
 
-A measurement that is far from its estimate says which assumption is wrong.
+    python kernels/bench/estimates.py
+
+prints the table of `kernels/README.md`. A measurement that is far from its estimate says which assumption is wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import NamedTuple
 from floors import Shape
 
 from specdec_kernels import plan
-from specdec_kernels.backend import Chip
+from specdec_kernels.backend import CHIPS, Chip
 from specdec_kernels.configs import attention_config
 
 
@@ -24,6 +26,9 @@ class Assumed(NamedTuple):
     overlapped: float = 0.5e-6  # the same, where the second may begin before the first has ended
     begin: float = 2e-6  # until a program's first product, and for its last writes: loads that wait for one another
     merge: float = 1e-6  # the same of a program that merges
+    streamed: float = 4.3e12  # bytes of weights, by the best products of few tokens
+    verified: float = 20e-6  # of 64 x 128k logits, by the instructions of its kernels
+    host: float = 8e-6  # of Python and PyTorch for an op that is not captured
 
 
 ON_H200 = Assumed()
@@ -60,3 +65,82 @@ def tree_attention(shape: Shape, chip: Chip, capacity: int | None = None, assume
         total += 2 * parts / assumed.cached + (assumed.overlapped if chip.overlaps else assumed.launch) + assumed.merge
     programs = grid.programs * plan.used(grid, count)
     return Estimate(programs, plan.waves(grid, count), plan.busy(grid, count), total)
+
+
+class Decoder(NamedTuple):
+    """A model, by default of the shape of Llama 3 8B; weights in 16 bits."""
+
+    layers: int = 32
+    hidden: int = 4096
+    inner: int = 14336
+    vocab: int = 128256
+
+    def bytes(self, shape: Shape) -> int:
+        """Weights that a pass reads: all but the input embedding."""
+        attention = self.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+        return 2 * (self.layers * (attention + 3 * self.hidden * self.inner) + self.vocab * self.hidden)
+
+
+class Launches(NamedTuple):
+    """Kernels of a step. Those of a layer beside products and attention: two norms with what is added to them, positions,
+    writing of keys and of values, the activation, where a compiler fuses them."""
+
+    products: int = 4  # of a layer, of joined weights
+    others: int = 6  # of a layer
+    decided: int = 70  # of deciding and committing, greedily, as counted in a run whose verification was left out
+
+
+COMPILED, SEPARATE, CAPTURED = Launches(), Launches(products=7), Launches(products=7, others=35)
+
+
+def step(shape: Shape, chip: Chip, launches: Launches, model: Decoder, assumed: Assumed = ON_H200) -> dict[str, float]:
+    """Seconds of the parts of a captured step with a greedy tree that costs nothing to draft."""
+    products = model.layers * launches.products + 1
+    return {
+        "weights": model.bytes(shape) / assumed.streamed,
+        "products' beginnings": products * (assumed.launch + assumed.begin),
+        "attention": model.layers * tree_attention(shape, chip, assumed=assumed).seconds,
+        "other kernels of layers": model.layers * launches.others * assumed.launch,
+        "decision": launches.decided * assumed.launch + assumed.verified,
+    }
+
+
+# Ops of a decoder layer that a step without capture calls, and of what is around the layers, as counted on a CPU.
+_OPS, _AROUND = 44, 40
+
+
+def over_assisted(step_seconds: float, layers: int = 32, draft_layers: int = 6, drafted: int = 4) -> float:
+    """How many times as fast captured steps are as transformers' assisted generation, which waits for the host.
+
+    Both accept the same.
+    Passes of the draft model are launches above all: a layer of it is small.
+
+    Args:
+        step_seconds: a captured step but for drafting.
+        layers, draft_layers: of target and draft.
+        drafted: tokens of the chain, each a pass of the draft.
+    """
+    host = (layers * _OPS + _AROUND + drafted * (draft_layers * _OPS + _AROUND)) * ON_H200.host
+    of_a_layer = COMPILED.products + COMPILED.others + 2  # with attention and its merge
+    captured = drafted * (draft_layers * of_a_layer + _AROUND) * ON_H200.launch
+    return max(host, step_seconds) / (step_seconds + captured)
+
+
+def page() -> str:
+    """What `kernels/README.md` says of whole steps."""
+    shape, model = Shape("Llama-3-8B", 32, 8, 128, 64, 1024, 1), Decoder()
+    floor = model.bytes(shape) / ON_H200.streamed
+    kinds = {"compiled, weights joined": COMPILED, "compiled": SEPARATE, "captured as it stands": CAPTURED}
+    steps = {name: step(shape, CHIPS["sm_90"], launches, model) for name, launches in kinds.items()}
+    parts = list(steps["compiled"])
+    lines = [f"| {' | '.join(['ms', *parts, 'together', 'of reading the weights'])} |", "|---" * (len(parts) + 3) + "|"]
+    for name, found in steps.items():
+        cells = [*(f"{1e3 * found[part]:.2f}" for part in parts), f"{1e3 * sum(found.values()):.1f}"]
+        lines.append(f"| {' | '.join([name, *cells])} | {sum(found.values()) / floor:.2f} |")
+    joined = sum(steps["compiled, weights joined"].values())
+    over = f"Over transformers' assisted generation with chains of 4, which waits for the host: {over_assisted(joined):.1f}."
+    return "\n".join([*lines, "", over])
+
+
+if __name__ == "__main__":
+    print(page())

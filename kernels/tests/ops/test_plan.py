@@ -1,11 +1,14 @@
 """Tree attention is split so that its programs fill an H200, whatever the heads, the tree, the batch and the length."""
 
 import itertools
+from pathlib import Path
 
 import bench_tree_attention as bench
 import estimates
 import floors
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec_kernels import plan
 from specdec_kernels.backend import CHIPS
@@ -93,3 +96,24 @@ RESIDENT = {  # arch, registers, bytes of shared memory, warps -> programs of a 
 @pytest.mark.parametrize("kernel", RESIDENT)
 def test_a_multiprocessor_holds_what_registers_shared_memory_and_warps_allow(kernel):
     assert plan.resident(*kernel) == RESIDENT[kernel]
+
+
+def test_a_pass_reads_all_weights_but_the_input_embedding():
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    matrices = (
+        sum(p.nbytes for p in model.parameters() if p.ndim == 2) // 2 - model.get_input_embeddings().weight.nbytes // 2
+    )
+    assert estimates.Decoder().bytes(floors.Shape(*bench.LLAMA3, 64, 1024, 1)) == matrices
+
+
+def test_the_readme_says_what_is_estimated():
+    assert estimates.page() in (Path(__file__).parents[2] / "README.md").read_text("utf-8")
