@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hybrid_models import GATED_DELTA, STATE_SPACE
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_model
 from tiny_models import GATE, MATRIX, PROMPTS, llama
 from torch import fx, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -190,10 +191,14 @@ def test_adapters_of_peft_may_come_before_and_after():
         if when == "before":
             specdec.join_weights(model)
         torch.manual_seed(4)
-        get_peft_model(model, config).eval()
+        adapted = get_peft_model(model, config).eval()
         if when == "after":
             specdec.join_weights(model)
         texts.append(specdec.generate(model, PROMPTS, **OPTIONS).tokens)
+        adapters = get_peft_model_state_dict(adapted).values()
+        assert all(
+            value.untyped_storage().nbytes() == value.nbytes for value in adapters
+        )  # files of these hold no more
     assert all(torch.equal(a, b) for others in texts[1:] for a, b in zip(texts[0], others, strict=True))
 
 
@@ -202,7 +207,9 @@ def test_copies_casts_files_and_stored_weights_are_as_of_any_other_model(tmp_pat
     expected = plain.state_dict()
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "state")
+    save_model(model, str(tmp_path / "tied"))  # leaves out what shares a storage
     made = {
+        "tied": load_file(tmp_path / "tied"),
         "copied": copy.deepcopy(model).state_dict(),
         "saved": type(model).from_pretrained(tmp_path).state_dict(),
         "written": torch.load(tmp_path / "state"),

@@ -33,15 +33,19 @@ def joined_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def together(weights: Sequence[Tensor]) -> Tensor | None:
-    """[sum of out, in]: matrices [out, in] that lie one behind the other, as one, without a copy; None if they do not."""
+    """[sum of out, in]: matrices [out, in] that lie one behind the other, as one, without a copy; None if they do not.
+
+    It owns nothing: use it while they are there.
+    """
     first = weights[0]
-    place, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    place = first.data_ptr()
     for weight in weights:
-        alike = weight.shape[1] == first.shape[1] and weight.dtype == first.dtype and weight.is_contiguous()
-        if not alike or weight.storage_offset() != place or weight.untyped_storage().data_ptr() != storage:
+        alike = (weight.shape[1], weight.dtype, weight.device) == (first.shape[1], first.dtype, first.device)
+        if not alike or not weight.is_contiguous() or weight.data_ptr() != place:
             return None
-        place += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
+        place += weight.nbytes
+    memory = torch._C._construct_storage_from_data_pointer(first.data_ptr(), first.device, place - first.data_ptr())
+    return first.new_empty(0).set_(memory, 0, (sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
 
 
 @_op.register_fake

@@ -24,9 +24,10 @@ def join_weights(model: Model) -> Model:
     layers read the same tensor. On a GPU, compiled forward passes (`Graphs(compile=True)`) then compute each group in one
     product: four for a layer of Llama in place of seven, and none of them small. Elsewhere nothing gets faster or slower.
 
-    Parameters stay the objects that they are, with the numbers that they have: state dicts, optimizers, hooks and layers that
-    share them see no difference. They become parts of one storage for each group. One group at a time exists twice. What moves
-    or casts a model, as `model.to(...)` does, takes them apart again, which is right and slower.
+    Parameters stay the objects that they are, with the numbers that they have, and each keeps a storage of its own: state dicts,
+    files, optimizers, hooks and layers that share them see no difference. The memory of a group is free once none of its weights
+    is there. One group at a time exists twice. What moves, casts or copies a model, as `model.to(...)` does, takes them apart
+    again, which is right and slower.
 
     It is like `model.to(...)`: call it before the model is used, not while runs are at work or others compute with it. CUDA
     graphs that somebody has captured read the memory where the weights were; those of `Graphs` are captured anew.
@@ -103,4 +104,5 @@ def _lay_together(weights: Sequence[nn.Parameter]) -> None:
         whole = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1])
         for weight, part in zip(weights, whole.split([*map(len, weights)]), strict=True):
             part.copy_(weight)
-            weight.data = part
+            # in a storage of its own, as whoever saves a model takes weights of one storage for one weight
+            weight.data = torch.from_dlpack(part)
