@@ -24,10 +24,10 @@ def join_weights(model: Model) -> Model:
     layers read the same tensor. On a GPU, compiled forward passes (`Graphs(compile=True)`) then compute each group in one
     product: four for a layer of Llama in place of seven, and none of them small. Elsewhere nothing gets faster or slower.
 
-    Parameters stay the objects that they are, with the numbers that they have, and each keeps a storage of its own: state dicts,
-    files, optimizers, hooks and layers that share them see no difference. The memory of a group is free once none of its weights
-    is there. One group at a time exists twice. What moves, casts or copies a model, as `model.to(...)` does, takes them apart
-    again, which is right and slower.
+    Parameters stay the objects that they are, with the numbers that they have, and each keeps a storage of its own: state
+    dicts, files, optimizers, hooks and layers that share them see no difference. The memory of a group is free once none of its
+    weights is there. One group at a time exists twice. What moves, casts or copies a model, as `model.to(...)` does, takes them
+    apart again, which is right and slower.
 
     It is like `model.to(...)`: call it before the model is used, not while runs are at work or others compute with it. CUDA
     graphs that somebody has captured read the memory where the weights were; those of `Graphs` are captured anew.
