@@ -77,6 +77,7 @@ class Batch:
         self.sampling, self.stop_tokens, self.tokenizer = request.sampling, request.stop_tokens, request.tokenizer
         self.static, self._deepest, self.max_length = request.static, request.spec.depth, longest
         self.stages, self.resume = stages, resume
+        stages.begin()
         self.keep = request.keep or request.slots is not None  # the halves of a batch go on from it
         self._seed = request.seed % 2**64  # seeds are integers of 64 bits, with a sign or without
         for row, text in enumerate(texts):

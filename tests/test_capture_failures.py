@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
-from captured import DRAFTERS, STAGES, TARGET
+from captured import DRAFTERS, STAGES, TARGET, captured_stages
 from test_partly_captured import DRAFT
 from tiny_models import PROMPTS
 
 import specdec
 from specdec.engines.cuda_graph import CudaCapture
 from specdec.engines.host_reads import HostReads
+from specdec.rules import SiblingRejection
 from specdec.testing import Tape
 
 CUDA = torch.device("cuda", 0)
@@ -235,6 +236,38 @@ def test_a_stage_that_was_replayed_is_run_as_it_stands_when_its_next_capture_fai
         for _ in range(2):  # the first block again, whose graphs are there
             found = generated(engine, 0.0, **options)
             assert torch.equal(found.tokens[0], generated("eager", 0.0, **options).tokens[0])
+
+
+def test_a_capture_that_failed_is_tried_again_in_the_next_run():
+    left = ["stage"]
+    engine = specdec.Graphs(capture=lambda stage: Failing(stage, "propose", left.pop() if left else None))
+    eager = generated("graph", 0.0)
+    with pytest.warns(UserWarning, match="'propose'.*failed"):
+        texts = [generated(engine, 0.0).tokens]
+    assert "propose" not in captured_stages(engine)
+    texts += [generated(engine, 0.0).tokens for _ in range(2)]  # warnings are errors
+    assert captured_stages(engine) >= {"propose", "score", "decide", "commit"}
+    assert all(torch.equal(a, b) for each in texts for a, b in zip(each, eager.tokens, strict=True))
+
+
+def test_a_step_that_is_interrupted_while_it_is_watched_is_watched_again():
+    class Counting(SiblingRejection):
+        calls = 0
+
+        def __call__(self, tree, law, coins):
+            Counting.calls += 1
+            if Counting.calls == 2:
+                raise KeyboardInterrupt
+            torch.tensor(float(Counting.calls))  # a graph would repeat the first number
+            return super().__call__(tree, law, coins)
+
+    engine = specdec.Graphs(capture=Tape)
+    options = {"rule": Counting(), "engine": engine, "max_new_tokens": 12}
+    with pytest.raises(KeyboardInterrupt):
+        specdec.generate(TARGET, PROMPTS[1:3], DRAFTERS["chain"](DRAFT), **options)
+    with pytest.warns(UserWarning, match="'decide'.*waits for the device"):
+        specdec.generate(TARGET, PROMPTS[1:3], DRAFTERS["chain"](DRAFT), **options)
+    assert "decide" not in captured_stages(engine)
 
 
 class SyncDebug:

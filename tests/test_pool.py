@@ -20,6 +20,7 @@ from specdec import ModelTarget, Sampling
 from specdec.arguments import as_request
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.engines.cuda_graph import CudaCapture
+from specdec.engines.pool import Pool
 from specdec.loop import Decoding
 from specdec.models import memory
 from specdec.models.causal_lm import CausalLM
@@ -66,7 +67,7 @@ SMALL = 1 << 14  # bytes of buffers that nobody counts: coins, places of nodes
 def test_bytes_that_wait_are_those_that_ended_runs_hold(name, batch_size):
     engine, drafter = specdec.Graphs(), DRAFTERS[name](DRAFT)
     taking(engine, drafter, batch_size=batch_size)
-    ((_, parts, counted),) = engine._pool._idle
+    ((_, parts, counted, _),) = engine._pool._idle
     held = storages(parts)
     own = sum(
         size for address, size in held.items() if address not in weights(TARGET, DRAFT, *parts.description.models)
@@ -79,7 +80,7 @@ def test_recurrent_states_and_graphs_are_counted():
     plain, engine = (specdec.Graphs(capture=capture) for capture in (None, Tape))
     for each in (plain, engine):
         taking(each, None, target=model)
-    ((_, parts, counted),) = engine._pool._idle
+    ((_, parts, counted, _),) = engine._pool._idle
     assert plain.pooled_bytes >= sum(
         part.nbytes for layer in parts.target.cached.cache.recurrent for part in layer.parts
     )
@@ -213,7 +214,7 @@ def test_threads_side_by_side_share_no_memory():
 
     for _ in range(2):
         assert together([run] * 3) == [expected] * 3
-    owned = [storages(parts).keys() - weights(TARGET, DRAFT) for _, parts, _ in engine._pool._idle]
+    owned = [storages(parts).keys() - weights(TARGET, DRAFT) for _, parts, _, _ in engine._pool._idle]
     assert len(set().union(*owned)) == sum(map(len, owned))
 
 
@@ -240,3 +241,39 @@ def test_bytes_of_a_graph_are_those_that_its_pool_has_grown_by(monkeypatch):
     graphs = [capture(lambda size=size: machine.allocate(size)) for size in (gigabyte, 0, 3)]
     other = CudaCapture(CUDA)(lambda: machine.allocate(5))
     assert [graph.bytes for graph in graphs] == [gigabyte, 0, 3] and other.bytes == 5
+
+
+def test_a_run_that_python_collects_while_the_pool_is_at_work_adds_its_parts():
+    """An exception's traceback may hold a stream in a circle; the collector may begin wherever Python runs."""
+    engine, armed = specdec.Graphs(), []
+
+    class Collects(ModelDrafter):
+        def __eq__(self, other):
+            if armed and armed.pop():
+                gc.collect()
+            return self is other
+
+        __hash__ = ModelDrafter.__hash__
+
+    drafters = [Collects(DRAFT, Chain(2)) for _ in range(2)]
+    taking(engine, drafters[0])  # waits in the pool
+    with collecting_nothing():
+        stream = specdec.stream(TARGET, PROMPTS, drafters[1], engine=engine, **OPTIONS)
+        next(stream)
+        circle = [stream]
+        circle.append(circle)
+        del stream, circle
+        armed.append(True)
+        taking(engine, drafters[1])
+    assert len(engine._pool._idle) == 3 and not armed
+
+
+def test_what_is_added_while_the_lock_is_held_waits_for_who_holds_it():
+    class Part:
+        bytes, device_memory = 10, None
+
+    pool = Pool(limit=25)
+    with pool._lock:
+        for key in range(3):
+            pool.add(key, Part())
+    assert pool.bytes == 20 and pool.take(0) is None and pool.take(2) is not None and pool.take(2) is None

@@ -19,6 +19,9 @@ class Stages:
     compiles = False  # whether forward passes of steps are compiled
     bytes = 0  # of device memory that captured stages hold
 
+    def begin(self) -> None:
+        """Begin a run, in the stages of an earlier one perhaps."""
+
     def rounded(self, slots: int) -> int:
         """Round the room of a row up, so that a later run of nearly equal lengths can go on in the same parts."""
         return slots

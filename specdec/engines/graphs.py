@@ -11,7 +11,7 @@ The loop is written that way; drafters, tree policies, rules and targets declare
 captured, parts may be: the forward passes of a draft model.
 
 A capture runs the stage's Python and nothing on the device. If it fails, the stage is called directly, in this step and all
-later ones. So the state that its Python leaves behind must not depend on how often it has run.
+later ones of the run. So the state that its Python leaves behind must not depend on how often it has run.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Graphs(Engine):
 
     A run owns its graphs, the memory that they work in, its caches and its buffers. When it ends it gives them back, and the
     next run of the same kind takes them: one of the same models, drafter, rule, sampling and batch size, whose texts need as
-    much room (blocks of 256 tokens). Two runs at once hold two sets. What waits is dropped with the engine, if a run begins
-    that finds too little memory, and, the oldest first, as far as it takes more than `pool_bytes`.
+    much room (blocks of 256 tokens). Two runs at once hold two sets. What waits is dropped with the engine, by `drop()`, if a
+    run begins that finds too little memory, and, the oldest first, as far as it takes more than `pool_bytes`. Until then the
+    models of these runs stay in memory too, which `pooled_bytes` does not count.
 
     Args:
         compile: compile the forward passes of transformers models too (torch.compile). A layer is compiled once for all layers
@@ -137,12 +138,15 @@ class CapturedStages(Stages):
         self._times: Counter[Hashable] = Counter()  # how often each stage was run
         # From the ids of tensors to the key of the graph that fills them.
         self._filled: dict[tuple[int, ...], Hashable] = {}
-        self._reasons: dict[str, str] = {}  # why stages cannot be captured, by name
+        self._left_out, self._failed = set[str](), set[str]()  # stages that cannot be captured, and not in this run
         self._inside = False  # whether a stage is being run: its parts are not captured by themselves
 
     @property
     def bytes(self) -> int:  # type: ignore[override]
         return sum(captured.bytes for captured in self.graphs.values())
+
+    def begin(self) -> None:
+        self._failed.clear()
 
     def rounded(self, slots: int) -> int:
         least, most = _COMPILED
@@ -152,8 +156,8 @@ class CapturedStages(Stages):
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")
         if reason is not None:
-            self._leave_out(name, reason)
-        if self._capture is None or self._inside or name in self._reasons:
+            self._leave_out(name, reason, self._left_out)
+        if self._capture is None or self._inside or name in self._left_out | self._failed:
             return stage(*args)
         self._inside = True
         try:
@@ -164,11 +168,11 @@ class CapturedStages(Stages):
     def _replayed(
         self, key: tuple[Hashable, ...], name: str, capture: _Capture, stage: Callable[..., Any], args: tuple[Any, ...]
     ) -> Any:
-        self._times[key] += 1
-        if self._times[key] == 1:  # the first run compiles kernels and makes constants, which must not be captured
-            return stage(*args)
-        if self._times[key] == 2:
-            return self._watched(name, stage, args)
+        if self._times[key] < 2:
+            # the first run compiles kernels and makes constants, which must not be captured
+            result = self._watched(name, stage, args) if self._times[key] else stage(*args)
+            self._times[key] += 1  # not if it was interrupted
+            return result
         # A graph reads its arguments where other graphs fill them, so arguments from elsewhere need another graph.
         sources = [self._filled.get(_ids(arg)) for arg in args]
         key = (*key, *sources)
@@ -188,7 +192,7 @@ class CapturedStages(Stages):
             graph.replay()
             self._filled[_ids(graph.outputs)] = key
         except Exception as error:
-            self._leave_out(name, f"capturing or replaying it failed ({_summary(error)})")
+            self._leave_out(name, f"capturing or replaying it failed ({_summary(error)})", self._failed)
             return stage(*args)
         return _renewed(graph.outputs)
 
@@ -196,16 +200,16 @@ class CapturedStages(Stages):
         with HostReads(self._device) as host:
             result = stage(*args)
         if host.reads:
-            self._leave_out(name, f"it waits for the device ({', '.join(sorted(host.reads))})")
+            self._leave_out(name, f"it waits for the device ({', '.join(sorted(host.reads))})", self._left_out)
         return result
 
     def _held(self, arg: Any, source: Hashable | None) -> Any:
         """`arg` in the memory that a stage is captured with: where it is, if the graph `source` fills it."""
         return _cloned(arg) if source is None else _renewed(self.graphs[source].graph.outputs)
 
-    def _leave_out(self, name: str, reason: str) -> None:
-        if name not in self._reasons:
-            self._reasons[name] = reason
+    def _leave_out(self, name: str, reason: str, among: set[str]) -> None:
+        if name not in among:
+            among.add(name)
             warnings.warn(
                 f"engine: the stage {name!r} runs step by step, the others as graphs: {reason}.", stacklevel=2
             )
