@@ -50,6 +50,10 @@ MEASURED = {
 
 
 def main(config: DictConfig) -> None:
+    if config.prompt_length is None:
+        raise SystemExit(
+            "prompt_length is null; drafts learn from what comes after so many tokens of each text: give a number."
+        )
     setting, folder = begin("experiments/distill_draft.py", config), Path(config.folder)
     if setting.sampling != Sampling(1.0):
         raise SystemExit(

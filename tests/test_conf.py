@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import specdec
+from experiments import distill_draft
 from experiments.bench import calls
 from experiments.bench.inputs import Setting
 from experiments.benchmark import with_models
@@ -142,6 +143,11 @@ def test_experiment_on_a_draft_model_that_is_not_there_is_told_what_to_set():
     with pytest.raises(SystemExit, match=r"target\.draft is not set"):
         _ = setting.draft
     assert replace(setting, models=PAIR).draft is PAIR.draft
+
+
+def test_drafts_that_would_be_trained_on_whole_texts_are_refused_before_any_work():
+    with pytest.raises(SystemExit, match="prompt_length is null"):
+        distill_draft.main(OmegaConf.create({"prompt_length": None}))
 
 
 def test_method_without_its_draft_model_is_told_what_to_set():
