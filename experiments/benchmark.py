@@ -36,6 +36,7 @@ from experiments.bench.results import Wandb
 from experiments.bench.terminal import fitted
 from experiments.peer_methods.libraries import present
 from specdec.tuning import reading
+from specdec.tuning.roofline import parameters
 
 
 def main(config: DictConfig) -> str | None:
@@ -67,7 +68,7 @@ def compare(config: DictConfig, gather: Callable[[Iterator[Round]], list[Round]]
         log.runs.update(recorded(target, methods, ids[0], sampling=setting.sampling, tokenizer=tokenizer))
     found = figures(finished, ceilings, of if max(map(of.count, of)) > 1 else None)
     runs = {name: speed([done[name] for done in finished]).tolist() for name in found}
-    read = reading.least([*target.parameters()]) if config.device == "cpu" else None
+    read = reading.least(parameters(target)) if config.device == "cpu" else None
     counts = {"prompts": len(ids), "rounds": len(finished), "notes": notes(config, read), "reading_the_weights": read}
     compared = {"over": {peer: over(finished, peer) for peer in config.over if peer in methods}, "absent": absent}
     return log, {**setting.source, **counts, "figures": found, **compared, "tokens_per_second": runs}
@@ -112,7 +113,8 @@ def title(config: DictConfig) -> str:
     """The conditions under which the figures hold."""
     fields = {key: value for key, value in config.sampling.items() if key != "_target_" and value is not None}
     law = ", ".join(f"{key} {value}" for key, value in fields.items())
-    where = f"{config.dtype} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
+    stored = f" stored as {config.weights}" if config.weights else ""
+    where = f"{config.dtype}{stored} on {config.device}, {config.threads} CPU thread{'s' * (config.threads > 1)}"
     choices = HydraConfig.get().runtime.choices
     parts = ", ".join(f"{part} {choices[part]}" for part in sweep.PARTS if part not in sweep.unused(config))
     model = config.target.get("target", choices["target"])

@@ -1,4 +1,4 @@
-"""The least time a chip needs for an op: what must be moved, multiplied and exponentiated, at measured rates."""
+"""The least time a chip needs for an op: what must be moved, multiplied and exponentiated, at rates that others measured."""
 
 from __future__ import annotations
 
