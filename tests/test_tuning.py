@@ -25,7 +25,7 @@ from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check, over_all, spent
 from specdec.tuning.conditions import Conditions, afresh
 from specdec.tuning.estimate import DRAWS
-from specdec.tuning.foretold import Candidate, Foretold, of_replays, of_tree, replayed
+from specdec.tuning.foretold import LEAST, Candidate, Foretold, of_replays, of_tree, replayed
 from specdec.tuning.measuring import measured
 from specdec.tuning.offers import Offer, given
 from specdec.tuning.prices import Prices, Sample, Work, work
@@ -109,6 +109,11 @@ def test_texts_of_equal_prompts_are_replayed_as_they_were_written():
         != [1] * 8
     )
     assert [step.emitted[1] for step in beside.steps] == [1] * 8
+
+
+def test_one_text_does_not_speak_for_a_drafter_even_if_time_is_over():
+    pairs = [([PROMPTS[0]], [torch.tensor([3, 4, 3, 4])])] * (LEAST + 2)
+    assert len(replayed(NgramDrafter(), pairs, 97, GREEDY, prices(), lambda: True)) == LEAST
 
 
 def test_captured_steps_cost_what_their_largest_tree_costs():

@@ -21,6 +21,8 @@ from specdec.tuning.prices import Prices, work
 from specdec.tuning.probes import SIZES
 from specdec.tuning.shapes import parents_of
 
+# Texts, or groups that step together, that are read or replayed of each drafter even if time is over.
+LEAST = 4
 # Drafters that follow from the text alone.
 FOLLOWS = (NgramDrafter, SuffixDrafter)
 
@@ -158,7 +160,7 @@ def replayed(
 
     Args:
         groups: prompts and new tokens of the texts that step together.
-        over: whether time is over; the first group is replayed in any case.
+        over: whether time is over; `LEAST` groups are replayed in any case.
         padded: as for `of_replays`.
     """
     if isinstance(drafter, Paused) and drafter.seconds is None:
@@ -168,7 +170,7 @@ def replayed(
     drafter, traces = afresh(drafter), []
     for prompts, written in groups:
         traces.append(replay(prompts, written, drafter, vocab, sampling))
-        if over():
+        if len(traces) >= LEAST and over():
             break
     return traces
 

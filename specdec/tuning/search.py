@@ -15,7 +15,7 @@ from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVe
 from specdec.trees import Chain, Static, Widths
 from specdec.tuning import shapes
 from specdec.tuning.conditions import Conditions, rules
-from specdec.tuning.foretold import Candidate, can_be_replayed, of_replays, of_tree, replayed
+from specdec.tuning.foretold import LEAST, Candidate, can_be_replayed, of_replays, of_tree, replayed
 from specdec.tuning.offers import Offer
 from specdec.tuning.prices import Prices
 from specdec.tuning.probes import Stars, deepest
@@ -116,19 +116,19 @@ def _trees(offer: Offer, known: Known) -> Iterator[Row]:
 
 
 def read(drafter: TreeDrafter, known: Known, depth: int) -> list[list[Text]]:
-    """For each prompt, both models' laws along its texts: of the first one, and of others until time is over.
+    """For each prompt, both models' laws along its texts: of the first `LEAST` texts, and of others until time is over.
 
     Raises:
         ValueError: they cannot be known.
     """
     found: dict[int, list[Text]] = {}
     target, sampling = known.conditions.target, known.conditions.sampling
-    for text in known.written:
+    for count, text in enumerate(known.written, 1):
         prompt = known.prompts[text.prompt]
         whole = torch.cat([prompt, text.new])
         made = read_along(target, drafter, whole, len(prompt), sampling, depth)
         found.setdefault(text.prompt, []).append(made)
-        if known.over():
+        if count >= LEAST and known.over():
             break
     return [*found.values()]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain, cycle, islice, repeat
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -41,8 +41,6 @@ from specdec.tuning.writing import as_written, write
 _WRITTEN, _LAYERS, _MEASURED, _FORETOLD, _CHECKED = 0.15, 0.25, 0.42, 0.6, 1.0
 # Most rounds of measuring. It ends before if after some rounds every price is so sure, in steps without a draft.
 _ROUNDS, _LOOK, _SURE = 200, 8, 0.02
-# Texts, after the first one, that are read of each drafter after an interrupt.
-_HURRIED = 3
 # Candidates that are decoded.
 _CHECKS = 3
 
@@ -129,9 +127,7 @@ def tune(
             )
             if not found.rows:
                 with suppress(KeyboardInterrupt):
-                    _foretell(
-                        found, lambda share: partial(next, chain(repeat(False, _HURRIED), repeat(True))), budget.say
-                    )
+                    _foretell(found, lambda share: lambda: True, budget.say)
     return found.plan()
 
 
