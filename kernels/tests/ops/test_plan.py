@@ -70,6 +70,35 @@ def test_a_bound_that_is_not_reached_costs_little(length, nodes):
     assert bounded.seconds <= exact.seconds + 3e-6  # a merge that has little to do
 
 
+def slower_than_the_best(model, nodes, length, batch):
+    """By the estimate: how many times the best number of splits."""
+    name, heads, kv_heads, dim = model
+    shape, made = floors.Shape(name, heads, kv_heads, dim, nodes, length, batch), grid(model, nodes, length, batch)
+    counts = {plan.splits(made), *(1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)}
+    found = {
+        count: estimates.tree_attention(shape, H200, splits=count).seconds
+        for count in counts
+        if count <= min(made.tiles, plan.MOST)
+    }
+    return found[plan.splits(made)] / min(found.values())
+
+
+def test_the_plan_is_next_to_the_best_by_the_estimate_too():
+    """Both are arithmetic, but the estimate knows bytes, products and launches, where the plan counts tiles."""
+    slower = [slower_than_the_best(*shape) for shape in SHAPES]
+    short = [slower_than_the_best(*shape) for shape in itertools.product(MODELS, (1, 16, 64), (50, 300), (1, 8))]
+    assert max(slower) < 1.2 and sum(x > 1.1 for x in slower) < 0.05 * len(slower)
+    assert max(short) < 1.6
+
+
+def test_few_programs_do_not_wait_for_those_that_are_not_there():
+    """One text of 16-row blocks, unsplit: 8 programs fetch as much as 8 multiprocessors do, not as 1 / 50 of the chip."""
+    shape = floors.Shape(*bench.LLAMA3, 1, 8192, 1)
+    alone, whole = (estimates.tree_attention(shape, H200, splits=count).seconds for count in (1, None))
+    keys_and_values = 2 * 2 * 8 * 8256 * 128
+    assert alone == pytest.approx(keys_and_values / (8 * estimates.ON_H200.fetched), rel=0.1) and whole < alone / 4
+
+
 GOALS = {1024: 0.10, 8192: 0.345, 32768: 0.45, 131072: 0.45}  # parts of the floor that 64 nodes of Llama 3 8B reach
 
 
