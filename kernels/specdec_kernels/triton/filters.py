@@ -2,7 +2,7 @@
 
 A program for each tile of the vocabulary collects the tokens that may be at the threshold: those above a floor that is known
 to lie below it. Under top-p, tokens below the floor weigh less together than may be left out, by how many of them there are
-between two powers of two. The program that ends a row last bisects among what was collected, on the order of the logits,
+of about each weight. The program that ends a row last bisects among what was collected, on the order of the logits,
 which are never sorted. What it finds depends neither on which program that is nor on how many there are: a tile's tokens have
 a place of their own. Where a tile has more of them than there is room for, the bisection reads the whole row instead.
 """
@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.triton.tiles import Numbers, Tiles, exponential, merged, rate, read_tile, warmth
+from specdec_kernels.triton.tiles import FINE, Numbers, Tiles, exponential, merged, rate, read_tile, warmth
 
 _ROOM = 512  # groups that a tile may collect
 _LANES = 2048  # collected tokens that are looked at together
-_BINS = 32  # powers of two by which tokens are counted: what is lighter than all of them weighs next to nothing
+_BINS = 64  # in which tokens are counted: what is lighter than the last of them weighs next to nothing
 _SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0, torch.float64: 0}  # bits a float32 copy has too many
 _GROUP = tl.constexpr(4)  # neighbours, which one thread holds; collected together where one of them is above the floor
 
@@ -68,20 +68,19 @@ def _floor_of_tile(b_top, top_k, SHIFT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _depth_of_row(p_bins, p_part, i_row, tiles, peak, left, pace, BINS: tl.constexpr, PARTS: tl.constexpr):
-    """The least power of two below the peak such that all lighter tokens weigh less than what is left; BINS if none is."""
+    """How many bins below the peak lie all tokens but some that weigh less than what is left; BINS if that is not known."""
     o_t, o_b = tl.arange(0, PARTS)[:, None], tl.arange(0, BINS)[None, :]
     at, mask = i_row * tiles + o_t, o_t < tiles
     b_count = tl.load(p_bins + at * BINS + o_b, mask=mask, other=0).to(tl.float32)
     b_top = tl.load(p_part + at * 3, mask=mask, other=-float("inf"))
-    b_power = o_b + ((peak - b_top) * pace).to(
-        tl.float32
-    )  # [PARTS, BINS]: at least so many below the peak, and at most
-    b_last = tl.where(o_b < BINS - 1, b_power + 1, float("inf"))
-    b_weight = b_count * tl.exp2(-b_power)
+    # [PARTS, BINS]: so many bins below the peak each begins and ends
+    b_from = o_b + ((peak - b_top) * pace).to(tl.float32) * FINE
+    b_end = tl.where(o_b < BINS - 1, b_from + 1, float("inf"))
+    b_weight = b_count * tl.exp2(-b_from / FINE)  # at most
     low, high = 0, BINS
     while low < high:
         middle = (low + high) // 2
-        enough = tl.sum(tl.sum(tl.where(b_last > middle, b_weight, 0.0), 1)) < left
+        enough = tl.sum(tl.sum(tl.where(b_end > middle, b_weight, 0.0), 1)) < left
         low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
     return low
 
@@ -167,7 +166,7 @@ def _filter_kernel(
     elif TOP_P:  # all tokens below it together weigh too little for one of them to be the last one kept
         left = (total * left).to(tl.float32)
         depth = _depth_of_row(p_bins, p_part, i_row, tiles, peak, 0.999 * left, pace, BINS, PARTS)
-        depth = tl.minimum(tl.where(depth < BINS, depth.to(tl.float32), float("inf")), -tl.log2(left / vocab))
+        depth = tl.minimum(tl.where(depth < BINS, depth.to(tl.float32) / FINE, float("inf")), -tl.log2(left / vocab))
         floor = peak - (depth + 0.01).to(b_top.dtype) / pace
     at = i_row * tiles + i_tile
     b_place = tl.cumsum((b_top >= floor).to(tl.int32), 0)  # [BLOCK // _GROUP]

@@ -2,7 +2,7 @@
 
 The first launch reads every tile once: its peak, the first token there, and its weights added up in units of that peak. What
 needs a row's numbers merges those of its tiles, always in the same order. Filters take a second launch (`filters`); for top-p
-the first one also counts tokens by the power of two that their weight is next below.
+the first one also counts tokens by their weight.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 _TILE = 8192  # tokens that 256 threads hold in registers
 _LINE = 64  # 128 bytes of 16-bit logits
 _COLDEST = 1e-30  # temperature, whose inverse is a float32
+FINE = tl.constexpr(2)  # bins of tokens to a power of two
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -64,7 +65,8 @@ def tile_numbers(
 ):  # fmt: skip
     """Store (peak, cut, total) of a tile, and the first token at the peak. A NaN stands for a logit of +inf: neither is a law.
 
-    If there are BINS: bin j counts the tokens of weights from 2^-j down to 2^-(j + 1), the last one all that are lighter.
+    If there are BINS: bin j counts the tokens of weights from 2^(-j / FINE) down to 2^(-(j + 1) / FINE), the last one also all
+    that are lighter.
     And the count of programs that arrive in the next launch is 0.
     """
     o_v, b_x = read_tile(p_logits, i_row, i_tile, vocab, tiles, BLOCK, LINE)
@@ -78,7 +80,7 @@ def tile_numbers(
         b_power = (b_x - base) * rate(temperature, WIDE)
         total = summed(tl.exp2(b_power), BLOCK)
         if BINS:
-            b_bin = tl.where(-b_power < BINS - 1, -b_power, BINS - 1).to(tl.int32)
+            b_bin = tl.where(-b_power * FINE < BINS - 1, -b_power * FINE, BINS - 1).to(tl.int32)
             o_b = tl.arange(0, BINS)
             tl.store(p_bins + (i_row * tiles + i_tile) * BINS + o_b, tl.histogram(b_bin, BINS))
     at = i_row * tiles + i_tile
