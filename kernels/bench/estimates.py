@@ -2,13 +2,14 @@
 
     python kernels/bench/estimates.py
 
-prints the table of `kernels/README.md`. A measurement that is far from its estimate says which assumption is wrong.
+prints the tables of `kernels/README.md`. A measurement that is far from its estimate says which assumption is wrong.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import verification_estimate
 from floors import Shape
 
 from specdec_kernels import plan
@@ -28,7 +29,6 @@ class Assumed(NamedTuple):
     begin: float = 2e-6  # until a program's first product, and for its last writes: loads that wait for one another
     merge: float = 1e-6  # the same of a program that merges
     streamed: float = 4.3e12  # bytes of weights, by the best products of few tokens
-    verified: float = 20e-6  # of 64 x 128k logits, by the instructions of its kernels
     host: float = 8e-6  # of Python and PyTorch for an op that is not captured
 
 
@@ -103,12 +103,13 @@ COMPILED, SEPARATE, CAPTURED = Launches(), Launches(products=7), Launches(produc
 def step(shape: Shape, chip: Chip, launches: Launches, model: Decoder, assumed: Assumed = ON_H200) -> dict[str, float]:
     """Seconds of the parts of a captured step with a greedy tree that costs nothing to draft."""
     products = model.layers * launches.products + 1
+    verified = sum(verification_estimate.parts(verification_estimate.KINDS[0], chip).values())
     return {
         "weights": model.bytes(shape) / assumed.streamed,
         "products' beginnings": products * (assumed.launch + assumed.begin),
         "attention": model.layers * tree_attention(shape, chip, assumed=assumed).seconds,
         "other kernels of layers": model.layers * launches.others * assumed.launch,
-        "decision": launches.decided * assumed.launch + assumed.verified,
+        "decision": launches.decided * assumed.launch + verified,
     }
 
 
@@ -146,7 +147,10 @@ def page() -> str:
         lines.append(f"| {' | '.join([name, *cells])} | {sum(found.values()) / floor:.2f} |")
     joined = sum(steps["compiled, weights joined"].values())
     over = f"Over transformers' assisted generation with chains of 4, which waits for the host: {over_assisted(joined):.1f}."
-    return "\n".join([*lines, "", over])
+    decisions = (
+        "Laws, verification and a token of 64 nodes with 128k logits each, of which a greedy step has the first:"
+    )
+    return "\n".join([*lines, "", over, "", decisions, "", verification_estimate.table(CHIPS["sm_90"])])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import estimates
 import floors
 import pytest
 import torch
+import verification_estimate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec_kernels import plan
@@ -142,6 +143,21 @@ def test_a_pass_reads_all_weights_but_the_input_embedding():
         sum(p.nbytes for p in model.parameters() if p.ndim == 2) // 2 - model.get_input_embeddings().weight.nbytes // 2
     )
     assert estimates.Decoder().bytes(floors.Shape(*bench.LLAMA3, 64, 1024, 1)) == matrices
+
+
+def test_laws_and_verification_are_estimated_by_what_is_counted(monkeypatch):
+    budgets = {name: dict(budget) for name, budget in verification_estimate._BUDGETS.items()}
+    monkeypatch.setattr(verification_estimate, "_BUDGETS", budgets)
+    found = {kind.name: sum(verification_estimate.parts(kind, H200).values()) for kind in verification_estimate.KINDS}
+    goals = {kind.name: 1e-6 * kind.goal for kind in verification_estimate.KINDS if kind.goal}
+    # children that are all rejected, and rows of which a tile has more tokens than all but hot laws have, take longer
+    beyond = {name for name in found if found[name] > goals[name]}
+    assert beyond == {"4 drawn children", "top-p, 512, all room", "top-p, no room"}
+    greedy = verification_estimate.KINDS[0]
+    budgets[f"sm_90 {greedy.laws}"]["per_token"] *= 2
+    # 8 tiles of 8192 tokens by each of 132 multiprocessors, 32 at once
+    more = 8 * 8192 / 32 * budgets[f"sm_90 {greedy.laws}"]["per_token"] / 2 / verification_estimate.Assumed().issued
+    assert sum(verification_estimate.parts(greedy, H200).values()) - found["greedy"] == pytest.approx(more, rel=1e-6)
 
 
 def test_the_readme_says_what_is_estimated():
