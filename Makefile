@@ -60,7 +60,7 @@ gpu-smoke: ## the first of three calls for a GPU: every op launched, checked, ca
 gpu: ## the second: the kernels tested and timed beside their rivals
 	@$(PYTHON) experiments/gpu.py gpu
 
-engine: ## the third: whole steps and a large LM head timed, beside transformers
+engine: ## the third: whole steps, a large LM head and stored products timed, beside rivals
 	@$(PYTHON) experiments/gpu.py engine
 
 install: $(READY) ## only the set-up: .venv with the tested versions

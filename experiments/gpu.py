@@ -63,12 +63,12 @@ PLANS: dict[str, list[list[Part]]] = {  # the last part of each takes the time t
         ),
     ],
     "gpu": [
-        suite(compact=1, law=1, recurrences=1, verify=5, graphs=4, tree_attention=5),
+        suite(compact=1, law=1, recurrences=1, stored_linear=1, verify=5, graphs=4, tree_attention=5),
         bench("bench_verify", 120, "--tests", "{out}"),
         bench("bench_recurrences", 60, "--tests", "{out}"),
         bench("bench_tree_attention", SECONDS, "--tests", "{out}"),
     ],
-    "engine": [bench("bench_head", 90), bench("bench_engine", SECONDS)],
+    "engine": [bench("bench_head", 90), bench("bench_stored_linear", 60), bench("bench_engine", SECONDS)],
 }
 
 

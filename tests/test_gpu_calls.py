@@ -268,6 +268,13 @@ def test_plans_fit_their_nine_minutes_and_run_what_there_is(call):
             assert scripts and all((gpu.ROOT / script).exists() for script in scripts)
 
 
+def test_every_file_of_tests_on_a_device_is_run_and_every_kernel_timed():
+    named = [word for rounds in gpu.PLANS.values() for parts in rounds for part in parts for word in part.command]
+    tests = {f"kernels/tests/gpu/{path.name}" for path in (gpu.ROOT / "kernels/tests/gpu").glob("test_*.py")}
+    benchmarks = {f"kernels/bench/{path.name}" for path in (gpu.ROOT / "kernels/bench").glob("bench_*.py")}
+    assert len(tests) >= 7 and len(benchmarks) >= 7 and tests | benchmarks <= set(named)
+
+
 def test_a_dry_run_leaves_the_table_of_a_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "smoke", "--dry-run"])
     monkeypatch.setattr(

@@ -2,13 +2,14 @@
 
     python kernels/bench/estimates.py
 
-prints the table of `kernels/README.md`. A measurement that is far from its estimate says which assumption is wrong.
+prints the tables of `kernels/README.md`. A measurement that is far from its estimate says which assumption is wrong.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import verification_estimate
 from floors import Shape
 
 from specdec_kernels import plan
@@ -17,17 +18,17 @@ from specdec_kernels.configs import attention_config
 
 
 class Assumed(NamedTuple):
-    """By default of an H200. Rates are reached by all multiprocessors together, when each holds as many programs as it can."""
+    """By default of an H200. Products reach their rate when every multiprocessor holds as many programs as it can."""
 
     flops: float = 425e12  # bf16 products of Triton's kernels, which are seen to reach 400 to 450 of 790 a second
-    bytes: float = 0.8 * 4.3e12  # of keys and values
+    bytes: float = 0.8 * 4.3e12  # of keys and values, by all multiprocessors together
+    fetched: float = 64e9  # of these bytes, by one multiprocessor: what it has under way, 64 KB, every microsecond
     cached: float = 5.5e12  # bytes of partial results, which stay in the L2 cache
     launch: float = 1.5e-6  # seconds between two kernels of a graph
     overlapped: float = 0.5e-6  # the same, where the second may begin before the first has ended
     begin: float = 2e-6  # until a program's first product, and for its last writes: loads that wait for one another
     merge: float = 1e-6  # the same of a program that merges
     streamed: float = 4.3e12  # bytes of weights, by the best products of few tokens
-    verified: float = 20e-6  # of 64 x 128k logits, by the instructions of its kernels
     host: float = 8e-6  # of Python and PyTorch for an op that is not captured
 
 
@@ -43,27 +44,33 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def tree_attention(shape: Shape, chip: Chip, capacity: int | None = None, assumed: Assumed = ON_H200) -> Estimate:
+def tree_attention(
+    shape: Shape, chip: Chip, capacity: int | None = None, splits: int | None = None, assumed: Assumed = ON_H200
+) -> Estimate:
     """The sum of what waits for one another: the waves, each as long as its fullest program, and the merge.
 
-    Every tile counts as one of the prefix, and a wave that is not full takes no less time than a full one.
+    Every tile counts as one of the prefix. Products of a wave that is not full take no less time than those of a full one;
+    its programs share the memory among fewer, as far as a multiprocessor takes more.
 
     Args:
         capacity: the bound on the length that the launch knows; by default the length itself.
+        splits: how many there are; by default as planned.
     """
     rows = shape.nodes * shape.heads // shape.kv_heads
     config = attention_config(chip.arch, shape.head_dim, rows, 2)
     launch = chip.processors, shape.batch * shape.kv_heads, rows
     words = -(-shape.nodes // 32)
-    count = plan.splits(plan.grid(config, *launch, capacity or shape.length, words))
+    count = splits or plan.splits(plan.grid(config, *launch, capacity or shape.length, words))
     grid = plan.grid(config, *launch, shape.seen - shape.nodes, words)
-    tile = 4 * config.block_n * shape.head_dim
-    seconds = grid.at_once * max(tile * config.block_m / assumed.flops, tile / assumed.bytes)
-    total = assumed.launch + plan.waves(grid, count) * (assumed.begin + plan.share(grid, count) * seconds)
+    programs, tile = grid.programs * plan.used(grid, count), 4 * config.block_n * shape.head_dim
+    products = grid.at_once * tile * config.block_m / assumed.flops
+    total = assumed.launch
+    for at_work in plan.sizes(grid, count):
+        rate = min(assumed.bytes, min(at_work, chip.processors) * assumed.fetched)
+        total += assumed.begin + plan.share(grid, count) * max(products, at_work * tile / rate)
     if count > 1:
         parts = 4 * plan.used(grid, count) * shape.batch * shape.nodes * shape.heads * shape.head_dim
         total += 2 * parts / assumed.cached + (assumed.overlapped if chip.overlaps else assumed.launch) + assumed.merge
-    programs = grid.programs * plan.used(grid, count)
     return Estimate(programs, plan.waves(grid, count), plan.busy(grid, count), total)
 
 
@@ -96,12 +103,13 @@ COMPILED, SEPARATE, CAPTURED = Launches(), Launches(products=7), Launches(produc
 def step(shape: Shape, chip: Chip, launches: Launches, model: Decoder, assumed: Assumed = ON_H200) -> dict[str, float]:
     """Seconds of the parts of a captured step with a greedy tree that costs nothing to draft."""
     products = model.layers * launches.products + 1
+    verified = sum(verification_estimate.parts(verification_estimate.KINDS[0], chip).values())
     return {
         "weights": model.bytes(shape) / assumed.streamed,
         "products' beginnings": products * (assumed.launch + assumed.begin),
         "attention": model.layers * tree_attention(shape, chip, assumed=assumed).seconds,
         "other kernels of layers": model.layers * launches.others * assumed.launch,
-        "decision": launches.decided * assumed.launch + assumed.verified,
+        "decision": launches.decided * assumed.launch + verified,
     }
 
 
@@ -139,7 +147,10 @@ def page() -> str:
         lines.append(f"| {' | '.join([name, *cells])} | {sum(found.values()) / floor:.2f} |")
     joined = sum(steps["compiled, weights joined"].values())
     over = f"Over transformers' assisted generation with chains of 4, which waits for the host: {over_assisted(joined):.1f}."
-    return "\n".join([*lines, "", over])
+    decisions = (
+        "Laws, verification and a token of 64 nodes with 128k logits each, of which a greedy step has the first:"
+    )
+    return "\n".join([*lines, "", over, "", decisions, "", verification_estimate.table(CHIPS["sm_90"])])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import bench_recurrences as recurrences
+import bench_stored_linear as stored
 import bench_tree_attention as attention
 import bench_verify
 import processes
 import report
-import stored_products
 import torch
 import verification
 from floors import Compaction, Laws, Product, Recurrence, Shape, Work
@@ -49,7 +49,7 @@ def shapes_of(method: str, dry: bool) -> Sequence[Work]:
         return OPS[method]
     if method == "tree_attention":
         return attention.DRY
-    return [s for s in (*bench_verify.DRY, *recurrences.DRY, *stored_products.DRY) if s.op == method]
+    return [s for s in (*bench_verify.DRY, *recurrences.DRY, *stored.DRY) if s.op == method]
 
 
 def figures(shape: Work, method: str, device: str) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def prepared(shape: Work, device: str) -> tuple[Callable[..., Any], Callable, li
         turns = [recurrences.inputs(shape, device, seed) for seed in range(2)]
         return recurrences.candidates(shape)[processes.OURS], partial(recurrences.fault, shape), turns
     if isinstance(shape, Product):
-        turns = [stored_products.inputs(shape, device, seed) for seed in range(2)]
-        return getattr(specdec_kernels, shape.op), partial(stored_products.fault, shape), turns
+        turns = [stored.inputs(shape, device, seed) for seed in range(2)]
+        return getattr(specdec_kernels, shape.op), partial(stored.fault, shape), turns
     if not isinstance(shape, Shape):
 
         def check(call: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:

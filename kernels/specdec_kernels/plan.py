@@ -15,7 +15,7 @@ from specdec_kernels.configs import Config
 MOST = 128  # splits
 # What costs as much as so many tiles. A program begins with an empty pipeline and ends by writing its result; partial results
 # are merged by a launch of its own.
-BEGIN, MERGE = 1, 4
+BEGIN, MERGE = 1, 2
 SLACK = 1.05  # fewer splits are taken if they cost no more than so many times the least: less is written and merged
 
 
@@ -64,6 +64,12 @@ def busy(grid: Grid, count: int) -> float:
 def waves(grid: Grid, count: int) -> int:
     """How many times the chip is filled with programs that have something to do."""
     return -(-grid.programs * used(grid, count) // grid.at_once)
+
+
+def sizes(grid: Grid, count: int) -> list[int]:
+    """How many programs with something to do each wave has."""
+    full, left = divmod(grid.programs * used(grid, count), grid.at_once)
+    return [grid.at_once] * full + [left] * (left > 0)
 
 
 def used(grid: Grid, count: int) -> int:

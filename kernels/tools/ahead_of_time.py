@@ -45,6 +45,16 @@ class Compiled(NamedTuple):
     per_token: int
     instructions: Counter[str]
 
+    @property
+    def length(self) -> int:
+        """Instructions as they are written; those of a loop count once."""
+        return self.instructions.total() - self.instructions["NOP"]
+
+    @property
+    def products(self) -> int:
+        """Instructions of the tensor cores among them."""
+        return sum(count for name, count in self.instructions.items() if re.search("MMA|mfma", name))
+
 
 class _Absent(DriverBase):
     """Stands for the driver of a GPU that is not there: launchers run as they are, on CPU tensors, and only compile."""

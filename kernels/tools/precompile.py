@@ -25,10 +25,10 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / "kernels" / folder) for folder in ("", "
 import ahead_of_time  # noqa: E402
 import bench_recurrences  # noqa: E402
 import bench_splits  # noqa: E402
+import bench_stored_linear  # noqa: E402
 import bench_tree_attention  # noqa: E402
 import bench_verify  # noqa: E402
 import smoke  # noqa: E402
-import stored_products  # noqa: E402
 import torch  # noqa: E402
 import verification  # noqa: E402
 from floors import Compaction, Laws, Product, Recurrence, Shape  # noqa: E402
@@ -117,7 +117,7 @@ def _recurrence(shape) -> None:
 
 
 def _product(shape) -> None:
-    x, weight, scales, out = stored_products.inputs(replace(shape, out=64), "cpu", 0)
+    x, weight, scales, out = bench_stored_linear.inputs(replace(shape, out=64), "cpu", 0)
     stored_linear(x.to("meta"), weight.to("meta"), scales.to("meta"), out)
 
 

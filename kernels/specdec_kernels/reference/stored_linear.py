@@ -101,10 +101,11 @@ def rounded(x: Tensor) -> Tensor:
     """x [..., in] rounded in each group, filled up with zeros to whole ones; no numbers in groups where x is not finite."""
     groups = pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     most = groups.abs().amax(-1, True)
-    whole = (groups * torch.where(most >= LEAST, 127 / most, 0)).round()
+    steps = torch.full_like(most, 127)  # a tensor: with a number, torch multiplies by a reciprocal, and rounds twice
+    whole = (groups * torch.where(most >= LEAST, steps / most, 0)).round()
     finite = most.isfinite()
     return (
-        torch.where(finite, whole, 0) * torch.where(finite, torch.where(most >= LEAST, most / 127, 0), torch.nan)
+        torch.where(finite, whole, 0) * torch.where(finite, torch.where(most >= LEAST, most / steps, 0), torch.nan)
     ).flatten(-2)
 
 

@@ -1,9 +1,10 @@
 """Top-k, top-p and min-p as one threshold on the logits of a row, found by bisection among few of them.
 
 A program for each tile of the vocabulary collects the tokens that may be at the threshold: those above a floor that is known
-to lie below it. The program that ends a row last bisects among what was collected, on the order of the logits, which are
-never sorted. What it finds depends neither on which program that is nor on how many there are: a tile's tokens have a place
-of their own. Where a tile has more of them than there is room for, the bisection reads the whole row instead.
+to lie below it. Under top-p, tokens below the floor weigh less together than may be left out, by how many of them there are
+of about each weight. The program that ends a row last bisects among what was collected, on the order of the logits,
+which are never sorted. What it finds depends neither on which program that is nor on how many there are: a tile's tokens have
+a place of their own. Where a tile has more of them than there is room for, the bisection reads the whole row instead.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.triton.tiles import Numbers, Tiles, exponential, merged, rate, read_tile, warmth
+from specdec_kernels.triton.tiles import FINE, Numbers, Tiles, exponential, merged, rate, read_tile, warmth
 
 _ROOM = 512  # groups that a tile may collect
 _LANES = 2048  # collected tokens that are looked at together
+_BINS = 64  # in which tokens are counted: what is lighter than the last of them weighs next to nothing
 _SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0, torch.float64: 0}  # bits a float32 copy has too many
 _GROUP = tl.constexpr(4)  # neighbours, which one thread holds; collected together where one of them is above the floor
 
@@ -62,6 +64,25 @@ def _floor_of_tile(b_top, top_k, SHIFT: tl.constexpr, WIDE: tl.constexpr):
         high = tl.where(groups < top_k, middle - 1, tl.where(groups > 2 * top_k, high, middle))
         low = tl.where(groups < top_k, low, middle)
     return _value(low, SHIFT, WIDE)
+
+
+@triton.jit
+def _depth_of_row(p_bins, p_part, i_row, tiles, peak, left, pace, BINS: tl.constexpr, PARTS: tl.constexpr):
+    """How many bins below the peak lie all tokens but some that weigh less than what is left; BINS if that is not known."""
+    o_t, o_b = tl.arange(0, PARTS)[:, None], tl.arange(0, BINS)[None, :]
+    at, mask = i_row * tiles + o_t, o_t < tiles
+    b_count = tl.load(p_bins + at * BINS + o_b, mask=mask, other=0).to(tl.float32)
+    b_top = tl.load(p_part + at * 3, mask=mask, other=-float("inf"))
+    # [PARTS, BINS]: so many bins below the peak each begins and ends
+    b_from = o_b + ((peak - b_top) * pace).to(tl.float32) * FINE
+    b_end = tl.where(o_b < BINS - 1, b_from + 1, float("inf"))
+    b_weight = b_count * tl.exp2(-b_from / FINE)  # at most
+    low, high = 0, BINS
+    while low < high:
+        middle = (low + high) // 2
+        enough = tl.sum(tl.sum(tl.where(b_end > middle, b_weight, 0.0), 1)) < left
+        low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
+    return low
 
 
 @triton.jit
@@ -128,10 +149,10 @@ def _narrowed(
 
 @triton.jit(do_not_specialize=["top_k"])
 def _filter_kernel(
-    p_logits, p_part, p_first, p_arrived, p_some, p_found, p_law, p_best,
-    vocab, tiles, temperature, top_k, top_p, share, drop,
+    p_logits, p_part, p_first, p_arrived, p_bins, p_some, p_found, p_law, p_best,
+    vocab, tiles, temperature, top_k, top_p, left, drop,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    LINE: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
+    LINE: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     i_row, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, b_stored = read_tile(p_logits, i_row, i_tile, vocab, tiles, BLOCK, LINE)
@@ -143,7 +164,10 @@ def _filter_kernel(
     if TOP_K:
         floor = _floor_of_tile(b_top, top_k, SHIFT, WIDE)
     elif TOP_P:  # all tokens below it together weigh too little for one of them to be the last one kept
-        floor = peak + (tl.log2((total * share).to(tl.float32)) - 0.01).to(b_top.dtype) / pace
+        left = (total * left).to(tl.float32)
+        depth = _depth_of_row(p_bins, p_part, i_row, tiles, peak, 0.999 * left, pace, BINS, PARTS)
+        depth = tl.minimum(tl.where(depth < BINS, depth.to(tl.float32) / FINE, float("inf")), -tl.log2(left / vocab))
+        floor = peak - (depth + 0.01).to(b_top.dtype) / pace
     at = i_row * tiles + i_tile
     b_place = tl.cumsum((b_top >= floor).to(tl.int32), 0)  # [BLOCK // _GROUP]
     b_mask = (b_top >= floor) & (b_place <= ROOM)
@@ -184,6 +208,11 @@ class Filters(NamedTuple):
         )
         return filters if temperature > 0 and any(x is not None for x in filters[1:]) else None
 
+    @property
+    def bins(self) -> int:
+        """By how many powers of two the first launch must count tokens."""
+        return _BINS if self.top_p is not None and self.top_k is None else 0
+
     def narrow(self, logits: Tensor, tiles: Tiles, numbers: Numbers) -> Numbers:
         """Those of whole rows under the filters, from those of tiles without them; the count of arrivals is handed on."""
         rows, vocab = logits.shape
@@ -193,12 +222,12 @@ class Filters(NamedTuple):
             numbers.arrived.new_empty(rows, tiles.count),
         )
         law, best = numbers.part.new_empty(rows, 1, 3), numbers.first.new_empty(rows, 1)
-        share = 0.0 if self.top_p is None else (1 - self.top_p) / vocab
+        left = 0.0 if self.top_p is None else 1 - self.top_p
         drop = heat * math.log(self.min_p) if self.min_p else -math.inf
         _filter_kernel[(rows, tiles.count)](
             logits, *numbers, some, found, law, best, vocab, tiles.count, heat, self.top_k or 0, self.top_p or 0.0,
-            share, drop, TOP_K=self.top_k is not None, TOP_P=self.top_p is not None, SHIFT=_SHIFT[logits.dtype],
-            WIDE=logits.dtype == torch.float64, ROOM=room, LANES=max(_LANES, numbers.flags["PARTS"]),
+            left, drop, TOP_K=self.top_k is not None, TOP_P=self.top_p is not None, SHIFT=_SHIFT[logits.dtype],
+            WIDE=logits.dtype == torch.float64, ROOM=room, BINS=self.bins, LANES=max(_LANES, numbers.flags["PARTS"]),
             **numbers.flags, **tiles.flags,
         )  # fmt: skip
-        return Numbers(law, best, numbers.arrived)
+        return Numbers(law, best, *numbers[2:])

@@ -13,13 +13,14 @@ from specdec_kernels.triton.tiles import Tiles, merged, tile_numbers, warmth
 
 @triton.jit
 def _tile_kernel(
-    p_logits, p_part, p_first, p_arrived, vocab, tiles, temperature,
-    GREEDY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    p_logits, p_part, p_first, p_arrived, p_bins, vocab, tiles, temperature,
+    GREEDY: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     i_row, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tile_numbers(
-        p_logits, p_part, p_first, p_arrived, i_row, i_tile, vocab, tiles, temperature, GREEDY, WIDE, BLOCK, LINE
-    )
+        p_logits, p_part, p_first, p_arrived, p_bins, i_row, i_tile, vocab, tiles, temperature,
+        GREEDY, WIDE, BINS, BLOCK, LINE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -37,12 +38,14 @@ def law(
 ) -> tuple[Tensor, Tensor]:
     logits, rows, vocab = logits.contiguous(), *logits.shape
     tiles, filters = Tiles.of(logits), Filters.of(vocab, temperature, top_k, top_p, min_p)
-    numbers, heat, greedy = tiles.numbers(logits, rows), warmth(temperature), temperature == 0
+    bins = filters.bins if filters else 0
+    numbers, heat, greedy = tiles.numbers(logits, rows, bins), warmth(temperature), temperature == 0
     _tile_kernel[(rows, tiles.count)](
-        logits, *numbers, vocab, tiles.count, heat, GREEDY=greedy, WIDE=logits.dtype == torch.float64, **tiles.flags
-    )
+        logits, *numbers, vocab, tiles.count, heat, GREEDY=greedy, WIDE=logits.dtype == torch.float64, BINS=bins,
+        **tiles.flags,
+    )  # fmt: skip
     if filters:
-        part, first, _ = filters.narrow(logits, tiles, numbers)
+        part, first, *_ = filters.narrow(logits, tiles, numbers)
         return part[:, 0], first[:, 0]
     out = logits.new_empty((rows, 3), dtype=torch.float64), logits.new_empty(rows, dtype=torch.int64)
     _merge_kernel[(rows,)](

@@ -1,7 +1,8 @@
 """Row statistics of the law, by tiles of the vocabulary: each tile has a program, so that a few rows fill a GPU.
 
 The first launch reads every tile once: its peak, the first token there, and its weights added up in units of that peak. What
-needs a row's numbers merges those of its tiles, always in the same order. Filters take a second launch (`filters`).
+needs a row's numbers merges those of its tiles, always in the same order. Filters take a second launch (`filters`); for top-p
+the first one also counts tokens by their weight.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 _TILE = 8192  # tokens that 256 threads hold in registers
 _LINE = 64  # 128 bytes of 16-bit logits
 _COLDEST = 1e-30  # temperature, whose inverse is a float32
+FINE = tl.constexpr(2)  # bins of tokens to a power of two
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -58,11 +60,13 @@ def read_tile(p_logits, i_row, i_tile, vocab, tiles, BLOCK: tl.constexpr, LINE: 
 
 @triton.jit
 def tile_numbers(
-    p_logits, p_part, p_first, p_arrived, i_row, i_tile, vocab, tiles, temperature,
-    GREEDY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
+    p_logits, p_part, p_first, p_arrived, p_bins, i_row, i_tile, vocab, tiles, temperature,
+    GREEDY: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Store (peak, cut, total) of a tile, and the first token at the peak. A NaN stands for a logit of +inf: neither is a law.
 
+    If there are BINS: bin j counts the tokens of weights from 2^(-j / FINE) down to 2^(-(j + 1) / FINE), the last one also all
+    that are lighter.
     And the count of programs that arrive in the next launch is 0.
     """
     o_v, b_x = read_tile(p_logits, i_row, i_tile, vocab, tiles, BLOCK, LINE)
@@ -73,7 +77,12 @@ def tile_numbers(
     if not GREEDY:
         cut = tl.full((), -float("inf"), tl.float64)
         base = tl.where(peak > cut, peak, 0.0)  # where there is no logit but -inf, weights are 0
-        total = summed(tl.exp2((b_x - base) * rate(temperature, WIDE)), BLOCK)
+        b_power = (b_x - base) * rate(temperature, WIDE)
+        total = summed(tl.exp2(b_power), BLOCK)
+        if BINS:
+            b_bin = tl.where(-b_power * FINE < BINS - 1, -b_power * FINE, BINS - 1).to(tl.int32)
+            o_b = tl.arange(0, BINS)
+            tl.store(p_bins + (i_row * tiles + i_tile) * BINS + o_b, tl.histogram(b_bin, BINS))
     at = i_row * tiles + i_tile
     tl.store(p_part + at * 3, peak.to(tl.float64))
     tl.store(p_part + at * 3 + 1, cut)
@@ -104,6 +113,7 @@ class Numbers(NamedTuple):
     part: Tensor  # [row, part, 3] float64: peak, cut and total of a part of the vocabulary
     first: Tensor  # [row, part] int64: the first token at the peak
     arrived: Tensor  # [row] int32: programs that are done, 0 between launches
+    bins: Tensor  # [row, part, bin] int32: tokens of each, if they are counted
 
     @property
     def flags(self) -> dict[str, int]:
@@ -127,12 +137,13 @@ class Tiles(NamedTuple):
     def flags(self) -> dict[str, int]:
         return dict(BLOCK=self.block, LINE=self.line, num_warps=8, enable_fp_fusion=True)
 
-    def numbers(self, logits: Tensor, rows: int) -> Numbers:
+    def numbers(self, logits: Tensor, rows: int, bins: int) -> Numbers:
         """Memory for those of the tiles."""
         return Numbers(
             logits.new_empty((rows, self.count, 3), dtype=torch.float64),
             logits.new_empty((rows, self.count), dtype=torch.int64),
             logits.new_empty(rows, dtype=torch.int32),
+            logits.new_empty((rows, self.count, bins), dtype=torch.int32),
         )
 
 

@@ -148,18 +148,18 @@ def _state(rejected, p_scale, p_rest, b_rank, b_p, b_own, unit, blocks, BLOCKS: 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _begin_kernel(
-    p_logits, p_part, p_first, p_arrived, p_tokens, p_children, p_laws, p_draft, p_weight,
+    p_logits, p_part, p_first, p_arrived, p_bins, p_tokens, p_children, p_laws, p_draft, p_weight,
     nodes, internal, width, vocab, tiles, temperature,
-    GREEDY: tl.constexpr, DRAFT: tl.constexpr, WIDE: tl.constexpr, DRAFT_WIDE: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, LINE: tl.constexpr,
+    GREEDY: tl.constexpr, DRAFT: tl.constexpr, WIDE: tl.constexpr, DRAFT_WIDE: tl.constexpr, BINS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """The numbers of every node's law by tile, and the weights off its children, added up by tile: a difference from the whole
     sum would be all rounding.
     """
     i_row, node, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     tile_numbers(
-        p_logits, p_part, p_first, p_arrived, i_row * nodes + node, i_tile, vocab, tiles, temperature,
-        GREEDY, WIDE, BLOCK, LINE,
+        p_logits, p_part, p_first, p_arrived, p_bins, i_row * nodes + node, i_tile, vocab, tiles, temperature,
+        GREEDY, WIDE, BINS, BLOCK, LINE,
     )  # fmt: skip
     if DRAFT and node < internal:
         parent = i_row * internal + node
@@ -314,7 +314,8 @@ def verify(
     drawn = draft_probs is not None and not greedy
     draft = draft_probs.contiguous() if draft_probs is not None and drawn else logits  # else it is not read
     tiles, filters = Tiles.of(logits), Filters.of(vocab, temperature, top_k, top_p, min_p)
-    part = tiles.numbers(logits, batch * nodes)
+    bins = filters.bins if filters else 0
+    part = tiles.numbers(logits, batch * nodes, bins)
     block = min(_BLOCK // 2 if wide else _BLOCK, max(triton.next_power_of_2(vocab), 16))
     internal, blocks = draft.shape[1], triton.cdiv(vocab, block)
     numbers, integers = accept.new_empty, tokens.new_empty
@@ -326,7 +327,7 @@ def verify(
     flags = dict(GREEDY=greedy, DRAFT=drawn, WIDE=wide, WIDTH=triton.next_power_of_2(max(width, 1)))
     _begin_kernel[(batch, nodes, tiles.count)](
         logits, *part, tokens, children, laws, draft, weight, nodes, internal, width, vocab, tiles.count, heat,
-        DRAFT_WIDE=draft.dtype == torch.float64, **flags, **tiles.flags,
+        DRAFT_WIDE=draft.dtype == torch.float64, BINS=bins, **flags, **tiles.flags,
     )  # fmt: skip
     if filters:
         part = filters.narrow(logits.flatten(0, 1), tiles, part)

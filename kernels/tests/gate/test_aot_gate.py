@@ -14,12 +14,12 @@ from specdec_kernels import configs
 
 GREEDY = next(launch for launch in CASES if launch.name == "law greedy")
 PLAIN = next(launch for launch in CASES if launch.name == "tree_attention rows64 head_dim128")
+BUDGETS = json.loads(aot_gate.BUDGETS.read_text("utf-8"))["kernels"]
 
 
 @pytest.mark.parametrize("arch", aot_gate.QUICK)
 def test_kernels_are_within_their_budgets(arch):
-    budgets = json.loads(aot_gate.BUDGETS.read_text("utf-8"))["kernels"]
-    measured, faults = aot_gate.gate((arch,), [launch for launch in CASES if launch.quick], budgets)
+    measured, faults = aot_gate.gate((arch,), [launch for launch in CASES if launch.quick], BUDGETS)
     assert measured and not faults, "\n".join(faults)
 
 
@@ -38,7 +38,7 @@ PLANTED = {
 def test_planted_defects_fail(name, monkeypatch):
     config, message = PLANTED[name]
     monkeypatch.setitem(configs.ATTENTION, ("sm_90", 128, 64), config)
-    _, faults = aot_gate.gate(("sm_90",), [PLAIN], {})
+    _, faults = aot_gate.gate(("sm_90",), [PLAIN], BUDGETS)
     assert any(message in fault for fault in faults), faults
 
 
@@ -46,10 +46,26 @@ def test_more_instructions_a_token_fail(monkeypatch):
     from specdec_kernels.triton import tiles
 
     monkeypatch.setattr(tiles, "_TILE", 1024)  # which does no more for each token, but as much for each tile
-    budgets = json.loads(aot_gate.BUDGETS.read_text("utf-8"))["kernels"]
-    _, faults = aot_gate.gate(("sm_90",), [GREEDY], budgets)
-    assert [fault.split(":")[0] for fault in faults] == ["sm_90 law greedy _tile_kernel"]
-    assert "instructions a token, its budget is 12" in faults[0]
+    _, faults = aot_gate.gate(("sm_90",), [GREEDY], BUDGETS)
+    assert (
+        faults[0].startswith("sm_90 law greedy _tile_kernel: ")
+        and "instructions a token, its budget is 12" in faults[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "field, says", [("products", "tensor cores"), ("registers", "registers a thread"), ("length", "instructions, its")]
+)
+def test_more_than_a_budget_fails(field, says):
+    name = f"sm_90 {PLAIN.name} tree_attention_kernel"
+    tight = {**BUDGETS, name: BUDGETS[name] | {field: int(0.9 * BUDGETS[name][field])}}
+    _, (fault,) = aot_gate.gate(("sm_90",), [PLAIN], tight)
+    assert says in fault and fault.startswith(name)
+
+
+def test_a_launch_without_a_budget_fails():
+    _, faults = aot_gate.gate(("sm_90",), [GREEDY._replace(name="law renamed")], BUDGETS)
+    assert [fault.split(": ")[1][:25] for fault in faults] == ["no budget of length, per_"] * 2
 
 
 def test_no_exponential_is_computed_at_temperature_0():
@@ -62,7 +78,7 @@ def test_what_no_copy_engine_serves_lacks_its_instruction(monkeypatch):
     from specdec_kernels.triton import tree_attention
 
     monkeypatch.setattr(tree_attention, "_axes", lambda key, value: None)
-    _, faults = aot_gate.gate(("sm_90",), [PLAIN], {})
+    _, faults = aot_gate.gate(("sm_90",), [PLAIN], BUDGETS)
     assert faults == [
         f"sm_90 {PLAIN.name} tree_attention_kernel: no UTMALDG instruction: it does not use the unit it is meant for"
     ]

@@ -53,6 +53,28 @@ def test_neither_tiles_nor_their_room_nor_the_order_of_programs_change_a_law(fil
         assert all(map(torch.equal, law(x, *filters), found))  # bit by bit
 
 
+NO_FALLBACK = "if tl.max(b_count) > stride:", "if tl.max(b_count) < 0:"
+NO_COUNTS = "tl.where(depth < BINS, ", "tl.where(depth < 0, "
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # where there is no room, NaN is read
+@pytest.mark.parametrize(
+    "power, bugs, room",
+    [(2.0, [NO_FALLBACK], True), (2.0, [NO_FALLBACK, NO_COUNTS], False), (0.0, [NO_FALLBACK], False)],
+)
+def test_words_find_room_under_top_p(power, bugs, room, tmp_path, monkeypatch):
+    """Of 1024 tokens whose weights fall as a power of their rank 12 are kept; where all weigh much the same, most are."""
+    generator = torch.Generator().manual_seed(0)
+    x = -power * (torch.randperm(1024, generator=generator) + 1).log() + 0.01 * torch.randn(1024, generator=generator)
+    wrong = filtering
+    for old, changed in bugs:
+        wrong = planted(wrong, old, changed, tmp_path)
+    monkeypatch.setattr(tiling, "_TILE", 256)
+    monkeypatch.setattr(wrong, "_ROOM", 10)  # of 64 groups of a tile
+    monkeypatch.setattr(kernel, "Filters", wrong.Filters)
+    assert differs(x[None], (1.0, None, 0.95, None)) != room
+
+
 @pytest.mark.parametrize("filters", [(0.7, None, 0.9, None), (0.7, 50, None, None)], ids=str)
 def test_large_vocabularies_of_hard_laws(filters):
     """Near and exact ties, one token that is certain, denormals, none but a few tokens that are possible."""
@@ -88,7 +110,8 @@ BUGS: dict[str, tuple[ModuleType, str, str]] = {
         "cut = tl.maximum(cut, least)",
         "cut = tl.maximum(cut, floor)",
     ),
-    "what found no room is forgotten": (filtering, "if tl.max(b_count) > stride:", "if tl.max(b_count) < 0:"),
+    "what found no room is forgotten": (filtering, *NO_FALLBACK),
+    "tokens that are left out may weigh too much": (filtering, "0.999 * left", "4 * left"),
     "the mass of what top-k cut counts": (filtering, "if TOP_K:\n            due", "if not TOP_P:\n            due"),
     "sums of tiles in units of their own peaks": (tiling, "tl.sum(b_total * tl.exp2(", "tl.sum(b_total + 0 * tl.exp2("),
     "the first token of the last tile": (tiling, "tl.min(tl.where(mask & (b_peak", "tl.max(tl.where(mask & (b_peak"),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from stored_cases import halfway
 from verification_cases import fresh_seed
 
 from specdec_kernels.reference import stored_linear as reference
@@ -36,6 +37,13 @@ def agree(name, found, x, stored):
 def test_products_are_right(name, tokens, out, inputs):
     x, stored = drawn(name, tokens, out, inputs)
     assert agree(name, product(x, stored, out), x, stored)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_numbers_halfway_between_two_integers_are_rounded_as_by_the_reference(name):
+    x, stored = halfway(100), getattr(reference, f"pack_{name}")(torch.eye(reference.GROUP))  # stored as it is
+    step = x.abs().amax(1, True) / 127
+    assert ((product(x, stored, reference.GROUP) - reference.rounded(x)).abs() < step / 2).all()
 
 
 @pytest.mark.parametrize("blocks, parts", [(224, 1), (64, 6), (16, 16), (3000, 1)])

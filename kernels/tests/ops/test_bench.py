@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import baselines
 import bench_recurrences
+import bench_stored_linear
 import bench_tree_attention as bench
 import bench_verify
 import floors
@@ -97,6 +98,18 @@ def test_rivals_of_recurrences_compute_the_same_and_wrong_ones_are_not_timed(sha
     monkeypatch.setattr(bench_recurrences, "candidates", lambda shape: wrong)
     with pytest.raises(RuntimeError, match=r"wrong: .* off by"):
         bench_recurrences.figures(shape, "wrong", "cpu")
+
+
+@pytest.mark.parametrize("shape", bench_stored_linear.DRY, ids=str)
+def test_rivals_of_stored_products_compute_the_same_and_wrong_ones_are_not_timed(shape, monkeypatch):
+    monkeypatch.setattr(report, "measure", lambda calls, device: report.Timing(1e-5, 0.0))
+    right = bench_stored_linear.prepared
+    for method in bench_stored_linear.TOLERANCE:
+        monkeypatch.setattr(bench_stored_linear, "prepared", right)
+        assert bench_stored_linear.figures(shape, method, "cpu")["us"] == pytest.approx(10)
+        monkeypatch.setattr(bench_stored_linear, "prepared", lambda *a: lambda: 1.03 * right(*a)())
+        with pytest.raises(RuntimeError, match=r"wrong: result off by"):
+            bench_stored_linear.figures(shape, method, "cpu")
 
 
 def test_floors_are_those_of_the_slowest_resource():

@@ -8,6 +8,7 @@ import estimates
 import floors
 import pytest
 import torch
+import verification_estimate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec_kernels import plan
@@ -70,6 +71,35 @@ def test_a_bound_that_is_not_reached_costs_little(length, nodes):
     assert bounded.seconds <= exact.seconds + 3e-6  # a merge that has little to do
 
 
+def slower_than_the_best(model, nodes, length, batch):
+    """By the estimate: how many times the best number of splits."""
+    name, heads, kv_heads, dim = model
+    shape, made = floors.Shape(name, heads, kv_heads, dim, nodes, length, batch), grid(model, nodes, length, batch)
+    counts = {plan.splits(made), *(1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)}
+    found = {
+        count: estimates.tree_attention(shape, H200, splits=count).seconds
+        for count in counts
+        if count <= min(made.tiles, plan.MOST)
+    }
+    return found[plan.splits(made)] / min(found.values())
+
+
+def test_the_plan_is_next_to_the_best_by_the_estimate_too():
+    """Both are arithmetic, but the estimate knows bytes, products and launches, where the plan counts tiles."""
+    slower = [slower_than_the_best(*shape) for shape in SHAPES]
+    short = [slower_than_the_best(*shape) for shape in itertools.product(MODELS, (1, 16, 64), (50, 300), (1, 8))]
+    assert max(slower) < 1.2 and sum(x > 1.1 for x in slower) < 0.05 * len(slower)
+    assert max(short) < 1.6
+
+
+def test_few_programs_do_not_wait_for_those_that_are_not_there():
+    """One text of 16-row blocks, unsplit: 8 programs fetch as much as 8 multiprocessors do, not as 1 / 50 of the chip."""
+    shape = floors.Shape(*bench.LLAMA3, 1, 8192, 1)
+    alone, whole = (estimates.tree_attention(shape, H200, splits=count).seconds for count in (1, None))
+    keys_and_values = 2 * 2 * 8 * 8256 * 128
+    assert alone == pytest.approx(keys_and_values / (8 * estimates.ON_H200.fetched), rel=0.1) and whole < alone / 4
+
+
 GOALS = {1024: 0.10, 8192: 0.345, 32768: 0.45, 131072: 0.45}  # parts of the floor that 64 nodes of Llama 3 8B reach
 
 
@@ -113,6 +143,21 @@ def test_a_pass_reads_all_weights_but_the_input_embedding():
         sum(p.nbytes for p in model.parameters() if p.ndim == 2) // 2 - model.get_input_embeddings().weight.nbytes // 2
     )
     assert estimates.Decoder().bytes(floors.Shape(*bench.LLAMA3, 64, 1024, 1)) == matrices
+
+
+def test_laws_and_verification_are_estimated_by_what_is_counted(monkeypatch):
+    budgets = {name: dict(budget) for name, budget in verification_estimate._BUDGETS.items()}
+    monkeypatch.setattr(verification_estimate, "_BUDGETS", budgets)
+    found = {kind.name: sum(verification_estimate.parts(kind, H200).values()) for kind in verification_estimate.KINDS}
+    goals = {kind.name: 1e-6 * kind.goal for kind in verification_estimate.KINDS if kind.goal}
+    # children that are all rejected, and rows of which a tile has more tokens than all but hot laws have, take longer
+    beyond = {name for name in found if found[name] > goals[name]}
+    assert beyond == {"4 drawn children", "top-p, 512, all room", "top-p, no room"}
+    greedy = verification_estimate.KINDS[0]
+    budgets[f"sm_90 {greedy.laws}"]["per_token"] *= 2
+    # 8 tiles of 8192 tokens by each of 132 multiprocessors, 32 at once
+    more = 8 * 8192 / 32 * budgets[f"sm_90 {greedy.laws}"]["per_token"] / 2 / verification_estimate.Assumed().issued
+    assert sum(verification_estimate.parts(greedy, H200).values()) - found["greedy"] == pytest.approx(more, rel=1e-6)
 
 
 def test_the_readme_says_what_is_estimated():

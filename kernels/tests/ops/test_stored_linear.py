@@ -1,10 +1,12 @@
 """Products with matrices that are stored in fewer bits: the kernels against what `reference.stored_linear` says."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cpu_variants import with_fewer_registers
+from stored_cases import halfway
 
 import specdec_kernels
 from specdec_kernels import linear_int8
@@ -45,6 +47,14 @@ def test_products_are_right(name, tokens, out, inputs):
 def test_a_wrong_product_is_seen(name):
     x, stored = torch.randn(5, 64), packed(name, torch.randn(16, 64))
     assert not agree(name, product(name, x, stored, 16) + 1e-2, x, stored)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_numbers_halfway_between_two_integers_are_rounded_as_by_the_reference(name):
+    x, stored = halfway(2000), packed(name, torch.eye(reference.GROUP))  # which both formats store as it is
+    step = x.abs().amax(1, True) / 127
+    for op in (partial(product, name), lambda *a: with_fewer_registers(f"linear_{name}")(a[0], *a[1], a[2])):
+        assert ((op(x, stored, reference.GROUP) - reference.rounded(x)).abs() < step / 2).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
