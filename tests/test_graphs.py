@@ -99,7 +99,7 @@ def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monk
             return Grown(tree, tree.topology.parents)
 
     options = {"prompts": [torch.arange(5)], "max_new_tokens": 43, "stop_tokens": ()}
-    found = texts(ModelDrafter(DRAFT, Late(1)), "graph", **options)
+    found = texts(ModelDrafter(DRAFT, Late(1)), specdec.Graphs(capture=Tape), **options)
     assert torch.equal(found[0], texts(None, "eager", **options)[0])
 
 

@@ -84,7 +84,7 @@ def test_recurrent_states_and_graphs_are_counted():
     assert plain.pooled_bytes >= sum(
         part.nbytes for layer in parts.target.cached.cache.recurrent for part in layer.parts
     )
-    assert counted == plain.pooled_bytes + sum(graph.bytes for graph in parts.stages.graphs.values())
+    assert counted == plain.pooled_bytes + sum(graph.bytes for graph in parts.batch.stages.graphs.values())
     assert counted > plain.pooled_bytes
 
 
