@@ -51,6 +51,7 @@ class Batch:
         processors: each row's logits processors, in their state after the text so far.
         max_length: tokens that the longest text may grow to, the prompt included.
         static: whether steps are captured, so that drafters use no host values but `longest`.
+        compiles: whether forward passes of steps are compiled.
         stages: what runs the stages of a step; a drafter may have its scores captured by it.
         keep: whether a later turn, or a smaller batch, may go on from this run, so that models note what they have read.
         resume: whether to go on from what an earlier turn, or a larger batch, has read; off once a text has entered.
@@ -69,15 +70,14 @@ class Batch:
         self.host_lengths, self.host_left = [0] * rows, [0] * rows
         self.keys, self.prompts = [(0, 0)] * rows, [0] * rows
         self.waiting, self.seconds, self.gained = False, 0.0, 0.0
+        self.stages = Stages()
 
-    def begin(
-        self, request: Request, texts: Sequence[Text], longest: int, stages: Stages, resume: bool = False
-    ) -> None:
+    def begin(self, request: Request, texts: Sequence[Text], longest: int, resume: bool = False) -> None:
         """Note the settings of a run whose texts may grow to `longest` tokens, and begin a text in every row."""
         self.sampling, self.stop_tokens, self.tokenizer = request.sampling, request.stop_tokens, request.tokenizer
         self.static, self._deepest, self.max_length = request.static, request.spec.depth, longest
-        self.stages, self.resume = stages, resume
-        stages.begin()
+        self.compiles, self._room, self.resume = request.engine.compiles, request.engine.room(longest), resume
+        self.stages.begin()
         self.keep = request.keep or request.slots is not None  # the halves of a batch go on from it
         self._seed = request.seed % 2**64  # seeds are integers of 64 bits, with a sign or without
         for row, text in enumerate(texts):
@@ -112,7 +112,7 @@ class Batch:
     @property
     def largest_tree(self) -> int:
         """Nodes that a row has room for behind the longest text."""
-        return self.capacity - self.stages.rounded(self.max_length)
+        return self.capacity - self._room
 
     def text(self, row: int) -> np.ndarray:
         """[length] int64: the committed tokens of one row, which is `texts[row]`."""
@@ -134,7 +134,7 @@ class Batch:
 
     @property
     def longest(self) -> int:
-        return self.stages.rounded(self.max_length) if self.stages.captures else max(self.host_lengths)
+        return self._room if self.stages.captures else max(self.host_lengths)
 
     @property
     def processed(self) -> bool:

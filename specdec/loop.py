@@ -62,7 +62,7 @@ class Decoding:
         clock = Clock(self.request.target.device)
         self.slots.fill()
         clock.mark()
-        perform = partial(self.runs.stages.perform, None)
+        perform = partial(self.batch.stages.perform, None)
         with torch.inference_mode():
             tree = perform(self._propose, self._reasons["propose"])
             clock.mark()
@@ -80,7 +80,7 @@ class Decoding:
         tree = self.runs.drafter.propose(self.runs.coins)
         check_kind(f"what {type(self.runs.drafter).__name__} proposed", tree, DraftTree)
         tree.check(self.request.spec, len(self.batch), self.batch.max_depth, self.batch.vocab)
-        if self.runs.stages.static_shapes:
+        if self.request.engine.static_shapes:
             tree = tree.padded(self.request.spec)
         return self.batch.within_budgets(tree)
 

@@ -135,7 +135,7 @@ class Request:
     @property
     def static(self) -> bool:
         """Whether the drafter's stages are captured, and so use no host values."""
-        return self.engine.captures and self.drafter.capturable
+        return self.engine.static_shapes and self.drafter.capturable
 
     def reasons(self) -> dict[str, str | None]:
         """Why each stage of a step cannot be captured; None where it can."""

@@ -18,7 +18,6 @@ from specdec.batch import Batch
 from specdec.checks import check_kind
 from specdec.coins import Coins
 from specdec.drafters.base import Drafter, DraftRun
-from specdec.engines.base import Stages
 from specdec.models.fingerprint import fingerprint
 from specdec.models.memory import DoesNotFit, all_memory
 from specdec.models.ready import autocast_dtype
@@ -37,7 +36,6 @@ class Runs:
         batch: the texts.
         coins: the coins.
         stop_tokens: [n] int64: ids that end a text.
-        stages: runs the stages of a step.
         target, drafter: the runs of the parts.
         description: the drafter that `drafter` is a run of.
         busy: a lock that is held while a run uses these parts.
@@ -48,7 +46,6 @@ class Runs:
     batch: Batch
     coins: Coins
     stop_tokens: Tensor
-    stages: Stages
     target: TargetRun
     drafter: DraftRun
     description: Drafter
@@ -63,7 +60,7 @@ class Runs:
     @property
     def bytes(self) -> int:
         """Bytes of device memory in texts, caches, buffers and captured stages, and in those of a smaller batch."""
-        held = self.batch.tokens.nbytes + self.target.bytes + self.drafter.bytes + self.stages.bytes
+        held = self.batch.tokens.nbytes + self.target.bytes + self.drafter.bytes + self.batch.stages.bytes
         return held + (self.smaller.bytes if self.smaller is not None else 0)
 
     def is_of(self, target: Target) -> bool:
@@ -79,15 +76,14 @@ def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
     Args:
         longest: tokens that any text may grow to, those that enter later included.
     """
-    stages = request.engine.stages(request.target.device)
-    key = _key(request, len(texts), longest, stages)
+    key = _key(request, len(texts), longest)
     last = request.last or request.engine.take(key)
     if last is not None and not last.busy.acquire(blocking=False):
         last = None  # in use elsewhere: begin anew, which gives the same text
     # Caches may be those of `last`, so the new run holds the same lock.
     busy = last.busy if last is not None else _taken()
     try:
-        return _begun(request, texts, longest, key, stages, busy, last, resume=request.last is not None)
+        return _begun(request, texts, longest, key, busy, last, resume=request.last is not None)
     except BaseException:
         busy.release()
         raise
@@ -95,11 +91,11 @@ def start(request: Request, texts: Sequence[Text], longest: int) -> Runs:
 
 def moved(request: Request, runs: Runs, texts: Sequence[Text]) -> Runs:
     """Go on in a smaller batch, with one row for each of these texts, which must be in `runs`. What was read is copied."""
-    stages, longest, last = request.engine.stages(request.target.device), runs.batch.max_length, runs
-    key = _key(request, len(texts), longest, stages)
+    longest, last = runs.batch.max_length, runs
+    key = _key(request, len(texts), longest)
     if runs.smaller is not None and runs.smaller.key == key:
         last = runs.smaller  # captured already, which saves more than copying
-    runs.smaller = _begun(request, texts, longest, key, stages, runs.busy, last, resume=True)
+    runs.smaller = _begun(request, texts, longest, key, runs.busy, last, resume=True)
     return runs.smaller
 
 
@@ -124,7 +120,7 @@ def enter(request: Request, runs: Runs, texts: Mapping[int, tuple[Text, int]]) -
         runs.target.enter([*texts] if runs.target is target and not unseen else all_rows, runs.drafter)
         runs.drafter.enter([*texts] if runs.drafter is drafter else all_rows)
         if runs.target is not target or runs.drafter is not drafter:
-            runs.batch.stages = runs.stages = request.engine.stages(request.target.device)
+            runs.batch.stages = request.engine.stages(request.target.device)
 
 
 def end(request: Request, runs: Runs) -> None:
@@ -149,7 +145,6 @@ def _started(
     texts: Sequence[Text],
     longest: int,
     key: Any,
-    new: Stages,
     busy: threading.Lock,
     last: Runs | None,
     resume: bool,
@@ -158,10 +153,9 @@ def _started(
     target, drafter, rows = request.target, request.drafter, [*range(len(texts))]
     same = last if last is not None and last.key == key else None
     batch, coins, stop = (
-        (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), longest, new)
+        (same.batch, same.coins, same.stop_tokens) if same else _allocated(request, len(texts), longest)
     )
-    stages = same.stages if same else new
-    batch.begin(request, texts, longest, stages, resume)
+    batch.begin(request, texts, longest, resume)
     coins.begin(request.seed, [text.key for text in texts], [text.step for text in texts])
     with torch.inference_mode():
         scoring = target.start(batch, drafter.states, last.target if last and last.is_of(target) else None)
@@ -169,15 +163,15 @@ def _started(
         drafting = drafter.start(scoring, batch, last.drafter if last and last.description is drafter else None)
         _check_run(drafting, DraftRun, drafter, batch)
         if not (same and scoring is same.target and drafting is same.drafter):
-            batch.stages = stages = new  # graphs captured before read tensors of other runs
+            batch.stages = request.engine.stages(target.device)  # graphs captured before read tensors of other runs
         scoring.enter(rows, drafting)
         drafting.enter(rows)
-    return Runs(key, batch, coins, stop, stages, scoring, drafting, drafter, busy, same and same.smaller)
+    return Runs(key, batch, coins, stop, scoring, drafting, drafter, busy, same and same.smaller)
 
 
-def _capacity(request: Request, longest: int, stages: Stages) -> int:
+def _capacity(request: Request, longest: int) -> int:
     """Slots of a row."""
-    return stages.rounded(longest) + request.largest_tree
+    return request.engine.room(longest) + request.largest_tree
 
 
 def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
@@ -188,13 +182,13 @@ def _check_run(run: Any, kind: type, part: object, batch: Batch) -> None:
         raise ValueError(f"{whose} is a run over another batch; return `last` only where `last.batch is batch`.")
 
 
-def _allocated(request: Request, rows: int, longest: int, stages: Stages) -> tuple[Batch, Coins, Tensor]:
+def _allocated(request: Request, rows: int, longest: int) -> tuple[Batch, Coins, Tensor]:
     """Texts, coins and stop tokens of a new run."""
     nodes, target = request.spec.nodes, request.target
     with torch.inference_mode(False):  # a stream, or a later run, may go on outside of the caller's
         coins = Coins(request.seed, rows, nodes, target.device) if request.coins is None else request.coins(rows, nodes)
         stop = torch.tensor(request.stop_tokens, dtype=torch.int64, device=target.device)
-        return Batch(rows, _capacity(request, longest, stages), target.vocab, target.device), coins, stop
+        return Batch(rows, _capacity(request, longest), target.vocab, target.device), coins, stop
 
 
 def _taken() -> threading.Lock:
@@ -203,13 +197,13 @@ def _taken() -> threading.Lock:
     return lock
 
 
-def _key(request: Request, rows: int, longest: int, stages: Stages) -> Any:
+def _key(request: Request, rows: int, longest: int) -> Any:
     """All that tensors and captured stages depend on, to be compared with `==`."""
     target, drafter, engine, stop = request.target, request.drafter, request.engine, request.stop_tokens
-    capacity = _capacity(request, longest, stages)
+    capacity = _capacity(request, longest)
     # a weak reference, as keys are kept by the engine: in a circle it would keep its memory until Python next looks for circles
     shapes = ref(engine), rows, capacity, request.spec.nodes, target.vocab, target.device, stop, request.coins
-    if not engine.captures:
+    if not engine.static_shapes:
         return shapes
     models = [model for model in (target.model, *drafter.models) if model is not None]
     computes = fingerprint(*models, numbers=False), autocast_dtype(target.device)

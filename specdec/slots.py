@@ -129,7 +129,7 @@ class Slots:
             warnings.warn(f"The last texts are decoded in a batch of {len(self.held)}: {error}", stacklevel=2)
             return
         self.held, self._texts, self.runs = held, texts, smaller
-        if not self._request.engine.captures:
+        if not self._request.engine.static_shapes:
             self._largest = self.runs  # nobody will ask for the larger one, whose memory is needed elsewhere
 
     def note_step(self, notes: Sequence[Tensor]) -> None:

@@ -22,6 +22,7 @@ from specdec.drafters import (
     Paused,
     SuffixDrafter,
 )
+from specdec.testing import Tape
 from specdec.theory import CostCurve
 from specdec.trees import Chain, Dynamic, Static, Widths
 
@@ -74,6 +75,12 @@ def texts(drafter, engine, prompts=PROMPTS, target=TARGET, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return specdec.generate(target, prompts, drafter, engine=engine, **{**OPTIONS, **options}).tokens
+
+
+def counted_graphs(**options):
+    """An engine, and all that it has captured so far."""
+    made = []
+    return specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1], **options), made
 
 
 def captured_stages(engine):

@@ -16,6 +16,7 @@ from captured import (
     SCORES_CAPTURED,
     TARGET,
     assert_replays,
+    counted_graphs,
     heads,
     texts,
 )
@@ -98,16 +99,8 @@ def test_a_draft_that_was_silent_for_long_reads_no_further_than_its_buffers(monk
             return Grown(tree, tree.topology.parents)
 
     options = {"prompts": [torch.arange(5)], "max_new_tokens": 43, "stop_tokens": ()}
-    found = texts(ModelDrafter(DRAFT, Late(1)), "graph", **options)
+    found = texts(ModelDrafter(DRAFT, Late(1)), specdec.Graphs(capture=Tape), **options)
     assert torch.equal(found[0], texts(None, "eager", **options)[0])
-
-
-def test_longer_texts_replay_the_same_graphs(monkeypatch):
-    monkeypatch.setattr(specdec.engines.graphs, "_BLOCK", 16)
-    engine, drafter = specdec.Graphs(capture=Tape), ModelDrafter(DRAFT, Chain(2))
-    expected, found = (texts(drafter, e, PROMPTS[:1], max_new_tokens=60, stop_tokens=()) for e in ("eager", engine))
-    assert torch.equal(found[0], expected[0])
-    assert engine.captured == 4
 
 
 def counting():
@@ -123,8 +116,7 @@ def counting():
 
 @pytest.mark.filterwarnings("ignore:engine. the stage")
 def test_2048_new_tokens_and_longer_texts_replay_the_same_graphs():
-    target, drafter, made = ModelTarget(counting()), NgramDrafter(15), []
-    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    target, drafter, (engine, made) = ModelTarget(counting()), NgramDrafter(15), counted_graphs()
     for length, new_tokens in ((5, 2048), (2060, 20)):  # in rooms of 2304 tokens
         options = {"prompts": [torch.arange(length) % VOCAB], "max_new_tokens": new_tokens, "stop_tokens": ()}
         found = specdec.generate(target, drafter=drafter, engine=engine, **options)
@@ -140,10 +132,8 @@ def test_another_batch_begins_anew():
 
 
 def test_parts_that_another_engine_has_used_in_between_keep_their_graphs():
-    target, drafter, engine = ModelTarget(llama()), ModelDrafter(llama(), Chain(3)), specdec.Graphs(capture=Tape)
+    target, drafter, (engine, made) = ModelTarget(llama()), ModelDrafter(llama(), Chain(3)), counted_graphs()
     options = {**OPTIONS, "sampling": Sampling(1.0), "stop_tokens": ()}
-    made = []
-    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
     for _ in range(2):
         found = specdec.generate(target, PROMPTS, drafter, engine=engine, **options)
         expected = specdec.generate(target, PROMPTS, drafter, **options)
@@ -153,8 +143,7 @@ def test_parts_that_another_engine_has_used_in_between_keep_their_graphs():
 
 
 def test_streams_at_once_have_graphs_of_their_own_and_the_next_ones_replay_them():
-    made, drafter = [], ModelDrafter(DRAFT, Chain(3))
-    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    drafter, (engine, made) = ModelDrafter(DRAFT, Chain(3)), counted_graphs()
     options = {**OPTIONS, "sampling": Sampling(1.0), "stop_tokens": ()}
     expected = specdec.generate(TARGET, PROMPTS, drafter, **options).tokens
     for _ in range(2):
@@ -167,8 +156,7 @@ def test_streams_at_once_have_graphs_of_their_own_and_the_next_ones_replay_them(
 
 @pytest.mark.parametrize("name", [*ON_HOST, "suffixes, then a model", "none"])
 def test_drafters_that_draft_on_the_host_replay_the_graphs_of_their_last_run(name):
-    made, drafter = [], DRAFTERS[name](DRAFT)
-    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    drafter, (engine, made) = DRAFTERS[name](DRAFT), counted_graphs()
     expected, counts = texts(drafter, "eager"), []
     for _ in range(4):
         assert all(map(torch.equal, texts(drafter, engine), expected))
@@ -187,10 +175,8 @@ def test_weights_that_have_moved_are_captured_again():
 
 
 def test_an_inner_draft_whose_weights_have_moved_is_captured_again():
-    draft, engine = llama(1), specdec.Graphs(capture=Tape)
-    drafter, made = Fallback(NgramDrafter(2), ModelDrafter(draft, Chain(2))), []
-    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
-    counts = []
+    draft, (engine, made), counts = llama(1), counted_graphs(), []
+    drafter = Fallback(NgramDrafter(2), ModelDrafter(draft, Chain(2)))
     for moved in (False, False, False, False, True, False):
         if moved:
             for p in draft.parameters():
@@ -202,8 +188,7 @@ def test_an_inner_draft_whose_weights_have_moved_is_captured_again():
 
 
 def test_a_draft_whose_weights_have_moved_and_another_rule_are_captured_again():
-    made, rules = [], {lenience: LenientRejection(lenience) for lenience in (0.2, 1.0)}
-    engine = specdec.Graphs(capture=lambda stage: made.append(Tape(stage)) or made[-1])
+    (engine, made), rules = counted_graphs(), {lenience: LenientRejection(lenience) for lenience in (0.2, 1.0)}
     draft, own = llama(1), heads()
     for drafter, module in ((ModelDrafter(draft, Chain(3)), draft), (MedusaDrafter(own), own)):
 

@@ -16,7 +16,6 @@ from specdec import DraftTree, Law
 from specdec.arguments import as_request
 from specdec.batch import Batch
 from specdec.drafters import ModelDrafter, NoDrafter
-from specdec.engines.base import Stages
 from specdec.models import attention
 from specdec.models.attention import View
 from specdec.models.cache import TreeCache
@@ -51,7 +50,7 @@ class Walk:
         request = as_request(self.target, prompts, max_new_tokens=steps * NODES)
         longest = max(text.longest for text in request.texts)
         self.batch = Batch(len(prompts), longest + NODES, VOCAB, torch.device("cpu"))
-        self.batch.begin(request, request.texts, longest, Stages())
+        self.batch.begin(request, request.texts, longest)
 
     def differences(self):
         """The largest difference of every step."""

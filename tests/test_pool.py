@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from captured import DRAFT, DRAFTERS, OPTIONS, TARGET, collecting_nothing
+from captured import DRAFT, DRAFTERS, OPTIONS, TARGET, collecting_nothing, counted_graphs
 from hybrid_models import HYBRIDS
 from test_capture_failures import CUDA, Machine
 from test_threads import together
@@ -84,26 +84,21 @@ def test_recurrent_states_and_graphs_are_counted():
     assert plain.pooled_bytes >= sum(
         part.nbytes for layer in parts.target.cached.cache.recurrent for part in layer.parts
     )
-    assert counted == plain.pooled_bytes + sum(graph.bytes for graph in parts.stages.graphs.values())
+    assert counted == plain.pooled_bytes + sum(graph.bytes for graph in parts.batch.stages.graphs.values())
     assert counted > plain.pooled_bytes
 
 
 def test_the_oldest_parts_are_dropped_beyond_the_limit(caches):
-    target, made = ModelTarget(TARGET), []
-
-    def counting(stage):
-        made.append(Tape(stage))
-        return made[-1]
+    target, (engine, made) = ModelTarget(TARGET), counted_graphs()
 
     def captures(rows):
         before = len(made)
         taking(engine, None, target, PROMPTS[:rows])
         return len(made) - before
 
-    engine = specdec.Graphs(capture=counting)
     assert captures(3) == 4
     most = engine.pooled_bytes  # of three rows; of one and two together it is less
-    engine = specdec.Graphs(capture=counting, pool_bytes=most * 5 // 4)
+    engine, made = counted_graphs(pool_bytes=most * 5 // 4)
     assert [captures(rows) for rows in (1, 2, 1, 2)] == [4, 4, 0, 0]
     assert 0 < engine.pooled_bytes <= most * 5 // 4
     del caches[:]

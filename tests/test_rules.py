@@ -16,7 +16,6 @@ from certificates.mutants import example
 from specdec import Coins, DraftTree, Law, Sampling, Topology, TreeSpec, batch
 from specdec.arguments import as_request
 from specdec.coins import Purpose, inverse_cdf
-from specdec.engines.base import Stages
 from specdec.rules import (
     BlockVerification,
     KSeq,
@@ -68,7 +67,7 @@ class Batch(batch.Batch):
         lengths = torch.randint(1, 4, (rows,), generator=generator).tolist()
         prompts = [torch.randint(0, vocab, (length,), generator=generator) for length in lengths]
         request = as_request(TabularTarget(vocab), prompts, sampling=sampling, max_new_tokens=9)
-        self.begin(request, request.texts, 30, Stages())
+        self.begin(request, request.texts, 30)
         self.max_depth = 8
 
 

@@ -18,7 +18,7 @@ import torch
 
 from specdec.batch import Batch
 from specdec.drafters import Drafter, DraftRun, NgramDrafter, SuffixDrafter
-from specdec.engines.base import Stages
+from specdec.engines.base import Engine
 from specdec.laws import Law
 from specdec.outcome import Outcome
 from specdec.request import Text
@@ -89,13 +89,14 @@ class Proposer:
             sampling=Sampling(),
             stop_tokens=(),
             tokenizer=None,
+            engine=Engine(),
             static=False,
             spec=self._spec,
             keep=False,
             slots=None,
             seed=0,
         )
-        batch.begin(settings, [Text(0, text, len(text), left, 0)], self._longest, Stages())
+        batch.begin(settings, [Text(0, text, len(text), left, 0)], self._longest)
         run = self.drafter.start(None, batch)  # type: ignore[arg-type] - it asks nothing of a target
         run.enter([0])
         return run

@@ -109,13 +109,14 @@ class ModelDraftRun(TreeDraftRun):
             return None
         # At least 1: the root, perhaps an accepted leaf before it, and tokens of steps in which it did not draft.
         unread = _AFTER_OWN_DRAFT if batch.static else int((batch.lengths - self.cached.cache.lengths).max())
-        if batch.stages.static_shapes:
+        fixed = self.cached.compiles or batch.stages.captures
+        if fixed:
             # Two sizes, as each is compiled or captured.
             room = min(_MANY, room)
             unread = _AFTER_OWN_DRAFT if unread <= _AFTER_OWN_DRAFT else max(unread, room)
         if unread > room:
             self.cached.read(batch.tokens, {row: length - 1 for row, length in enumerate(batch.host_lengths)})
-            unread = _AFTER_OWN_DRAFT if batch.stages.static_shapes else 1
+            unread = _AFTER_OWN_DRAFT if fixed else 1
         self._unread = unread
         return unread
 

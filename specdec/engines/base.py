@@ -14,17 +14,11 @@ if TYPE_CHECKING:
 class Stages:
     """Runs the stages of one run by calling them."""
 
-    static_shapes = False  # whether a stage must have the same shapes in all steps
     captures = False  # whether stages are captured, so that they may depend on no length of text
-    compiles = False  # whether forward passes of steps are compiled
     bytes = 0  # of device memory that captured stages hold
 
     def begin(self) -> None:
         """Begin a run, in the stages of an earlier one perhaps."""
-
-    def rounded(self, slots: int) -> int:
-        """Round the room of a row up, so that a later run of nearly equal lengths can go on in the same parts."""
-        return slots
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         """Run a stage, or a part of one, and return its result.
@@ -41,7 +35,12 @@ class Stages:
 class Engine:
     """Runs stages by calling them. An engine may serve any number of runs at once, from any thread."""
 
-    captures = False  # whether it captures stages, and keeps the parts of ended runs
+    static_shapes = False  # whether all steps of a run have the same shapes, and its parts are kept when it ends
+    compiles = False  # whether forward passes of steps are compiled
+
+    def room(self, longest: int) -> int:
+        """How many slots texts of up to so many tokens get. If it is rounded up, runs of nearly equal lengths share parts."""
+        return longest
 
     def stages(self, device: torch.device) -> Stages:
         """The `Stages` of a new run on this device."""

@@ -80,7 +80,7 @@ class Graphs(Engine):
         capture: how a stage is captured; by default as a CUDA graph where there is CUDA, else not at all.
     """
 
-    captures = True
+    static_shapes = True
 
     def __init__(self, *, compile: bool = False, pool_bytes: int | None = None, capture: _Capture | None = None):
         check_flag("compile", compile)
@@ -88,7 +88,7 @@ class Graphs(Engine):
             pool_bytes = as_int("pool_bytes", pool_bytes, 0, cure="give a number of bytes; 0 keeps nothing")
         if capture is not None:
             check_callable("capture", capture, "pass a function that captures a stage, or None")
-        self._compile, self._capture = compile, capture
+        self.compiles, self._capture = compile, capture
         self._pool, self._lock = Pool(pool_bytes), threading.Lock()
         self._stages: WeakSet[CapturedStages] = WeakSet()
 
@@ -98,9 +98,14 @@ class Graphs(Engine):
         with self._lock:
             return sum(len(stages.graphs) for stages in self._stages)
 
+    def room(self, longest: int) -> int:
+        least, most = _COMPILED
+        block = min(max(1 << (longest - 1).bit_length(), least), most) if self.compiles else _BLOCK
+        return -(-longest // block) * block
+
     def stages(self, device: torch.device) -> CapturedStages:
         capture = CudaCapture(device) if self._capture is None and device.type == "cuda" else self._capture
-        made = CapturedStages(device, capture, self._compile)
+        made = CapturedStages(device, capture)
         with self._lock:
             self._stages.add(made)
         return made
@@ -126,14 +131,10 @@ class CapturedStages(Stages):
     Args:
         device: where stages run.
         capture: how a stage is captured; None: not at all.
-        compiles: whether forward passes are compiled.
     """
 
-    static_shapes = True
-
-    def __init__(self, device: torch.device, capture: _Capture | None, compiles: bool):
-        self._device, self._capture, self.compiles = device, capture, compiles
-        self.captures = capture is not None
+    def __init__(self, device: torch.device, capture: _Capture | None):
+        self._device, self._capture, self.captures = device, capture, capture is not None
         self.graphs: dict[Hashable, _Captured] = {}
         self._times: Counter[Hashable] = Counter()  # how often each stage was run
         # From the ids of tensors to the key of the graph that fills them.
@@ -147,11 +148,6 @@ class CapturedStages(Stages):
 
     def begin(self) -> None:
         self._failed.clear()
-
-    def rounded(self, slots: int) -> int:
-        least, most = _COMPILED
-        block = min(max(1 << (slots - 1).bit_length(), least), most) if self.compiles else _BLOCK
-        return -(-slots // block) * block
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")

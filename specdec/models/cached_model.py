@@ -100,7 +100,7 @@ class CachedModel:
         while entries:
             self._enter_some(batch, entries, earlier, listen)
         self.tokens_copied += goals - (self.tokens_read - before)
-        self.compiles = batch.stages.compiles
+        self.compiles = batch.compiles
 
     def _entry(self, batch: Batch, row: int, known: int, told: bool) -> Entry:
         goal = batch.host_lengths[row] - 1

@@ -34,7 +34,7 @@ def measured(
                 break
             say(f"timing {probe.name or 'the target'}")
             found.append((probe, _steps(probe, group, conditions, turn)))
-        if turn == 0 and probes[0].engine.captures and not over():
+        if turn == 0 and probes[0].engine.static_shapes and not over():
             continue
         if unit := _alone(found):
             prices = _joined(prices, unit, found)
@@ -69,7 +69,7 @@ def _parts(step: Step) -> tuple[float, float, float]:
 
 def _steps(probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int) -> list[Step]:
     """The steps of a run of the probe in which all rows were at work, but for the first ones."""
-    steps = probe.steps if not probe.engine.captures else max(probe.steps, 8)
+    steps = probe.steps if not probe.engine.static_shapes else max(probe.steps, 8)
     # so many tokens as the steps may accept, if there is room, and no stop before: only time is of interest
     wanted = steps * (1 + probe.drafter.spec(conditions.sampling).depth)
     drafting = probe.drafter.lm.context_length if isinstance(probe.drafter, ModelDrafter) else None

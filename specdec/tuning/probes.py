@@ -64,7 +64,7 @@ def deepest(drafter: TreeDrafter) -> int:
 
 def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
     """The runs to be timed: of trees without a drafter, and of each drafter that grows trees, under each rule."""
-    apart = conditions.engine().captures  # captured steps have one shape in a run
+    apart = conditions.engine().static_shapes  # captured steps have one shape in a run
     sizes = [size for size in SIZES if size <= conditions.target.vocab]
     made = []
     # steps without a draft have a run to themselves, as they have in use: after larger ones they take longer

@@ -72,7 +72,7 @@ def _replayed(offer: Offer, known: Known) -> Iterator[Row]:
     conditions, prices, over = known.conditions, known.prices, known.over
     groups = whole_groups(known.written, conditions.batch)
     pairs = [([known.prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
-    given, captures = offer.drafter, conditions.engine().captures
+    given, captures = offer.drafter, conditions.engine().static_shapes
     idle = replay(*pairs[0], Stars([1]), conditions.target.vocab, conditions.sampling)
     for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
         padded = drafter.spec(conditions.sampling).nodes if captures else None
