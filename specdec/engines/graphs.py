@@ -151,9 +151,11 @@ class CapturedStages(Stages):
 
     def perform(self, key: Hashable, stage: Callable[..., Any], reason: str | None, *args: Any) -> Any:
         name = stage.__name__.strip("_")
+        if self._capture is None:
+            return stage(*args)
         if reason is not None:
             self._leave_out(name, reason, self._left_out)
-        if self._capture is None or self._inside or name in self._left_out | self._failed:
+        if self._inside or name in self._left_out | self._failed:
             return stage(*args)
         self._inside = True
         try:
