@@ -10,7 +10,7 @@ from tiny_models import PROMPTS, VOCAB, llama, reference
 import specdec
 from specdec import Law, Sampling, TreeSpec
 from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
-from specdec.testing import Table, TabularDrafter, TabularTarget, exact_law, target_law
+from specdec.testing import Table, TabularDrafter, TabularTarget, Tape, exact_law, target_law
 from specdec.testing.drafters import Noting
 from specdec.tree import tree_of_points
 from specdec.trees import Chain, Dynamic, Widths
@@ -121,7 +121,7 @@ def test_what_the_second_drafter_missed_is_read_in_few_shapes_where_shapes_are_c
         lambda module, args, kwargs: counts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     texts, read = [], []
-    for engine in ("eager", specdec.Graphs()):
+    for engine in ("eager", specdec.Graphs(capture=Tape)):
         counts.clear()
         drafter = Fallback(SuffixDrafter(), ModelDrafter(draft, Chain(3)))
         out = specdec.generate(model, PROMPTS[3], drafter, max_new_tokens=48, stop_tokens=(), engine=engine)
