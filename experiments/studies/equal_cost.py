@@ -2,18 +2,22 @@
 
     for net in eagle3 dspark dflash eagle medusa
         python experiments/train_drafter.py net=$net folder=FOLDER/$net flops=6e13 texts_from=TEXTS
-    python experiments/distill_draft.py folder=FOLDER/model texts_from=TEXTS scratch=true 'seeds=[0]' steps=4000 lr=0.002 ...
-    for T in 0 1
-        python experiments/benchmark.py experiment=equal_cost trained=FOLDER sampling.temperature=$T log.path=FOLDER/T$T.json
+    python experiments/distill_draft.py folder=FOLDER/model task.count=6144 task.one_in=2 scratch=true 'seeds=[0]' steps=3981 \
+        lr=0.002 '~losses.cross_entropy' '~losses.lk' '~losses.tau_token' '~losses.tau_block' log.path=FOLDER/model/result.json
+    for law in greedy temperature
+        python experiments/benchmark.py experiment=equal_cost trained=FOLDER sampling=$law log.path=FOLDER/speeds_$law.json
     python -m experiments.studies.equal_cost FOLDER
 
 Decodes the demo prompts with chains of 4, and with the tree of at most 22 nodes, of those tried, of which most is expected to
-be accepted, as the laws along the target's texts foretell it. Writes `experiments/results/equal_cost.md` and `.json`.
+be accepted, as the laws along the target's texts foretell it. What is known of each drafter is kept in
+`experiments/results/equal_cost/`, a file each, and not measured again while that is there; `experiments/results/equal_cost.md`
+is made of these files.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +57,7 @@ NAMES = {"eagle3": "EAGLE-3", "dspark": "DSpark", "dflash": "DFlash", "eagle": "
          "model": "small model", "bundled": "Medusa, bundled", "draft": "small model, bundled"}  # fmt: skip
 KINDS = {"eagle3": Eagle3Drafter, "dspark": DSparkDrafter, "dflash": DFlashDrafter, "eagle": EagleDrafter,
          "medusa": MedusaDrafter}  # fmt: skip
+RESULTS = ROOT / "experiments" / "results" / "equal_cost"
 BUNDLED = ("bundled", "draft")  # trained before: see specdec/demo/CARD.md
 TOKENS, PLACES = 64, (16, 32, 48, 64)
 
@@ -138,25 +143,44 @@ def decoded(each: Drafter, sampling: Sampling, prompts: list[Tensor]) -> dict[st
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     names = [name for name in NAMES if name in BUNDLED or (folder / name).exists()]
-    found: dict[str, Any] = {}
-    for name in tqdm(names):
-        trees = {"chain of 4": Chain(4), "tree": best_tree(name, folder)}
-        found[name] = {
-            "trained": trained(name, folder),
-            "parameters": sum(p.numel() for p in drafter(name, folder, Chain(4)).models[0].parameters()),
-            "tree": list(trees["tree"].widths),
-            "decoded": {
-                f"{shape}, {law}": decoded(drafter(name, folder, tree), sampling, PROMPTS)
-                for shape, tree in trees.items()
-                for law, sampling in SAMPLINGS.items()
-            },
-        }
-    speeds = {law: json.loads((folder / f"T{t}.json").read_text()) for t, law in enumerate(SAMPLINGS)}
-    source = provenance("experiments/studies/equal_cost.py", [folder.name], {}, "cpu")
-    kept = {law: {key: speed[key] for key in ("command", "commit", "date", "figures")} for law, speed in speeds.items()}
-    out = ROOT / "experiments" / "results" / "equal_cost"
-    Json(str(out.with_suffix(".json"))).write({**source, "prompts": len(PROMPTS), "figures": found, "speeds": kept})
-    out.with_suffix(".md").write_text(page(found, speeds), "utf-8")
+    for name in tqdm([name for name in names if not kept(name).exists()]):
+        source = provenance("-m", ["experiments.studies.equal_cost", folder.name], {}, "cpu")
+        Json(str(kept(name))).write({**source, **known(name, folder)})
+    for speeds in folder.glob("speeds_*.json"):
+        shutil.copy(speeds, RESULTS)
+    found = {name: json.loads(kept(name).read_text()) for name in NAMES if kept(name).exists()}
+    RESULTS.with_suffix(".md").write_text(page(found, speeds_by_law()), "utf-8")
+
+
+def kept(name: str) -> Path:
+    """Where what is known of a drafter is."""
+    return RESULTS / f"{name}.json"
+
+
+def known(name: str, folder: Path) -> dict[str, Any]:
+    """What training took, and acceptance."""
+    trees = {"chain of 4": Chain(4), "tree": best_tree(name, folder)}
+    return {
+        "trained": trained(name, folder),
+        "parameters": sum(p.numel() for p in drafter(name, folder, Chain(4)).models[0].parameters()),
+        "tree": list(trees["tree"].widths),
+        "prompts": len(PROMPTS),
+        "decoded": {
+            f"{shape}, {law}": decoded(drafter(name, folder, tree), sampling, PROMPTS)
+            for shape, tree in trees.items()
+            for law, sampling in SAMPLINGS.items()
+        },
+    }
+
+
+def speeds_by_law() -> dict[str, dict[str, Any]]:
+    """What was timed, of all runs."""
+    found: dict[str, dict[str, Any]] = {law: {} for law in SAMPLINGS}
+    for file in RESULTS.glob("speeds_*.json"):
+        result = json.loads(file.read_text())
+        law = "greedy" if result["options"]["sampling"]["temperature"] == 0 else "T = 1"
+        found[law] |= result["figures"]
+    return found
 
 
 def trained(name: str, folder: Path) -> dict[str, Any] | None:
@@ -192,7 +216,7 @@ def page(found: dict[str, Any], speeds: dict[str, Any]) -> str:
         places.append([label, *(f"{length:.2f}" for length in its["chain of 4, T = 1"]["by_place"])])
         if row["trained"] and row["trained"].get("expected"):
             foretold.append([label, *(interval(row["trained"][key], digits=3) for key in ("expected", "served"))])
-        timed = [speeds[law]["figures"].get(f"{name}, {shape}") for law in SAMPLINGS for shape in ("chain", "tree")]
+        timed = [speeds[law].get(f"{name}, {shape}") for law in SAMPLINGS for shape in ("chain", "tree")]
         if all(timed):
             faster.append([label, *(interval(each["speed_up"], digits=2) for each in timed)])
     tables = [lengths, rates, places, foretold, faster]
