@@ -126,9 +126,29 @@ class Prices:
         return np.linalg.lstsq(features, rows)[0]
 
     def other(self, drafter: str, rule: str, nodes: int) -> np.ndarray:
-        """[1 + DRAWS]: the loop's own time, the rule's above all."""
-        mine = [(s.nodes, s.other) for (n, r, _), ss in self.drafted.items() if (n, r) == (drafter, rule) for s in ss]
-        return _at(nodes, *_curve(mine))
+        """[1 + DRAWS]: the loop's own time, the rule's above all.
+
+        A rule that was timed with another drafter only takes as much more, beside one that was timed with both, with this one.
+        """
+        mine, curves = self._others.get((drafter, rule)), self._others
+        if mine is not None:
+            return _at(nodes, *mine)
+        there, both = next(
+            (other, each)
+            for own, each in curves
+            for other, timed in curves
+            if own == drafter and timed == rule and (other, each) in curves
+        )
+        parts = [_at(nodes, *curves[key]) for key in ((drafter, both), (there, rule), (there, both))]
+        return parts[0] + parts[1] - parts[2]
+
+    @cached_property
+    def _others(self) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+        """The loop's own time by drafter and rule."""
+        pairs: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for (drafter, rule, _), samples in self.drafted.items():
+            pairs.setdefault((drafter, rule), []).extend((sample.nodes, sample.other) for sample in samples)
+        return {key: _curve(own) for key, own in pairs.items()}
 
     def step(self, drafter: str, rule: str, parents: Sequence[int]) -> np.ndarray:
         """[1 + DRAWS]: a step with such a tree."""

@@ -63,7 +63,10 @@ def deepest(drafter: TreeDrafter) -> int:
 
 
 def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
-    """The runs to be timed: of trees without a drafter, and of each drafter that grows trees, under each rule."""
+    """The runs to be timed: of trees without a drafter, and of each drafter that grows trees, of the first under each rule.
+
+    What a rule takes does not depend on who drafted.
+    """
     apart = conditions.engine().static_shapes  # captured steps have one shape in a run
     sizes = [size for size in SIZES if size <= conditions.target.vocab]
     made = []
@@ -71,16 +74,18 @@ def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
     for group in [[size] for size in sizes] if apart else [[1], sizes[1:]]:
         stars = {size: [-1, *[0] * (size - 1)] for size in group}
         made.append(Probe(None, Stars(group), SiblingRejection(), stars, conditions.engine()))
+    timed = rules(conditions.sampling)
     for offer in offers:
         if not isinstance(offer.drafter, TreeDrafter):
             continue
         alone = apart or isinstance(offer.drafter, BlockDrafter)  # a block is as deep as the deepest tree of its run
-        for rule in rules(conditions.sampling):
+        for rule in timed:
             trees = _trees(deepest(offer.drafter), rule)
             for group in [[tree] for tree in trees] if alone else [trees]:
                 parents = {len(tree.parents): tree.parents for tree in group}
                 drafter = offer.drafter.with_tree(InTurn(group))
                 made.append(Probe(offer.name, drafter, rule, parents, conditions.engine()))
+        timed = timed[:1]
     return made
 
 
