@@ -4,8 +4,11 @@
         python experiments/train_drafter.py net=$net folder=FOLDER/$net flops=6e13 texts_from=TEXTS
     python experiments/distill_draft.py folder=FOLDER/model task.count=6144 task.one_in=2 scratch=true 'seeds=[0]' steps=3981 \
         lr=0.002 '~losses.cross_entropy' '~losses.lk' '~losses.tau_token' '~losses.tau_block' log.path=FOLDER/model/result.json
+    model="{_target_: transformers.AutoModelForCausalLM.from_pretrained, pretrained_model_name_or_path: FOLDER/model/kl_0}"
     for law in greedy temperature
         python experiments/benchmark.py experiment=equal_cost trained=FOLDER sampling=$law log.path=FOLDER/speeds_$law.json
+        python experiments/benchmark.py 'methods=[autoregressive,chain,tree]' methods.{chain,tree}.drafter.model="$model" \
+            sampling=$law repeats=2 task.per_task=4 ceilings=false log.path=FOLDER/speeds_${law}_model.json
     python -m experiments.studies.equal_cost FOLDER
 
 Decodes the demo prompts with chains of 4, and with the tree of at most 22 nodes, of those tried, of which most is expected to
@@ -58,6 +61,7 @@ NAMES = {"eagle3": "EAGLE-3", "dspark": "DSpark", "dflash": "DFlash", "eagle": "
 KINDS = {"eagle3": Eagle3Drafter, "dspark": DSparkDrafter, "dflash": DFlashDrafter, "eagle": EagleDrafter,
          "medusa": MedusaDrafter}  # fmt: skip
 RESULTS = ROOT / "experiments" / "results" / "equal_cost"
+MODEL = {"chain": "model, chain", "tree": "model, tree"}  # as a benchmark of one draft model names its methods
 BUNDLED = ("bundled", "draft")  # trained before: see specdec/demo/CARD.md
 TOKENS, PLACES = 64, (16, 32, 48, 64)
 
@@ -179,7 +183,7 @@ def speeds_by_law() -> dict[str, dict[str, Any]]:
     for file in RESULTS.glob("speeds_*.json"):
         result = json.loads(file.read_text())
         law = "greedy" if result["options"]["sampling"]["temperature"] == 0 else "T = 1"
-        found[law] |= result["figures"]
+        found[law] |= {MODEL.get(key, key): row for key, row in result["figures"].items()}
     return found
 
 
