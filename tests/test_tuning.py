@@ -23,7 +23,7 @@ from specdec.trees import Chain, Static, Widths
 from specdec.tuning import Estimate, Plan, Row, Speedup, layers, roofline
 from specdec.tuning.budget import Budget
 from specdec.tuning.checking import Check, over_all, spent
-from specdec.tuning.conditions import Conditions, afresh
+from specdec.tuning.conditions import Conditions, afresh, rules
 from specdec.tuning.estimate import DRAWS
 from specdec.tuning.foretold import LEAST, Candidate, Foretold, of_replays, of_tree, replayed
 from specdec.tuning.measuring import measured
@@ -398,12 +398,25 @@ def test_a_table_says_what_was_found_refused_and_not_tried():
 
 def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
     made = probes([Offer("draft", ModelDrafter(llama(1)))], conditions(llama(0), Sampling(1.0)))
-    rules = [type(probe.rule).__name__ for probe in made]
-    assert rules == ["SiblingRejection"] * 3 + ["BlockVerification", "TraversalVerification"]
+    names = [type(probe.rule).__name__ for probe in made]
+    assert names == ["SiblingRejection"] * 3 + ["BlockVerification", "TraversalVerification"]
     assert [len(probe.parents) for probe in made] == [1, 5, 4, 2, 4] and isinstance(made[0], Probe)
     held = conditions(llama(0))
     alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, 16)
     assert all(len(probe.parents) == 1 for probe in probes([Offer("draft", ModelDrafter(llama(1)))], alone))
+
+
+def test_a_rule_is_timed_with_one_drafter_and_takes_as_much_more_with_others():
+    offers = [Offer(name, ModelDrafter(llama(1))) for name in ("first", "second")]
+    made = probes(offers, conditions(llama(0), Sampling(1.0)))
+    own = [(probe.name, type(probe.rule).__name__) for probe in made[2:]]
+    names = [type(rule).__name__ for rule in rules(Sampling(1.0))]
+    assert own == [("first", name) for name in names] + [("second", names[0])]
+    loops = {("first", names[0]): 0.3, ("first", names[2]): 0.5, ("second", names[0]): 0.4}
+    samples = {(*key, work(Chain(1).parents)): [Sample(2, 0.1, 1.0, loop)] * 3 for key, loop in loops.items()}
+    found = Prices([], samples, [0.5])
+    assert found.other("first", names[2], 2) == pytest.approx(0.5, rel=EXACT)
+    assert found.other("second", names[2], 2) == pytest.approx(0.6, rel=EXACT)
 
 
 def test_passes_read_weights_as_they_are_stored_and_multiply_all_of_them():
