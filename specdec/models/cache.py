@@ -204,8 +204,9 @@ class TreeCache(Cache):
 
     @contextmanager
     def only(self, rows: Sequence[int]) -> Iterator[None]:
-        """Inside, forward passes run over these rows alone."""
-        self.rows = None if len(rows) == len(self.lengths) else torch.tensor(rows, device=self.lengths.device)
+        """Inside, forward passes run over these rows alone, in this order."""
+        every = [*rows] == [*range(len(self.lengths))]
+        self.rows = None if every else torch.tensor(rows, device=self.lengths.device)
         try:
             yield
         finally:
