@@ -83,7 +83,9 @@ def test_what_texts_share_is_read_once_and_nothing_else_changes():
     assert going_on(texts) == [{5: 5, 0: 0}, {3: 0, 4: 0, 1: 5}, {2: 4}]
     together, skip = Rehearsal(model, texts, DEPTH, sampling), frozenset({1})
     apart = [Rehearsal(model, [text], DEPTH, sampling).reach(skip) for text in texts]
-    assert together.reach(skip) == pytest.approx(torch.tensor(apart, dtype=torch.float64).mean(0).tolist(), abs=ROUNDING)
+    assert together.reach(skip) == pytest.approx(
+        torch.tensor(apart, dtype=torch.float64).mean(0).tolist(), abs=ROUNDING
+    )
     assert together._cached.tokens_read == len(first) + len(second) - 2 * (DEPTH + 1)
 
 

@@ -10,7 +10,8 @@ import specdec
 from specdec import Sampling, generate
 from specdec.clock import told_by
 from specdec.drafters import Fallback, ModelDrafter, NgramDrafter, Paused
-from specdec.tuning import shapes
+from specdec.training.skip_search import Trial
+from specdec.tuning import layers, shapes
 from specdec.tuning import tune as tuning
 from specdec.tuning.budget import Budget
 
@@ -47,10 +48,23 @@ def test_a_draft_that_is_the_target_is_chosen_and_its_longest_trees_are_the_best
 
 
 def test_what_the_target_offers_is_compared_and_what_it_lacks_is_said():
-    plan = specdec.tune(llama(0, eos_token_id=None, num_hidden_layers=3), PROMPTS, **OPTIONS)
-    assert {row.candidate.name for row in plan.rows} == {"ngram", "suffix", "layers"}
+    plan = specdec.tune(
+        llama(0, eos_token_id=None, num_hidden_layers=3), PROMPTS, own=("ngram", "suffix", "mtp"), **OPTIONS
+    )
+    assert {row.candidate.name for row in plan.rows} == {"ngram", "suffix"}
     assert any(isinstance(row.candidate.drafter, Paused) for row in plan.rows)
-    assert "mtp was not compared" in plan.table() and any("Layers left out" in note for note in plan.notes)
+    assert "mtp was not compared" in plan.table()
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+def test_layers_are_left_out_if_that_is_foretold_to_pay(speed, monkeypatch):
+    monkeypatch.setattr(layers, "found", lambda *given: (Trial(frozenset({1}), [0.9], 1, speed), 7))
+    plan = specdec.tune(TARGET, PROMPTS, own=("layers",), **OPTIONS)
+    if speed > 1:
+        assert {row.candidate.name for row in plan.rows} == {"layers"}
+        assert any("Layers left out: [1], the best of 7 sets" in note for note in plan.notes)
+    else:
+        assert not plan.rows and plan.name == "autoregressive" and "0.90 times as fast" in plan.refused["layers"]
 
 
 def test_given_texts_are_foretold_from_and_not_written_again(monkeypatch):

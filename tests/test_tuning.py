@@ -14,6 +14,7 @@ from specdec import Law, Sampling, generate
 from specdec.clock import Clock, told_by
 from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
 from specdec.engines.base import Engine
+from specdec.models.cached_model import CachedModel
 from specdec.prediction import read_along, replay
 from specdec.prediction.replay import Recorded
 from specdec.rules import BlockVerification, SiblingRejection, TraversalVerification
@@ -170,6 +171,19 @@ def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
     assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
 
 
+def test_prompts_are_read_once_a_round(monkeypatch):
+    held, read, counts = conditions(llama(0)), CachedModel.read, []
+
+    def noting(self, *args):
+        before = self.tokens_read
+        read(self, *args)
+        counts.append(self.tokens_read - before)
+
+    monkeypatch.setattr(CachedModel, "read", noting)
+    [*measured(probes([], held), [PROMPTS[:1]] * 2, held, lambda: False, lambda what: None)]
+    assert sum(counts) == 2 * (len(PROMPTS[0]) - 1)
+
+
 def test_a_clock_can_be_told_by_another_function():
     ticks = iter([1.0, 4.0, 5.0])
     with told_by(lambda: next(ticks)):
@@ -296,6 +310,12 @@ def test_finalists_are_the_best_and_what_only_decoding_can_tell():
     unknown = Row(Candidate("mine", NgramDrafter(), SiblingRejection()))
     chosen = finalists([unknown, *rows], 3)
     assert [each.candidate.name for each in chosen] == ["draft", "draft", "suffix", "mine"]
+    sure = [
+        row("draft", Estimate(1.5, 1.4, 1.6)),
+        row("suffix", Estimate(1.3, 1.1, 1.5)),
+        row("ngram", Estimate(1, 0.9, 1.3)),
+    ]
+    assert [each.candidate.name for each in finalists(sure, 3)] == ["draft", "suffix"]
 
 
 def test_drafters_are_named_and_made_of_models():

@@ -53,14 +53,18 @@ class Check:
     ) -> list[list[tuple[int, float]]]:
         """What every method spent, which take turns in being the first; nothing if time is over before the last."""
         found: list[list[tuple[int, float]]] = [[] for _ in self._methods]
+        last = None
         for i in np.roll(np.arange(len(self._methods)), turn):
             method, engine = self._methods[i], self._engines[i]
             say(f"decoding with {method.name}")
-            with self._conditions.stream(group, method.drafter, rule=method.rule, engine=engine, seed=turn) as run:
+            with self._conditions.stream(
+                group, method.drafter, last, rule=method.rule, engine=engine, seed=turn
+            ) as run:
                 for _ in run:
                     if over():
                         return []
-                found[i] = spent(run.generation.trace)
+                last = run.generation
+                found[i] = spent(last.trace)
         return found
 
     @property

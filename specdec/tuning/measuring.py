@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.drafters import ModelDrafter
+from specdec.generate import Generation
 from specdec.trace import Step
 from specdec.tuning.conditions import Conditions
 from specdec.tuning.prices import Prices, Sample, work
@@ -29,11 +30,13 @@ def measured(
     prices = Prices()
     for turn, group in enumerate(groups):
         found: list[tuple[Probe, list[Step]]] = []
+        last = None
         for probe in probes:
             if over() and prices.alone:
                 break
             say(f"timing {probe.name or 'the target'}")
-            found.append((probe, _steps(probe, group, conditions, turn)))
+            last = _run(probe, group, conditions, turn, last)
+            found.append((probe, [step for step in last.trace.steps[COLD:] if all(step.emitted)]))
         if turn == 0 and probes[0].engine.static_shapes and not over():
             continue
         if unit := _alone(found):
@@ -67,16 +70,17 @@ def _parts(step: Step) -> tuple[float, float, float]:
     return step.draft_seconds, step.verify_seconds, step.other_seconds
 
 
-def _steps(probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int) -> list[Step]:
-    """The steps of a run of the probe in which all rows were at work, but for the first ones."""
+def _run(
+    probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int, last: Generation | None
+) -> Generation:
+    """A run of the probe after another one over the same prompts. What counts are the steps after the first ones."""
     steps = probe.steps if not probe.engine.static_shapes else max(probe.steps, 8)
     # so many tokens as the steps may accept, if there is room, and no stop before: only time is of interest
     wanted = steps * (1 + probe.drafter.spec(conditions.sampling).depth)
     drafting = probe.drafter.lm.context_length if isinstance(probe.drafter, ModelDrafter) else None
     rooms = [room - max(map(len, group)) for room in (conditions.target.context_length, drafting) if room is not None]
     options = {"engine": probe.engine, "seed": seed, "max_new_tokens": min([wanted, *rooms]), "stop_tokens": ()}
-    with conditions.stream(group, probe.drafter, rule=probe.rule, **options) as run:
+    with conditions.stream(group, probe.drafter, last, rule=probe.rule, **options) as run:
         for _ in islice(run, steps):
             pass
-        made = run.generation.trace.steps
-    return [step for step in made[COLD:] if all(step.emitted)]
+        return run.generation

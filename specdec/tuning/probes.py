@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from specdec.batch import Batch
 from specdec.checks import as_ints
@@ -30,8 +31,8 @@ DEEPEST = 8
 COLD = 2
 # How often each size is timed in a run, and how many steps a run has at least.
 _TURNS, _LEAST = 3, 9
-# Of trees that are timed with a drafter, each of another size.
-_SHAPES = ((1, 1), (1,) * 5, (3, 3), (3, 3, 2))
+# Of trees that are timed with a drafter, each of another size: two depths, as chains and wide.
+_SHAPES = ((1, 1), (3, 3), (1,) * 5, (3, 2, 1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,8 @@ def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
     for offer in offers:
         if not isinstance(offer.drafter, TreeDrafter):
             continue
-        alone = apart or isinstance(offer.drafter, BlockDrafter)  # a block is as deep as the deepest tree of its run
         for rule in timed:
-            trees = _trees(deepest(offer.drafter), rule)
-            for group in [[tree] for tree in trees] if alone else [trees]:
+            for group in _in_runs(_trees(deepest(offer.drafter), rule), offer.drafter, apart):
                 parents = {len(tree.parents): tree.parents for tree in group}
                 drafter = offer.drafter.with_tree(InTurn(group))
                 made.append(Probe(offer.name, drafter, rule, parents, conditions.engine()))
@@ -93,6 +92,15 @@ def _trees(deepest: int, rule: Rule) -> list[Widths]:
     """Chains, and trees unless the rule is for chains only."""
     wanted = [shape[:deepest] for shape in _SHAPES if max(shape) == 1 or not isinstance(rule, BlockVerification)]
     return [Widths(shape) for shape in dict.fromkeys(wanted)]
+
+
+def _in_runs(trees: Sequence[Widths], drafter: TreeDrafter, apart: bool) -> list[list[Widths]]:
+    """Which trees take turns in one run. A block is as deep as the deepest tree of its run."""
+
+    def run(tree: Widths) -> object:
+        return tree if apart else len(tree.widths) if isinstance(drafter, BlockDrafter) else None
+
+    return [[*group] for _, group in groupby(trees, run)]
 
 
 class Stars(Drafter):

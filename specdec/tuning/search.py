@@ -74,7 +74,8 @@ def _replayed(offer: Offer, known: Known) -> Iterator[Row]:
     pairs = [([known.prompts[text.prompt] for text in group], [text.new for text in group]) for group in groups]
     given, captures = offer.drafter, conditions.engine().static_shapes
     idle = replay(*pairs[0], Stars([1]), conditions.target.vocab, conditions.sampling)
-    for drafter in [given] if isinstance(given, Paused) else [given, Paused(given)]:
+    # the paused one first, as it costs least where drafts do not pay: there may be no time for the other
+    for drafter in [given] if isinstance(given, Paused) else [Paused(given), given]:
         padded = drafter.spec(conditions.sampling).nodes if captures else None
         traces = replayed(drafter, pairs, conditions.target.vocab, conditions.sampling, prices, over, padded)
         # as many for the next one, which is asked for later
@@ -157,10 +158,15 @@ def best_first(rows: Sequence[Row]) -> list[Row]:
 
 
 def finalists(rows: Sequence[Row], most: int) -> list[Row]:
-    """The best that were foretold, at most two of one drafter; and those of which only decoding can tell."""
+    """The best that were foretold, at most two of one drafter and none that is surely slower than the best; and those of which
+    only decoding can tell.
+    """
     chosen: list[Row] = []
     for row in best_first(rows):
+        if row.foretold is None:
+            continue
         same = sum(other.candidate.name == row.candidate.name for other in chosen)
-        if row.foretold is not None and same < 2 and len(chosen) < most:
+        least = chosen[0].foretold.speedup.low if chosen and chosen[0].foretold else None
+        if same < 2 and len(chosen) < most and not (least and row.foretold.speedup.below(least)):
             chosen.append(row)
     return [*chosen, *(row for row in rows if row.foretold is None)]

@@ -163,10 +163,12 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
     except ValueError as error:
         found.refused["layers"] = str(error)
         return
+    about = f"{sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}"
+    if trial.speed_up <= 1:
+        found.refused["layers"] = f"to leave out {about}, is foretold to be {trial.speed_up:.2f} times as fast."
+        return
     found.offers.append(Offer("layers", LayerSkipDrafter(skip=sorted(trial.skip), tree=Chain(trial.length))))
-    found.notes.append(
-        f"Layers left out: {sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}."
-    )
+    found.notes.append(f"Layers left out: {about}.")
 
 
 def _measure(found: Findings, budget: Budget) -> None:
