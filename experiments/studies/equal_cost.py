@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,17 @@ PROMPTS = [torch.tensor(PAIR.tokenizer(prompt.text)["input_ids"]) for prompt in 
 SAMPLINGS = {"greedy": Sampling(), "T = 1": Sampling(1.0)}
 TREES = [(4, 2, 1), (3, 2, 1, 1), (2, 2, 1, 1), (4, 1, 1, 1), (6, 2), (3, 3)]
 NAMES = {"eagle3": "EAGLE-3", "dspark": "DSpark", "dflash": "DFlash", "eagle": "EAGLE-1 (as an MTP layer)", "medusa": "Medusa",
-         "model": "small model", "bundled": "Medusa, bundled", "draft": "small model, bundled"}  # fmt: skip
+         "model": "small model", "eagle3_bundled": "EAGLE-3, bundled", "bundled": "Medusa, bundled",
+         "draft": "small model, bundled"}  # fmt: skip
 KINDS = {"eagle3": Eagle3Drafter, "dspark": DSparkDrafter, "dflash": DFlashDrafter, "eagle": EagleDrafter,
          "medusa": MedusaDrafter}  # fmt: skip
 RESULTS = ROOT / "experiments" / "results" / "equal_cost"
 MODEL = {"chain": "model, chain", "tree": "model, tree"}  # as a benchmark of one draft model names its methods
-BUNDLED = ("bundled", "draft")  # trained before: see specdec/demo/CARD.md
+BUNDLED: dict[str, Callable[[TreePolicy], TreeDrafter]] = {  # trained before: see specdec/demo/CARD.md
+    "eagle3_bundled": lambda tree: specdec.demo.eagle3(PAIR.target, tree),
+    "bundled": lambda tree: MedusaDrafter(PAIR.heads, tree),
+    "draft": lambda tree: ModelDrafter(PAIR.draft, tree),
+}
 TOKENS, PLACES = 64, (16, 32, 48, 64)
 
 
@@ -70,10 +75,8 @@ def drafter(name: str, folder: Path, tree: TreePolicy) -> TreeDrafter:
     """The drafter that was trained in `folder`/`name`."""
     if name == "model":
         return ModelDrafter(AutoModelForCausalLM.from_pretrained(folder / "model" / "kl_0").eval(), tree)
-    if name == "bundled":
-        return MedusaDrafter(PAIR.heads, tree)
-    if name == "draft":
-        return ModelDrafter(PAIR.draft, tree)
+    if name in BUNDLED:
+        return BUNDLED[name](tree)
     return KINDS[name].from_pretrained(folder / name / "net", PAIR.target, tree)
 
 
