@@ -304,6 +304,7 @@ KINDS = {
     "sampling of a rehearsal": (lambda v: skip_search.Rehearsal(MODEL, [TEXT], 2, v), "specdec Sampling"),
     "replayed": (lambda v: replay(v, SiblingRejection()), "specdec Trace"),
     "rule of a replay": (lambda v: replay(Trace(), v), "specdec Rule"),
+    "dtype of the demo pair": (specdec.demo.load, "smollm2.load()"),
 }
 
 

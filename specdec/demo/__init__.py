@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from specdec.checks import check_kind
 from specdec.demo import smollm2
 from specdec.drafters import DSparkDrafter, Eagle3Drafter, MedusaHeads
 from specdec.trees.base import TreePolicy
@@ -55,6 +56,7 @@ class Demo(NamedTuple):
 
 def load(dtype: torch.dtype = torch.float32) -> Demo:
     """The pair, its tokenizer and its prompts, from the package's folder; `FileNotFoundError` without weights."""
+    check_kind("dtype", dtype, torch.dtype, "pass a torch.dtype; for SmolLM2 call specdec.demo.smollm2.load()")
     for name in FILES:
         if not (FOLDER / name).exists():
             raise FileNotFoundError(

@@ -155,7 +155,7 @@ class CapturedStages(Stages):
             return stage(*args)
         if reason is not None:
             self._leave_out(name, reason, self._left_out)
-        if self._inside or name in self._left_out | self._failed:
+        if self._inside or name in self._left_out or name in self._failed:
             return stage(*args)
         self._inside = True
         try:
