@@ -10,10 +10,12 @@ import specdec
 from specdec import Sampling, generate
 from specdec.clock import told_by
 from specdec.drafters import Fallback, ModelDrafter, NgramDrafter, Paused
+from specdec.models.memory import DoesNotFit
 from specdec.training.skip_search import Trial
-from specdec.tuning import layers, shapes
+from specdec.tuning import conditions, layers, shapes
 from specdec.tuning import tune as tuning
 from specdec.tuning.budget import Budget
+from specdec.tuning.conditions import Conditions
 
 torch.set_num_threads(1)
 tune_module = __import__("sys").modules["specdec.tuning.tune"]
@@ -64,7 +66,7 @@ def test_layers_are_left_out_if_that_is_foretold_to_pay(speed, monkeypatch):
         assert {row.candidate.name for row in plan.rows} == {"layers"}
         assert any("Layers left out: [1], the best of 7 sets" in note for note in plan.notes)
     else:
-        assert not plan.rows and plan.name == "autoregressive" and "0.90 times as fast" in plan.refused["layers"]
+        assert not plan.rows and plan.name == "autoregressive" and "0.90 times the speed" in plan.refused["layers"]
 
 
 def test_given_texts_are_foretold_from_and_not_written_again(monkeypatch):
@@ -139,7 +141,22 @@ def test_texts_are_written_eight_at_a_time_and_as_many_used_as_time_allows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specdec.ModelTarget, "start", lambda *a, **k: (wide.append(len(a[1])), score(*a, **k))[1])
         plan = specdec.tune(TARGET, prompts, {"twin": TARGET}, own=(), **{**OPTIONS, "seconds": 10})
-    assert max(wide) == 8 and plan.rows[0].foretold.texts <= plan.conditions["texts"]
+    assert max(wide) == 8 and plan.conditions["texts"] % 8 == 0 and plan.rows[0].foretold.texts >= 4
+
+
+def test_where_one_row_fits_texts_are_written_one_at_a_time_and_no_run_is_kept(monkeypatch):
+    start, kept, said = specdec.ModelTarget.start, Conditions.kept, []
+
+    def small(self, batch, *args):
+        if len(batch) > 1:
+            raise DoesNotFit(f"{len(batch)} rows")
+        return start(self, batch, *args)
+
+    monkeypatch.setattr(specdec.ModelTarget, "start", small)
+    monkeypatch.setattr(conditions, "free_memory", lambda device: 1)
+    monkeypatch.setattr(Conditions, "kept", lambda self, run: (said.append(kept(self, run)), said[-1])[1])
+    plan = specdec.tune(TARGET, PROMPTS, {"twin": TARGET}, own=(), **OPTIONS)
+    assert plan.name == "twin" and plan.conditions["texts"] == 2 and said and not any(said)
 
 
 @pytest.mark.parametrize("place, rows", [("written", False), ("timed", True), ("foretold", True), ("decoded", True)])

@@ -12,7 +12,15 @@ from tiny_models import llama
 import specdec
 from specdec import Law, Sampling, generate
 from specdec.clock import Clock, told_by
-from specdec.drafters import Fallback, LayerSkipDrafter, ModelDrafter, NgramDrafter, Paused, SuffixDrafter
+from specdec.drafters import (
+    Fallback,
+    LayerSkipDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NgramDrafter,
+    Paused,
+    SuffixDrafter,
+)
 from specdec.engines.base import Engine
 from specdec.models.cached_model import CachedModel
 from specdec.prediction import read_along, replay
@@ -33,7 +41,7 @@ from specdec.tuning.prices import Prices, Sample, Work, work
 from specdec.tuning.probes import InTurn, Probe, Stars, probes
 from specdec.tuning.reasons import reason, verdict
 from specdec.tuning.search import finalists, suited, tree_of
-from specdec.tuning.shapes import positional, proposed
+from specdec.tuning.shapes import depths, positional, proposed
 from specdec.tuning.tune import groups
 
 torch.set_num_threads(1)
@@ -171,7 +179,7 @@ def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
     assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
 
 
-def test_prompts_are_read_once_a_round(monkeypatch):
+def test_the_target_reads_prompts_once_a_round(monkeypatch):
     held, read, counts = conditions(llama(0)), CachedModel.read, []
 
     def noting(self, *args):
@@ -416,7 +424,7 @@ def test_a_table_says_what_was_found_refused_and_not_tried():
     assert "Time ended." in said and "against itself, 1.00 (0.98-1.02)" in said and "suffix" not in said
 
 
-def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
+def test_probes_of_blocks_have_one_depth_a_run_and_those_of_captured_steps_one_shape():
     made = probes([Offer("draft", ModelDrafter(llama(1)))], conditions(llama(0), Sampling(1.0)))
     names = [type(probe.rule).__name__ for probe in made]
     assert names == ["SiblingRejection"] * 3 + ["BlockVerification", "TraversalVerification"]
@@ -424,6 +432,11 @@ def test_probes_of_blocks_and_of_captured_steps_have_one_shape_a_run():
     held = conditions(llama(0))
     alone = Conditions(held.target, held.sampling, 1, specdec.Graphs, 16)
     assert all(len(probe.parents) == 1 for probe in probes([Offer("draft", ModelDrafter(llama(1)))], alone))
+    heads = MedusaDrafter(specdec.demo.load().heads)
+    of_blocks = [
+        {max(depths(tree)) for tree in probe.parents.values()} for probe in probes([Offer("heads", heads)], held)[2:]
+    ]
+    assert of_blocks == [{2}, {min(5, heads.net.depth)}]
 
 
 def test_a_rule_is_timed_with_one_drafter_and_takes_as_much_more_with_others():
@@ -437,6 +450,9 @@ def test_a_rule_is_timed_with_one_drafter_and_takes_as_much_more_with_others():
     found = Prices([], samples, [0.5])
     assert found.other("first", names[2], 2) == pytest.approx(0.5, rel=EXACT)
     assert found.other("second", names[2], 2) == pytest.approx(0.6, rel=EXACT)
+    assert (
+        found.tells("second", names[2]) and not found.tells("second", names[1]) and not found.tells("third", names[0])
+    )
 
 
 def test_passes_read_weights_as_they_are_stored_and_multiply_all_of_them():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from specdec.generate import Generation
 from specdec.trace import Trace
 from specdec.tuning.conditions import Conditions
 from specdec.tuning.estimate import Estimate, redrawn
@@ -55,17 +56,24 @@ class Check:
         found: list[list[tuple[int, float]]] = [[] for _ in self._methods]
         last = None
         for i in np.roll(np.arange(len(self._methods)), turn):
-            method, engine = self._methods[i], self._engines[i]
-            say(f"decoding with {method.name}")
-            with self._conditions.stream(
-                group, method.drafter, last, rule=method.rule, engine=engine, seed=turn
-            ) as run:
-                for _ in run:
-                    if over():
-                        return []
-                last = run.generation
-                found[i] = spent(last.trace)
+            say(f"decoding with {self._methods[i].name}")
+            found[i], last = self._decode(i, group, turn, over, last)
+            if not found[i]:
+                return []
         return found
+
+    def _decode(
+        self, i: int, group: Sequence[Tensor], turn: int, over: Callable[[], bool], last: Generation | None
+    ) -> tuple[list[tuple[int, float]], Generation | None]:
+        """What one method spent, nothing if time was over before its end; and its run, if it is kept."""
+        method = self._methods[i]
+        with self._conditions.in_turn(
+            group, last, self._engines[i], method.drafter, rule=method.rule, seed=turn
+        ) as run:
+            for _ in run:
+                if over():
+                    return [], None
+        return spent(run.generation.trace), self._conditions.kept(run.generation)
 
     @property
     def prompts(self) -> int:

@@ -13,6 +13,7 @@ from specdec.drafters import Drafter
 from specdec.drafters.suffix_memory import Memory
 from specdec.engines.base import Engine
 from specdec.generate import Generation, Stream, stream
+from specdec.models.memory import free_memory
 from specdec.models.target import Target
 from specdec.rules import BlockVerification, Rule, SiblingRejection, TraversalVerification
 from specdec.sampling import Sampling
@@ -40,23 +41,29 @@ class Conditions:
     new_tokens: int
     tokenizer: Any = None
 
-    def stream(
-        self, prompts: Sequence[Tensor], drafter: Drafter | None = None, after: Generation | None = None, **options: Any
-    ) -> Stream:
-        """A run under these conditions, with an engine of its own unless one is given; other arguments as for `generate`.
+    def stream(self, prompts: Sequence[Tensor], drafter: Drafter | None = None, **options: Any) -> Stream:
+        """A run under these conditions, with an engine of its own unless one is given; arguments as for `generate`.
 
         No run drafts from what another has written, and the user's drafter learns nothing.
-
-        Args:
-            after: an earlier run over the same prompts, which are not read again: its caches are taken over, unless steps are
-                captured, which read the caches that they were captured with.
         """
         held = {"sampling": self.sampling, "tokenizer": self.tokenizer, "max_new_tokens": self.new_tokens}
         engine = options.pop("engine", None) or self.engine()
         drafter = None if drafter is None else afresh(drafter)
-        if not engine.static_shapes and "batch_size" not in options:
-            held |= {"keep": True, "resume": after}
         return stream(self.target, list(prompts), drafter, engine=engine, **{**held, **options})
+
+    def in_turn(
+        self, prompts: Sequence[Tensor], last: Generation | None, engine: Engine, *args: Any, **options: Any
+    ) -> Stream:
+        """The same after another run over these prompts, `kept`. What the target has read of them is not read again, unless
+        the drafter needs its states, or steps are captured, which read the caches that they were captured with.
+        """
+        again = {} if engine.static_shapes else {"keep": True, "resume": last}
+        return self.stream(prompts, *args, engine=engine, **again, **options)
+
+    def kept(self, run: Generation) -> Generation | None:
+        """The run, for `in_turn`; None if the next one would not fit beside it."""
+        free = free_memory(self.target.device)
+        return None if run.runs is None or (free is not None and 2 * run.runs.bytes > free) else run
 
 
 def rules(sampling: Sampling) -> list[Rule]:

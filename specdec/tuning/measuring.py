@@ -35,8 +35,8 @@ def measured(
             if over() and prices.alone:
                 break
             say(f"timing {probe.name or 'the target'}")
-            last = _run(probe, group, conditions, turn, last)
-            found.append((probe, [step for step in last.trace.steps[COLD:] if all(step.emitted)]))
+            steps, last = _steps(probe, group, conditions, turn, last)
+            found.append((probe, steps))
         if turn == 0 and probes[0].engine.static_shapes and not over():
             continue
         if unit := _alone(found):
@@ -70,17 +70,18 @@ def _parts(step: Step) -> tuple[float, float, float]:
     return step.draft_seconds, step.verify_seconds, step.other_seconds
 
 
-def _run(
+def _steps(
     probe: Probe, group: Sequence[Tensor], conditions: Conditions, seed: int, last: Generation | None
-) -> Generation:
-    """A run of the probe after another one over the same prompts. What counts are the steps after the first ones."""
+) -> tuple[list[Step], Generation | None]:
+    """The steps of a run in turn in which all rows were at work, but for the first ones; and the run, if it is kept."""
     steps = probe.steps if not probe.engine.static_shapes else max(probe.steps, 8)
     # so many tokens as the steps may accept, if there is room, and no stop before: only time is of interest
     wanted = steps * (1 + probe.drafter.spec(conditions.sampling).depth)
     drafting = probe.drafter.lm.context_length if isinstance(probe.drafter, ModelDrafter) else None
     rooms = [room - max(map(len, group)) for room in (conditions.target.context_length, drafting) if room is not None]
-    options = {"engine": probe.engine, "seed": seed, "max_new_tokens": min([wanted, *rooms]), "stop_tokens": ()}
-    with conditions.stream(group, probe.drafter, last, rule=probe.rule, **options) as run:
+    options = {"rule": probe.rule, "seed": seed, "max_new_tokens": min([wanted, *rooms]), "stop_tokens": ()}
+    with conditions.in_turn(group, last, probe.engine, probe.drafter, **options) as run:
         for _ in islice(run, steps):
             pass
-        return run.generation
+        made = run.generation.trace.steps
+    return [step for step in made[COLD:] if all(step.emitted)], conditions.kept(run.generation)

@@ -125,22 +125,32 @@ class Prices:
         rows = np.array([medians(np.array(samples), seed) for seed, samples in enumerate(times.values())])
         return np.linalg.lstsq(features, rows)[0]
 
+    def tells(self, drafter: str, rule: str) -> bool:
+        """Whether the loop's own time is known of this drafter under this rule."""
+        return (drafter, rule) in self._others or self._between(drafter, rule) is not None
+
     def other(self, drafter: str, rule: str, nodes: int) -> np.ndarray:
         """[1 + DRAWS]: the loop's own time, the rule's above all.
 
-        A rule that was timed with another drafter only takes as much more, beside one that was timed with both, with this one.
+        Where the rule was timed with another drafter only: the time under a rule that both were timed under, and what the other
+        drafter's takes more under this one.
         """
-        mine, curves = self._others.get((drafter, rule)), self._others
-        if mine is not None:
-            return _at(nodes, *mine)
-        there, both = next(
-            (other, each)
-            for own, each in curves
-            for other, timed in curves
-            if own == drafter and timed == rule and (other, each) in curves
+        timed = self._others
+        if (drafter, rule) in timed:
+            return _at(nodes, *timed[drafter, rule])
+        between = self._between(drafter, rule)
+        assert between is not None
+        other, shared = between
+        own, with_rule, without = (
+            _at(nodes, *timed[key]) for key in ((drafter, shared), (other, rule), (other, shared))
         )
-        parts = [_at(nodes, *curves[key]) for key in ((drafter, both), (there, rule), (there, both))]
-        return parts[0] + parts[1] - parts[2]
+        return np.maximum(own + with_rule - without, 0.0)
+
+    def _between(self, drafter: str, rule: str) -> tuple[str, str] | None:
+        """Another drafter that was timed under this rule, and a rule that both were timed under."""
+        under = {name: {rule for other, rule in self._others if other == name} for name, _ in self._others}
+        own = under.get(drafter, set())
+        return next(((name, min(its & own)) for name, its in under.items() if rule in its and its & own), None)
 
     @cached_property
     def _others(self) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:

@@ -75,7 +75,7 @@ def probes(offers: Sequence[Offer], conditions: Conditions) -> list[Probe]:
     for group in [[size] for size in sizes] if apart else [[1], sizes[1:]]:
         stars = {size: [-1, *[0] * (size - 1)] for size in group}
         made.append(Probe(None, Stars(group), SiblingRejection(), stars, conditions.engine()))
-    timed = rules(conditions.sampling)
+    timed = rules(conditions.sampling)  # the later drafters under the first only, see `Prices.other`
     for offer in offers:
         if not isinstance(offer.drafter, TreeDrafter):
             continue

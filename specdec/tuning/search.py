@@ -95,8 +95,9 @@ def whole_groups(texts: Sequence[Written], batch: int) -> list[list[Written]]:
 
 
 def _trees(offer: Offer, known: Known) -> Iterator[Row]:
-    drafter, prices, every = offer.drafter, known.prices, rules(known.conditions.sampling)
+    drafter, prices = offer.drafter, known.prices
     assert isinstance(drafter, TreeDrafter)
+    every = [rule for rule in rules(known.conditions.sampling) if prices.tells(offer.name, type(rule).__name__)]
     depth = deepest(drafter)
     try:
         texts = read(drafter, known, depth)
@@ -161,12 +162,11 @@ def finalists(rows: Sequence[Row], most: int) -> list[Row]:
     """The best that were foretold, at most two of one drafter and none that is surely slower than the best; and those of which
     only decoding can tell.
     """
+    told = [(row, row.foretold.speedup) for row in best_first(rows) if row.foretold is not None]
     chosen: list[Row] = []
-    for row in best_first(rows):
-        if row.foretold is None:
-            continue
+    for row, speed in told:
         same = sum(other.candidate.name == row.candidate.name for other in chosen)
-        least = chosen[0].foretold.speedup.low if chosen and chosen[0].foretold else None
-        if same < 2 and len(chosen) < most and not (least and row.foretold.speedup.below(least)):
+        slower = told[0][1].low is not None and speed.below(told[0][1].low)
+        if same < 2 and len(chosen) < most and not slower:
             chosen.append(row)
     return [*chosen, *(row for row in rows if row.foretold is None)]

@@ -69,7 +69,8 @@ def tune(
     The target writes a text for each prompt. Steps are timed, of trees of some sizes and of each drafter, beside steps without
     a draft. From the texts and the times, acceptance and speed-up of every drafter, tree and rule follow: exactly for drafters
     that grow trees of fixed shapes, by replaying the texts for those that follow from a text (`specdec.prediction`). Shapes are
-    sought by their measured price. The best three are decoded, in turns with decoding without a draft.
+    sought by their measured price. The best three, without those that are surely slower than the first, are decoded, in turns
+    with decoding without a draft.
 
     Times are of the thread's processor where a CPU computes with one thread, which other processes do not change, and otherwise
     of the clock. Speed-ups are of decoding with all rows at work, reading of prompts left out.
@@ -165,7 +166,9 @@ def _search_layers(found: Findings, model: PreTrainedModel, budget: Budget) -> N
         return
     about = f"{sorted(trial.skip)}, the best of {count} sets{' that time allowed' * over()}"
     if trial.speed_up <= 1:
-        found.refused["layers"] = f"to leave out {about}, is foretold to be {trial.speed_up:.2f} times as fast."
+        found.refused["layers"] = (
+            f"by chains of one row, {about}, are foretold to give {trial.speed_up:.2f} times the speed."
+        )
         return
     found.offers.append(Offer("layers", LayerSkipDrafter(skip=sorted(trial.skip), tree=Chain(trial.length))))
     found.notes.append(f"Layers left out: {about}.")

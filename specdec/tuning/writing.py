@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from specdec.checks import as_ints, as_tuple
+from specdec.models.memory import DoesNotFit
 from specdec.request import Request
 from specdec.tuning.conditions import Conditions
 
-# New tokens, of all texts together: less tells little.
+# New tokens of the longest text: less tells little.
 _SHORTEST = 16
 # Most texts of a prompt.
 _SAMPLES = 2
-# Rows that write together: a pass over so many takes little longer than over one, and texts do not depend on it.
+# Rows that write together, if they fit: a pass over so many takes little longer than over one.
 _ROWS = 8
 
 
@@ -64,15 +65,32 @@ def write(
 
     What time or Ctrl-C cuts off is added all the same, as the target wrote it: some tokens are waited for.
     """
-    shortest, engine = min(_SHORTEST, conditions.new_tokens), conditions.engine()
     # no steps of another shape are captured for it
-    rows = conditions.batch if engine.static_shapes else max(conditions.batch, _ROWS)
+    rows = conditions.batch if conditions.engine().static_shapes else max(conditions.batch, _ROWS)
+    try:
+        _write(found, prompts, conditions, rows, over, say)
+    except (DoesNotFit, torch.OutOfMemoryError):
+        if rows == conditions.batch:
+            raise
+        found.clear()
+        _write(found, prompts, conditions, conditions.batch, over, say)
+
+
+def _write(
+    found: list[Written],
+    prompts: Sequence[Tensor],
+    conditions: Conditions,
+    rows: int,
+    over: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    shortest = min(_SHORTEST, conditions.new_tokens)
     for sample in range(1 if conditions.sampling.temperature == 0 else _SAMPLES):
         say("letting the target write")
-        with conditions.stream(prompts, seed=sample, batch_size=rows, engine=engine) as run:
+        with conditions.stream(prompts, seed=sample, batch_size=rows) as run:
             try:
                 for _ in run:
-                    if over() and sum(map(len, run.generation.tokens)) >= shortest:
+                    if over() and max(map(len, run.generation.tokens)) >= shortest:
                         break
             finally:
                 made = run.generation.tokens
