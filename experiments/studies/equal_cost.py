@@ -183,10 +183,11 @@ def known(name: str, folder: Path) -> dict[str, Any]:
 def speeds_by_law() -> dict[str, dict[str, Any]]:
     """What was timed, of all runs."""
     found: dict[str, dict[str, Any]] = {law: {} for law in SAMPLINGS}
-    for file in RESULTS.glob("speeds_*.json"):
+    for file in sorted(RESULTS.glob("speeds_*.json")):
         result = json.loads(file.read_text())
         law = "greedy" if result["options"]["sampling"]["temperature"] == 0 else "T = 1"
-        found[law] |= {MODEL.get(key, key): row for key, row in result["figures"].items()}
+        figures: dict[str, Any] = result["figures"]
+        found[law].update((MODEL.get(key, key), row) for key, row in figures.items())
     return found
 
 

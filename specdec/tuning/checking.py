@@ -55,7 +55,7 @@ class Check:
         """What every method spent, which take turns in being the first; nothing if time is over before the last."""
         found: list[list[tuple[int, float]]] = [[] for _ in self._methods]
         last = None
-        for i in np.roll(np.arange(len(self._methods)), turn):
+        for i in np.roll(np.arange(len(self._methods)), turn).tolist():
             say(f"decoding with {self._methods[i].name}")
             found[i], last = self._decode(i, group, turn, over, last)
             if not found[i]:
