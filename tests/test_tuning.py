@@ -43,6 +43,7 @@ from specdec.tuning.reasons import reason, verdict
 from specdec.tuning.search import finalists, suited, tree_of
 from specdec.tuning.shapes import depths, positional, proposed
 from specdec.tuning.tune import groups
+from specdec.tuning.writing import write
 
 torch.set_num_threads(1)
 EXACT = 1e-9  # sums of float64
@@ -177,6 +178,12 @@ def test_prices_are_those_of_a_clock_that_ticks_once_a_mark():
     assert found.alone == [5.0, 5.0] and found.knows("draft") and not found.knows("other")
     assert {sample.nodes for sample in found.plain} == {1, 2, 4, 8, 16, 32}
     assert float(found.verify(5)[0]) == pytest.approx(0.2) and float(found.plain_step(1)[0]) == pytest.approx(0.6)
+
+
+def test_texts_that_time_cuts_have_sixteen_tokens():
+    held, found = Conditions(specdec.ModelTarget(llama(0, eos_token_id=None)), GREEDY, 1, Engine, 24), []
+    write(found, PROMPTS, held, lambda: True, lambda what: None)
+    assert [len(text.new) for text in found] == [16, 16]
 
 
 def test_the_target_reads_prompts_once_a_round(monkeypatch):

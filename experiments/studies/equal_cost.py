@@ -153,6 +153,8 @@ def main(folder: Path) -> None:
     for name in tqdm([name for name in names if not kept(name).exists()]):
         source = provenance("-m", ["experiments.studies.equal_cost", folder.name], {}, "cpu")
         Json(str(kept(name))).write({**source, **known(name, folder)})
+        if name not in BUNDLED:
+            shutil.copy(folder / name / "result.json", RESULTS / f"{name}_training.json")
     for speeds in folder.glob("speeds_*.json"):
         shutil.copy(speeds, RESULTS)
     found = {name: json.loads(kept(name).read_text()) for name in NAMES if kept(name).exists()}
@@ -160,7 +162,7 @@ def main(folder: Path) -> None:
 
 
 def kept(name: str) -> Path:
-    """Where what is known of a drafter is."""
+    """The file that tells what is known of a drafter."""
     return RESULTS / f"{name}.json"
 
 

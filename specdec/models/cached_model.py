@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.models.attention import View
-from specdec.models.cache import Source, TreeCache
+from specdec.models.cache import TreeCache
 from specdec.models.compilation import Compiled
 from specdec.models.fingerprint import fingerprint
 from specdec.models.held_texts import Entry, HeldTexts, next_readings
@@ -160,9 +160,18 @@ class CachedModel:
                 self.cache.rewind(now)
 
     def read_anew(self, tokens: Tensor, goals: Mapping[int, int]) -> None:
-        """Begin these rows with nothing, and read their tokens; outside of runs, where no `enter` has cleared the slots."""
-        self.cache.take({row: Source(self.cache, row, 0) for row in goals})
-        self.read(tokens, goals)
+        """Outside of runs: read so many tokens of these rows, whatever was read before. What rows share is copied."""
+        texts = tokens.cpu().numpy()
+        entries = {row: Entry(texts[row, :goal], goal, goal, 0) for row, goal in goals.items()}
+        held = HeldTexts(self.cache)
+        while entries:
+            sources, stops = next_readings(self.cache, entries, held)
+            self.cache.take(sources)
+            self.read(tokens, stops)
+            for row, stop in stops.items():
+                held.note(row, entries[row].text)
+                if stop == entries[row].goal:
+                    del entries[row]
 
     def _of_batch(self, part: Tensor) -> Tensor:
         """[batch, ...]: what rows [rows, ...] were given, and 0 in all others."""

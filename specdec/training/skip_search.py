@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from specdec.checks import as_int, as_ints, as_seed, check_kind
 from specdec.drafters.layer_skip import layers_of, skippable
-from specdec.models.cache import Source
 from specdec.models.causal_lm import CausalLM
 from specdec.models.routing import passing_through
 from specdec.sampling import Sampling
@@ -58,12 +57,7 @@ class Rehearsal:
         self._longest = max(roots)  # tokens before a root
         with torch.inference_mode():
             self._cached = lm.start(len(tokens), tokens.shape[1], depth)
-            cache = self._cached.cache
-            for rows in going_on([text[:root] for text, root in zip(texts, roots, strict=True)]):
-                cache.take(
-                    {row: Source(cache, before, roots[before] * (before != row)) for row, before in rows.items()}
-                )
-                self._cached.read(tokens, {row: roots[row] for row in rows})
+            self._cached.read_anew(tokens, dict(enumerate(roots)))
         self._target = self._laws(frozenset())
 
     def reach(self, skip: Skip) -> list[float]:
@@ -81,27 +75,6 @@ class Rehearsal:
         with torch.inference_mode(), passing_through([self.layers[i] for i in sorted(skip)]):
             logits = self._cached.forward(nodes, shape, self._longest)
             return self._sampling.probabilities(logits).log()
-
-
-def going_on(texts: Sequence[Tensor]) -> list[dict[int, int]]:
-    """Which text goes on from which, so that what they share is read once.
-
-    Returns:
-        Groups of texts, to be read one group after the other: each text with the longest of an earlier group that it begins
-        with, or with itself.
-    """
-    tokens = [tuple(text.tolist()) for text in texts]
-    lengths = sorted({len(text) for text in tokens}, reverse=True)
-    groups: list[dict[int, int]] = []
-    known: dict[tuple[int, ...], tuple[int, int]] = {}  # a text and its group, by its tokens
-    for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
-        own = tokens[i]
-        before, last = next((known[own[:n]] for n in lengths if n <= len(own) and own[:n] in known), (i, -1))
-        if last + 1 == len(groups):
-            groups.append({})
-        groups[last + 1][i] = before
-        known.setdefault(own, (i, last + 1))
-    return groups
 
 
 @dataclass(frozen=True)

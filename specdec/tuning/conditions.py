@@ -54,14 +54,17 @@ class Conditions:
     def in_turn(
         self, prompts: Sequence[Tensor], last: Generation | None, engine: Engine, *args: Any, **options: Any
     ) -> Stream:
-        """The same after another run over these prompts, `kept`. What the target has read of them is not read again, unless
-        the drafter needs its states, or steps are captured, which read the caches that they were captured with.
+        """A run after another one over the same prompts. What the target has read of them is not read again, unless the drafter
+        needs its states, or steps are captured, which read the caches that they were captured with.
+
+        Args:
+            last: the other run, if it was `kept`.
         """
         again = {} if engine.static_shapes else {"keep": True, "resume": last}
         return self.stream(prompts, *args, engine=engine, **again, **options)
 
     def kept(self, run: Generation) -> Generation | None:
-        """The run, for `in_turn`; None if the next one would not fit beside it."""
+        """The run, for the next one to go on from; None if that would not fit beside it."""
         free = free_memory(self.target.device)
         return None if run.runs is None or (free is not None and 2 * run.runs.bytes > free) else run
 
