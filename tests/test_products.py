@@ -51,6 +51,17 @@ def test_passes_of_few_rows_are_ours_and_give_the_same_text(counted):
     assert all(map(torch.equal, found, expected)) and counted.count(len(PROMPTS)) == 6 * 2 * 3
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="torch's own products use matrix units")
+def test_products_in_bfloat16_are_ours_but_for_those_with_a_bias(bias, counted):
+    """Torch adds a bias before it rounds to bfloat16."""
+    layer, x = nn.Linear(512, 512, bias=bias, dtype=torch.bfloat16), torch.randn(1, 3, 512).bfloat16()
+    with torch.no_grad(), passes():
+        found = layer(x)
+    assert counted == ([] if bias else [3])
+    torch.testing.assert_close(found, layer(x))
+
+
 def test_a_model_is_left_as_it_is_found_even_within_a_pass():
     """So a copy that another thread or a hook makes meanwhile computes with its own weights, and a model can be pickled."""
     model, made = wide(), []

@@ -69,39 +69,6 @@ struct Rows {
   Rows from(int64_t i) const { return {data + i * stride, stride}; }
 };
 
-// A bfloat16: the first half of a float.
-struct Brain {
-  uint16_t bits;
-};
-
-static inline float widened(float x) { return x; }
-
-static inline float widened(Brain x) {
-  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-static inline Vector load(const Brain* p) {
-  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-  typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  Vector v;
-  std::memcpy(&v, &words, sizeof v);
-  return v;
-}
-
-static inline void round_to(float* to, float x) { *to = x; }
-
-static inline void round_to(Brain* to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-}
-
 // `count` rows as floats: where they lie, or in `room`.
 static Rows floats(const float* from, int64_t stride, int64_t, int64_t, float*) { return {from, stride}; }
 

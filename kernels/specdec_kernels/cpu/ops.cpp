@@ -6,29 +6,38 @@
 
 using torch::stable::Tensor;
 
-static const float* data(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
+template <class T>
+static const T* data_of(const Tensor& x) { return static_cast<const T*>(x.data_ptr()); }
+
+static const float* data(const Tensor& x) { return data_of<float>(x); }
+
+static bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
 
 static int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 static Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-static Tensor linear_op(const Tensor& x, const Tensor& weight) {
-  const Tensor a = dense(x), b = dense(weight);
-  Tensor y = torch::stable::new_empty(a, {a.size(0), b.size(0)});
-  linear(data(a), data(b), static_cast<float*>(y.data_ptr()), a.size(0), b.size(0), a.size(1), threads());
+template <class T>
+static Tensor linear_of(const Tensor& x, const Tensor& weight) {
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  linear(data_of<T>(x), data_of<T>(weight), static_cast<T*>(y.data_ptr()), x.size(0), weight.size(0), x.size(1), threads());
   return y;
+}
+
+static Tensor linear_op(const Tensor& x, const Tensor& weight) {
+  return (is_float(x) ? linear_of<float> : linear_of<Brain>)(dense(x), dense(weight));
 }
 
 static Tensor rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
 template <class T>
 static View<const T> view(const Tensor& x) {
-  return {static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  return {data_of<T>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Of [batch], [batch, node] or [batch, node, word]; words lie together.
 static Whole whole(const Tensor& x) {
-  return {static_cast<const int32_t*>(x.data_ptr()), x.stride(0), x.dim() > 1 ? x.stride(1) : 0};
+  return {data_of<int32_t>(x), x.stride(0), x.dim() > 1 ? x.stride(1) : 0};
 }
 
 template <class T>
@@ -46,11 +55,11 @@ static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor&
                            const std::optional<Tensor>& sinks) {
   const Tensor words = ancestors.stride(2) == 1 ? ancestors : torch::stable::contiguous(ancestors);
   const Tensor added = sinks ? dense(*sinks) : query;
-  const auto run = query.scalar_type() == torch::headeronly::ScalarType::Float ? attention_of<float> : attention_of<Brain>;
+  const auto run = is_float(query) ? attention_of<float> : attention_of<Brain>;
   return run(rows(query), rows(key), rows(value), first, lengths, words, sinks ? data(added) : nullptr, scale, softcap);
 }
 
-static const uint8_t* bytes(const Tensor& x) { return static_cast<const uint8_t*>(x.data_ptr()); }
+static const uint8_t* bytes(const Tensor& x) { return data_of<uint8_t>(x); }
 
 static Tensor outputs(const Tensor& x, int64_t out) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -86,8 +95,7 @@ static Tensor linear_int8_op(const Tensor& x, const Tensor& weight, const Tensor
 }
 
 static Tensor linear_int4_op(const Tensor& x, const Tensor& weight, const Tensor& scales, int64_t out) {
-  const auto* halves = static_cast<const uint16_t*>(scales.data_ptr());
-  return integer_op(x, stored::Int4{bytes(weight), halves}, out, weight.size(1));
+  return integer_op(x, stored::Int4{bytes(weight), data_of<uint16_t>(scales)}, out, weight.size(1));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {

@@ -85,16 +85,6 @@ void put(float* y, Floats v, int64_t count) {
   std::memcpy(y, &v, 4 * (count < OUTPUTS ? count : OUTPUTS));
 }
 
-// Calls run(first row, number of rows as a type) for m rows, in parts of about one size.
-template <int MOST, class Run>
-void in_parts(int64_t m, Run run) {
-  const int64_t parts = (m + MOST - 1) / MOST;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t t = m * part / parts;
-    with_count<MOST>(m * (part + 1) / parts - t, [&](auto count) { run(t, count); });
-  }
-}
-
 // R tiles of 16 outputs, of which the first begins at output n0, times T rows. x: [T][2 * steps]; w: [R][steps][64]; y: rows of n.
 template <int R, int T>
 void bf16_tile(const float* x, const uint8_t* w, float* y, int64_t n0, int64_t n, int64_t steps) {
@@ -105,7 +95,7 @@ void bf16_tile(const float* x, const uint8_t* w, float* y, int64_t n0, int64_t n
       const Bits both = get<Bits>(w + 64 * (r * steps + i));
       first[r] = (Floats)(both << 16);
       second[r] = (Floats)(both & 0xffff0000u);
-      __builtin_prefetch(w + 64 * ((R + r) * steps + i));
+      ask_for<true>(w + 64 * (R * (steps + i) + r));
     }
     for (int t = 0; t < T; t++)
       for (int r = 0; r < R; r++) {
@@ -202,7 +192,7 @@ void integer_tile(const Rows& x, const Format& format, float* y, int64_t t0, int
     const int64_t place = tile * groups + g;
     format.load(place, q);
     const auto grid = format.grid(place);
-    for (int i = 0; i < Format::BYTES; i += 64) __builtin_prefetch(format.w + (place + AHEAD) * Format::BYTES + i);
+    for (int i = 0; i < Format::BYTES; i += 64) ask_for<(T > 2)>(format.w + (place + AHEAD) * Format::BYTES + i);
     for (int t = 0; t < T; t++) {
       const int64_t at = (t0 + t) * groups + g;
       Ints even = {}, odd = {};

@@ -10,40 +10,51 @@ from cpu_variants import with_fewer_registers
 from specdec_kernels import linear
 from specdec_kernels.reference.linear import linear as reference
 
-EPSILON = (
-    2.0**-24
-)  # of float32: sums in any order are off by less than this times their length and their absolute terms
+# Sums in any order are off by less than float32's rounding times their length and their absolute terms; what is returned is
+# rounded once.
+EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+DTYPES = list(EPSILON)
 
 
 def near(found, x, weight):
-    exact, scale = reference(x.double(), weight.double()), x.double().abs() @ weight.double().abs().T
-    return bool(((found - exact).abs() <= EPSILON * (x.shape[1] + 1) * scale).all())
+    x, weight = x.double(), weight.double()
+    exact, scale = reference(x, weight), x.abs() @ weight.abs().T
+    rounded = EPSILON[found.dtype] * exact.abs()
+    return bool(((found - exact).abs() <= 2.0**-24 * (x.shape[1] + 1) * scale + rounded).all())
 
 
+def random(dtype, *shapes):
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 12, 13, 25])
-@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 15), (4, 16), (9, 17), (64, 40), (7, 256)])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 15), (4, 32), (9, 17), (64, 40), (7, 256)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_products_are_right(tokens, rows, columns, threads):
+def test_products_are_right(dtype, tokens, rows, columns, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    x, weight = torch.randn(tokens, columns), torch.randn(rows, columns)
+    x, weight = random(dtype, (tokens, columns), (rows, columns))
     try:
-        assert near(linear(x, weight), x, weight)
+        found = linear(x, weight)
     finally:
         torch.set_num_threads(before)
+    assert found.dtype == dtype and near(found, x, weight)
 
 
-def test_a_row_does_not_depend_on_the_others():
-    x, weight = torch.randn(25, 40), torch.randn(9, 40)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others(dtype):
+    x, weight = random(dtype, (25, 40), (9, 40))
     whole = linear(x, weight)
     assert all(
         torch.equal(linear(x[first:last], weight), whole[first:last]) for first, last in ((0, 1), (3, 7), (5, 25))
     )
 
 
-def test_a_wrong_product_is_seen():
-    x, weight = torch.randn(5, 16), torch.randn(4, 16)
-    assert not near(linear(x, weight) + 1e-3, x, weight)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_product_is_seen(dtype):
+    x, weight = random(dtype, (5, 16), (4, 16))
+    assert not near(linear(x, weight) + 0.1, x, weight)
 
 
 def test_tensors_may_lie_as_they_like():
@@ -52,9 +63,10 @@ def test_tensors_may_lie_as_they_like():
     assert near(linear(x[:, ::2], weight[:, ::2]), x[:, ::2], weight[:, ::2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8])
-def test_machines_with_fewer_registers_get_the_same(tokens):
-    x, weight = torch.randn(tokens, 40), torch.randn(9, 40)
+def test_machines_with_fewer_registers_get_the_same(dtype, tokens):
+    x, weight = random(dtype, (tokens, 40), (9, 40))
     assert near(with_fewer_registers("linear")(x, weight), x, weight)
 
 
@@ -67,14 +79,18 @@ def test_shapes_that_do_not_fit_are_refused(x, weight):
 def test_other_types_are_refused():
     with pytest.raises(ValueError, match="float64"):
         linear(torch.randn(2, 3).double(), torch.randn(4, 3).double())
+    with pytest.raises(ValueError, match="bfloat16"):
+        linear(torch.randn(2, 3), torch.randn(4, 3).bfloat16())
 
 
-def test_the_op_keeps_its_promises_to_torch():
-    torch.library.opcheck(torch.ops.specdec.linear.default, (torch.randn(5, 8), torch.randn(3, 8)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_op_keeps_its_promises_to_torch(dtype):
+    torch.library.opcheck(torch.ops.specdec.linear.default, tuple(random(dtype, (5, 8), (3, 8))))
 
 
-def test_what_is_no_number_stays_none():
-    x, weight = torch.randn(5, 40), torch.randn(4, 40)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_none(dtype):
+    x, weight = random(dtype, (5, 40), (4, 40))
     x[2, 39] = float("nan")
     assert linear(x, weight).isnan().any(1).tolist() == [False, False, True, False, False]
 
