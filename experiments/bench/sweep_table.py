@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.bench.report import COLUMNS, MARKED, cells, exceeding, interval, markdown
+from experiments.bench.report import COLUMNS, MARKED, cells, exceeding, interval, markdown, median
 from experiments.bench.swept import Point, Sweep, titled, words
 
 FIGURES = tuple(column for column in COLUMNS if column not in ("speed_up", "predicted", "acceptance_rate"))
@@ -16,8 +16,10 @@ def text(sweep: Sweep) -> str:
 
 def table(sweep: Sweep) -> list[list[str]]:
     """A row for every method at every point. The first row is the header."""
-    head = [*map(titled, sweep.axes), "method", COLUMNS["speed_up"], "noise floor", *(COLUMNS[key] for key in FIGURES)]
-    return [head, *(_row(point) for point in sweep.points)]
+    peers = [f"over {peer.replace('_', ' ')}" for peer in sweep.peers]
+    speeds = COLUMNS["speed_up"], "noise floor", *peers
+    head = [*map(titled, sweep.axes), "method", *speeds, *(COLUMNS[key] for key in FIGURES)]
+    return [head, *(_row(point, sweep.peers) for point in sweep.points)]
 
 
 def shared(sweep: Sweep) -> str:
@@ -45,6 +47,7 @@ def label(sweep: Sweep, point: Point) -> str:
     return ", ".join([point.method, *(words(key, at) for key, at in zip(sweep.axes, point.at, strict=True))])
 
 
-def _row(point: Point) -> list[str]:
+def _row(point: Point, peers: list[str]) -> list[str]:
     noise = interval(point.noise, digits=2)
-    return [*point.at, point.method, *cells(point.figures, "speed_up"), noise, *cells(point.figures, *FIGURES)]
+    over = [interval(median(point.over[peer]), digits=2) if peer in point.over else "-" for peer in peers]
+    return [*point.at, point.method, *cells(point.figures, "speed_up"), noise, *over, *cells(point.figures, *FIGURES)]

@@ -28,6 +28,7 @@ class Point:
     noise: dict[str, Any]  # the speed-up of the first method over itself
     ratios: np.ndarray  # [round, prompt]: tokens per second over the first method
     again: np.ndarray  # [round, prompt]: those of the first method over itself
+    over: dict[str, np.ndarray]  # [round, prompt]: those over other methods, by their names
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Sweep:
         """What it compares, in words."""
         by = ["method"] * (len({point.method for point in self.points}) > 1)
         return f"{self.shared.get('target', 'Sweep')} by {', '.join([*by, *map(titled, self.axes)])}"
+
+    @property
+    def peers(self) -> list[str]:
+        """Methods that others are compared with, besides the first."""
+        return list(dict.fromkeys(peer for point in self.points for peer in point.over))
 
     def values(self, axis: int) -> list[str]:
         return list(dict.fromkeys(point.at[axis] for point in self.points))
@@ -108,7 +114,9 @@ def _points(job: Job, axes: list[str], named: list[str]) -> list[Point]:
     base, *others = (name for name in figures if name != AGAIN)
     ratios = {name: of[:, timed] / speeds[base][:, timed] for name, of in speeds.items()}
     noise, again = figures[AGAIN]["speed_up"], ratios[AGAIN]
-    return [Point(at, _name(job, name, named), figures[name], noise, ratios[name], again) for name in others]
+    peers = [peer for peer in job.get("over", {}) if peer in others]
+    over = {name: {peer: ratios[name] / ratios[peer] for peer in peers} for name in others}
+    return [Point(at, _name(job, name, named), figures[name], noise, ratios[name], again, over[name]) for name in others]
 
 
 def _name(job: Job, method: str, named: list[str]) -> str:
@@ -139,9 +147,9 @@ def _over_all(points: list[Point], axes: list[str]) -> list[Point]:
 
 
 def _pooled(at: tuple[str, ...], method: str, points: list[Point]) -> Point:
-    rounds = min(len(point.ratios) for point in points)
-    ratios = np.hstack([point.ratios[:rounds] for point in points])
-    again = np.hstack([point.again[:rounds] for point in points])
+    ratios, again = _beside(point.ratios for point in points), _beside(point.again for point in points)
+    peers = [peer for peer in points[0].over if all(peer in point.over for point in points)]
+    over = {peer: _beside(point.over[peer] for point in points) for peer in peers}
     speed, noise = median(ratios), median(again)
     figures = {
         "speed_up": {**speed, "resolved": resolved(speed, noise)},
@@ -149,7 +157,13 @@ def _pooled(at: tuple[str, ...], method: str, points: list[Point]) -> Point:
         "identical": _sum([point.figures["identical"] for point in points]),
         "prompts": _sum([point.figures["prompts"] for point in points]),
     }
-    return Point(at, method, figures, noise, ratios, again)
+    return Point(at, method, figures, noise, ratios, again, over)
+
+
+def _beside(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Ratios of several jobs, of as many rounds as all have."""
+    found = [*parts]
+    return np.hstack([part[: min(map(len, found))] for part in found])
 
 
 def _sum(values: list[int | None]) -> int | None:
