@@ -145,6 +145,16 @@ def test_job_of_further_methods_adds_them_to_its_task_under_the_name_of_what_was
     assert sweep_table.notes(sweep(TASKS))[-1].startswith("Lowest: layer skip, qa: 0.80 ")
 
 
+def test_methods_are_compared_with_another_than_the_first_by_task_and_over_all():
+    peer, text = {"plain": [[10.0, 10.0]], "peer": [[20.0, 10.0]]}, [[40.0, 10.0]]
+    jobs = [{**of_task(task, {**peer, "text": text}), "over": {"peer": {}}} for task in ("qa", "code")]
+    found = shown(jobs, "task", "method", "over peer")
+    assert [(task, method, ratio.split()[0]) for task, method, ratio in found] == [
+        *((task, *row) for task in ("qa", "code", ALL) for row in (("peer", "1.00"), ("text", "1.50")))
+    ]
+    assert shown([*jobs[:1], of_task("code", {**peer, "text": text})], "task", "method", "over peer")[-1][2] == "-"
+
+
 def test_what_a_job_does_not_say_is_its_default():
     speeds = {"plain": [[1.0]], "text": [[2.0]], AGAIN: [[1.0]]}
     jobs = [job(speeds, {"batch": "8"}, batch=8), job(speeds, {}, batch=1)]

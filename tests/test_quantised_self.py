@@ -6,7 +6,7 @@ import torch
 
 import specdec
 from experiments.studies.quantised_costs import BYTES, WEIGHTS, Pass, roofline
-from experiments.studies.quantised_self import GRIDS, Grid, _own, _windowed, along, rounded
+from experiments.studies.quantised_self import GRIDS, Grid, _own, _windowed, along, in_another_order, rounded
 
 PAIR = specdec.demo.load()
 IDS = torch.tensor(PAIR.tokenizer(PAIR.prompts[0].text)["input_ids"])[:60]
@@ -32,6 +32,14 @@ def test_the_model_is_found_as_it_was_after_its_weights_were_rounded():
     with rounded(PAIR.target, Grid(3), Grid(8)):
         assert not torch.allclose(_own(PAIR.target)(IDS, 20), before)
     assert torch.equal(_own(PAIR.target)(IDS, 20), before)
+
+
+def test_a_model_in_another_order_computes_the_same_and_is_on_no_grid_of_before():
+    with rounded(PAIR.target, GRIDS["Q4_1"], GRIDS["Q4_1"]):
+        made = in_another_order(PAIR.target)
+        torch.testing.assert_close(_own(made)(IDS, 20), _own(PAIR.target)(IDS, 20), rtol=1e-4, atol=1e-4)
+    weight = made.get_decoder().layers[0].self_attn.q_proj.weight
+    assert not torch.allclose(GRIDS["Q4_1"](weight), weight, atol=1e-4)
 
 
 def test_a_window_over_the_whole_text_drafts_with_the_targets_law():

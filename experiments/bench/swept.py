@@ -116,7 +116,9 @@ def _points(job: Job, axes: list[str], named: list[str]) -> list[Point]:
     noise, again = figures[AGAIN]["speed_up"], ratios[AGAIN]
     peers = [peer for peer in job.get("over", {}) if peer in others]
     over = {name: {peer: ratios[name] / ratios[peer] for peer in peers} for name in others}
-    return [Point(at, _name(job, name, named), figures[name], noise, ratios[name], again, over[name]) for name in others]
+    return [
+        Point(at, _name(job, name, named), figures[name], noise, ratios[name], again, over[name]) for name in others
+    ]
 
 
 def _name(job: Job, method: str, named: list[str]) -> str:

@@ -10,7 +10,8 @@ experiments/results:
   `specdec.prediction`. A draft with a window reads the target's own keys and values, of the first 4 places and the latest
   ones (StreamingLLM, arXiv:2309.17453; as a draft, TriForce, arXiv:2404.11912); each place is taken to be the first of its
   step.
-- The same with weights stored as `specdec.store_weights` does, activations rounded too.
+- The same with weights stored as `specdec.store_weights` does, activations rounded too; also off the grid of the file that they
+  were read from, with the model's hidden dimensions in another order.
 - Perplexity, of the target in each format, on the prompts.
 - Speed-ups on a roofline of an H200 with a model of 8 billion weights, from that acceptance. No model was run there.
 """
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import specdec
 from experiments.bench.real_prompts import real
@@ -123,12 +125,9 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
         with rounded(model.target, grid, HEADS.get(name, grid)):
             found[name] = {"perplexity": perplexity(model.target, prompts), **_compared(written, _own(model.target))}
         print(name, found[name], flush=True)
-    for name in FORMATS:
-        stored = specdec.store_weights(copy.deepcopy(model.target), name)
-        found[f"{name}, as stored here"] = {
-            "perplexity": perplexity(stored, prompts),
-            **_compared(written, _own(stored)),
-        }
+    for name, stored in _stored(model.target):
+        found[name] = {"perplexity": perplexity(stored, prompts), **_compared(written, _own(stored))}
+        print(name, found[name], flush=True)
     after_long = {
         name: [text for text in texts if text.start >= quantised_costs.LONG] for name, texts in written.items()
     }
@@ -137,6 +136,23 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
         found[name] = _compared(after_long, _windowed(model.target, window))
         print(name, found[name], flush=True)
     return found
+
+
+def _stored(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    for name in FORMATS:
+        yield f"{name}, as stored here", specdec.store_weights(copy.deepcopy(model), name)
+    yield "int4, as stored here, off the grid", specdec.store_weights(in_another_order(model), "int4")
+
+
+def in_another_order(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a Llama that computes the same, with its hidden dimensions in another order: its groups are others."""
+    made = copy.deepcopy(model)
+    order = torch.randperm(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for name, weight in made.named_parameters():  # tied ones are named once
+        module = name.split(".")[-2]
+        writes = "norm" in module or module in ("o_proj", "down_proj")
+        weight.data = (weight[order] if writes else weight[:, order]).contiguous()
+    return made
 
 
 @contextmanager
