@@ -10,7 +10,7 @@ from specdec_kernels.reference import linear as reference
 
 # For so many tokens and at least so many weights it is as fast as what torch calls or up to three times as fast (measured on
 # CPUs with AVX-512 of two makers). Where a CPU has matrix units, torch's products of bfloat16 use those.
-_FEW = {torch.float32: range(1, 33), torch.bfloat16: range(1, 17)}
+_DTYPES, _FEW = (torch.float32, torch.bfloat16), range(1, 33)
 _LARGE = 1 << 16
 _op = define("linear", "(Tensor x, Tensor weight) -> Tensor", reference.linear)
 
@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See `specdec_kernels.reference.linear`; float32 or bfloat16."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x {[*x.shape]}, weight {[*weight.shape]}: expected [token, in] and [out, in].")
-    if x.dtype != weight.dtype or x.dtype not in _FEW:
+    if x.dtype != weight.dtype or x.dtype not in _DTYPES:
         raise ValueError(f"x {x.dtype}, weight {weight.dtype}: only float32 and bfloat16 have a kernel; use @.")
     return _op(x, weight)
 
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def pays(tokens: int, x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` is faster than torch for so many rows of x, which may have more dimensions than two."""
     here = x.device.type == weight.device.type == "cpu"
-    suits = x.dtype == weight.dtype and tokens in _FEW.get(x.dtype, ()) and weight.is_contiguous()
+    suits = x.dtype == weight.dtype and x.dtype in _DTYPES and tokens in _FEW and weight.is_contiguous()
     slow = x.dtype == torch.float32 or not torch.cpu._is_amx_tile_supported()
     return here and suits and slow and weight.numel() >= _LARGE
 
