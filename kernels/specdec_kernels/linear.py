@@ -10,7 +10,8 @@ from specdec_kernels.reference import linear as reference
 
 # For so many tokens and at least so many weights it is as fast as what torch calls or up to three times as fast (measured on
 # CPUs with AVX-512 of two makers). Where a CPU has matrix units, torch's products of bfloat16 use those.
-_DTYPES, _FEW = (torch.float32, torch.bfloat16), range(1, 33)
+_DTYPES = torch.float32, torch.bfloat16
+_FEW = range(1, 33)
 _LARGE = 1 << 16
 _op = define("linear", "(Tensor x, Tensor weight) -> Tensor", reference.linear)
 

@@ -58,7 +58,7 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
 def _suits(weight: Tensor, bias: Tensor | None, input: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if bias is not None and input.dtype != torch.float32:  # torch adds it before it rounds
+    if bias is not None and input.dtype != torch.float32:  # torch adds a bias before it rounds
         return False
     return type(weight) is nn.Parameter and pays(input.shape[:-1].numel(), input, weight)
 

@@ -61,7 +61,7 @@ static void tile(const S* x, const S* w, S* y, int64_t n, int64_t k) {
     }
     for (int t = 0; t < T; t++) {
       Vector b = get(x + t * k + i);
-      if constexpr (T <= 4) keep(b);  // with more, the same holds of float32
+      if constexpr (T <= 4) keep(b);  // tiles of more rows of float32 wait less for memory if it is read again
       for (int r = 0; r < R; r++) sums[r][t] = add_products<S>(sums[r][t], a[r], b);
     }
   }

@@ -7,9 +7,7 @@
 using torch::stable::Tensor;
 
 template <class T>
-static const T* data_of(const Tensor& x) { return static_cast<const T*>(x.data_ptr()); }
-
-static const float* data(const Tensor& x) { return data_of<float>(x); }
+static const T* data(const Tensor& x) { return static_cast<const T*>(x.data_ptr()); }
 
 static bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
 
@@ -20,7 +18,7 @@ static Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::sta
 template <class T>
 static Tensor linear_of(const Tensor& x, const Tensor& weight) {
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-  linear(data_of<T>(x), data_of<T>(weight), static_cast<T*>(y.data_ptr()), x.size(0), weight.size(0), x.size(1), threads());
+  linear(data<T>(x), data<T>(weight), static_cast<T*>(y.data_ptr()), x.size(0), weight.size(0), x.size(1), threads());
   return y;
 }
 
@@ -32,12 +30,12 @@ static Tensor rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stabl
 
 template <class T>
 static View<const T> view(const Tensor& x) {
-  return {data_of<T>(x), x.stride(0), x.stride(1), x.stride(2)};
+  return {data<T>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Of [batch], [batch, node] or [batch, node, word]; words lie together.
 static Whole whole(const Tensor& x) {
-  return {data_of<int32_t>(x), x.stride(0), x.dim() > 1 ? x.stride(1) : 0};
+  return {data<int32_t>(x), x.stride(0), x.dim() > 1 ? x.stride(1) : 0};
 }
 
 template <class T>
@@ -56,10 +54,10 @@ static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor&
   const Tensor words = ancestors.stride(2) == 1 ? ancestors : torch::stable::contiguous(ancestors);
   const Tensor added = sinks ? dense(*sinks) : query;
   const auto run = is_float(query) ? attention_of<float> : attention_of<Brain>;
-  return run(rows(query), rows(key), rows(value), first, lengths, words, sinks ? data(added) : nullptr, scale, softcap);
+  return run(rows(query), rows(key), rows(value), first, lengths, words, sinks ? data<float>(added) : nullptr, scale, softcap);
 }
 
-static const uint8_t* bytes(const Tensor& x) { return data_of<uint8_t>(x); }
+static const uint8_t* bytes(const Tensor& x) { return data<uint8_t>(x); }
 
 static Tensor outputs(const Tensor& x, int64_t out) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -77,7 +75,7 @@ static int64_t row_count(const Tensor& x) {
 static Tensor linear_bf16_op(const Tensor& x, const Tensor& weight, int64_t out) {
   const Tensor a = dense(x), y = outputs(a, out);
   const int64_t k = a.size(a.dim() - 1), m = row_count(a);
-  stored::linear_bf16(data(a), bytes(weight), static_cast<float*>(y.data_ptr()), m, out, k, weight.size(1), threads());
+  stored::linear_bf16(data<float>(a), bytes(weight), static_cast<float*>(y.data_ptr()), m, out, k, weight.size(1), threads());
   return y;
 }
 
@@ -85,17 +83,17 @@ template <class Format>
 static Tensor integer_op(const Tensor& x, const Format& format, int64_t out, int64_t groups) {
   const Tensor a = dense(x), y = outputs(a, out);
   const int64_t k = a.size(a.dim() - 1), m = row_count(a);
-  const stored::Rows rows(data(a), m, k, groups);
+  const stored::Rows rows(data<float>(a), m, k, groups);
   stored::linear(rows, format, static_cast<float*>(y.data_ptr()), m, out, groups, threads());
   return y;
 }
 
 static Tensor linear_int8_op(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t out) {
-  return integer_op(x, stored::Int8{bytes(weight), data(scale)}, out, weight.size(1) / stored::STEPS);
+  return integer_op(x, stored::Int8{bytes(weight), data<float>(scale)}, out, weight.size(1) / stored::STEPS);
 }
 
 static Tensor linear_int4_op(const Tensor& x, const Tensor& weight, const Tensor& scales, int64_t out) {
-  return integer_op(x, stored::Int4{bytes(weight), data_of<uint16_t>(scales)}, out, weight.size(1));
+  return integer_op(x, stored::Int4{bytes(weight), data<uint16_t>(scales)}, out, weight.size(1));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
